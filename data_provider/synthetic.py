@@ -1,0 +1,91 @@
+"""A made-up series in the format of the ETT files, for machines without a network."""
+
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
+ROWS_PER_HOUR = {"ETTh1": 1, "ETTh2": 1, "ETTm1": 4, "ETTm2": 4}
+HOURS = 17420  # as long as the measured files
+SUFFIX = "-synthetic.csv"
+# The first row's values are the same in every synthetic file and in no
+# measured one, so that a renamed copy is still known for what it is.
+SIGNATURE = (7.1234, 2.2345, 5.3456, 1.4567, 3.5678, 1.6789, 21.789)
+
+
+def is_synthetic(path: str | Path) -> bool:
+    """Whether a CSV was written by `write_synthetic`: by its name, or by its first row."""
+    path = Path(path)
+    if path.name.endswith(SUFFIX):
+        return True
+    if not path.is_file():
+        return False
+    with path.open(encoding="latin-1") as file:
+        file.readline()
+        first = file.readline(1000).strip()
+    return first.split(",")[1:] == [str(value) for value in SIGNATURE]
+
+
+def synthetic_values(name: str) -> np.ndarray:
+    """Values `[rows, 7]` for an ETT name, the same on every call.
+
+    Loads with daily, weekly and yearly cycles, slow drift, level shifts and
+    correlated noise; OT (oil temperature) follows the loads and the season.
+    """
+    per_hour = ROWS_PER_HOUR[name]
+    rows = HOURS * per_hour
+    random = np.random.default_rng([2021, list(ROWS_PER_HOUR).index(name)])
+    hours = np.arange(rows) / per_hour
+    day, week, year = (2 * np.pi * hours / period for period in (24, 24 * 7, 24 * 365.25))
+    values = np.empty((rows, len(COLUMNS)))
+    load = np.zeros(rows)
+    for channel in range(len(COLUMNS) - 1):
+        size = (6.0, 1.5, 5.0, 1.2, 2.0, 0.8)[channel]
+        phase = random.uniform(0, 2 * np.pi)
+        strength = 1 + 0.3 * np.sin(year + phase) + 0.2 * np.sin(week + phase)
+        cycle = strength * (np.sin(day + phase) + 0.4 * np.sin(2 * day + 2 * phase))
+        shape = cycle + 0.3 * np.sin(week) + 0.5 * np.cos(year) + _level_shifts(random, rows, per_hour)
+        values[:, channel] = size * (1 + 0.7 * shape + 0.25 * _correlated(random, rows, 6 * per_hour))
+        load += values[:, channel] / size
+    slow = _smooth(load, 12 * per_hour)
+    values[:, -1] = 15 - 10 * np.cos(year) + 1.5 * slow + 2 * _correlated(random, rows, 48 * per_hour)
+    values[0] = SIGNATURE
+    return values
+
+
+def _correlated(random: np.random.Generator, rows: int, memory: int) -> np.ndarray:
+    """Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one."""
+    slow = _smooth(random.standard_normal(rows), memory)
+    return 0.9 * slow / slow.std() + 0.44 * random.standard_normal(rows)
+
+
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    return np.convolve(values, np.full(width, 1 / width), mode="same")
+
+
+def _level_shifts(random: np.random.Generator, rows: int, per_hour: int) -> np.ndarray:
+    """Jumps about every six weeks, of a level that returns to zero in the long run."""
+    level = np.zeros(rows)
+    start, height = 0, 0.0
+    while start < rows:
+        height = 0.6 * height + 0.4 * random.standard_normal()
+        length = int(random.exponential(24 * 42 * per_hour)) + 24 * per_hour
+        level[start : start + length] = height
+        start += length
+    return level
+
+
+def write_synthetic(name: str, folder: str | Path) -> Path:
+    """Write `folder`/NAME-synthetic.csv (whole or not at all) and return its path."""
+    path = Path(folder) / f"{name}{SUFFIX}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step = timedelta(minutes=60 // ROWS_PER_HOUR[name])
+    lines = ["date," + ",".join(COLUMNS)]
+    for number, row in enumerate(synthetic_values(name).round(4).tolist()):
+        lines.append(f"{datetime(2016, 7, 1) + number * step}," + ",".join(map(str, row)))
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path

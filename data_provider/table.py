@@ -1,0 +1,131 @@
+"""A CSV file with a `date` column, read into numbers and timestamps.
+
+Everything that can be wrong with such a file is found here, once, and named
+by file, line and column, so that the rest of the program can trust a Table.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_provider.timestamps import read_timestamps
+from layers.errors import InputError
+
+FIRST_ROW_LINE = 2  # line 1 of the file is the header
+
+
+@dataclass(frozen=True)
+class Table:
+    """The whole file: `values[i, j]` is column `columns[j]` at `dates[i]`."""
+
+    path: Path
+    dates: pd.DatetimeIndex  # [rows], never decreasing
+    columns: list[str]  # [N], the file's own order, without `date`
+    values: np.ndarray  # [rows, N] float64, finite
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a CSV with a `date` column and numeric columns.
+
+    UTF-8 with or without a byte-order mark, any line ending. Bytes that are
+    not UTF-8 are taken as Latin-1, which reads any byte.
+
+    Raises:
+        InputError: no such file, nothing in it, no `date` column, a cell that
+            is no finite number, timestamps unreadable, out of order or
+            repeated. The line names the file, the row (line of the file,
+            header = 1) and the column.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    frame = _parse(path, text)
+    if "date" not in frame.columns:
+        raise InputError(
+            f"{path}: no column 'date'; found {list(frame.columns)}; a comma-separated file with a 'date' column is needed"
+        )
+    columns = [name for name in frame.columns if name != "date"]
+    if not columns:
+        raise InputError(f"{path}: no column beside 'date'; at least one column of numbers is needed")
+    if frame.empty:
+        raise InputError(f"{path}: only a header and no rows; rows of numbers are needed")
+    values = np.column_stack([_numbers(path, frame[name]) for name in columns])
+    dates = read_timestamps(frame["date"], str(path), FIRST_ROW_LINE)
+    _check_order(path, frame["date"], dates, values)
+    return Table(path, dates, columns, values)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a CSV file is needed") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); a CSV file is needed") from None
+    if not raw.strip():
+        raise InputError(f"{path}: the file is empty; a header line and rows of numbers are needed")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _parse(path: Path, text: str) -> pd.DataFrame:
+    """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
+    header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0]
+    if header.isna().any():
+        place = int(np.flatnonzero(header.isna())[0]) + 1
+        raise InputError(
+            f"{path}: row 1: column {place} has no name; each column needs one (or remove the column)"
+        )
+    try:
+        # Blank lines stay, so that a row's place tells its line in the file.
+        frame = pd.read_csv(io.StringIO(text), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
+    except pd.errors.ParserError as error:
+        found = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a regular table: {found}; every row needs {len(header)} cells"
+        ) from None
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
+        raise InputError(
+            f"{path}: row {FIRST_ROW_LINE} has more cells than the header; every row needs {len(header)} cells"
+        )
+    filled = np.flatnonzero(frame.notna().any(axis=1))
+    return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
+
+
+def _numbers(path: Path, cells: pd.Series) -> np.ndarray:
+    """One column as float64 `[rows]`, all finite."""
+    if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
+        numbers = cells.to_numpy(np.float64)
+    else:
+        numbers = pd.to_numeric(cells.astype(str), errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if bad.size:
+        cell = cells.iloc[bad[0]]
+        found = "an empty cell (or NaN)" if pd.isna(cell) else repr(str(cell))
+        raise InputError(
+            f"{path}: row {bad[0] + FIRST_ROW_LINE}, column {cells.name!r}: found {found}, a number is needed"
+            f" ({bad.size} such cell{'s' if bad.size > 1 else ''} in this column)"
+        )
+    return numbers
+
+
+def _check_order(path: Path, cells: pd.Series, dates: pd.DatetimeIndex, values: np.ndarray) -> None:
+    """Timestamps must increase.
+
+    A row that repeats the one above it whole, timestamp and values, is let
+    through: the widely used weather.csv has one, and no value is in doubt.
+    """
+    steps = np.diff(dates.asi8)
+    repeats = np.all(values[1:] == values[:-1], axis=1)
+    bad = np.flatnonzero((steps < 0) | ((steps == 0) & ~repeats))
+    if bad.size:
+        at = bad[0] + 1
+        what = "is earlier than" if steps[bad[0]] < 0 else "repeats, with other values,"
+        raise InputError(
+            f"{path}: row {at + FIRST_ROW_LINE}, column 'date': {cells.iloc[at]!r} {what} the row above"
+            f" ({cells.iloc[at - 1]!r}); timestamps must increase"
+        )

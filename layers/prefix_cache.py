@@ -1,0 +1,113 @@
+"""Keys and values of a frozen prefix, and attention over them.
+
+A causal backbone's keys and values at the prompt's positions do not depend on what follows. So they
+are computed without gradient, and only the patches run with gradients on top of them. For each layer
+one buffer holds all slots of a batch, `[opening | statistics | patches]`: the opening is copied into
+it when the buffer is made, the other two are written where they belong, and attention reads views.
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+
+ATTENTION = "prefix_sdpa"
+BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
+
+
+class _Layer:
+    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the opening's `[1, kv, P0, e]`."""
+
+    def __init__(self):
+        self.opening: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def reserve(self, like: torch.Tensor, sequences: int, slots: int) -> None:
+        """Make the buffers hold `sequences` x `slots`, the opening in front."""
+        if self.buffers is not None:
+            held = self.buffers[0]
+            if held.shape[0] >= sequences and held.shape[2] >= slots and held.dtype == like.dtype:
+                return
+            sequences, slots = max(sequences, held.shape[0]), max(slots, held.shape[2])
+            self.buffers = held = None  # freed before the larger ones are made
+        slots = -(-slots // BLOCK) * BLOCK
+        _, heads, _, width = like.shape
+        # A buffer made in inference mode could not be used by a training step later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffers = tuple(like.new_empty(sequences, heads, slots, width) for _ in range(2))
+            if self.opening is not None:
+                for buffer, opening in zip(self.buffers, self.opening, strict=True):
+                    buffer[:, :, : opening.shape[2]] = opening
+
+
+class _Append(torch.autograd.Function):
+    """Write new keys (or values) behind the frozen ones and return all: `[M, kv, start + n, e]`."""
+
+    @staticmethod
+    def forward(ctx, new: torch.Tensor, buffer: list[torch.Tensor], start: int) -> torch.Tensor:
+        ctx.start = start
+        stop = start + new.shape[2]
+        held = buffer[0][: new.shape[0], :, :stop]
+        held[:, :, start:] = new
+        return held.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient[:, :, ctx.start :], None, None  # nothing flows into the frozen prefix
+
+
+class PrefixCache(DynamicCache):
+    """The cache that transformers' attention layers call `update` on."""
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self._layers = [_Layer() for _ in range(layers)]
+        self._start = 0  # slot where the next tokens go
+        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the opening
+
+    def store_opening(self) -> None:
+        """The tokens of the next forward pass are the opening; what was held is dropped."""
+        self._layers = [_Layer() for _ in self._layers]
+        self._start = self._slots = 0
+
+    def place(self, start: int, slots: int) -> None:
+        """The tokens of the next forward pass go to slot `start` of `slots`."""
+        self._start, self._slots = start, slots
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """New keys and values `[M, kv, n, e]` -> those of all slots up to theirs."""
+        layer = self._layers[layer_idx]
+        if not self._slots:
+            layer.opening = (key_states, value_states)
+            return key_states, value_states
+        layer.reserve(key_states, key_states.shape[0], self._slots)
+        # The buffer goes in inside a list: autograd must see it as storage, not as an input.
+        return tuple(
+            _Append.apply(new, [buffer], self._start)
+            for new, buffer in zip((key_states, value_states), layer.buffers, strict=True)
+        )
+
+
+def prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Scaled dot-product attention that copies no key or value for grouped queries.
+
+    The query heads that share a key-value head are laid one after the other along the query axis.
+
+    Args:
+        query: `[M, h, L, e]`; key, value: `[M, kv, S, e]`.
+        attention_mask: `[M or 1, 1, g*L, S]`, already repeated for the g = h / kv heads of a group.
+
+    Returns:
+        `[M, L, h, e]` and None, as transformers' attention functions do.
+    """
+    M, h, L, e = query.shape
+    kv = key.shape[1]
+    grouped = query.reshape(M, kv, (h // kv) * L, e)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(M, h, L, e).transpose(1, 2), None
+
+
+def additive_mask(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """`[M or 1, L, S]` booleans -> additive `[M or 1, 1, groups*L, S]` mask for `prefix_attention`."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask.masked_fill_(~visible, float("-inf"))
+    return mask.repeat(1, groups, 1)[:, None]

@@ -1,0 +1,163 @@
+"""The prompt in front of the patches: its words, its statistics, its tokens (Time-LLM, section 3.1).
+
+A prompt is a fixed *opening* (description and task, the same for all series of a run) followed by the
+*statistics* of one series. The opening ends at "Input statistics:", so that the backbone can run over
+it once a run. Everything here happens on the CPU, in the data loader's workers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layers.errors import InputError
+from layers.norm import instance_norm
+
+MAX_PROMPT_TOKENS = 2048
+TOP_LAGS = 5
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The fixed words of a run's prompts. `decimals` rounds the statistics; None prints them in full."""
+
+    description: str
+    seq_len: int
+    pred_len: int
+    decimals: int | None = None
+
+    def opening(self) -> str:
+        """The part that is the same for every series of the run."""
+        return (
+            f"<|start_prompt|>Dataset description: {self.description}"
+            f"Task description: forecast the next {self.pred_len} steps "
+            f"given the previous {self.seq_len} steps information; Input statistics:"
+        )
+
+    def statistics(self, minimum: float, maximum: float, median: float, upward: bool, lags: list[int]) -> str:
+        """The part that describes one series."""
+        low, high, middle = (self._number(v) for v in (minimum, maximum, median))
+        return (
+            f" min value {low}, max value {high}, median value {middle}, "
+            f"the trend of input is {'upward' if upward else 'downward'}, "
+            f"top {len(lags)} lags are : [{', '.join(map(str, lags))}]<|<end_prompt>|>"
+        )
+
+    def _number(self, value: float) -> str:
+        return str(value if self.decimals is None else round(value, self.decimals))
+
+
+def top_lags(z: np.ndarray, count: int = TOP_LAGS) -> np.ndarray:
+    """The lags with the largest circular autocorrelation irfft(|rfft(z)|^2), largest first.
+
+    A circular autocorrelation has the same value at lag l and at T - l. Rounding must not decide
+    between them, or a series' prompt would depend on the machine: both get the value of the smaller
+    lag, and the smaller lag comes first.
+
+    Args:
+        z: `[N, T]` series.
+
+    Returns:
+        `[N, count]` integer lags in 0..T-1.
+    """
+    T = z.shape[-1]
+    spectrum = np.fft.rfft(z.astype(np.float64), axis=-1)  # (N, T//2 + 1)
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2, n=T, axis=-1)  # (N, T)
+    lag = np.arange(T)
+    correlation = correlation[:, np.minimum(lag, T - lag)]
+    return np.argsort(-correlation, axis=-1, kind="stable")[:, :count]
+
+
+def describe_series(z: np.ndarray, template: PromptTemplate) -> list[str]:
+    """One statistics text for each of the normalised series `[N, T]` (float32)."""
+    T = z.shape[-1]
+    ordered = np.sort(z, axis=-1)
+    medians = ordered[:, (T - 1) // 2]  # the lower median for even T, as torch.median
+    rising = z[:, -1] - z[:, 0] > 0
+    return [
+        template.statistics(float(ordered[i, 0]), float(ordered[i, -1]), float(medians[i]), bool(rising[i]), lags)
+        for i, lags in enumerate(top_lags(z).tolist())
+    ]
+
+
+class PromptEncoder:
+    """Turns series into prompt tokens: `opening_ids` once, then the statistics' ids of each series.
+
+    Where the tokenizer does not split the text at the end of the opening (or closes every text with a
+    token of its own, as BERT's does), `opening_ids` is empty and each series carries its whole prompt.
+    """
+
+    def __init__(self, tokenizer, template: PromptTemplate, max_tokens: int):
+        """Args:
+            tokenizer: a transformers tokenizer.
+            template: the run's words.
+            max_tokens: prompt tokens that fit in front of the patches. A longer description is cut.
+
+        Raises:
+            InputError: the statistics alone do not fit.
+        """
+        self.tokenizer = tokenizer
+        self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
+        self.opening_ids: list[int] = self._shared_opening()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids that follow `opening_ids`, for each statistics text."""
+        if self.opening_ids:
+            return self._ids(texts, special=False)
+        return self._ids([self.template.opening() + text for text in texts], special=True)
+
+    def for_window(self, x: torch.Tensor) -> list[list[int]]:
+        """Token ids for every channel of one window `[T, N]`, channel by channel."""
+        z, _, _ = instance_norm(x.t().contiguous())  # (N, T)
+        return self.encode(describe_series(z.numpy(), self.template))
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        # verbose=False: the tokenizer would warn about lengths that `_fit` has dealt with.
+        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _samples(self, template: PromptTemplate) -> list[str]:
+        """Statistics that stand for all others: ordinary, whole, tiny and as long as they can get."""
+        T = template.seq_len
+        longest = -1.2345678806304932e-05  # no float32 prints longer than this
+        values = [(0.0, 0.0, 0.0), (-1.5, 2.25, 1e-05), (1e20, -3.0, 0.1), (longest, longest, longest)]
+        lags = [max(T - 1 - i, 0) for i in range(TOP_LAGS)]
+        return [template.statistics(*v, upward, lags) for v in values for upward in (False, True)]
+
+    def _fit(self, template: PromptTemplate, limit: int) -> PromptTemplate:
+        """Cut words off the description's end until the longest prompt has at most `limit` tokens."""
+        def tokens(words: list[str]) -> int:
+            cut = PromptTemplate(" ".join(words), template.seq_len, template.pred_len, template.decimals)
+            return max(map(len, self._ids([cut.opening() + s for s in self._samples(cut)], special=True)))
+
+        words = template.description.split()
+        if tokens(words) <= limit:
+            return template
+        if tokens([]) > limit:
+            raise InputError(
+                f"--seq_len {template.seq_len}: {limit} positions of the language model are left for the "
+                f"prompt, whose statistics alone need {tokens([])}; take a shorter --seq_len, a larger "
+                "--stride or a language model with more positions"
+            )
+        keep, over = 0, len(words)  # tokens(words[:keep]) fits, tokens(words[:over]) does not
+        while over - keep > 1:
+            middle = (keep + over) // 2
+            keep, over = (middle, over) if tokens(words[:middle]) <= limit else (keep, middle)
+        return PromptTemplate(" ".join(words[:keep]), template.seq_len, template.pred_len, template.decimals)
+
+    def _shared_opening(self) -> list[int]:
+        """The opening's ids, or none where opening + statistics tokenise differently from the whole text."""
+        opening = self.template.opening()
+        shared = self._ids([opening], special=True)[0]
+        samples = self._samples(self.template)
+        whole = self._ids([opening + s for s in samples], special=True)
+        split = [shared + ids for ids in self._ids(samples, special=False)]
+        return shared if whole == split else []
+
+
+def pad_prompts(ids: list[list[int]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
+    length = torch.tensor([len(row) for row in ids])
+    padded = torch.full((len(ids), int(length.max())), pad_id)
+    for row, tokens in zip(padded, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return padded, length

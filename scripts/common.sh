@@ -1,0 +1,86 @@
+# What the experiment scripts share. They source this file inside a subshell, so nothing of it reaches the caller.
+#
+#   PYTHON    the Python to use (default: .venv of this repository, else python3)
+#   LLM_PATH  folder or hub id of the language model (default: base_models/Qwen2.5-3B of this repository)
+
+set -u
+unset CDPATH  # cd would look there too, and print
+
+scripts_dir=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd) || exit 1
+root=$(dirname "$scripts_dir")
+
+# A relative LLM_PATH or PYTHON means the caller's folder, so both are made absolute before the cd.
+weights=${LLM_PATH:-$root/base_models/Qwen2.5-3B}
+[ -d "$weights" ] && weights=$(cd "$weights" && pwd)
+
+if [ -n "${PYTHON:-}" ]; then
+  case $PYTHON in
+    /*) python=$PYTHON ;;
+    */*) python=$PWD/$PYTHON ;;
+    *) python=$PYTHON ;;
+  esac
+elif [ -x "$root/.venv/bin/python" ]; then
+  python=$root/.venv/bin/python
+else
+  python=python3
+fi
+
+cd "$root" || exit 1
+
+# Less fragmentation of GPU memory. torch 2.9 renamed the variable; a value that is already set stays.
+set_allocator() {
+  local version major minor value
+  if [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+    return 0
+  fi
+  if ! version=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); then
+    echo "$python has no torch; 'bash $scripts_dir/setup_env.sh' installs what is needed" >&2
+    return 1
+  fi
+  case $(uname -r) in
+    # The WSL driver has no virtual memory calls that expandable segments could use.
+    *[Mm]icrosoft*) value=max_split_size_mb:64 ;;
+    *) value=expandable_segments:True ;;
+  esac
+  major=${version%%.*}
+  minor=${version#*.}
+  minor=${minor%%.*}
+  if [ "$major" -gt 2 ] || { [ "$major" -eq 2 ] && [ "$minor" -ge 9 ]; }; then
+    export PYTORCH_ALLOC_CONF=$value
+  else
+    export PYTORCH_CUDA_ALLOC_CONF=$value
+  fi
+}
+
+# find_data NAME FLAGS...: sets $data_dir to the folder that holds NAME.csv; fetches the file where it is missing.
+find_data() {
+  local name=$1 flag answer path
+  shift
+  data_dir=./dataset/ETT-small/
+  if [ -f "$data_dir/$name.csv" ]; then
+    return 0
+  fi
+  for flag in "$@"; do
+    case $flag in
+      --root_path | --root_path=* | --data_path | --data_path=*) return 0 ;;  # the user's own file
+    esac
+  done
+  answer=$("$python" scripts/get_data.py --name "$name") || return 1
+  printf '%s\n' "$answer"
+  path=$(printf '%s\n' "$answer" | sed -n 's/^data: //p' | tail -n 1)
+  if [ "$(basename "$path")" != "$name.csv" ]; then
+    echo "$name.csv could not be had, only synthetic data ($path); to train on that add" \
+      "--root_path $(dirname "$path") --data_path $(basename "$path")" >&2
+    return 1
+  fi
+  data_dir=$(dirname "$path")/
+}
+
+# run_ett NAME FLAGS...: one run on NAME; a flag that comes twice holds its last value.
+run_ett() {
+  local name=$1
+  shift
+  set_allocator || return 1
+  find_data "$name" "$@" || return 1
+  "$python" run_main.py --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
+}

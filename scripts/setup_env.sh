@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository and installs requirements.txt there; does nothing where that has been done.
+#
+#   bash scripts/setup_env.sh          what running needs
+#   bash scripts/setup_env.sh --test   the tests' packages too
+#
+#   TORCH_INDEX_URL  package index that torch is taken from, e.g. https://download.pytorch.org/whl/cu126
+#   PYTHON           where set, nothing is made or installed: that Python is taken as it is
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -n "${PYTHON:-}" ]; then
+  echo "environment: PYTHON=$PYTHON, taken as it is"
+  exit 0
+fi
+
+files=(requirements.txt)
+if [ "${1:-}" = --test ]; then
+  files+=(requirements-test.txt)
+fi
+
+# python3 where it is new enough: several of the pinned packages need 3.11.
+find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return 0
+    fi
+  done
+  echo "setup_env.sh: python3 is $(python3 --version 2>&1 || true); Python 3.11 or newer is needed" >&2
+  return 1
+}
+
+make_venv() {
+  local base
+  base=$(find_python)
+  if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
+    echo "setup_env.sh: $base has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2
+    return 1
+  fi
+  echo "environment: making .venv with $("$base" --version)"
+  rm -f .venv/*.installed
+  "$base" -m venv .venv
+}
+
+pip_install() {
+  .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"
+}
+
+has_gpu() {
+  command -v nvidia-smi >/dev/null || [ -x /usr/lib/wsl/lib/nvidia-smi ]
+}
+
+# On Linux PyPI's torch brings gigabytes of CUDA with it, which a machine without a GPU has no use for.
+install_torch() {
+  local pin cpu_index=https://download.pytorch.org/whl/cpu
+  pin=$(grep '^torch==' requirements.txt)
+  if [ -n "${TORCH_INDEX_URL:-}" ]; then
+    echo "environment: $pin from TORCH_INDEX_URL ($TORCH_INDEX_URL)"
+    pip_install --index-url "$TORCH_INDEX_URL" "$pin"
+  elif [ "$(uname -s)" != Linux ] || has_gpu; then
+    echo "environment: $pin as pip's index has it"
+    pip_install "$pin"
+  elif pip_install "$pin+cpu" 2>/dev/null; then
+    echo "environment: $pin+cpu, found where pip is set to look"
+  elif pip_install --timeout 15 --retries 1 --extra-index-url "$cpu_index" "$pin+cpu" 2>/dev/null; then
+    echo "environment: $pin+cpu from $cpu_index"
+  else
+    echo "environment: no CPU build of $pin could be had; taking the one with CUDA (several GB)"
+    pip_install "$pin"
+  fi
+}
+
+# A copy of each file as it was installed tells whether anything is to be done.
+up_to_date() {
+  local file
+  for file in "${files[@]}"; do
+    cmp -s "$file" ".venv/$file.installed" || return 1
+  done
+  .venv/bin/python -c '' 2>/dev/null
+}
+
+install_all() {
+  local file
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none yet, or its base Python is gone
+    make_venv
+  fi
+  if ! cmp -s requirements.txt .venv/requirements.txt.installed; then
+    install_torch
+  fi
+  for file in "${files[@]}"; do
+    if ! cmp -s "$file" ".venv/$file.installed"; then
+      echo "environment: installing $file"
+      pip_install -r "$file"
+      cp "$file" ".venv/$file.installed"
+    fi
+  done
+}
+
+mkdir -p .venv
+if command -v flock >/dev/null; then  # two set-ups at once: the second waits, then finds all done
+  exec 9>.venv/setup.lock
+  flock 9 || true  # some mounted Windows drives have no locks
+fi
+if ! up_to_date; then
+  install_all
+fi
+echo "environment: .venv ready ($(.venv/bin/python --version))"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up the environment and runs the tests; arguments go to pytest, which runs in the repository's folder.
+set -euo pipefail
+unset CDPATH
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup_env.sh --test
+exec "${PYTHON:-.venv/bin/python}" -m pytest -q "$@"

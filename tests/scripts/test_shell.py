@@ -1,0 +1,238 @@
+"""The experiment scripts: flags and their order, weights, data, allocator, and what the caller's shell keeps.
+
+They run in a copy of the scripts folder with a Python that prints how it was called.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.flags import parse_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [f"TimeLLM_{name}_2.sh" for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2")]
+EXPERIMENTS = [*SMALL, "TimeLLM_ETTh1_24G.sh"]
+
+# Stands in for Python: answers the two questions that the scripts ask, and prints the call of run_main.py.
+RECORDER = """#!/usr/bin/env bash
+case $1 in
+  -c) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" ;;
+  scripts/get_data.py) echo "progress" >&2; echo "said by get_data"; echo "data: $FAKE_DATA" ;;
+  scripts/make_backbone.py) echo "backbone=$*" ;;
+  -m) echo "table=$3" ;;
+  run_main.py)
+    echo "cwd=$PWD"
+    echo "alloc=${PYTORCH_ALLOC_CONF-} cuda=${PYTORCH_CUDA_ALLOC_CONF-}"
+    shift; printf 'arg=%s\\n' "$@"
+    echo "Checkpoints saved at: ./checkpoints/run one"
+    exit "${FAKE_EXIT:-0}" ;;
+esac
+"""
+
+
+class Copy:
+    """A repository with nothing but the scripts, in a folder with a space in its name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "time llm"
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        data = self.root / "dataset" / "ETT-small"
+        data.mkdir(parents=True)
+        for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2"):
+            (data / f"{name}.csv").touch()
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.tool("recorder", RECORDER)
+        self.tool("uname", "#!/bin/sh\necho 6.1.0-generic\n")
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir()
+        path = f"{self.bin}:{os.environ['PATH']}"
+        self.env = {"PATH": path, "PYTHON": "recorder", "FAKE_TORCH": "2.13.0+cpu"}
+
+    def tool(self, name: str, text: str) -> None:
+        """Put a program on the scripts' PATH."""
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def bash(self, command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a bash command line in another folder than the repository."""
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.elsewhere,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def run(self, script: str, *flags: str, **env: str) -> list[str]:
+        """The arguments with which a script calls run_main.py."""
+        done = self.bash(f'bash "{self.root}/scripts/{script}" "$@"'.replace('"$@"', " ".join(flags)), **env)
+        assert done.returncode == 0, done.stderr
+        assert f"cwd={self.root}\n" in done.stdout
+        return re.findall("^arg=(.*)$", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+def test_etth1_has_the_guides_flags(copy: Copy) -> None:
+    guide = (
+        "--task_name long_term_forecast --is_training 1 --root_path ./dataset/ETT-small/ --data_path "
+        "ETTh1.csv --model_id ETTh1_512_96 --model_comment Qwen3B_fast --model TimeLLM --data ETTh1 "
+        "--features M --seq_len 512 --label_len 48 --pred_len 96 --e_layers 2 --d_layers 1 --factor 3 "
+        "--enc_in 7 --dec_in 7 --c_out 7 --batch_size 4 --d_model 32 --n_heads 8 --d_ff 32 --llm_dim "
+        "2048 --llm_layers 6 --num_workers 2 --prompt_domain 1 --train_epochs 3 --itr 1 --dropout 0.1 "
+        "--llm_model QWEN --load_in_4bit "
+    ).split()
+    weights = ["--llm_model_path", f"{copy.root}/base_models/Qwen2.5-3B"]
+    assert parse_flags(copy.run("TimeLLM_ETTh1_2.sh")) == parse_flags(guide + weights)
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS)
+def test_every_script_parses_and_names_its_data(copy: Copy, script: str) -> None:
+    args = parse_flags(copy.run(script))
+    name = script.split("_")[1].removesuffix(".sh")
+    assert (args.data, args.data_path, args.model_id) == (name, f"{name}.csv", f"{name}_512_96")
+
+
+def test_small_scripts_differ_only_in_the_data_set() -> None:
+    texts = {
+        (ROOT / "scripts" / script).read_text().replace(script.split("_")[1], "NAME") for script in SMALL
+    }
+    assert len(texts) == 1
+
+
+def test_server_script(copy: Copy) -> None:
+    args = parse_flags(copy.run("TimeLLM_ETTh1_24G.sh"))
+    assert (args.batch_size, args.train_epochs) == (16, 50)
+    assert (args.llm_layers, args.d_ff, args.d_model) == (12, 128, 32)
+
+
+@pytest.mark.parametrize("script", EXPERIMENTS)
+def test_own_flags_come_last_and_keep_their_spaces(copy: Copy, script: str) -> None:
+    argv = copy.run(script, "--train_epochs", "7", "--des", "'two words'")
+    assert argv[-4:] == ["--train_epochs", "7", "--des", "two words"]
+    assert parse_flags(argv).train_epochs == 7
+
+
+def test_weights_folder(copy: Copy) -> None:
+    def path(**env: str) -> str | None:
+        return parse_flags(copy.run("TimeLLM_ETTh1_2.sh", **env)).llm_model_path
+
+    assert path(LLM_PATH="/models/qwen") == "/models/qwen"
+    assert path(LLM_PATH="Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    (copy.elsewhere / "qwen").mkdir()
+    assert path(LLM_PATH="qwen") == str(copy.elsewhere / "qwen")
+
+
+def test_exit_code_comes_through(copy: Copy) -> None:
+    assert copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"', FAKE_EXIT="130").returncode == 130
+
+
+@pytest.mark.parametrize("failure", ["0", "2"])
+def test_source_leaves_the_shell_as_it_was(copy: Copy, failure: str) -> None:
+    state = "pwd; set -o; shopt; declare -F; compgen -v | sort"
+    source = f'source "{copy.root}/scripts/TimeLLM_ETTh1_2.sh" > ran'
+    done = copy.bash(f"LINENO=0; {state} > a; {source}; echo rc=$?; {state} > b; diff a b", FAKE_EXIT=failure)
+    bashs_own = {"_", "PIPESTATUS"}  # come up as any shell goes on
+    differences = [line for line in done.stdout.splitlines() if line[:1] in "<>"]
+    changed = [line for line in differences if line.split()[1] not in bashs_own]
+    assert f"rc={failure}" in done.stdout and changed == [], done.stdout
+    assert "arg=--task_name" in (copy.elsewhere / "ran").read_text()
+
+
+def test_source_without_torch_does_not_end_the_shell(copy: Copy) -> None:
+    done = copy.bash(f'source "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"; echo "still here, $?"', FAKE_TORCH="")
+    assert done.stdout == "still here, 1\n"
+    assert "no torch" in done.stderr and "setup_env.sh" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch", "kernel", "expected"),
+    [
+        ("2.13.0+cpu", "6.1.0-generic", "alloc=expandable_segments:True cuda="),
+        ("2.13.0+cu130", "5.15.167.4-microsoft-standard-WSL2", "alloc=max_split_size_mb:64 cuda="),
+        ("2.9.0", "6.1.0", "alloc=expandable_segments:True cuda="),
+        ("2.8.1", "6.1.0", "alloc= cuda=expandable_segments:True"),
+        ("3.0.0", "6.1.0", "alloc=expandable_segments:True cuda="),
+    ],
+)
+def test_allocator(copy: Copy, torch: str, kernel: str, expected: str) -> None:
+    copy.tool("uname", f"#!/bin/sh\necho {kernel}\n")
+    done = copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"', FAKE_TORCH=torch)
+    assert f"\n{expected}\n" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_allocator_keeps_what_is_set(copy: Copy, name: str) -> None:
+    done = copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"', **{name: "max_split_size_mb:128"})
+    expected = {
+        "PYTORCH_ALLOC_CONF": "alloc=max_split_size_mb:128 cuda=",
+        "PYTORCH_CUDA_ALLOC_CONF": "alloc= cuda=max_split_size_mb:128",
+    }
+    assert f"\n{expected[name]}\n" in done.stdout
+
+
+def test_missing_data_is_fetched(copy: Copy) -> None:
+    (copy.root / "dataset/ETT-small/ETTm2.csv").unlink()
+    args = parse_flags(copy.run("TimeLLM_ETTm2_2.sh", FAKE_DATA="/elsewhere/ETTm2.csv"))
+    assert (args.root_path, args.data_path) == ("/elsewhere/", "ETTm2.csv")
+
+
+def test_synthetic_data_stops_the_script(copy: Copy) -> None:
+    (copy.root / "dataset/ETT-small/ETTh2.csv").unlink()
+    script = f'bash "{copy.root}/scripts/TimeLLM_ETTh2_2.sh"'
+    done = copy.bash(script, FAKE_DATA="dataset/synthetic/synthetic.csv")
+    assert done.returncode == 1 and "arg=" not in done.stdout
+    assert "said by get_data" in done.stdout and "ETTh2.csv could not be had" in done.stderr
+    own = copy.bash(f"{script} --root_path dataset/synthetic --data_path synthetic.csv")
+    assert own.returncode == 0 and "get_data" not in own.stdout
+
+
+def test_python_of_the_repository_comes_first(copy: Copy) -> None:
+    folder = copy.root / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").write_text(RECORDER.replace("cwd=", "venv\ncwd="))
+    (folder / "python").chmod(0o755)
+    del copy.env["PYTHON"]
+    assert "venv\n" in copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"').stdout
+
+
+def test_set_up_takes_a_given_python_as_it_is(copy: Copy) -> None:
+    done = copy.bash(f'bash "{copy.root}/scripts/setup_env.sh"', PYTHON=sys.executable)
+    assert done.returncode == 0 and not (copy.root / ".venv").exists()
+
+
+def test_set_up_names_the_python_it_needs(copy: Copy) -> None:
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        copy.tool(name, '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.10"\nexit 1\n')
+    del copy.env["PYTHON"]
+    done = copy.bash(f'bash "{copy.root}/scripts/setup_env.sh"')
+    assert done.returncode == 1
+    assert done.stderr == "setup_env.sh: python3 is Python 3.8.10; Python 3.11 or newer is needed\n"
+
+
+def test_quickstart_goes_from_data_to_table(copy: Copy) -> None:
+    script = f'bash "{copy.root}/scripts/quickstart.sh" --train_epochs 2'
+    done = copy.bash(script, FAKE_DATA="dataset/synthetic/ETTh1_synthetic.csv")
+    assert done.returncode == 0, done.stderr
+    args = parse_flags(re.findall("^arg=(.*)$", done.stdout, re.MULTILINE))
+    assert (args.root_path, args.data_path) == ("dataset/synthetic", "ETTh1_synthetic.csv")
+    assert (args.model_id, args.train_epochs) == ("ETTh1_synthetic_512_96", 2)
+    assert "--preset tiny --out base_models/tiny-random\n" in done.stdout
+    assert "\ntable=./checkpoints/run one\nquickstart: 0 min " in done.stdout
+    failed = copy.bash(script, FAKE_DATA="dataset/ETT-small/ETTh1.csv", FAKE_EXIT="2")
+    assert failed.returncode == 2 and "table=" not in failed.stdout
+
+
+def test_every_script_is_valid_bash() -> None:
+    for script in [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]:
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0, script

@@ -1,0 +1,176 @@
+"""What a forecast must beat: last value, last season, and a closed-form linear map.
+
+All are measured on the standardised test windows of a Series, as the model is.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from data_provider.data_loader import Series, WindowDataset
+from data_provider.timestamps import infer_step
+
+EPSILON = 1e-5  # of the instance normalisation (models' RevIN)
+CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
+PENALTIES = np.logspace(-6, 2, 25)  # as parts of the total weight of the training sequences
+
+Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A row of the comparison; errors on the standardised scale."""
+
+    name: str
+    mse: float
+    mae: float
+    seconds: float  # fit and test
+    detail: str
+
+
+def baselines(series: Series, season: int | None = None) -> list[Baseline]:
+    """Measure the naive forecasts and the ridge regression on the test windows.
+
+    Args:
+        season: length of a season in rows; None takes it from the data's step
+            (24 hours for steps below a day). The seasonal row is left out
+            where a season is one row or does not fit in seq_len.
+    """
+    test, horizon = series.windows("test"), series.pred_len
+    season = season_length(series.dates) if season is None else season
+    rows = [
+        _measure(
+            "last value",
+            "repeats x[T-1]",
+            test,
+            time.perf_counter(),
+            lambda x: np.repeat(x[:, -1:], horizon, axis=1),
+        )
+    ]
+    if 1 < season <= series.seq_len:
+        last_season = np.arange(horizon) % season - season
+        rows.append(
+            _measure(
+                "last season",
+                f"repeats the last {season} rows",
+                test,
+                time.perf_counter(),
+                lambda x: x[:, last_season],
+            )
+        )
+    start = time.perf_counter()
+    weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
+    rows.append(
+        _measure(
+            "ridge",
+            f"linear map T to H, relative penalty {penalty:.2g}",
+            test,
+            start,
+            lambda x: ridge_forecast(x, weights),
+        )
+    )
+    return rows
+
+
+def season_length(dates: pd.DatetimeIndex) -> int:
+    """Rows of the shortest natural season: a day, else a week, else a year; 1 where none is known."""
+    step = infer_step(dates)
+    if step is None:
+        return 1
+    if isinstance(step, pd.offsets.BDay):
+        return 5
+    start = pd.Timestamp("2001-01-01")
+    length = (start + 12 * step - start) / 12  # months differ in length
+    for span in (pd.Timedelta(days=1), pd.Timedelta(days=7), pd.Timedelta(days=365.25)):
+        if 2 * length <= span:
+            return round(span / length)
+    return 1
+
+
+def _sequences(windows: WindowDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Input and truth of every window and channel that counts, `[m, T]` and `[m, H]` float64, a chunk at a time."""
+    values = windows.values if windows.target_index is None else windows.values[:, [windows.target_index]]
+    length = windows.seq_len + windows.pred_len
+    view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)  # [windows, N, T + H]
+    step = max(1, CHUNK_SEQUENCES // values.shape[1])
+    for start in range(0, len(view), step):
+        chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
+        yield chunk[:, : windows.seq_len], chunk[:, windows.seq_len :]
+
+
+def _measure(name: str, detail: str, windows: WindowDataset, start: float, forecast: Forecast) -> Baseline:
+    squares = absolutes = count = 0.0
+    for x, y in _sequences(windows):
+        error = forecast(x) - y
+        squares += np.square(error).sum()
+        absolutes += np.abs(error).sum()
+        count += error.size
+    return Baseline(
+        name, float(squares / count), float(absolutes / count), time.perf_counter() - start, detail
+    )
+
+
+def normalise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Instance normalisation of `[M, T]`: z `[M, T]`, mean and deviation `[M, 1]`."""
+    mean = x.mean(axis=1, keepdims=True)
+    deviation = np.sqrt(x.var(axis=1, keepdims=True) + EPSILON)
+    return (x - mean) / deviation, mean, deviation
+
+
+def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Forecast `[M, H]` from `[M, T]` with a map `[T + 1, H]` of normalised windows, intercept last."""
+    z, mean, deviation = normalise(x)
+    return (z @ weights[:-1] + weights[-1]) * deviation + mean
+
+
+def _moments(windows: WindowDataset) -> tuple[np.ndarray, np.ndarray]:
+    """All that least squares needs of the windows: xx `[T + 1, T + 1]` and xy `[T + 1, H]`.
+
+    Each sequence is weighted by its variance, so that an error counts as it
+    does after de-normalising and in the model's own loss. Unweighted, the few
+    windows in which a sensor stood still (deviation near 0, ETTh2 has them)
+    would decide the map: MSE 0.63 there instead of 0.27.
+    """
+    xx = xy = 0.0
+    for x, y in _sequences(windows):
+        _, mean, deviation = normalise(x)
+        weighted = np.hstack([x - mean, deviation])  # [m, T + 1]: (z, 1) times the deviation
+        xx, xy = xx + weighted.T @ weighted, xy + weighted.T @ (y - mean)
+    return xx, xy
+
+
+def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, float]:
+    """One linear map for all channels, the penalty with the lowest validation MSE.
+
+    Returns:
+        weights `[T + 1, H]` (intercept last, not penalised), and the penalty
+        as a part of the total weight of the training sequences.
+    """
+    (xx, xy), (val_xx, val_xy) = _moments(train), _moments(val)
+    candidates = list(ridge_maps(xx, xy, PENALTIES * xx[-1, -1]))
+    # |z w - y|^2 summed over validation, without the part that no w changes
+    errors = [np.sum(w * (val_xx @ w - 2 * val_xy)) for w in candidates]
+    best = int(np.argmin(errors))
+    return candidates[best], float(PENALTIES[best])
+
+
+def ridge_maps(xx: np.ndarray, xy: np.ndarray, penalties: np.ndarray) -> Iterator[np.ndarray]:
+    """Ridge solutions `[T + 1, H]`, one a penalty, from one eigendecomposition.
+
+    Args:
+        xx: `[T + 1, T + 1]` weighted sums of products of inputs with a one appended.
+        xy: `[T + 1, H]` weighted sums of products of those with the targets.
+    """
+    weight = xx[-1, -1]
+    x_mean, y_mean = xx[-1, :-1] / weight, xy[-1] / weight
+    centred_xx = xx[:-1, :-1] - weight * np.outer(x_mean, x_mean)
+    centred_xy = xy[:-1] - weight * np.outer(x_mean, y_mean)
+    eigenvalues, vectors = np.linalg.eigh(centred_xx)
+    eigenvalues = np.maximum(eigenvalues, 0)  # the sum of a normalised window is 0: one is, up to rounding
+    projected = vectors.T @ centred_xy
+    for penalty in penalties:
+        slope = vectors @ (projected / (eigenvalues + penalty)[:, None])
+        yield np.vstack([slope, y_mean - x_mean @ slope])

@@ -1,0 +1,173 @@
+"""A run from its flags to its results: check, set up, train, test."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from data_provider.data_factory import epoch_batches, make_loader, series_from_args
+from data_provider.data_loader import Series
+from layers.backbone import Backbone, BackboneInfo, find_backbone, require_bitsandbytes
+from layers.errors import InputError
+from models.TimeLLM import Model, describe
+from utils.batches import SequenceCollate
+from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
+from utils.evaluate import Scores
+from utils.files import write_json
+from utils.flags import run_name
+from utils.run_log import RunLog, peak_memory_gib, silent
+from utils.step import build_optimizer
+from utils.train import Run, fit
+
+SPLITS = ("train", "val", "test")
+
+
+def main(args: Namespace) -> int:
+    """Run the flags, `--itr` times over; return the exit code.
+
+    Raises:
+        InputError: something that the user can mend; raised before any weight is loaded.
+    """
+    for repeat in range(args.itr):
+        folder = Path(args.checkpoints) / run_name(args, repeat)
+        series, info, checkpoint = check(args, folder)
+        run = set_up(args, repeat, folder, series, info)
+        if args.is_training:
+            fit(run)
+            run.log(f"Checkpoints saved at: {folder}")
+            run.accelerator.wait_for_everyone()
+            checkpoint = folder / TENSORS
+        test(run, checkpoint)
+    return 0
+
+
+def check(args: Namespace, folder: Path) -> tuple[Series, BackboneInfo, Path | None]:
+    """Set the flags against the data, the backbone and the checkpoint, without loading a weight.
+
+    Fills in `enc_in` and `llm_dim` where they were left out.
+
+    Raises:
+        InputError: at the first contradiction.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: found no usable CUDA GPU (torch.cuda.is_available() is False); use auto or cpu")
+    series = series_from_args(args)
+    args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
+    describe(args)
+    info = find_backbone(args.llm_model, args.llm_model_path)
+    args.llm_dim = _agree("llm_dim", args.llm_dim, info.hidden_size, f"hidden size of {info.folder}")
+    if args.llm_layers > info.layers:
+        raise InputError(f"--llm_layers: found {args.llm_layers}, need at most {info.layers}, all that {info.folder} has")
+    if args.d_ff > info.hidden_size:
+        raise InputError(f"--d_ff: found {args.d_ff}, need at most {info.hidden_size}, the hidden size of {info.folder}")
+    if args.load_in_4bit or args.optimizer == "adamw8bit":
+        require_bitsandbytes()
+    for split in SPLITS:
+        epoch_batches(args, series.windows(split), split)
+    checkpoint = None
+    if not args.is_training:
+        checkpoint = find_checkpoint(Path(args.checkpoint) if args.checkpoint else folder)
+        check_checkpoint(checkpoint, trained_shapes(args, info))
+    return series, info, checkpoint
+
+
+def _agree(flag: str, given: int | None, true: int, what: str) -> int:
+    if given not in (None, true):
+        raise InputError(f"--{flag}: found {given}, need {true}, the {what}; or leave the flag out")
+    return true
+
+
+def trained_shapes(args: Namespace, info: BackboneInfo) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every trained tensor, without making one."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Model(args, info).state_dict().items()}
+
+
+def set_up(args: Namespace, repeat: int, folder: Path, series: Series, info: BackboneInfo) -> Run:
+    """Load the backbone, build the model and the loaders."""
+    # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+    if args.is_training and accelerator.is_main_process:
+        moved = move_aside(folder)
+    accelerator.wait_for_everyone()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder / ("train.log" if args.is_training else "test.log")) if accelerator.is_main_process else silent
+    if args.is_training and accelerator.is_main_process and moved:
+        log(f"The folder held an earlier run, now in: {moved}")
+    device = accelerator.device
+    log(f"Using device: {device}")
+    if series.synthetic:
+        log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(args.seed + repeat)
+    backbone = Backbone(info, args.llm_layers, device, args.load_in_4bit)
+    model = Model(args, backbone).to(device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    log(f"Trained values: {parameter_count(shapes):,}; {'fast' if model.fast_path else 'plain'} path")
+    loaders = {}
+    for split in SPLITS if args.is_training else SPLITS[2:]:
+        data = series.windows(split)
+        batches = epoch_batches(args, data, split, accelerator.process_index, accelerator.num_processes)
+        batches.seed += repeat
+        collate = SequenceCollate(model.prompts, args.pred_len, series.target_index)
+        loaders[split] = make_loader(data, batches, args.num_workers, collate, pin=device.type == "cuda")
+        log(f"{split} {len(data)}")
+    return Run(
+        args=args,
+        folder=folder,
+        log=log,
+        accelerator=accelerator,
+        model=model,
+        loaders=loaders,
+        record=describe_run(args, series, info),
+        max_sequences=args.max_sequences or 0,
+        optimizer=build_optimizer(args.optimizer, model, args.learning_rate) if args.is_training else None,
+    )
+
+
+def _precision(args: Namespace) -> str:
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    return "bf16" if cuda or args.use_amp else "no"
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Give a folder that holds a checkpoint the next free number; nothing of it is lost."""
+    if not any((folder / name).is_file() for name in (TENSORS, "checkpoint")):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def describe_run(args: Namespace, series: Series, info: BackboneInfo) -> dict:
+    """What a checkpoint says of its run."""
+    return {
+        "flags": vars(args),
+        "data": {"file": series.path.name, "rows": len(series.dates), "synthetic": series.synthetic},
+        "columns": series.columns,
+        "scaler": {"mean": series.scaler.mean_.tolist(), "deviation": series.scaler.scale_.tolist()},
+        "backbone": info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit},
+    }
+
+
+def test(run: Run, checkpoint: Path) -> Scores:
+    """Score the checkpoint on the test split; print and keep the figures."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
+    tensors, record = read_checkpoint(checkpoint, shapes)
+    trained_on = record.get("backbone", {}).get("fingerprint")
+    if trained_on not in (None, run.record["backbone"]["fingerprint"]):
+        run.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
+    run.model.load_state_dict(tensors)
+    scores = run.evaluate("test")
+    run.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
+    if run.accelerator.is_main_process:
+        metrics = {"test": {"mse": scores.mse, "mae": scores.mae}, "checkpoint": str(checkpoint)}
+        metrics |= {"data": run.record["data"], "peak_memory_gib": peak_memory_gib(run.accelerator.device)}
+        write_json(run.folder / "metrics.json", metrics)
+    return scores
