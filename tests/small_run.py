@@ -89,6 +89,6 @@ def random_windows(windows: int = 3, seq_len: int = SEQ_LEN, channels: int = 2, 
     """Windows `[B, T, N]` whose prompts differ in length: some values have few digits, some many."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(windows, seq_len, channels, generator=generator).cumsum(1)
-    x[0, :, 0] = 2.0  # a constant series: the shortest prompt there is
-    x[-1] = x[-1] * 1e-3 + 5
+    x[0, :, 0] = 0.0  # the shortest prompt there is
+    x[-1] *= 1e-3
     return x
