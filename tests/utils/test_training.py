@@ -110,7 +110,7 @@ def test_all_epochs_run_while_it_gets_better(argv, capsys) -> None:
 def test_two_runs_are_bit_identical_and_another_seed_is_not(argv, capsys, tmp_path: Path) -> None:
     outcomes = []
     for name, flags in (("a", {}), ("b", {}), ("c", {"seed": 7}), ("workers", {"num_workers": 2})):
-        words = argv(train_epochs=2, checkpoints=tmp_path / name, **flags)
+        words = argv(train_epochs=2, max_iters=4, checkpoints=tmp_path / name, **flags)
         lines = [line.replace(str(tmp_path / name), "") for line in without_times(train(words, capsys))]
         outcomes.append((lines, load_file(run_folder(words) / "checkpoint.safetensors"), words))
     (lines, tensors, words), (same_lines, same, same_words), (other_lines, other, _), (w_lines, w_tensors, _) = outcomes
