@@ -141,6 +141,38 @@ def test_the_opening_may_change_between_two_models(load, tmp_path) -> None:
         assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
 
 
+@pytest.mark.parametrize("failing_pass", [pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="layers/backbone.py: to be fixed")), 2, 3])
+def test_a_pass_that_ran_out_of_memory_leaves_nothing_behind(backbones, tmp_path, failing_pass: int) -> None:
+    """Batches are tried again in smaller parts: what the first try began must not be taken for finished."""
+    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2)
+    models = [small_model(tmp_path, backbone, pred_len=horizon) for horizon in (8, 9)]
+    x = random_windows(2)
+    with torch.no_grad():
+        expected = [model(x) for model in models]
+        models[0](x)
+        passes = iter(range(1, 4))
+
+        def out_of_memory(module, inputs):
+            if next(passes, 4) == failing_pass:
+                raise RuntimeError("out of memory")
+
+        hook = backbone.model.layers[1].register_forward_pre_hook(out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            models[1](x)
+        hook.remove()
+        for model, right in [*zip(models, expected, strict=True), (models[0], expected[0])]:
+            assert series_difference(model(x), right) < FLOAT32
+
+
+@pytest.mark.xfail(strict=True, reason="layers/backbone.py: to be fixed")
+def test_an_empty_opening_may_follow_another(backbones, tmp_path) -> None:
+    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2)
+    model, other = small_model(tmp_path, backbone), small_model(tmp_path, backbone)
+    other.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
+    for each in (model, other, model):
+        assert_paths_agree(each, make_batch(each, random_windows(2)), FLOAT32)
+
+
 def test_paths_agree_with_direct_prototypes(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2", prototypes="direct")
     assert_paths_agree(model, make_batch(model, random_windows()), FLOAT32)
