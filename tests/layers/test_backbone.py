@@ -30,11 +30,16 @@ def refused(folder: Path | str, name: str = "QWEN") -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+    return {
+        name: tensor
+        for shard in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
 
 
 @pytest.mark.parametrize(
-    ("family", "layer"), [("qwen2", "layers."), ("llama", "layers."), ("gpt2", "h."), ("bert", "encoder.layer.")]
+    ("family", "layer"),
+    [("qwen2", "layers."), ("llama", "layers."), ("gpt2", "h."), ("bert", "encoder.layer.")],
 )
 def test_only_the_first_layers_are_loaded(backbones, load, family: str, layer: str) -> None:
     both = load(family).model.state_dict()

@@ -8,7 +8,15 @@ from layers.patch import PatchEmbedding, TokenEmbedding, patch_count
 
 @pytest.mark.parametrize(
     ("seq_len", "patch_len", "stride", "patches"),
-    [(512, 16, 8, 64), (96, 16, 8, 12), (16, 16, 8, 2), (17, 16, 8, 2), (24, 16, 8, 3), (10, 4, 3, 4), (5, 5, 9, 2)],
+    [
+        (512, 16, 8, 64),
+        (96, 16, 8, 12),
+        (16, 16, 8, 2),
+        (17, 16, 8, 2),
+        (24, 16, 8, 3),
+        (10, 4, 3, 4),
+        (5, 5, 9, 2),
+    ],
 )
 def test_patch_count(seq_len: int, patch_len: int, stride: int, patches: int) -> None:
     assert patch_count(seq_len, patch_len, stride) == patches

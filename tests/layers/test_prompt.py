@@ -73,7 +73,9 @@ def test_figures_against_torch(steps: int) -> None:
 def test_lags_against_a_sum_written_out(steps: int) -> None:
     z = random_series(10, steps, seed=1)
     for series, lags in zip(z.astype(np.float64), top_lags(z), strict=True):
-        correlation = [sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)]
+        correlation = [
+            sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)
+        ]
         assert len(set(lags)) == 5
         np.testing.assert_allclose([correlation[lag] for lag in lags], sorted(correlation)[:-6:-1], rtol=1e-9)
         for first, second in zip(lags, lags[1:], strict=False):
@@ -130,7 +132,9 @@ def test_the_description_is_cut_and_never_the_statistics(backbones, family: str,
     assert kept and LONG.startswith(kept) and len(kept) < len(LONG)
     z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
     lengths = []
-    for text, ids in zip(describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True):
+    for text, ids in zip(
+        describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True
+    ):
         whole = encoder.opening_ids + ids
         cut = PromptTemplate(kept, 512, 96).opening() + text
         assert tokenizer.decode(whole, skip_special_tokens=True) == cut

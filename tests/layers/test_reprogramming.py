@@ -30,14 +30,18 @@ def written_out(layer: ReprogrammingLayer, tokens: torch.Tensor, prototypes: tor
 
 def test_against_softmax_attention() -> None:
     layer, tokens, prototypes = build()
-    torch.testing.assert_close(layer(tokens, *layer.keys_values(prototypes)), written_out(layer, tokens, prototypes))
+    torch.testing.assert_close(
+        layer(tokens, *layer.keys_values(prototypes)), written_out(layer, tokens, prototypes)
+    )
 
 
 def test_gradients_and_the_exact_zero() -> None:
     """Softmax takes the keys' bias out again, so its gradient is zero, exactly; the others are those of
     automatic differentiation over the written-out form."""
     layer, tokens, prototypes = build()
-    found = torch.autograd.grad(layer(tokens, *layer.keys_values(prototypes)).square().sum(), layer.parameters())
+    found = torch.autograd.grad(
+        layer(tokens, *layer.keys_values(prototypes)).square().sum(), layer.parameters()
+    )
     expected = torch.autograd.grad(written_out(layer, tokens, prototypes).square().sum(), layer.parameters())
     for (name, _), a, b in zip(layer.named_parameters(), found, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name, rtol=1e-9, atol=1e-12)

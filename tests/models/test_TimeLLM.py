@@ -147,10 +147,12 @@ def prompt_text(z: np.ndarray) -> str:
     correlation = [float(np.dot(z.astype(float), np.roll(z.astype(float), -lag))) for lag in range(steps)]
     lags = sorted(range(steps), key=lambda lag: (-round(correlation[lag], 6), lag))[:5]
     return (
-        f"<|start_prompt|>Dataset description: {DEFAULT_DESCRIPTION}Task description: forecast the next {PRED_LEN} "
-        f"steps given the previous {steps} steps information; Input statistics: min value {float(z.min())}, "
-        f"max value {float(z.max())}, median value {float(np.sort(z)[(steps - 1) // 2])}, the trend of input is "
-        f"{'upward' if z[-1] > z[0] else 'downward'}, top 5 lags are : {lags}<|<end_prompt>|>"
+        f"<|start_prompt|>Dataset description: {DEFAULT_DESCRIPTION}Task description: forecast the next "
+        f"{PRED_LEN} steps given the previous {steps} steps information; Input statistics: "
+        f"min value {float(z.min())}, "
+        f"max value {float(z.max())}, median value {float(np.sort(z)[(steps - 1) // 2])}, "
+        f"the trend of input is {'upward' if z[-1] > z[0] else 'downward'}, "
+        f"top 5 lags are : {lags}<|<end_prompt>|>"
     )
 
 
@@ -162,7 +164,11 @@ def qwen2(folder: Path, inputs: torch.Tensor) -> torch.Tensor:
     n, width = len(inputs), config["hidden_size"] // heads
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * w[f"model.{name}.weight"]
+        return (
+            x
+            / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+            * w[f"model.{name}.weight"]
+        )
 
     theta = config["rope_parameters"]["rope_theta"]
     angle = torch.arange(n)[:, None].double() / theta ** (torch.arange(0, width, 2).double() / width)
@@ -173,6 +179,7 @@ def qwen2(folder: Path, inputs: torch.Tensor) -> torch.Tensor:
 
     x = inputs.double()
     for i in range(config["num_hidden_layers"]):
+
         def linear(y: torch.Tensor, name: str, i: int = i) -> torch.Tensor:
             bias = w.get(f"model.layers.{i}.{name}.bias", 0.0)
             return y @ w[f"model.layers.{i}.{name}.weight"].T + bias
@@ -207,7 +214,9 @@ def forecast(folder: Path, trained: dict[str, torch.Tensor], z: torch.Tensor) ->
     patches = torch.stack([padded[i * 8 : i * 8 + 16] for i in range((SEQ_LEN - 16) // 8 + 2)])  # (L, P)
     L = len(patches)
     kernel = t["patch_embedding.value_embedding.tokenConv.weight"]  # (d, P, 3)
-    tokens = torch.stack([sum(kernel[:, :, j] @ patches[(i + j - 1) % L] for j in range(3)) for i in range(L)])
+    tokens = torch.stack(
+        [sum(kernel[:, :, j] @ patches[(i + j - 1) % L] for j in range(3)) for i in range(L)]
+    )
 
     prototypes = t["mapping_layer.weight"] @ E + t["mapping_layer.bias"][:, None]  # (K, D)
 
@@ -216,9 +225,7 @@ def forecast(folder: Path, trained: dict[str, torch.Tensor], z: torch.Tensor) ->
         return x @ t[f"{layer}.weight"].T + t[f"{layer}.bias"]
 
     q, k, v = project(tokens, "query"), project(prototypes, "key"), project(prototypes, "value")
-    heads = [
-        (q[:, s] @ k[:, s].T / 8**0.5).softmax(-1) @ v[:, s] for s in (slice(0, 8), slice(8, 16))
-    ]
+    heads = [(q[:, s] @ k[:, s].T / 8**0.5).softmax(-1) @ v[:, s] for s in (slice(0, 8), slice(8, 16))]
     patches = project(torch.cat(heads, dim=-1), "out")  # (L, D)
 
     hidden = qwen2(folder, torch.cat([E[ids], patches]))[-L:, :8]  # (L, f)

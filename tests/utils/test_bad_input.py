@@ -135,7 +135,18 @@ def cell(line: int, column: int, value: str):
         (lambda text: text.split("\n")[0] + "\n", ["rows"]),
         (lambda text: "", ["empty"]),
     ],
-    ids=["no date", "text", "NaN", "empty cell", "infinite", "timestamp", "order", "short", "header only", "empty"],
+    ids=[
+        "no date",
+        "text",
+        "NaN",
+        "empty cell",
+        "infinite",
+        "timestamp",
+        "order",
+        "short",
+        "header only",
+        "empty",
+    ],
 )
 def test_files(refuse, tmp_path: Path, change, words: list[str]) -> None:
     csv = write_csv(tmp_path / "series.csv")
@@ -155,7 +166,8 @@ def test_checkpoint_of_another_shape(refuse, no_weights, tmp_path: Path) -> None
     file = tmp_path / "checkpoint.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
     for flags, name in (
-        ({"pred_len": 9}, "output_projection"), ({"d_model": 16}, "tokenConv"), ({"n_heads": 4}, "reprogramming_layer"),
+        ({"pred_len": 9}, "output_projection"), ({"d_model": 16}, "tokenConv"),
+        ({"n_heads": 4}, "reprogramming_layer"),
         ({"prototypes": "direct"}, "mapping_layer"),
     ):  # fmt: skip
         line = refuse(is_training=0, checkpoint=file, **flags)
@@ -166,7 +178,11 @@ def test_checkpoint_of_another_shape(refuse, no_weights, tmp_path: Path) -> None
 @pytest.mark.parametrize("flags", [{"load_in_4bit": True}, {"optimizer": "adamw8bit"}])
 def test_without_bitsandbytes(refuse, monkeypatch, flags: dict) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
+
+    def without(name: str, *rest):
+        return None if name == "bitsandbytes" else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     assert "bitsandbytes" in refuse(**flags)
 
 
@@ -193,7 +209,18 @@ def test_unreadable_tokenizer(refuse, no_weights, content: str | None) -> None:
     assert "tokenizer" in refuse()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", pytest.param('{"model_type": "qwen2", "hidden_size": "wide"}', marks=pytest.mark.xfail(strict=True, reason="layers/backbone.py: to be fixed"))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        pytest.param(
+            '{"model_type": "qwen2", "hidden_size": "wide"}',
+            marks=pytest.mark.xfail(strict=True, reason="layers/backbone.py: to be fixed"),
+        ),
+    ],
+)
 def test_unreadable_configuration(refuse, no_weights, content: str) -> None:
     (no_weights / "config.json").write_text(content)
     assert "config.json" in refuse()
@@ -210,4 +237,6 @@ def test_as_a_program(backbones, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.count("\n") == 1 and run.stderr.startswith("run_main.py: error: --enc_in: found 320, need 3")
+    assert run.stderr.count("\n") == 1 and run.stderr.startswith(
+        "run_main.py: error: --enc_in: found 320, need 3"
+    )

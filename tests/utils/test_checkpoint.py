@@ -99,7 +99,9 @@ def test_other_names_and_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "checkpoint"])
-@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 200])
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 200]
+)
 def test_damaged_file(tmp_path: Path, name: str, spoil) -> None:
     file = tmp_path / name
     if name == "checkpoint":

@@ -24,10 +24,17 @@ def test_two_processes_train_and_score_as_one(backbones, capsys, tmp_path: Path)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     # every line once; 185 windows are 11 iterations of 2 x 8
-    assert [line for line in lines if line in ("train 185", "val 25", "test 57")] == ["train 185", "val 25", "test 57"]
+    assert [line for line in lines if line in ("train 185", "val 25", "test 57")] == [
+        "train 185",
+        "val 25",
+        "test 57",
+    ]
     assert [line for line in lines if "iters:" in line] == [
         line for line in lines if re.match(r"\titers: (4|8), epoch: 1 \| loss: ", line)
     ]
-    assert sum("iters:" in line for line in lines) == 2 and sum(line.startswith("Test MSE") for line in lines) == 1
+    assert (
+        sum("iters:" in line for line in lines) == 2
+        and sum(line.startswith("Test MSE") for line in lines) == 1
+    )
     # 12 test batches: 6 for each process, of 30 and 27 windows. One process gets the same sums.
     assert figures(train([*words, "--is_training", "0"], capsys)) == figures(lines)

@@ -8,7 +8,9 @@ import torch
 from utils.schedule import learning_rate
 
 
-def rates(schedule: str, steps: int = 5, epochs: int = 6, base: float = 2e-3, pct_start: float = 0.2) -> list[float]:
+def rates(
+    schedule: str, steps: int = 5, epochs: int = 6, base: float = 2e-3, pct_start: float = 0.2
+) -> list[float]:
     return [learning_rate(schedule, base, step, steps, epochs, pct_start) for step in range(steps * epochs)]
 
 
@@ -29,7 +31,9 @@ def test_cos_is_a_half_cosine_over_the_run() -> None:
     assert rates("COS") == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 30)) for step in range(30)])
 
 
-@pytest.mark.parametrize(("steps", "epochs", "pct_start"), [(5, 6, 0.2), (2008, 1, 0.2), (7, 3, 0.3), (10, 2, 0.9), (3, 1, 0.2)])
+@pytest.mark.parametrize(
+    ("steps", "epochs", "pct_start"), [(5, 6, 0.2), (2008, 1, 0.2), (7, 3, 0.3), (10, 2, 0.9), (3, 1, 0.2)]
+)
 def test_tst_is_pytorchs_one_cycle(steps: int, epochs: int, pct_start: float) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -23,7 +23,10 @@ from utils.flags import parse_flags
 
 LOSS = r"\d+\.\d{4}"
 # cli.md's lines of one epoch of 11 iterations with --log_every 4
-ITERATIONS = [r"\titers: {n}, epoch: {e} \| loss: \d+\.\d{{7}}", r"\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s"]
+ITERATIONS = [
+    r"\titers: {n}, epoch: {e} \| loss: \d+\.\d{{7}}",
+    r"\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s",
+]
 EPOCH = [
     *(line.replace("{n}", n) for n in ("4", "8") for line in ITERATIONS),
     r"Epoch: {e} cost time: \d+\.\d",
@@ -57,17 +60,23 @@ def without_times(lines: list[str]) -> list[str]:
 
 
 def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> None:
-    """The first epoch trains, then the rate wrecks the weights: the first epoch's are what is tested."""
+    """The first epoch trains, then one step wrecks the weights: the first epoch's are what is tested."""
     usual = utils.train.learning_rate
 
     def wrecking(schedule, base, step, steps, *rest):
-        return usual(schedule, base, step, steps, *rest) if step < steps else 10.0
+        if step < steps:
+            return usual(schedule, base, step, steps, *rest)
+        return 10.0 if step == steps else 0.0
 
     monkeypatch.setattr(utils.train, "learning_rate", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
     head = ["Using device: cpu", "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
-    tail = ["Early stopping", f"Checkpoints saved at: {re.escape(str(folder))}", r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}"]
+    tail = [
+        "Early stopping",
+        f"Checkpoints saved at: {re.escape(str(folder))}",
+        r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}",
+    ]
     assert_lines(lines, head + epoch_lines(1, 0, 2) + epoch_lines(2, 1, 2) + epoch_lines(3, 2, 2) + tail)
     assert (folder / "train.log").read_text().splitlines() == lines
 
@@ -113,14 +122,21 @@ def test_two_runs_are_bit_identical_and_another_seed_is_not(argv, capsys, tmp_pa
         words = argv(train_epochs=2, max_iters=4, checkpoints=tmp_path / name, **flags)
         lines = [line.replace(str(tmp_path / name), "") for line in without_times(train(words, capsys))]
         outcomes.append((lines, load_file(run_folder(words) / "checkpoint.safetensors"), words))
-    (lines, tensors, words), (same_lines, same, same_words), (other_lines, other, _), (w_lines, w_tensors, _) = outcomes
+    (
+        (lines, tensors, words),
+        (same_lines, same, same_words),
+        (other_lines, other, _),
+        (w_lines, w_tensors, _),
+    ) = outcomes
     assert lines == same_lines == w_lines
     assert all(tensors[name].numpy().tobytes() == same[name].numpy().tobytes() for name in TRAINED)
     assert all(torch.equal(tensors[name], w_tensors[name]) for name in TRAINED)
     assert other_lines != lines and not any(torch.equal(tensors[name], other[name]) for name in TRAINED)
     # to the byte, but for the folder that the record names
     files = [(run_folder(w) / "checkpoint.safetensors").read_bytes() for w in (words, same_words)]
-    assert files[0].replace(str(tmp_path / "a").encode(), b"") == files[1].replace(str(tmp_path / "b").encode(), b"")
+    assert files[0].replace(str(tmp_path / "a").encode(), b"") == files[1].replace(
+        str(tmp_path / "b").encode(), b""
+    )
 
 
 def test_dropout_is_on_in_training(argv, capsys, tmp_path: Path) -> None:
@@ -135,7 +151,9 @@ def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:
     words = argv(itr=2, max_iters=3)
     lines = train(words, capsys)
     folders = [run_folder(words, repeat) for repeat in (0, 1)]
-    assert [f"Checkpoints saved at: {folder}" for folder in folders] == [x for x in lines if x.startswith("Checkpoints")]
+    assert [f"Checkpoints saved at: {folder}" for folder in folders] == [
+        x for x in lines if x.startswith("Checkpoints")
+    ]
     first, second = (load_file(folder / "checkpoint.safetensors") for folder in folders)
     assert not any(torch.equal(first[name], second[name]) for name in TRAINED)
     assert sum(line.startswith("Test MSE") for line in lines) == 2
@@ -188,7 +206,10 @@ def test_target_alone_is_scored_and_every_column_is_read(argv, capsys, tmp_path:
     outcome = {}
     for features in ("S", "MS"):
         words = argv(features=features, max_iters=4, checkpoints=tmp_path / features)
-        outcome[features] = figures(train(words, capsys)), json.loads((run_folder(words) / "checkpoint.json").read_text())
+        outcome[features] = (
+            figures(train(words, capsys)),
+            json.loads((run_folder(words) / "checkpoint.json").read_text()),
+        )
     assert outcome["S"][1]["columns"] == ["OT"] and outcome["MS"][1]["columns"] == list(COLUMNS)
     assert outcome["S"][0] == outcome["MS"][0]
 
@@ -226,7 +247,9 @@ def test_first_update_is_the_optimizers(argv, capsys, tmp_path: Path, optimizer:
     """Adam's first step moves every weight with a gradient by the learning rate; AdamW decays as well."""
     start = argv(max_iters=1, learning_rate=1e-30, checkpoints=tmp_path / "start", optimizer="adam")
     moved = argv(max_iters=1, learning_rate=1e-2, checkpoints=tmp_path / "moved", optimizer=optimizer)
-    before, after = (load_file(run_folder(w) / "checkpoint.safetensors") for w in (start, moved) if train(w, capsys))
+    before, after = (
+        load_file(run_folder(w) / "checkpoint.safetensors") for w in (start, moved) if train(w, capsys)
+    )
     name = "output_projection.linear.weight"
     kept = before[name] * (1 - 1e-2 * 1e-2) if optimizer == "adamw" else before[name]
     torch.testing.assert_close((after[name] - kept).abs(), torch.full_like(kept, 1e-2), rtol=1e-3, atol=1e-5)
@@ -321,5 +344,13 @@ def test_other_backbones_and_ways_to_run(backbones, capsys, tmp_path: Path, fami
 def test_learns_a_clean_cycle(backbones, capsys, tmp_path: Path) -> None:
     """From the level of a mean forecast (1.0) down, on a series that is nearly all daily cycle."""
     write_csv(tmp_path / "series.csv", rows=1200)
-    words = command_line(tmp_path, backbones["qwen2"], seq_len=48, train_epochs=1, learning_rate=3e-3, lradj="constant", features="S")
+    words = command_line(
+        tmp_path,
+        backbones["qwen2"],
+        seq_len=48,
+        train_epochs=1,
+        learning_rate=3e-3,
+        lradj="constant",
+        features="S",
+    )
     assert float(figures(train(words, capsys))[0]) < 0.5
