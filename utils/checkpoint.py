@@ -106,7 +106,7 @@ def _read_legacy(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
             "need safetensors or a state dict of tensors"
         ) from error
     held = held.get("module", held) if isinstance(held, dict) else {}  # DeepSpeed wraps it once more
-    tensors = {name.removeprefix("module."): value for name, value in held.items() if torch.is_tensor(value)}
+    tensors = {str(name).removeprefix("module."): value for name, value in held.items() if torch.is_tensor(value)}
     return {name: t.float() for name, t in tensors.items() if not name.startswith(FROZEN)}, {}
 
 
