@@ -86,6 +86,8 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=start_worker,
+        # Workers must be this process's own children to die with it: Python 3.14 forks them elsewhere.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator().manual_seed(0),
     )
 
