@@ -93,8 +93,14 @@ def make_loader(
 
 
 def start_worker(_worker_id: int) -> None:
-    """Tie a loader worker to its parent: dies with it, leaves Ctrl+C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Tie a loader worker to its parent: it dies with it, and leaves every signal to it.
+
+    A closed terminal or a shutdown signals all processes; a worker that went first would end the parent
+    with an error before it has saved.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform != "linux":
         return  # there PyTorch's own watchdog ends workers some seconds later
     parent = os.getppid()
