@@ -57,10 +57,10 @@ class Command:
     def kill(self) -> str:
         """Stop it, look where it is, kill it."""
         self.process.send_signal(signal.SIGSTOP)
-        phase = self.phase()
+        phase, text = self.phase(), self.text  # a dying worker may complain afterwards
         self.process.kill()
         self.process.wait()
-        assert "Traceback" not in self.text and "WARNING" not in self.text, self.text
+        assert "Traceback" not in text and "WARNING" not in text, text
         return phase
 
 

@@ -1,10 +1,12 @@
 """What happens to long runs, done to real processes: nothing of it loses what was saved."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from tests.live import Lab, Live, losses, run_folder
 from tests.realdata import ROOT
 
-EVERY = ("--save_steps", 7)
+EVERY = ("--save_steps", 7, "--train_epochs", 3, "--eval_batch_size", 1)  # a long evaluation, to hit it
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,9 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     def interrupted(seen, number: int, code: int) -> str:
         live = lab.start(where, *EVERY, "--resume")
         live.until(lambda: seen(live))
+        for worker in workers(live):  # a closed terminal or a shutdown signals them all
+            with suppress(ProcessLookupError):
+                os.kill(worker, number)
         live.send(number)
         assert live.end() == code, live.text
         texts.append(live.text)
@@ -64,6 +69,7 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     text = interrupted(lambda live: "\nEpoch: 1 cost time" in live.text, signal.SIGINT, 130)
     assert "Epoch: 1 | Train Loss" not in text and "epoch 1, iteration 25 is saved" in text
     text = interrupted(lambda live: "\nEpoch: 2 cost time" in live.text, signal.SIGHUP, 129)
+    assert text.count("SIGHUP: ending after the work in hand") == 1
 
     last = lab.start(where, *EVERY, "--resume")
     assert last.end() == 0, last.text
@@ -72,12 +78,12 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
 
     again = lab.start(where, *EVERY, "--resume")
     assert again.end() == 0, again.text
-    assert "This run is finished (2 epochs); only the test is left" in again.text and "iters:" not in again.text
+    assert "This run is finished (3 epochs); only the test is left" in again.text and "iters:" not in again.text
     assert results(where) == results(whole.where)
 
 
 def test_a_second_signal_ends_at_once_with_the_files_intact(lab: Lab, tmp_path: Path) -> None:
-    live = lab.start(tmp_path / "runs", *EVERY)
+    live = lab.start(tmp_path / "runs", *EVERY, "--train_epochs", 99)
     live.until(lambda: "iters: 8," in live.text)
     live.send(signal.SIGSTOP)  # so that both wait when it goes on
     live.send(signal.SIGINT)
@@ -95,7 +101,7 @@ def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp
     where = tmp_path / "runs"
     live = lab.start(where, *EVERY, "--train_epochs", 99)
     live.until(lambda: "iters: 8," in live.text)
-    children = Path(f"/proc/{live.process.pid}/task/{live.process.pid}/children").read_text().split()
+    children = workers(live)
     assert children
 
     second = lab.start(where, *EVERY, "--resume")
@@ -112,7 +118,12 @@ def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp
     assert "--learning_rate was 0.0001, is 0.5; give" in line and "--train_epochs" not in line and "--num_" not in line
 
 
-def _lives(process: str) -> bool:
+def workers(live: Live) -> list[int]:
+    pid = live.process.pid
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _lives(process: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
@@ -158,7 +169,7 @@ def test_a_disk_that_fills_up_later_keeps_the_last_state(lab: Lab, whole: Live, 
     live = lab.start(place / "runs", *EVERY)
     live.until(lambda: "iters: 15," in live.text)  # the states of iterations 7 and 14 are there
     ballast = fill(place, 2**20)
-    assert live.end() == 1
+    assert live.end() == 1, live.text
     line = live.text.splitlines()[-1]
     assert line.startswith("run_main.py: error: ") and "is full" in line and "; free " in line, line
     assert "the same command with --resume goes on from state." in line
@@ -181,7 +192,7 @@ def test_a_read_only_disk_is_told_before_training(lab: Lab, small_disk, tmp_path
 
 def test_a_folder_that_vanishes_ends_the_run_with_one_line(lab: Lab, tmp_path: Path) -> None:
     where = tmp_path / "runs"
-    live = lab.start(where, *EVERY)
+    live = lab.start(where, *EVERY, "--train_epochs", 99)
     live.until(lambda: "iters: 2," in live.text)
     run_folder(where).rename(tmp_path / "elsewhere")
     assert live.end() == 1
@@ -205,10 +216,10 @@ def test_a_run_without_resume_moves_the_earlier_one_aside(lab: Lab, whole: Live,
     shutil.copytree(whole.where, where)
     before = results(where)
     for number in (1, 2):
-        live = lab.start(where)
+        live = lab.start(where, "--train_epochs", 99)
         live.until(lambda live=live: "iters: 1," in live.text)
         live.send(signal.SIGINT)
-        assert live.end() == 130
+        assert live.end() == 130, live.text
         assert f"The folder held an earlier run, now in: {run_folder(where)}.{number}\n" in live.text
     (tmp_path / "first").mkdir()
     folder = run_folder(where)
