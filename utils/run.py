@@ -16,11 +16,13 @@ from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
 from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
 from utils.claim import refuse_links
+from utils.errors import RunError
 from utils.evaluate import Scores
 from utils.files import write_json
 from utils.flags import run_name
-from utils.interrupt import Interrupts
-from utils.run_log import RunLog, peak_memory_gib, silent
+from utils.interrupt import Interrupted, Interrupts
+from utils.run_log import RunLog, SilentLog, peak_memory_gib
+from utils.saver import resume_command
 from utils.start import begin, open_folder
 from utils.state import identity
 from utils.step import build_optimizer
@@ -46,21 +48,24 @@ def main(args: Namespace, interrupts: Interrupts) -> int:
         record = describe_run(args, series, info)
         start = None
         if args.is_training:
-            start = open_folder(args, folder, identity(args, series, record["backbone"], accelerator.num_processes),
-                                parameter_count(trained_shapes(args, info)), accelerator)  # fmt: skip
+            ours = identity(args, series, record["backbone"], accelerator.num_processes)
+            start = open_folder(args, folder, ours, parameter_count(trained_shapes(args, info)), accelerator)
         elif folder.is_dir():
             refuse_links(folder)
         run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
-        if start is not None:
-            going_on = begin(run, start)
-            interrupts.defer()
+        going_on = begin(run, start) if start is not None else False
+        interrupts.defer()
+        try:
             if going_on:
                 fit(run)
+            if start is not None:
                 run.log(f"Checkpoints saved at: {folder}")
-            run.accelerator.wait_for_everyone()
-            checkpoint = folder / TENSORS
-        interrupts.defer()
-        test(run, checkpoint)
+                run.accelerator.wait_for_everyone()
+                checkpoint = folder / TENSORS
+            test(run, checkpoint)
+        except RunError as error:
+            run.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
+            raise
         if start is not None and start.claim is not None:
             start.claim.release()
     return 0
@@ -122,7 +127,7 @@ def set_up(
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder / ("train.log" if args.is_training else "test.log")) if accelerator.is_main_process else silent
+    log = RunLog(folder / ("train.log" if args.is_training else "test.log")) if accelerator.is_main_process else SilentLog()
     device = accelerator.device
     log(f"Using device: {device}")
     if series.synthetic:
@@ -179,7 +184,12 @@ def test(run: Run, checkpoint: Path) -> Scores:
     if trained_on not in (None, run.record["backbone"]["fingerprint"]):
         run.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     run.model.load_state_dict(tensors)
-    scores = run.evaluate("test")
+    try:
+        scores = run.evaluate("test")
+    except Interrupted as signal:
+        run.log(f"{signal}: the test has not ended; {checkpoint} is unharmed")
+        run.log(f"To go on: {resume_command(run.args)}")
+        raise
     run.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     if run.accelerator.is_main_process:
         metrics = {"test": {"mse": scores.mse, "mae": scores.mae}, "checkpoint": str(checkpoint)}

@@ -64,9 +64,9 @@ def _check_space(args: Namespace, folder: Path, trained_values: int) -> str:
     what = f"two states of {size_text(state)} and two checkpoints of {size_text(checkpoint)}"
     check_space(folder, need, what)
     every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
+    when = every.get(args.save_steps, f"every {args.save_steps} iterations")
     return (
-        f"A state of {size_text(state)} is saved {every.get(args.save_steps, f'every {args.save_steps} iterations')}, "
-        f"the last two are kept; {size_text(free_bytes(folder))} free"
+        f"A state of {size_text(state)} is saved {when}, the last two are kept; {size_text(free_bytes(folder))} free"
     )
 
 
@@ -87,7 +87,7 @@ def begin(run, start: Start) -> bool:
     lost = run.progress.best < float("inf") and not (run.folder / TENSORS).is_file()
     if finished:
         if lost:
-            raise InputError(f"--resume: the run in {run.folder} is finished, but found no {TENSORS} there; bring it back")
+            raise InputError(f"--resume: the run in {run.folder} is finished, but has no {TENSORS}; bring it back")
         run.log(f"This run is finished ({len(run.progress.history)} epochs); only the test is left")
         return False
     if lost:

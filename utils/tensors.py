@@ -85,7 +85,9 @@ def damage(path: Path) -> str | None:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a safetensors file begins as `write_tensors` begins one."""
-    with path.open("rb") as file:
-        file.seek(8)
-        return _START.match(file.read(128)) is not None
+    """Whether a file begins as `write_tensors` begins one; one that cannot be read does not."""
+    try:
+        with path.open("rb") as file:
+            return _START.match(file.read(136)[8:]) is not None
+    except OSError:
+        return False
