@@ -33,7 +33,7 @@ SPLITS = ("train", "val", "test")
 SAVING = {"resume", "save_steps", "log_every", "checkpoints", "checkpoint"}
 
 
-def main(args: Namespace, interrupts: Interrupts) -> int:
+def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
     """Run the flags, `--itr` times over; return the exit code.
 
     Raises:
@@ -41,6 +41,7 @@ def main(args: Namespace, interrupts: Interrupts) -> int:
         RunError: the disk, the numbers or the memory do not let the run go on.
         Interrupted: a signal has come, and what has to be saved is saved.
     """
+    interrupts = interrupts or Interrupts()
     for repeat in range(args.itr):
         folder = Path(args.checkpoints) / run_name(args, repeat)
         series, info, checkpoint = check(args, folder)

@@ -82,12 +82,3 @@ def damage(path: Path) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None if digest.hexdigest() == found[1].decode() else "its checksum does not match"
-
-
-def has_checksum(path: Path) -> bool:
-    """Whether a file begins as `write_tensors` begins one; one that cannot be read does not."""
-    try:
-        with path.open("rb") as file:
-            return _START.match(file.read(136)[8:]) is not None
-    except OSError:
-        return False
