@@ -79,6 +79,7 @@ class Saver:
         if self._saved_step == self._step():
             return
         device = run.accelerator.device
+        run.progress.max_sequences = run.max_sequences
         run.progress.loss_sum = run.accelerator.reduce(run.progress.loss_sum.to(device), "mean")
         if run.accelerator.is_main_process:
             with self._explained():

@@ -83,6 +83,8 @@ def begin(run, start: Start) -> bool:
         return True
     run.progress = restore(start.state, run.model, run.optimizer, run.accelerator.device)
     run.saver.mark_saved()
+    if run.args.max_sequences is None:  # else what is free today would decide
+        run.max_sequences = run.progress.max_sequences
     finished = run.progress.finished(run.args.train_epochs, run.args.patience)
     lost = run.progress.best < float("inf") and not (run.folder / TENSORS).is_file()
     if finished:
