@@ -10,7 +10,8 @@ from accelerate.utils import set_seed
 
 from data_provider.data_factory import epoch_batches, make_loader, series_from_args
 from data_provider.data_loader import Series
-from layers.backbone import Backbone, BackboneInfo, find_backbone, require_bitsandbytes
+from layers.backbone import Backbone, require_bitsandbytes
+from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import InputError
 from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
@@ -92,14 +93,17 @@ def check(args: Namespace, folder: Path) -> tuple[Series, BackboneInfo, Path | N
         raise InputError(f"--llm_layers: found {args.llm_layers}, need at most {info.layers}, all that {info.folder} has")
     if args.d_ff > info.hidden_size:
         raise InputError(f"--d_ff: found {args.d_ff}, need at most {info.hidden_size}, the hidden size of {info.folder}")
-    if args.load_in_4bit or args.optimizer == "adamw8bit":
-        require_bitsandbytes()
+    if args.load_in_4bit:
+        require_bitsandbytes("load_in_4bit")
+    if args.optimizer == "adamw8bit":
+        require_bitsandbytes("optimizer adamw8bit")
+    shapes = trained_shapes(args, info)  # also finds out whether the prompt fits
     for split in SPLITS:
         epoch_batches(args, series.windows(split), split)
     checkpoint = None
     if not args.is_training:
         checkpoint = find_checkpoint(Path(args.checkpoint) if args.checkpoint else folder)
-        check_checkpoint(checkpoint, trained_shapes(args, info))
+        check_checkpoint(checkpoint, shapes)
     return series, info, checkpoint
 
 
