@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from layers.errors import InputError
 from utils.checkpoint import LEGACY, TENSORS
 from utils.claim import Claim, check_space, move_aside
-from utils.files import free_bytes, size_text
+from utils.files import size_text
 from utils.saver import SECONDS, Saver
 from utils.state import SavedState, compare, find_state, restore, state_bytes, state_files
 
@@ -65,9 +65,7 @@ def _check_space(args: Namespace, folder: Path, trained_values: int) -> str:
     check_space(folder, need, what)
     every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
     when = every.get(args.save_steps, f"every {args.save_steps} iterations")
-    return (
-        f"A state of {size_text(state)} is saved {when}, the last two are kept; {size_text(free_bytes(folder))} free"
-    )
+    return f"A state of {size_text(state)} is saved {when}, the last two are kept"
 
 
 def begin(run, start: Start) -> bool:

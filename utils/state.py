@@ -27,7 +27,6 @@ from utils.files import FULL, write_atomic
 from utils.progress import Progress
 from utils.tensors import damage, write_tensors
 
-KEEP = 2
 VERSION = 1
 Packed = tuple[dict[str, torch.Tensor], dict[str, str]]  # named tensors, metadata
 _NAME = re.compile(r"state\.(\d+)\.safetensors")
