@@ -17,32 +17,60 @@ from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
 from utils.capacity import fitting_sequences
 from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
+from utils.claim import refuse_links
+from utils.errors import RunError
 from utils.evaluate import Scores
 from utils.files import write_json
 from utils.flags import run_name
-from utils.run_log import RunLog, peak_memory_gib, silent
+from utils.interrupt import Interrupted, Interrupts
+from utils.run_log import RunLog, SilentLog, peak_memory_gib
+from utils.saver import resume_command
+from utils.start import begin, open_folder
+from utils.state import identity
 from utils.step import build_optimizer
 from utils.train import Run, fit
 
 SPLITS = ("train", "val", "test")
+# Flags about how a run is saved: a run that was stopped and taken up again leaves the same checkpoint.
+SAVING = {"resume", "save_steps", "log_every", "checkpoints", "checkpoint"}
 
 
-def main(args: Namespace) -> int:
+def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
     """Run the flags, `--itr` times over; return the exit code.
 
     Raises:
         InputError: something that the user can mend; raised before any weight is loaded.
+        RunError: the disk, the numbers or the memory do not let the run go on.
+        Interrupted: a signal has come, and what has to be saved is saved.
     """
+    interrupts = interrupts or Interrupts()
     for repeat in range(args.itr):
         folder = Path(args.checkpoints) / run_name(args, repeat)
         series, info, checkpoint = check(args, folder)
-        run = set_up(args, repeat, folder, series, info)
+        accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+        record = describe_run(args, series, info)
+        start = None
         if args.is_training:
-            fit(run)
-            run.log(f"Checkpoints saved at: {folder}")
-            run.accelerator.wait_for_everyone()
-            checkpoint = folder / TENSORS
-        test(run, checkpoint)
+            ours = identity(args, series, record["backbone"], accelerator.num_processes)
+            start = open_folder(args, folder, ours, parameter_count(trained_shapes(args, info)), accelerator)
+        elif folder.is_dir():
+            refuse_links(folder)
+        run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
+        going_on = begin(run, start) if start is not None else False
+        interrupts.defer()
+        try:
+            if going_on:
+                fit(run)
+            if start is not None:
+                run.log(f"Checkpoints saved at: {folder}")
+                run.accelerator.wait_for_everyone()
+                checkpoint = folder / TENSORS
+            test(run, checkpoint)
+        except RunError as error:
+            run.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
+            raise
+        if start is not None and start.claim is not None:
+            start.claim.release()
     return 0
 
 
@@ -91,18 +119,21 @@ def trained_shapes(args: Namespace, info: BackboneInfo) -> dict[str, tuple[int, 
         return {name: tuple(tensor.shape) for name, tensor in Model(args, info).state_dict().items()}
 
 
-def set_up(args: Namespace, repeat: int, folder: Path, series: Series, info: BackboneInfo) -> Run:
+def set_up(
+    args: Namespace,
+    repeat: int,
+    folder: Path,
+    series: Series,
+    info: BackboneInfo,
+    accelerator: Accelerator,
+    record: dict,
+    interrupts: Interrupts,
+) -> Run:
     """Load the backbone, build the model and the loaders."""
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
-    if args.is_training and accelerator.is_main_process:
-        moved = move_aside(folder)
-    accelerator.wait_for_everyone()
     folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder / ("train.log" if args.is_training else "test.log")) if accelerator.is_main_process else silent
-    if args.is_training and accelerator.is_main_process and moved:
-        log(f"The folder held an earlier run, now in: {moved}")
+    log = RunLog(folder / ("train.log" if args.is_training else "test.log")) if accelerator.is_main_process else SilentLog()
     device = accelerator.device
     log(f"Using device: {device}")
     if series.synthetic:
@@ -128,7 +159,8 @@ def set_up(args: Namespace, repeat: int, folder: Path, series: Series, info: Bac
         accelerator=accelerator,
         model=model,
         loaders=loaders,
-        record=describe_run(args, series, info),
+        record=record,
+        interrupts=interrupts,
         max_sequences=fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences,
         optimizer=build_optimizer(args.optimizer, model, args.learning_rate) if args.is_training else None,
     )
@@ -139,21 +171,10 @@ def _precision(args: Namespace) -> str:
     return "bf16" if cuda or args.use_amp else "no"
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Give a folder that holds a checkpoint the next free number; nothing of it is lost."""
-    if not any((folder / name).is_file() for name in (TENSORS, "checkpoint")):
-        return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
-
-
 def describe_run(args: Namespace, series: Series, info: BackboneInfo) -> dict:
     """What a checkpoint says of its run."""
     return {
-        "flags": vars(args),
+        "flags": {name: value for name, value in vars(args).items() if name not in SAVING},
         "data": {"file": series.path.name, "rows": len(series.dates), "synthetic": series.synthetic},
         "columns": series.columns,
         "scaler": {"mean": series.scaler.mean_.tolist(), "deviation": series.scaler.scale_.tolist()},
@@ -169,7 +190,12 @@ def test(run: Run, checkpoint: Path) -> Scores:
     if trained_on not in (None, run.record["backbone"]["fingerprint"]):
         run.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     run.model.load_state_dict(tensors)
-    scores = run.evaluate("test")
+    try:
+        scores = run.evaluate("test")
+    except Interrupted as signal:
+        run.log(f"{signal}: the test has not ended; {checkpoint} is unharmed")
+        run.log(f"To go on: {resume_command(run.args)}")
+        raise
     run.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     if run.accelerator.is_main_process:
         metrics = {"test": {"mse": scores.mse, "mae": scores.mae}, "checkpoint": str(checkpoint)}
