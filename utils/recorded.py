@@ -21,20 +21,25 @@ KEPT = (
 )  # fmt: skip
 
 
-def recorded_flags(path: Path) -> dict[str, Any]:
-    """The flags that the checkpoint at `path`, a file or a run's folder, was trained with.
+def recorded(path: Path) -> dict[str, Any]:
+    """The record in the checkpoint at `path`, a file or a run's folder (see utils.checkpoint).
 
-    Empty where it does not say: no such file, an older format, or damage, which the reader of
-    its tensors names (utils.checkpoint).
+    Empty where there is none: no such file, an older format, or damage, which the reader of its
+    tensors names.
     """
     file = path / TENSORS if path.is_dir() else path
     try:
         with file.open("rb") as held:
             (size,) = struct.unpack("<Q", held.read(8))  # safetensors: length of the header, header, tensors
             header = json.loads(held.read(size)) if size < LARGEST_HEADER else {}
-        return json.loads(header["__metadata__"]["record"])["flags"]
+        return json.loads(header["__metadata__"]["record"])
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return {}
+
+
+def recorded_flags(path: Path) -> dict[str, Any]:
+    """The flags that the checkpoint at `path` was trained with; empty where it does not say."""
+    return recorded(path).get("flags", {})
 
 
 def inherited_flags(checkpoint: str, given: set[str]) -> dict[str, Any]:

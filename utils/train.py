@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from models.TimeLLM import Model
 from utils.checkpoint import save_checkpoint
 from utils.evaluate import Scores, evaluate
-from utils.run_log import memory_line, progress_bar
+from utils.journal import Journal
+from utils.run_log import memory_line, peak_memory_gib, progress_bar
 from utils.schedule import learning_rate
 from utils.step import gradients
 
@@ -44,6 +45,7 @@ class Run:
     max_sequences: int
     optimizer: torch.optim.Optimizer | None = None
     progress: Progress = field(default_factory=Progress)
+    journal: Journal | None = None  # history.csv and what goes with it; one process has it
 
     @property
     def steps_per_epoch(self) -> int:
@@ -79,10 +81,13 @@ def fit(run: Run) -> Progress:
     """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder."""
     args, progress, log = run.args, run.progress, run.log
     clock = Clock(run)
+    if run.journal:
+        run.journal.start(progress.epoch, progress.iteration)
     while progress.epoch <= args.train_epochs:
         began = time.perf_counter()
         train_loss = train_epoch(run, clock)
-        log(f"Epoch: {progress.epoch} cost time: {time.perf_counter() - began:.1f}")
+        seconds = time.perf_counter() - began
+        log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
         began = time.perf_counter()
         vali, test = run.evaluate("val"), run.evaluate("test")
         clock.evaluation = time.perf_counter() - began
@@ -93,8 +98,12 @@ def fit(run: Run) -> Progress:
         log(memory_line(run.accelerator.device))
         progress.history.append(
             {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse, "test_loss": test.mse,
-             "test_mae": test.mae}
+             "test_mae": test.mae, "learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds,
+             "evaluation_seconds": clock.evaluation,
+             "peak_memory_gib": peak_memory_gib(run.accelerator.device)}
         )
+        if run.journal:
+            run.journal.epoch(progress.history)
         if keep_best(run, vali.mse):
             log("Early stopping")
             break
@@ -121,10 +130,14 @@ def train_epoch(run: Run, clock: Clock) -> float:
             progress.loss_sum = progress.loss_sum + loss.double()
             progress.iteration += 1
             clock.steps += 1
+            if run.journal:
+                run.journal.step(progress.epoch, progress.iteration, loss, rate)
             bar.update()
             if progress.iteration % args.log_every == 0:
                 run.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss.item():.7f}")
                 run.log(f"\t{clock.line()}")
+                if run.journal:
+                    run.journal.flush()
             if progress.iteration == total:
                 break
     return float(run.accelerator.reduce(progress.loss_sum, reduction="mean")) / total
