@@ -53,7 +53,8 @@ def epoch_batches(
     if train and len(dataset) < size * world:
         ranks = f" on each of {world} processes" if world > 1 else ""
         raise InputError(
-            f"--batch_size {size}{ranks}: there are {len(dataset)} training windows; at most {len(dataset) // world} is needed"
+            f"--batch_size {size}{ranks}: there are {len(dataset)} training windows;"
+            f" at most {len(dataset) // world} is needed"
         )
     return EpochBatches(len(dataset), size, args.seed, shuffle=train, drop_last=train, rank=rank, world=world)
 

@@ -176,7 +176,7 @@ def _choose_columns(table: Table, features: str, target: str) -> tuple[list[str]
 def _standardise(
     path: Path, columns: list[str], values: np.ndarray, train: int
 ) -> tuple[StandardScaler, np.ndarray]:
-    """Standardise in float64 with the training rows' mean and deviation; the result is float32 `[rows, N]`."""
+    """Standardise in float64 with the training rows' mean and deviation, then go to float32 `[rows, N]`."""
     _check_size(path, columns, values, 1e150, "as it is")  # squares of more overflow float64
     scaler = StandardScaler().fit(values[:train])
     standardised = scaler.transform(values)
@@ -189,6 +189,6 @@ def _check_size(path: Path, columns: list[str], values: np.ndarray, limit: float
     if large.size:
         row, column = large[0]
         raise InputError(
-            f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}: {values[row, column]:.3g} {scale}"
-            f" is too large to compute with; at most {limit:.0e} is needed"
+            f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}:"
+            f" {values[row, column]:.3g} {scale} is too large to compute with; at most {limit:.0e} is needed"
         )

@@ -34,7 +34,8 @@ class EpochBatches(Sampler[list[int]]):
     ):
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(
-                f"batch_size {batch_size}, rank {rank}, world {world}: needed are batch_size >= 1 and 0 <= rank < world"
+                f"batch_size {batch_size}, rank {rank}, world {world}:"
+                " needed are batch_size >= 1 and 0 <= rank < world"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last

@@ -77,7 +77,8 @@ def _check_lengths(splits: Splits, seq_len: int, pred_len: int, percent: int, pa
     back = "" if flag == "train" else f" beside the {seq_len} rows before it"
     raise InputError(
         f"--seq_len {seq_len} --pred_len {pred_len}: the {flag} split of {path} has {own} rows{shot},"
-        f" needed are {need if flag == 'train' else pred_len}{back}; {_longest(splits, seq_len, pred_len, percent)}"
+        f" needed are {need if flag == 'train' else pred_len}{back};"
+        f" {_longest(splits, seq_len, pred_len, percent)}"
     )
 
 
@@ -123,5 +124,6 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
             return place
     looked = ", ".join(str(place) for place in places)
     raise InputError(
-        f"--root_path {root_path} --data_path {data_path}: no such file (looked for {looked}); the ETT files come with: python scripts/get_data.py"
+        f"--root_path {root_path} --data_path {data_path}: no such file (looked for {looked});"
+        " the ETT files come with: python scripts/get_data.py"
     )

@@ -49,7 +49,8 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
     frame = _parse(path, text)
     if "date" not in frame.columns:
         raise InputError(
-            f"{path}: no column 'date'; found {list(frame.columns)}; a comma-separated file with a 'date' column is needed"
+            f"{path}: no column 'date'; found {list(frame.columns)};"
+            " a comma-separated file with a 'date' column is needed"
         )
     columns = [name for name in frame.columns if name != "date"]
     if not columns:
@@ -95,7 +96,8 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
         ) from None
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
         raise InputError(
-            f"{path}: row {FIRST_ROW_LINE} has more cells than the header; every row needs {len(header)} cells"
+            f"{path}: row {FIRST_ROW_LINE} has more cells than the header;"
+            f" every row needs {len(header)} cells"
         )
     filled = np.flatnonzero(frame.notna().any(axis=1))
     return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows

@@ -44,7 +44,8 @@ def read_timestamps(cells: pd.Series, source: str, first_line: int) -> pd.Dateti
         cell = cells.iloc[unread[0]]
         found = "an empty cell" if pd.isna(cell) else repr(cell)
         raise InputError(
-            f"{source}: row {unread[0] + first_line}, column 'date': found {found}, a timestamp such as 2016-07-01 00:00:00 is needed"
+            f"{source}: row {unread[0] + first_line}, column 'date': found {found},"
+            " a timestamp such as 2016-07-01 00:00:00 is needed"
         )
     return best
 
@@ -124,7 +125,8 @@ def future_dates(dates: pd.DatetimeIndex, n: int) -> pd.DatetimeIndex:
     step = infer_step(dates)
     if step is None:
         raise InputError(
-            "column 'date': the timestamps have no common step; evenly spaced rows are needed to continue them"
+            "column 'date': the timestamps have no common step;"
+            " evenly spaced rows are needed to continue them"
         )
     following, current = [], dates[-1]
     for _ in range(n):

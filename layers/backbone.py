@@ -4,6 +4,7 @@ One builder serves every language model through transformers' Auto classes; what
 them stands in `FAMILIES`. Source: Time-LLM, section 3.1 ("frozen backbone").
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layers.errors import InputError
-from layers.prefix_cache import ATTENTION, PrefixCache, additive_mask, prefix_attention
+from layers.prefix_cache import ATTENTION, PrefixCache, PrefixStored, additive_mask, prefix_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, prefix_attention)
@@ -249,12 +250,7 @@ class Backbone:
             # Padding comes last, so causality alone hides it from the real tokens.
             visible = torch.arange(P0 + n, device=ids.device)[None, None] <= P0 + row[None, :, None]
             self._cache.place(P0, slots)
-            self._forward(
-                ATTENTION,
-                self.model.get_input_embeddings()(ids),
-                additive_mask(visible, self._groups, self.dtype),  # (1, 1, g*n, P0 + n)
-                (P0 + row)[None],
-            )
+            self._store(ids, additive_mask(visible, self._groups, self.dtype), (P0 + row)[None])
             slot = torch.arange(slots, device=ids.device)[None, None]
             step = torch.arange(L, device=ids.device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
@@ -273,8 +269,13 @@ class Backbone:
             ids = torch.tensor([opening], device=self.device)
             row = torch.arange(len(opening), device=self.device)
             mask = additive_mask(row[None, None] <= row[None, :, None], self._groups, self.dtype)
-            self._forward(ATTENTION, self.model.get_input_embeddings()(ids), mask, row[None])
+            self._store(ids, mask, row[None])
         self._opening = list(opening)
+
+    def _store(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> None:
+        """Run the prefix tokens `[M, n]` as far as their last keys and values, which the cache keeps."""
+        with contextlib.suppress(PrefixStored):
+            self._forward(ATTENTION, self.model.get_input_embeddings()(ids), mask, positions)
 
     def _forward(self, attention: str, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor):
         self.model.config._attn_implementation = attention

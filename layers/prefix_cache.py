@@ -55,6 +55,10 @@ class _Append(torch.autograd.Function):
         return gradient[:, :, ctx.start :], None, None  # nothing flows into the frozen prefix
 
 
+class PrefixStored(Exception):
+    """The last layer's keys and values of the prefix are stored; nothing after them is needed."""
+
+
 class PrefixCache(DynamicCache):
     """The cache that transformers' attention layers call `update` on."""
 
@@ -70,21 +74,31 @@ class PrefixCache(DynamicCache):
         self._start = self._slots = 0
 
     def place(self, start: int, slots: int) -> None:
-        """The tokens of the next forward pass go to slot `start` of `slots`."""
+        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all."""
         self._start, self._slots = start, slots
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """New keys and values `[M, kv, n, e]` -> those of all slots up to theirs."""
+        """New keys and values `[M, kv, n, e]` -> those of all slots up to theirs.
+
+        Raises:
+            PrefixStored: the tokens are a prefix and this is the last layer. Its attention and what
+                follows would be thrown away; leaving here works for every language model alike.
+        """
         layer = self._layers[layer_idx]
         if not self._slots:
             layer.opening = (key_states, value_states)
-            return key_states, value_states
-        layer.reserve(key_states, key_states.shape[0], self._slots)
-        # The buffer goes in inside a list: autograd must see it as storage, not as an input.
-        return tuple(
-            _Append.apply(new, [buffer], self._start)
-            for new, buffer in zip((key_states, value_states), layer.buffers, strict=True)
-        )
+            keys_values = layer.opening
+        else:
+            layer.reserve(key_states, key_states.shape[0], self._slots)
+            # The buffer goes in inside a list: autograd must see it as storage, not as an input.
+            keys_values = tuple(
+                _Append.apply(new, [buffer], self._start)
+                for new, buffer in zip((key_states, value_states), layer.buffers, strict=True)
+            )
+        is_prefix = not self._slots or self._start + key_states.shape[2] < self._slots
+        if is_prefix and layer_idx == len(self._layers) - 1:
+            raise PrefixStored
+        return keys_values
 
 
 def prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):

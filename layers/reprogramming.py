@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layers.dropout_attention import DropoutAttention
+
 ATTENTION_DROPOUT = 0.1
 
 
@@ -43,6 +45,10 @@ class ReprogrammingLayer(nn.Module):
         # All patches of all series are queries of one attention over the shared prototypes.
         queries = self._heads(self.query_projection(tokens).flatten(0, 1))  # (1, h, M*L, f)
         dropout = ATTENTION_DROPOUT if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        if dropout and queries.device.type == "cpu":
+            operands = (t[0].contiguous() for t in (queries, keys, values))
+            mixed = DropoutAttention.apply(*operands, dropout)[None]
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
         mixed = mixed.transpose(1, 2).reshape(M, L, -1)  # (M, L, h*f)
         return self.out_projection(mixed)

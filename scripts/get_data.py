@@ -82,7 +82,8 @@ def _from_network(name: str) -> bytes | None:
         return None
     if _checksum(content) != SHA256[name]:
         print(
-            f"{name}: WARNING the download has SHA-256 {_checksum(content)}, {SHA256[name]} is needed; not used"
+            f"{name}: WARNING the download has SHA-256 {_checksum(content)},"
+            f" {SHA256[name]} is needed; not used"
         )
         return None
     return content

@@ -91,7 +91,7 @@ def season_length(dates: pd.DatetimeIndex) -> int:
 
 
 def _sequences(windows: WindowDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Input and truth of every window and channel that counts, `[m, T]` and `[m, H]` float64, a chunk at a time."""
+    """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
     values = windows.values if windows.target_index is None else windows.values[:, [windows.target_index]]
     length = windows.seq_len + windows.pred_len
     view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)  # [windows, N, T + H]

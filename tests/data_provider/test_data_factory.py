@@ -38,8 +38,9 @@ time.sleep(60)
 def flags(tmp_path_factory):
     path = write_synthetic("ETTh1", tmp_path_factory.mktemp("data"))
     return Namespace(
-        data="ETTh1", root_path=str(path.parent), data_path=path.name, features="M", target="OT", freq="h", embed="timeF", percent=100,
-        seq_len=96, label_len=48, pred_len=24, batch_size=32, eval_batch_size=500, num_workers=0, seed=7,
+        data="ETTh1", root_path=str(path.parent), data_path=path.name, features="M", target="OT",
+        freq="h", embed="timeF", percent=100, seq_len=96, label_len=48, pred_len=24, batch_size=32,
+        eval_batch_size=500, num_workers=0, seed=7,
     )  # fmt: skip
 
 

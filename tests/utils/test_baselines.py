@@ -120,4 +120,4 @@ def test_figures_on_etth1():
 def test_windows_of_a_dead_sensor_do_not_decide_the_map():
     path = real_data("ETTh2")
     _, season, ridge = baselines(load_series("ETTh2", path.parent, path.name, seq_len=192, pred_len=96))
-    assert ridge.mse < 0.8 * season.mse  # 1.5 times it without the weights
+    assert ridge.mse < 0.8 * season.mse  # 1.14 of it without the weights
