@@ -7,20 +7,29 @@ import sys
 from collections.abc import Sequence
 
 from layers.errors import InputError
+from utils.errors import RunError
 from utils.flags import parse_flags
+from utils.interrupt import Interrupted, Interrupts
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line ``argv``; return the exit code (2: one line has said what to mend)."""
-    args = parse_flags(argv)
-    # Only now, so that --help and a wrong flag answer without waiting for torch.
-    from utils.run import main as run
+    """Run the command line ``argv``; return the exit code.
 
-    try:
-        return run(args)
-    except InputError as error:
-        print(f"run_main.py: error: {error}", file=sys.stderr)
-        return 2
+    2: one line has said what to mend; 1: the run had to end, and one line has said why; 130 and 143:
+    a signal has ended it.
+    """
+    args = parse_flags(argv)
+    with Interrupts() as interrupts:
+        # Only now, so that --help and a wrong flag answer without waiting for torch.
+        from utils.run import main as run
+
+        try:
+            return run(args, interrupts)
+        except (InputError, RunError) as error:
+            print(f"run_main.py: error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, InputError) else 1
+        except Interrupted as signal:
+            return signal.exit_code
 
 
 if __name__ == "__main__":

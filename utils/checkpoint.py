@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from layers.errors import InputError
 from utils.files import write_atomic, write_json
+from utils.tensors import damage, has_checksum, write_tensors
 
 TENSORS, RECORD, LEGACY = "checkpoint.safetensors", "checkpoint.json", "checkpoint"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
@@ -26,10 +26,9 @@ FROZEN = ("llm_model.", "word_embeddings")  # what older checkpoints may hold be
 
 def save_checkpoint(folder: Path, model: torch.nn.Module, record: dict) -> None:
     """Write the trained tensors with their record; an earlier checkpoint stays until this one is safe."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     record = record | {"versions": versions()}
-    text = json.dumps(record, ensure_ascii=False)
-    write_atomic(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"record": text}))
+    metadata = {"record": json.dumps(record, ensure_ascii=False)}
+    write_atomic(folder / TENSORS, lambda path: write_tensors(path, model.state_dict(), metadata))
     write_json(folder / RECORD, record)
 
 
@@ -92,9 +91,22 @@ def _open(file: Path):
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    wrong = damage(file) if has_checksum(file) else None
+    if wrong is not None:
+        raise InputError(f"--checkpoint {file}: damaged, {wrong}; take another copy of it")
     with _open(file) as held:
-        record = json.loads((held.metadata() or {}).get("record", "{}"))
-        return {name: held.get_tensor(name) for name in held.keys()}, record
+        return {name: held.get_tensor(name) for name in held.keys()}, _record(file, held.metadata() or {})
+
+
+def _record(file: Path, metadata: dict[str, str]) -> dict:
+    """The record in a header; the header may be anyone's, so nothing in it is taken for granted."""
+    try:
+        record = json.loads(metadata.get("record", "{}"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("backbone", {}), dict):
+        raise InputError(f"--checkpoint {file}: found a record that cannot be read, need the one that training wrote")
+    return record
 
 
 def _read_legacy(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -105,8 +117,10 @@ def _read_legacy(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
             f"--checkpoint {file}: found something else than tensors, or a damaged file; "
             "need safetensors or a state dict of tensors"
         ) from error
-    held = held.get("module", held) if isinstance(held, dict) else {}  # DeepSpeed wraps it once more
-    tensors = {name.removeprefix("module."): value for name, value in held.items() if torch.is_tensor(value)}
+    if isinstance(held, dict) and isinstance(held.get("module"), dict):  # DeepSpeed wraps it once more
+        held = held["module"]
+    named = held.items() if isinstance(held, dict) else ()
+    tensors = {str(name).removeprefix("module."): value for name, value in named if torch.is_tensor(value)}
     return {name: t.float() for name, t in tensors.items() if not name.startswith(FROZEN)}, {}
 
 

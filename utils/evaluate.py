@@ -23,15 +23,16 @@ def evaluate(
     model: Model,
     batches: Iterable[Batch],
     accelerator: Accelerator,
-    max_sequences: int = 0,
     consume: Callable[[Batch, torch.Tensor], None] | None = None,
+    within: Callable[[int, Callable[[int], torch.Tensor]], torch.Tensor] | None = None,
 ) -> Scores:
     """Forecast every window; sums over elements divided by their count, whatever the batch size.
 
     Args:
         batches: each process passes its own share of the windows.
-        max_sequences: sequences that are run at once; 0 is no limit.
         consume: called with each batch and its forecasts `[M, H]`, both on the device.
+        within: calls a function of the number of sequences to run at once (0: all) with one that fits
+            the memory, see `utils.memory.within_memory`.
     """
     training = model.training
     model.eval()
@@ -39,10 +40,13 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            forecast = torch.cat(
-                [model.forecast(p.x, p.prompts, prototypes).float() for p in batch.parts(max_sequences)]
-            )  # (M, H)
+
+        def run(sequences: int, batch: Batch = batch) -> torch.Tensor:
+            with accelerator.autocast():
+                parts = batch.parts(sequences)
+                return torch.cat([model.forecast(p.x, p.prompts, prototypes).float() for p in parts])
+
+        forecast = within(len(batch.x), run) if within else run(0)  # (M, H)
         error = (forecast - batch.y).double()
         totals += torch.stack([error.square().sum(), error.abs().sum(), torch.full_like(totals[2], error.numel())])
         if consume is not None:

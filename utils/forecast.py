@@ -18,10 +18,11 @@ from data_provider.timestamps import future_dates
 from layers.errors import InputError
 from models.TimeLLM import bank_file
 from utils.files import write_text
+from utils.memory import within_memory
 from utils.recorded import recorded
 
 FORECAST = "forecast.csv"
-SEQUENCES = 64  # run at once where --max_sequences does not say
+SEQUENCES = 64  # run at once at most
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,15 @@ def predict(run, history: History, steps: int | None) -> tuple[pd.DatetimeIndex,
     args, model = run.args, run.model
     steps = steps or args.pred_len
     dates = future_dates(history.dates, steps)
-    size = run.max_sequences or SEQUENCES
     device = run.accelerator.device
 
     def forecast(x: torch.Tensor) -> torch.Tensor:
-        with run.accelerator.autocast():
-            parts = [model(part[None].to(device))[0].float().cpu() for part in x.split(size, dim=1)]
-        return torch.cat(parts, dim=1)  # (H, N); channels do not depend on each other
+        def parts(size: int) -> torch.Tensor:  # channels do not depend on each other
+            with run.accelerator.autocast():
+                cut = x.split(min(size or SEQUENCES, SEQUENCES), dim=1)
+                return torch.cat([model(part[None].to(device))[0].float().cpu() for part in cut], dim=1)
+
+        return within_memory(run, min(x.shape[1], SEQUENCES), parts)  # (H, N)
 
     model.eval()
     scaled = (history.values[-args.seq_len :] - history.mean) / history.deviation

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.files import write_text
+from utils.files import write_text, writing
 
 HISTORY, STEPS = "history.csv", "steps.csv"
 POINTS = 100  # step losses kept an epoch
@@ -52,7 +52,8 @@ class Journal:
         """Write the step losses that wait."""
         rows = [(epoch, iteration, float(loss), rate) for epoch, iteration, loss, rate in self._waiting]
         self._waiting.clear()
-        with (self.folder / STEPS).open("a", encoding="utf-8", newline="") as file:
+        path = self.folder / STEPS
+        with writing(path), path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
         if self.events is not None:
             for epoch, iteration, loss, rate in rows:
@@ -60,15 +61,23 @@ class Journal:
                 self.events.add_scalar("step/loss", loss, at)
                 self.events.add_scalar("step/learning_rate", rate, at)
 
-    def epoch(self, history: list[dict]) -> None:
-        """Write history.csv anew from all epochs so far."""
+    def epoch(self, history: list[dict], costs: dict[str, float]) -> None:
+        """Write history.csv anew from all epochs so far.
+
+        Args:
+            history: losses, a row an epoch, with its number under "epoch".
+            costs: time and memory of the last one. Those of earlier epochs are in the file.
+        """
         self.flush()
-        columns = list(dict.fromkeys(name for row in history for name in row))
-        write_rows(self.folder / HISTORY, columns, history)
+        path = self.folder / HISTORY
+        before = {int(row["epoch"]): row for row in read_rows(path)}
+        rows = [{name: before.get(row["epoch"], {}).get(name) for name in costs} | row for row in history]
+        rows[-1] |= costs
+        write_rows(path, [*history[-1], *costs], rows)
         if self.events is not None:
-            for name, value in history[-1].items():
+            for name, value in rows[-1].items():
                 if name != "epoch":
-                    self.events.add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
+                    self.events.add_scalar(f"epoch/{name}", value, rows[-1]["epoch"])
             self.events.flush()
 
 

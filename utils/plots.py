@@ -121,7 +121,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             axes.plot(dates[T - 1 :], np.append(last, window.true[:, channel]), color=TRUTH, label="truth")
             axes.plot(dates[T - 1 :], np.append(last, window.pred[:, channel]), color=FORECAST, label="forecast",
                       marker="o" if H == 1 else None)  # fmt: skip
-            axes.axvline(dates[T], color="black", linewidth=0.7, linestyle=":")
+            axes.axvline(dates[T - 1], color="black", linewidth=0.7, linestyle=":")
             _dress(axes, dated=True, labelled=row == len(shown) - 1)
             if row == 0:
                 axes.set_title(f"forecast from {_day(dates[T])}", fontsize=10)
@@ -171,6 +171,7 @@ def _save(folder: Path, name: str, paint: Callable[[Figure], None], width: float
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"font.family": _fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # inches
         paint(figure)
         write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import write_atomic
+from utils.files import write_atomic, writing
 
 PREDICTIONS = "predictions.npz"
 
@@ -30,13 +30,14 @@ class Predictions:
             main: whether this process makes the files (the others wait before they write).
         """
         self.folder, self.columns, self.main = folder, columns, main
-        self.parts = folder / ".predictions.partial"
+        self.parts = folder / ".predictions.parts"
         self.shape = (windows, pred_len, len(columns))
         if main:
-            shutil.rmtree(self.parts, ignore_errors=True)
-            self.parts.mkdir()
-            for name in ("pred", "true"):
-                self._create(name)
+            with writing(folder / PREDICTIONS):
+                shutil.rmtree(self.parts, ignore_errors=True)
+                self.parts.mkdir()
+                for name in ("pred", "true"):
+                    self._create(name)
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.npy"
@@ -50,7 +51,7 @@ class Predictions:
         for name, rows in (("pred", pred), ("true", true)):
             rows = np.ascontiguousarray(rows, dtype="<f4")
             size = self.shape[1] * self.shape[2] * rows.itemsize  # bytes of a window
-            with self._path(name).open("r+b") as file:
+            with writing(self.folder / PREDICTIONS), self._path(name).open("r+b") as file:
                 start = os.fstat(file.fileno()).st_size - self.shape[0] * size  # the header's length
                 file.seek(start + first * size)
                 file.write(rows.data)
@@ -63,8 +64,9 @@ class Predictions:
             "mean": mean,
             "deviation": deviation,
         }
-        for name, values in small.items():
-            np.save(self._path(name), values, allow_pickle=False)
+        with writing(self.folder / PREDICTIONS):
+            for name, values in small.items():
+                np.save(self._path(name), values, allow_pickle=False)
         write_atomic(self.folder / PREDICTIONS, self._pack)
         shutil.rmtree(self.parts)
 

@@ -17,7 +17,7 @@ KEPT = (
     "task_name", "model_id", "model_comment", "model", "des", "seed", "features", "embed", "num_workers",
     "seq_len", "label_len", "pred_len", "d_model", "n_heads", "d_ff", "e_layers", "d_layers", "factor",
     "dropout", "patch_len", "stride", "prompt_domain", "llm_model", "llm_model_path", "llm_dim",
-    "llm_layers", "load_in_4bit", "prototypes", "prompt_decimals", "eval_batch_size", "checkpoints",
+    "llm_layers", "load_in_4bit", "prototypes", "prompt_decimals", "eval_batch_size",
 )  # fmt: skip
 
 

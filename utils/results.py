@@ -19,6 +19,7 @@ from utils.recorded import recorded
 from utils.report import METRICS, measured
 from utils.run_log import peak_memory_gib
 
+DEFAULT_CHECKPOINTS = "./checkpoints/"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
 # The flags that say on what data a test was made.
 TESTED = (
@@ -135,8 +136,8 @@ def results_folder(run_folder: Path, checkpoint: Path, args: Namespace, file: Pa
         file: the data; None where they count as the training's.
     """
     own = recorded(checkpoint).get("flags", {})
-    same = ("model_id", "model_comment", "des", "checkpoints")
-    if args.checkpoint and own and all(own.get(name) == getattr(args, name) for name in same):
+    same = all(own.get(name) == getattr(args, name) for name in ("model_id", "model_comment", "des"))
+    if args.checkpoint and same and args.checkpoints in (DEFAULT_CHECKPOINTS, str(checkpoint.parent.parent)):
         run_folder = checkpoint.parent
     trained_on = recorded(run_folder).get("data", {}).get("file")
     if file is None or trained_on in (None, file.name):

@@ -16,50 +16,72 @@ from layers.errors import InputError
 from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
 from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
+from utils.claim import refuse_links
 from utils.describe import fill_in_prompt, overview
 from utils.evaluate import Scores
 from utils.flags import run_name
 from utils.forecast import History, forecast_future, history_of, read_history
+from utils.interrupt import Interrupts
 from utils.journal import Journal, tensorboard_writer
 from utils.results import TestPass, results_folder
 from utils.run_log import RunLog, silent
+from utils.start import begin, open_folder
+from utils.state import identity
 from utils.step import build_optimizer
 from utils.train import Run, fit
 
 SPLITS = ("train", "val", "test")
+# Flags about how a run is saved: a run that was stopped and taken up again leaves the same checkpoint.
+SAVING = {
+    "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path",
+    "predict_steps", "save_predictions", "plots", "tensorboard",
+}  # fmt: skip
 
 
-def main(args: Namespace) -> int:
+def main(args: Namespace, interrupts: Interrupts) -> int:
     """Run the flags, `--itr` times over; return the exit code.
 
     Raises:
         InputError: something that the user can mend; raised before any weight is loaded.
+        RunError: the disk, the numbers or the memory do not let the run go on.
+        Interrupted: a signal has come, and what has to be saved is saved.
     """
     for repeat in range(args.itr):
         folder = Path(args.checkpoints) / run_name(args, repeat)
         if args.do_predict and not args.is_training:
-            forecast_only(args, repeat, folder)
+            forecast_only(args, repeat, folder, interrupts)
             continue
         series, info, checkpoint = check(args, folder)
         if checkpoint is not None:
             folder = results_folder(folder, checkpoint, args, series.path)
-        run = set_up(args, repeat, folder, series, info)
+        accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+        record = describe_run(args, series, info)
+        start = None
         if args.is_training:
-            progress = fit(run)
-            if args.plots and run.journal:
-                from utils.plots import draw_losses
-
-                draw_losses(folder, progress.history)
-            run.log(f"Checkpoints saved at: {folder}")
+            start = open_folder(args, folder, identity(args, series, record["backbone"], accelerator.num_processes),
+                                parameter_count(trained_shapes(args, info)), accelerator)  # fmt: skip
+        elif folder.is_dir():
+            refuse_links(folder)
+        run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
+        if start is not None:
+            going_on = begin(run, start)
+            interrupts.defer()
+            if going_on:
+                fit(run)
+                draw_history(run)
+                run.log(f"Checkpoints saved at: {folder}")
             run.accelerator.wait_for_everyone()
             checkpoint = folder / TENSORS
+        interrupts.defer()
         test(run, series, checkpoint)
         if args.do_predict:
             forecast_future(run, history_of(series), folder)
+        if start is not None and start.claim is not None:
+            start.claim.release()
     return 0
 
 
-def forecast_only(args: Namespace, repeat: int, folder: Path) -> None:
+def forecast_only(args: Namespace, repeat: int, folder: Path, interrupts: Interrupts) -> None:
     """Forecast the future with a checkpoint; no other rows than the last `seq_len` are needed.
 
     Raises:
@@ -70,7 +92,11 @@ def forecast_only(args: Namespace, repeat: int, folder: Path) -> None:
     info = check_model(args)
     check_checkpoint(checkpoint, trained_shapes(args, info))
     folder = results_folder(folder, checkpoint, args, None if history.trained else history.path)
-    run = set_up(args, repeat, folder, history, info)
+    if folder.is_dir():
+        refuse_links(folder)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+    record = describe_run(args, history, info)
+    run = set_up(args, repeat, folder, history, info, accelerator, record, interrupts)
     load_trained(run, checkpoint)
     forecast_future(run, history, folder)
 
@@ -134,20 +160,21 @@ def trained_shapes(args: Namespace, info: BackboneInfo) -> dict[str, tuple[int, 
 
 
 def set_up(
-    args: Namespace, repeat: int, folder: Path, series: Series | History, info: BackboneInfo
+    args: Namespace,
+    repeat: int,
+    folder: Path,
+    series: Series | History,
+    info: BackboneInfo,
+    accelerator: Accelerator,
+    record: dict,
+    interrupts: Interrupts,
 ) -> Run:
     """Load the backbone, build the model and the loaders (a history, to be gone on from, has none)."""
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
-    if args.is_training and accelerator.is_main_process:
-        moved = move_aside(folder)
-    accelerator.wait_for_everyone()
     folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if isinstance(series, Series) else "forecast.log"
     log = RunLog(folder / name) if accelerator.is_main_process else silent
-    if args.is_training and accelerator.is_main_process and moved:
-        log(f"The folder held an earlier run, now in: {moved}")
     device = accelerator.device
     log(f"Using device: {device}")
     if series.synthetic:
@@ -176,7 +203,8 @@ def set_up(
         accelerator=accelerator,
         model=model,
         loaders=loaders,
-        record=describe_run(args, series, info),
+        record=record,
+        interrupts=interrupts,
         max_sequences=args.max_sequences or 0,
         optimizer=build_optimizer(args.optimizer, model, args.learning_rate) if args.is_training else None,
     )
@@ -191,21 +219,12 @@ def _precision(args: Namespace) -> str:
     return "bf16" if cuda or args.use_amp else "no"
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Give a folder that holds a checkpoint the next free number; nothing of it is lost."""
-    if not any((folder / name).is_file() for name in (TENSORS, "checkpoint")):
-        return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
-
-
 def describe_run(args: Namespace, series: Series | History, info: BackboneInfo) -> dict:
     """What a checkpoint says of its run."""
-    backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
-    record = {"flags": vars(args), "backbone": backbone}
+    record = {
+        "flags": {name: value for name, value in vars(args).items() if name not in SAVING},
+        "backbone": info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit},
+    }
     if isinstance(series, History):
         return record
     return record | {
@@ -237,15 +256,18 @@ def test(run: Run, series: Series, checkpoint: Path) -> Scores:
     results = TestPass(run, series, run.folder)
     scores = run.evaluate("test", results.consume)
     run.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
-    metrics = results.finish(
-        {
-            "test": {"mse": scores.mse, "mae": scores.mae},
-            "checkpoint": str(checkpoint),
-            "data": run.record["data"],
-        }
-    )
+    figures = {"mse": scores.mse, "mae": scores.mae}
+    metrics = results.finish({"test": figures, "checkpoint": str(checkpoint), "data": run.record["data"]})
     if run.args.plots and run.accelerator.is_main_process:
         from utils.plots import draw_test  # only now: matplotlib takes a second to load
 
         draw_test(results, metrics)
     return scores
+
+
+def draw_history(run: Run) -> None:
+    """The picture of the losses by epoch."""
+    if run.args.plots and run.accelerator.is_main_process:
+        from utils.plots import draw_losses
+
+        draw_losses(run.folder, run.progress.history)

@@ -1,5 +1,6 @@
 """The lines of a run: on stdout, and in `train.log` in the run's folder."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,18 +9,38 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """Prints each line and appends it to a log file, so that a lost terminal loses nothing."""
+    """Prints each line and appends it to a log file, so that a lost terminal loses nothing.
+
+    Where one of the two can no longer be written (a closed terminal, a full disk) the other goes on:
+    a run does not end for the sake of a line.
+    """
 
     def __init__(self, path: Path | None):
         """`path` None prints only (processes of a group other than the first print nothing)."""
         self.path = path
+        self._file_lost = False
 
     def __call__(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
-        sys.stdout.flush()
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+        self._print(line)
+        if self.path is None:
+            return
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            with open(handle, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        except OSError as error:
+            if not self._file_lost:
+                self._print(f"WARNING: {self.path} cannot be written ({error.strerror})")
+            self._file_lost = True
+
+    @staticmethod
+    def _print(line: str) -> None:
+        try:
+            tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
+            sys.stdout.flush()
+        except OSError:
+            # Nobody reads any more. Python itself would complain once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def silent(line: str) -> None:

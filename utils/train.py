@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,24 +12,17 @@ from torch.utils.data import DataLoader
 from models.TimeLLM import Model
 from utils.checkpoint import save_checkpoint
 from utils.evaluate import Scores, evaluate
+from utils.guard import Guard
+from utils.interrupt import Interrupted, Interrupts
 from utils.journal import Journal
+from utils.memory import within_memory
+from utils.progress import Progress
 from utils.run_log import memory_line, peak_memory_gib, progress_bar
+from utils.saver import Saver
 from utils.schedule import learning_rate
 from utils.step import gradients
 
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    epoch: int = 1  # the one that runs
-    iteration: int = 0  # iterations done in it
-    loss_sum: float | torch.Tensor = 0.0  # of these iterations
-    best: float = float("inf")  # validation loss
-    worse: int = 0  # epochs since
-    history: list[dict] = field(default_factory=list)  # a row an epoch
 
 
 @dataclass
@@ -45,7 +39,13 @@ class Run:
     max_sequences: int
     optimizer: torch.optim.Optimizer | None = None
     progress: Progress = field(default_factory=Progress)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    saver: Saver | None = None  # where the run trains
+    memory_was_short: bool = False
     journal: Journal | None = None  # history.csv and what goes with it; one process has it
+
+    def __post_init__(self):
+        self.guard = Guard(self)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,7 +53,11 @@ class Run:
         return min(whole, self.args.max_iters or whole)
 
     def evaluate(self, split: str, consume=None) -> Scores:
-        return evaluate(self.model, self.loaders[split], self.accelerator, self.max_sequences, consume)
+        """Score a split; raises Interrupted between two batches if a signal has come."""
+        batches = self.loaders[split]
+        if self.accelerator.num_processes == 1:  # of several, one alone must not leave
+            batches = self.interrupts.between(batches)
+        return evaluate(self.model, batches, self.accelerator, consume, partial(within_memory, self))
 
 
 class Clock:
@@ -78,36 +82,36 @@ class Clock:
 
 
 def fit(run: Run) -> Progress:
-    """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder."""
+    """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder.
+
+    Raises:
+        Interrupted: a signal has come; the state is saved.
+        RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
+    """
     args, progress, log = run.args, run.progress, run.log
     clock = Clock(run)
     if run.journal:
         run.journal.start(progress.epoch, progress.iteration)
-    while progress.epoch <= args.train_epochs:
-        began = time.perf_counter()
-        train_loss = train_epoch(run, clock)
-        seconds = time.perf_counter() - began
-        log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
-        began = time.perf_counter()
-        vali, test = run.evaluate("val"), run.evaluate("test")
-        clock.evaluation = time.perf_counter() - began
-        log(
-            f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f} "
-            f"Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}"
-        )
-        log(memory_line(run.accelerator.device))
-        progress.history.append(
-            {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse, "test_loss": test.mse,
-             "test_mae": test.mae, "learning_rate": run.optimizer.param_groups[0]["lr"], "seconds": seconds,
-             "evaluation_seconds": clock.evaluation,
-             "peak_memory_gib": peak_memory_gib(run.accelerator.device)}
-        )
-        if run.journal:
-            run.journal.epoch(progress.history)
-        if keep_best(run, vali.mse):
-            log("Early stopping")
-            break
-        progress.epoch, progress.iteration, progress.loss_sum = progress.epoch + 1, 0, 0.0
+    try:
+        while not progress.finished(args.train_epochs, args.patience):
+            began = time.perf_counter()
+            train_loss = train_epoch(run, clock)
+            seconds = time.perf_counter() - began
+            log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
+            began = time.perf_counter()
+            vali, test = run.evaluate("val"), run.evaluate("test")
+            clock.evaluation = time.perf_counter() - began
+            end_epoch(run, train_loss, vali, test)
+            if run.journal:
+                costs = {"seconds": seconds, "evaluation_seconds": clock.evaluation,
+                         "peak_memory_gib": peak_memory_gib(run.accelerator.device)}  # fmt: skip
+                run.journal.epoch(progress.history, costs)
+            run.saver.after_iteration()
+    except Interrupted as signal:
+        run.saver.interrupted(signal)
+        raise
+    if progress.worse >= args.patience:
+        log("Early stopping")
     return progress
 
 
@@ -125,9 +129,10 @@ def train_epoch(run: Run, clock: Clock) -> float:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             run.optimizer.zero_grad(set_to_none=True)
-            loss = gradients(model, batch.to(run.accelerator.device), run.accelerator, run.max_sequences)
-            run.optimizer.step()
-            progress.loss_sum = progress.loss_sum + loss.double()
+            loss = within_memory(
+                run, len(batch.x), partial(gradients, model, batch.to(run.accelerator.device), run.accelerator)
+            )
+            progress.loss_sum = progress.loss_sum + run.guard.step(batch, loss)
             progress.iteration += 1
             clock.steps += 1
             if run.journal:
@@ -138,13 +143,37 @@ def train_epoch(run: Run, clock: Clock) -> float:
                 run.log(f"\t{clock.line()}")
                 if run.journal:
                     run.journal.flush()
+            run.saver.after_iteration()
             if progress.iteration == total:
                 break
-    return float(run.accelerator.reduce(progress.loss_sum, reduction="mean")) / total
+    run.guard.settle()
+    loss_sum = run.accelerator.reduce(progress.loss_sum.to(run.accelerator.device), reduction="mean")
+    return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def keep_best(run: Run, vali_loss: float) -> bool:
-    """Save the checkpoint if the validation loss is the lowest so far; True when patience has run out."""
+def end_epoch(run: Run, train_loss: float, vali: Scores, test: Scores) -> None:
+    """Print the epoch's line; keep its checkpoint if it is the best so far; save the state."""
+    progress, log = run.progress, run.log
+    log(
+        f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f} "
+        f"Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}"
+    )
+    log(memory_line(run.accelerator.device))
+    progress.history.append(
+        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse, "test_loss": test.mse,
+         "test_mae": test.mae}
+    )
+    keep_best(run, vali.mse)
+    progress.next_epoch()
+    run.saver.save()
+
+
+def keep_best(run: Run, vali_loss: float) -> None:
+    """Save the checkpoint if the validation loss is the lowest so far.
+
+    The checkpoint comes before the state that knows of it: a run that ends between the two goes on
+    from an earlier state and writes the same checkpoint once more.
+    """
     progress, args = run.progress, run.args
     improved = vali_loss < progress.best
     progress.worse = 0 if improved else progress.worse + 1
@@ -154,4 +183,3 @@ def keep_best(run: Run, vali_loss: float) -> bool:
         progress.best = vali_loss
         if run.accelerator.is_main_process:
             save_checkpoint(run.folder, run.model, run.record | progress.history[-1])
-    return progress.worse >= args.patience

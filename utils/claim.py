@@ -1,0 +1,111 @@
+"""A training run's folder: claimed for one process, cleared of links, never overwritten."""
+
+import errno
+import os
+from pathlib import Path
+
+from layers.errors import InputError
+from utils.files import FULL, free_bytes, remove_partials, size_text
+
+try:
+    import fcntl
+except ImportError:  # Windows without WSL: nothing there keeps two runs apart
+    fcntl = None
+
+LOCK = ".lock"
+MARGIN = 2**24  # for logs and figures
+_UNKNOWN_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class Claim:
+    """The folder is this process's until it ends, however it ends.
+
+    A record lock dies with its process and, unlike flock, does not live on in the loader's workers.
+    """
+
+    def __init__(self, folder: Path):
+        """Make the folder if need be, and lock it.
+
+        Raises:
+            InputError: it cannot be made, holds links, or another run is in it.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder)
+            self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            raise InputError(f"--checkpoints: cannot write in {folder} ({error.strerror})") from error
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the two lines above another run may have moved the folder aside.
+            ours = os.path.samestat(os.fstat(self._handle), os.stat(folder / LOCK))
+        except OSError:
+            ours = False
+        if not ours:
+            os.close(self._handle)
+            raise InputError(f"--checkpoints: another run is training in {folder}; wait for it or end it")
+        remove_partials(folder)
+
+    def release(self) -> None:
+        """Give the folder back."""
+        os.close(self._handle)
+
+
+def refuse_links(folder: Path) -> None:
+    """A folder from elsewhere must not lead this program's writing out of it.
+
+    Raises:
+        InputError: something in the folder is a symbolic link.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(place, name)
+            if path.is_symlink():
+                raise InputError(f"{path}: found a symbolic link; a run's folder must hold none; remove it")
+
+
+def move_aside(folder: Path) -> Path:
+    """Give the folder the next free number; nothing of it is lost."""
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def check_space(folder: Path, need: int, what: str) -> None:
+    """Write and remove a file as large as what the run will write.
+
+    Raises:
+        InputError: no room for it, or no writing at all.
+    """
+    probe = folder / f".space.{os.getpid()}.partial"
+    try:
+        with probe.open("xb") as file:
+            _fill(file, need + MARGIN)
+    except OSError as error:
+        probe.unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise InputError(f"--checkpoints: cannot write in {folder} ({error.strerror})") from error
+        free = free_bytes(folder)
+        raise InputError(
+            f"--checkpoints {folder.parent}: found {size_text(free)} free, need {size_text(need + MARGIN)} for {what}; "
+            f"free {size_text(need + MARGIN - free)} there, or name a folder on another disk"
+        ) from error
+    probe.unlink()
+
+
+def _fill(file, size: int) -> None:
+    """Take `size` bytes of the disk for a file, by reserving them where the system can."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _UNKNOWN_CALL:
+            raise
+        block = bytes(2**20)
+        for _ in range(-(-size // len(block))):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())

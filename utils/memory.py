@@ -1,0 +1,65 @@
+"""CUDA out of memory: the step is repeated in smaller parts."""
+
+from collections.abc import Callable
+
+import torch
+
+from utils.errors import RunError
+from utils.state import random_state, set_random_state
+
+
+def within_memory(run, sequences: int, work: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """`work(max_sequences)`; where CUDA has no memory for it, again with half of them.
+
+    The random generators go back to where they were, so the step is repeated with the same numbers.
+    `run.max_sequences` stays what it has become.
+
+    Args:
+        run: a `utils.train.Run`.
+        sequences: how many the work runs in all.
+
+    Raises:
+        RunError: not even one sequence fits.
+    """
+    device = run.accelerator.device
+    before = random_state(device)
+    while True:
+        try:
+            return work(run.max_sequences)
+        except torch.OutOfMemoryError:
+            tried = min(run.max_sequences or sequences, sequences)
+            if tried == 1:
+                raise RunError(f"CUDA out of memory with one sequence at a time; {advice(run)}") from None
+        # Here the exception, and with it every tensor of the failed attempt, is gone.
+        run.max_sequences = tried // 2
+        if run.optimizer is not None:
+            run.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        set_random_state(before, device)
+        if not run.memory_was_short:
+            run.log(f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
+                    f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit")  # fmt: skip
+            run.memory_was_short = True
+
+
+def advice(run) -> str:
+    """What to change, the largest saving first."""
+    args, model = run.args, run.model
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    moments = 2 if args.optimizer == "adamw8bit" else 8  # bytes for a trained value, beside its 4 and its gradient's 4
+    layers = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters()) - (
+        model.backbone.embeddings.numel() * model.backbone.embeddings.element_size()
+    )
+    savings = {f"--llm_layers {max(args.llm_layers // 2, 1)}": layers / 2}
+    if model.mapping_layer is not None:
+        savings["--prototypes direct"] = model.mapping_layer.weight.numel() * (8 + moments)
+    if args.optimizer != "adamw8bit":
+        savings["--optimizer adamw8bit"] = trained * 6
+    if not args.load_in_4bit:
+        savings["--load_in_4bit"] = layers * 0.7
+    ordered = sorted(savings, key=savings.get, reverse=True)
+    return (
+        "change, in order of effect: " + ", ".join(f"{flag} (saves about {savings[flag] / 1e9:.1f} GB)" for flag in ordered)
+        + ", a shorter --seq_len; or end other programs that use the GPU"
+    )  # fmt: skip
