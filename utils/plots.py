@@ -125,7 +125,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             _dress(axes, dated=True, labelled=row == len(shown) - 1)
             if row == 0:
                 axes.set_title(f"forecast from {_day(dates[T])}", fontsize=10)
-        grid[row][0].set_ylabel(_text(columns[channel]))
+        _label(grid[row][0], columns[channel])
     figure.align_ylabels(grid[:, 0])
     figure.suptitle(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)")
     _legend(figure, grid[0][0])
@@ -140,7 +140,7 @@ def _future(
         dates, values = history[0][-1:].append(future[0]), np.append(history[1][-1, channel], future[1][:, channel])
         axes.plot(dates, values, color=FORECAST, label="forecast", marker="o" if len(values) < 4 else None)
         axes.axvline(history[0][-1], color="black", linewidth=0.7, linestyle=":")
-        axes.set_ylabel(_text(columns[channel]))
+        _label(axes, columns[channel])
         _dress(axes, dated=True, labelled=axes is grid[-1])
     figure.align_ylabels(grid)
     figure.suptitle(f"{len(future[0])} rows ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
@@ -192,10 +192,10 @@ def _name(kind: str, page: int, pages: int) -> str:
     return kind if pages == 1 else f"{kind}_{page + 1}"
 
 
-def _text(name: str) -> str:
-    """A column's name as a label: no mathematics, not too long."""
-    name = name.replace("$", r"\$")
-    return name if len(name) <= 18 else name[:17] + "…"
+def _label(axes: Axes, name: str) -> None:
+    """A column's name beside its panel: no mathematics, not longer than the panel is high."""
+    short = name if len(name) <= 20 else name[:19] + "…"
+    axes.set_ylabel(short.replace("$", r"\$"), fontsize=10 if len(short) <= 12 else 8)
 
 
 def _day(date: pd.Timestamp) -> str:
