@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layers.errors import InputError
+from layers.lean import make_lean
 from layers.prefix_cache import ATTENTION, PrefixCache, PrefixStored, additive_mask, prefix_attention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +202,7 @@ class Backbone:
         self.model.requires_grad_(False).eval()
         self.embeddings = self.model.get_input_embeddings().weight  # (V, D)
         config = self.model.config
+        make_lean(self.model, lambda: config._attn_implementation == ATTENTION)
         self._groups = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
