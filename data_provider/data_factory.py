@@ -88,13 +88,21 @@ def make_loader(
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=start_worker,
+        # Workers must be this process's own children to die with it: Python 3.14 forks them elsewhere.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def start_worker(_worker_id: int) -> None:
-    """Tie a loader worker to its parent: dies with it, leaves Ctrl+C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Tie a loader worker to its parent: it dies with it, and leaves every signal to it.
+
+    A closed terminal or a shutdown signals all processes; a worker that went first would end the parent
+    with an error before it has saved.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform != "linux":
         return  # there PyTorch's own watchdog ends workers some seconds later
     parent = os.getppid()

@@ -70,16 +70,19 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: no such file; a CSV file is needed") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); a CSV file is needed") from None
-    if not raw.strip():
-        raise InputError(f"{path}: the file is empty; a header line and rows of numbers are needed")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return raw.decode("latin-1")
+        text = raw.decode("latin-1")
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; a header line and rows of numbers are needed")
+    return text
 
 
 def _parse(path: Path, text: str) -> pd.DataFrame:
     """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
+    if not text.splitlines()[0].strip():
+        raise InputError(f"{path}: row 1 is empty; the header is needed there")
     header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0]
     if header.isna().any():
         place = int(np.flatnonzero(header.isna())[0]) + 1

@@ -33,5 +33,6 @@
     --dropout 0.1 \
     --llm_model QWEN \
     --load_in_4bit \
+    --resume \
     "$@"
 )

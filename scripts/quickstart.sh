@@ -33,6 +33,7 @@ fi
   --d_model 32 --d_ff 32 --n_heads 8 --dropout 0.1 --prompt_domain 1 \
   --llm_model QWEN --llm_model_path "$backbone" --llm_layers 2 \
   --train_epochs 1 --batch_size 16 --eval_batch_size 32 --learning_rate 1e-3 \
+  --resume \
   "$@" | tee -i "$work/run.log"
 
 # The table: this run beside simple baselines on the same windows.

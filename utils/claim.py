@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from layers.errors import InputError
-from utils.files import FULL, free_bytes, remove_partials, size_text
+from utils.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
 
 try:
     import fcntl
@@ -14,6 +14,7 @@ except ImportError:  # Windows without WSL: nothing there keeps two runs apart
 
 LOCK = ".lock"
 MARGIN = 2**24  # for logs and figures
+PIECE = 2**30  # of the space that is tried out; some file systems end files at 4 GiB
 _UNKNOWN_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -76,25 +77,31 @@ def move_aside(folder: Path) -> Path:
 
 
 def check_space(folder: Path, need: int, what: str) -> None:
-    """Write and remove a file as large as what the run will write.
+    """Write and remove files that are as large as what the run will write.
 
     Raises:
         InputError: no room for it, or no writing at all.
     """
-    probe = folder / f".space.{os.getpid()}.partial"
+    size, probes = need + MARGIN, []
+    fits = free_bytes(folder) >= size  # a disk that says it is too small is not filled to try
     try:
-        with probe.open("xb") as file:
-            _fill(file, need + MARGIN)
+        for start in range(0, size if fits else 1, PIECE):
+            probes.append(folder / f".space{len(probes)}.{os.getpid()}{PARTIAL}")
+            with probes[-1].open("xb") as file:
+                _fill(file, min(PIECE, size - start) if fits else 1)
     except OSError as error:
-        probe.unlink(missing_ok=True)
+        fits = False
         if error.errno not in FULL:
             raise InputError(f"--checkpoints: cannot write in {folder} ({error.strerror})") from error
+    finally:
+        for probe in probes:
+            probe.unlink(missing_ok=True)
+    if not fits:
         free = free_bytes(folder)
         raise InputError(
-            f"--checkpoints {folder.parent}: found {size_text(free)} free, need {size_text(need + MARGIN)} for {what}; "
-            f"free {size_text(need + MARGIN - free)} there, or name a folder on another disk"
-        ) from error
-    probe.unlink()
+            f"--checkpoints {folder.parent}: found {size_text(free)} free, need {size_text(size)} for {what}; "
+            f"free {size_text(size - free)} there, or name a folder on another disk"
+        )
 
 
 def _fill(file, size: int) -> None:

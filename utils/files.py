@@ -78,12 +78,11 @@ def _reason(path: Path, error: OSError) -> str:
     folder = path.parent
     if error.errno in FULL:
         return (
-            f"{path.name} cannot be written: the disk of {folder} is full ({size_text(free_bytes(folder))} free); "
-            "what was saved before is kept"
+            f"{path.name} cannot be written: the disk of {folder} is full ({size_text(free_bytes(folder))} free)"
         )
     if not folder.is_dir():
         return f"{path.name} cannot be written: the folder {folder} has vanished; bring it back"
-    return f"{path.name} cannot be written in {folder} ({error.strerror}); what was saved before is kept"
+    return f"{path.name} cannot be written in {folder} ({error.strerror})"
 
 
 def _sync(path: Path) -> None:

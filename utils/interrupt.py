@@ -1,5 +1,6 @@
 """Ctrl+C and its relatives: the first one ends the run in good order, the second at once."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -62,7 +63,16 @@ class Interrupts:
             _tell(f"{name}: ending after the work in hand; once more ends at once")
             return
         _tell(f"{name}: ended at once" if self._deferred else f"{name}: ended before anything was trained")
+        _end_workers()
         os._exit(128 + number)
+
+
+def _end_workers() -> None:
+    """End the loader's workers, which would complain of a parent that is gone."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # PyTorch raises an error at it
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _tell(line: str) -> None:

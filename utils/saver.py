@@ -3,10 +3,13 @@
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from utils.checkpoint import save_checkpoint
 from utils.errors import RunError, StorageError
 from utils.files import FULL, free_bytes, size_text
 from utils.interrupt import Interrupted, Interrupts
@@ -76,13 +79,9 @@ class Saver:
             return
         run.progress.loss_sum = run.accelerator.reduce(run.progress.loss_sum.to(run.accelerator.device), "mean")
         if run.accelerator.is_main_process:
-            try:
+            with self._explained():
                 packed = pack(run.model, run.optimizer, run.progress, self.identity, run.accelerator.device)
                 self.last = save_state(run.folder, packed, self.last)
-            except StorageError as error:
-                raise StorageError(f"{error}; {self.advice(error)}", error.errno) from error
-            except RunError as error:
-                raise RunError(f"{error}; {self.kept()}") from error
         self._saved_at = time.monotonic()
         self.mark_saved()
 
@@ -91,24 +90,36 @@ class Saver:
         self.save()
         run = self.run
         run.log(f"{signal}: the state of epoch {self._step()[0]}, iteration {self._step()[1]} is saved in {run.folder}")
-        run.log(f"To go on: {resume_command()}")
+        words = sys.orig_argv if run.args.resume else [*sys.orig_argv, "--resume"]
+        run.log(f"To go on: {shlex.join(words)}")
 
-    def advice(self, error: StorageError) -> str:
-        """What to free, and what the run goes on from."""
-        if error.errno not in FULL:
-            return self.kept()
-        values = sum(parameter.numel() for parameter in self.run.model.parameters())
-        need = state_bytes(self.run.args.optimizer, values)
-        return f"free {size_text(max(need - free_bytes(self.run.folder), need // 10))} there, then: {self.kept()}"
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the epoch that has just ended.
+
+        Raises:
+            StorageError: the file system refused; the checkpoint before is still there.
+        """
+        run = self.run
+        if run.accelerator.is_main_process:
+            with self._explained():
+                save_checkpoint(run.folder, run.model, run.record | run.progress.history[-1])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add to what ends the run what it can go on from."""
+        try:
+            yield
+        except StorageError as error:
+            room = ""
+            if error.errno in FULL:
+                need = state_bytes(self.run.args.optimizer, sum(parameter.numel() for parameter in self.run.model.parameters()))
+                room = f"free {size_text(max(need - free_bytes(self.run.folder), need // 10))} there, then "
+            raise StorageError(f"{error}; {room}{self.kept()}", error.errno) from error
+        except RunError as error:
+            raise RunError(f"{error}; {self.kept()}") from error
 
     def kept(self) -> str:
         """What a run that ends now can go on from."""
         if self.last is None:
-            return "no state was saved before"
-        return f"{self.last.name} is kept, the same command with --resume goes on from it"
-
-
-def resume_command() -> str:
-    """The command line of this process, with --resume."""
-    words = [word for word in sys.orig_argv if word]
-    return shlex.join(words if "--resume" in words else [*words, "--resume"])
+            return "start anew: no state was saved before"
+        return f"the same command with --resume goes on from {self.last.name}, which is kept"

@@ -40,6 +40,8 @@ def open_folder(
         if start.state is not None:
             compare(start.state, identity)
         elif _holds_work(folder):
+            if start.lines:
+                start.lines.append("WARNING: no sound state is left: starting anew")
             start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder)}")
             start.claim.release()
             start.claim = Claim(folder)

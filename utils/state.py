@@ -78,7 +78,7 @@ def compare(saved: SavedState, now: dict) -> None:
         parts = [f"{name} was {_short(saved.identity.get(name))}, is {_short(now.get(name))}" for name in different]
         raise InputError(
             f"--resume: {saved.path} was saved by a run with other settings: {'; '.join(parts)}; give the same "
-            "ones, or start anew without --resume (what is there is then moved aside)"
+            "ones, or start anew with --resume False (what is there is then moved aside)"
         )
 
 
@@ -108,7 +108,7 @@ def find_state(folder: Path) -> tuple[SavedState | None, list[str]]:
                 return _read_header(path), lines
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 wrong = f"its header cannot be used ({error})"
-        lines.append(f"WARNING: {path.name} is damaged: {wrong}; using the one before it")
+        lines.append(f"WARNING: {path.name} is damaged: {wrong}")
     return None, lines
 
 

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from models.TimeLLM import Model
-from utils.checkpoint import save_checkpoint
 from utils.evaluate import Scores, evaluate
 from utils.guard import Guard
 from utils.interrupt import Interrupted, Interrupts
@@ -181,5 +180,4 @@ def keep_best(run: Run, vali_loss: float) -> None:
     if improved:
         run.log(f"Validation loss decreased ({progress.best:.6f} --> {vali_loss:.6f}). Saving model ...")
         progress.best = vali_loss
-        if run.accelerator.is_main_process:
-            save_checkpoint(run.folder, run.model, run.record | progress.history[-1])
+        run.saver.save_checkpoint()

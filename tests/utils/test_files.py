@@ -1,0 +1,84 @@
+"""Files are written whole, and a run's folder is one run's alone."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layers.errors import InputError
+from utils.claim import Claim, check_space, move_aside, refuse_links
+from utils.errors import StorageError
+from utils.files import write_atomic, write_json, write_text
+from utils.tensors import DTYPES, damage, write_tensors
+
+
+def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"ü": 1})
+    before = path.read_bytes()
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match=r"a.json cannot be written: the disk of .* is full \(.* free\)$"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(StorageError, match="has vanished"):
+        write_text(tmp_path / "none" / "b", "")
+
+
+def test_writing_replaces_a_link_and_does_not_follow_it(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.json").symlink_to(outside)
+    (folder / f".metrics.json.{os.getpid()}.partial").symlink_to(outside)
+    write_text(folder / "metrics.json", "theirs")
+    assert outside.read_text() == "mine" and not (folder / "metrics.json").is_symlink()
+
+
+@pytest.mark.parametrize("make", ["file", "folder", "nested"])
+def test_a_folder_with_links_is_refused(tmp_path: Path, make: str) -> None:
+    folder = tmp_path / "run"
+    (folder / "plots").mkdir(parents=True)
+    place = {"file": "train.log", "folder": "forecasts", "nested": "plots/a.png"}[make]
+    (folder / place).symlink_to("../.." if make == "folder" else "/etc/passwd")
+    for check in (refuse_links, Claim):
+        with pytest.raises(InputError, match=f"{place}: found a symbolic link"):
+            check(folder)
+
+
+def test_move_aside_takes_the_next_free_number(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "run.1").mkdir()
+    (tmp_path / "run.2").symlink_to("nowhere")
+    folder.mkdir()
+    (folder / "checkpoint").write_text("old")
+    assert move_aside(folder).name == "run.3"
+    assert (tmp_path / "run.3/checkpoint").read_text() == "old" and not folder.exists()
+
+
+def test_check_space_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_space(tmp_path, 10**6, "a state")
+    with pytest.raises(InputError, match="need .* for a state; free .* there, or name a folder on another disk"):
+        check_space(tmp_path, shutil.disk_usage(tmp_path).free + 2**30, "a state")
+    assert not os.listdir(tmp_path)
+
+
+def test_tensor_files_are_safetensors_files(tmp_path: Path) -> None:
+    values = torch.arange(7) % 2
+    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES} | {
+        "": torch.tensor(3.5), "empty": torch.zeros(0, 3), "turned": torch.arange(6.0).view(2, 3).t()
+    }  # fmt: skip
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, tensors, {"note": "0" * 64 + "ü"})
+    assert damage(path) is None
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
