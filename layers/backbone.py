@@ -10,10 +10,12 @@ import importlib.util
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -187,8 +189,18 @@ class Backbone:
         causal: whether the fast path is possible.
     """
 
-    def __init__(self, info: BackboneInfo, layers: int, device: torch.device | str = "cpu", four_bit: bool = False):
+    def __init__(
+        self,
+        info: BackboneInfo,
+        layers: int,
+        device: torch.device | str = "cpu",
+        four_bit: bool = False,
+        recompute: bool = False,
+    ):
         """Read the first `layers` layers. float32 on the CPU, bfloat16 on CUDA and with `four_bit`.
+
+        Args:
+            recompute: keep only each layer's input for the backward pass, and run the layer again there.
 
         Raises:
             InputError: more layers than there are, or weights that the folder lacks.
@@ -202,6 +214,8 @@ class Backbone:
         self.model.requires_grad_(False).eval()
         self.embeddings = self.model.get_input_embeddings().weight  # (V, D)
         config = self.model.config
+        if recompute:
+            _recompute_layers(self.model)
         make_lean(self.model, lambda: config._attn_implementation == ATTENTION)
         self._groups = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -262,6 +276,27 @@ class Backbone:
         positions = P0 + length[:, None] + torch.arange(L, device=ids.device)  # (M, L)
         return self._forward(ATTENTION, patches.to(self.dtype), mask, positions).to(patches.dtype)
 
+    def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:
+        """About what a training step holds for one sequence while it runs backward, in bytes.
+
+        Counted are the tensors that the layers keep for their gradients: on the fast path those of the
+        patches and the keys and values of all slots; on the plain path those of all tokens.
+        """
+        config = self.model.config
+        D, layers = self.hidden_size, config.num_hidden_layers
+        inner = getattr(config, "intermediate_size", None) or 4 * D
+        slots = prompt + patches
+        if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
+            kept = patches * (4 * D + 2 * inner) + slots * 2 * D // self._groups
+        else:  # besides, in both norms two float32 copies, the activation, expanded keys and values
+            kept = slots * (14 * D + 3 * inner)
+        if recompute:  # each layer's input; one layer at a time holds the rest
+            once_more, kept = kept, (patches if fast else slots) * D + fast * slots * 2 * D // self._groups
+        else:
+            once_more = 0
+        once = once_more + slots * 4 * D + patches * (2 * D + 2 * inner)  # one layer at work, and the embedding
+        return (kept * layers + once) * self.embeddings.element_size()
+
     def _hold_opening(self, opening: list[int]) -> None:
         """Compute the opening's keys and values, unless the cache holds them."""
         if opening == self._opening:
@@ -295,6 +330,18 @@ class Backbone:
         self.embeddings = self.model.get_input_embeddings().weight
         self._cache, self._opening = PrefixCache(self.model.config.num_hidden_layers), []
         return self
+
+
+def _recompute_layers(model: torch.nn.Module) -> None:
+    """Run every layer under activation checkpointing. (transformers' own switch asks for train mode.)"""
+    layers = next(
+        child
+        for child in model.modules()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == model.config.num_hidden_layers
+    )
+    for layer in layers:
+        # Nothing random happens in a frozen layer, so no generator's state needs to be kept.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool) -> torch.nn.Module:

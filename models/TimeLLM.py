@@ -85,6 +85,7 @@ class Model(nn.Module):
                 find_backbone(configs.llm_model, configs.llm_model_path),
                 configs.llm_layers,
                 four_bit=configs.load_in_4bit,
+                recompute=configs.grad_checkpoint,
             )
         self._frozen = [backbone]  # in a list, where nn.Module does not look
         self.fast_path = backbone.causal if configs.fast_path == "auto" else False

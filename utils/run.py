@@ -15,6 +15,7 @@ from layers.backbone import Backbone, BackboneInfo, find_backbone, require_bitsa
 from layers.errors import InputError
 from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
+from utils.capacity import fitting_sequences
 from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
 from utils.claim import refuse_links
 from utils.describe import fill_in_prompt, overview
@@ -183,7 +184,7 @@ def set_up(
         log(line)
     torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(args.seed + repeat)
-    backbone = Backbone(info, args.llm_layers, device, args.load_in_4bit)
+    backbone = Backbone(info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint)
     model = Model(args, backbone).to(device)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     log(f"Trained values: {parameter_count(shapes):,}; {'fast' if model.fast_path else 'plain'} path")
@@ -205,7 +206,7 @@ def set_up(
         loaders=loaders,
         record=record,
         interrupts=interrupts,
-        max_sequences=args.max_sequences or 0,
+        max_sequences=fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences,
         optimizer=build_optimizer(args.optimizer, model, args.learning_rate) if args.is_training else None,
     )
     if args.is_training and accelerator.is_main_process:

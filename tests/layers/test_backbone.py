@@ -1,0 +1,162 @@
+"""Finding, checking and loading the frozen language model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layers.backbone import Backbone, find_backbone
+from layers.errors import InputError
+from scripts.make_backbone import make_backbone
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def copy(backbones, tmp_path: Path) -> Path:
+    """A tiny Qwen2 that a test may spoil."""
+    return Path(shutil.copytree(backbones["qwen2"], tmp_path / "copy"))
+
+
+def refused(folder: Path | str, name: str = "QWEN") -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(InputError) as caught:
+        find_backbone(name, str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for shard in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(shard).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("qwen2", "layers."), ("llama", "layers."), ("gpt2", "h."), ("bert", "encoder.layer.")],
+)
+def test_only_the_first_layers_are_loaded(backbones, load, family: str, layer: str) -> None:
+    both = load(family).model.state_dict()
+    name = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2", "bert": "BERT"}[family]
+    first = Backbone(find_backbone(name, str(backbones[family])), 1).model
+    held = first.state_dict()
+    second = {key for key in both if key.startswith(f"{layer}1.")}
+    assert second and set(held) == set(both) - second
+    assert all(torch.equal(tensor, both[key]) for key, tensor in held.items())
+    count = sum(p.numel() for p in first.parameters())
+    assert count == sum(p.numel() for key, p in load(family).model.named_parameters() if key not in second)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+def test_weights_are_those_of_the_files_frozen_and_in_eval_mode(backbones, load, family: str) -> None:
+    model, files = load(family).model, weights(backbones[family])
+    for name, parameter in model.named_parameters():
+        file = name if name in files else f"model.{name}"
+        assert torch.equal(parameter, files[file]), name
+        assert parameter.dtype == torch.float32 and not parameter.requires_grad
+    assert not any(module.training for module in model.modules())
+
+
+def test_what_a_folder_says_of_itself(backbones) -> None:
+    info = find_backbone("QWEN", str(backbones["qwen2"]))
+    assert (info.hidden_size, info.layers, info.causal, info.max_positions) == (128, 2, True, 32768)
+    assert find_backbone("GPT2", str(backbones["gpt2"])).max_positions == 1024
+    bert = find_backbone("BERT", str(backbones["bert"]))
+    assert (bert.max_positions, bert.causal) == (512, False)
+    assert find_backbone("AUTO", str(backbones["llama"])).causal
+    assert not find_backbone("AUTO", str(backbones["bert"])).causal
+
+
+def test_four_bit_leaves_the_embeddings_alone(backbones, load) -> None:
+    model, files = load("qwen2", four_bit=True).model, weights(backbones["qwen2"])
+    embeddings = files["model.embed_tokens.weight"].bfloat16()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    projections = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(projections) == 2 * 7  # query, key, value, output; gate, up, down
+    for module in projections:
+        assert module.weight.dtype == torch.uint8 and module.weight.quant_state.quant_type == "nf4"
+        assert module.compute_dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    line = refused(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in line and "hf download Qwen/Qwen2.5-3B --local-dir " in line
+
+
+def test_only_bin_weights(copy: Path) -> None:
+    for file in [*copy.glob("*.safetensors"), copy / INDEX]:
+        file.unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    line = refused(copy)
+    assert "no *.safetensors file" in line and f"hf download Qwen/Qwen2.5-3B --local-dir {copy}" in line
+
+
+def test_missing_shard(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.unlink()
+    line = refused(copy)
+    assert f"no {shard.name}" in line and str(copy) in line
+
+
+@pytest.mark.parametrize("outside", ["../stolen.safetensors", "/etc/passwd", "below/model.safetensors"])
+def test_index_that_names_a_file_outside(copy: Path, outside: str) -> None:
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = outside
+    (copy / INDEX).write_text(json.dumps(index))
+    shutil.copy(next(copy.glob("*.safetensors")), copy.parent / "stolen.safetensors")
+    assert f"{INDEX} names a file outside of the folder" in refused(copy)
+
+
+def test_wrong_family(backbones) -> None:
+    line = refused(backbones["llama"], "QWEN")
+    assert "--llm_model QWEN" in line and "llama" in line
+
+
+def test_unreadable_configuration_or_no_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer_config.json").unlink()
+    assert "no tokenizer_config.json" in refused(copy)
+    (copy / "config.json").write_text("{}")
+    assert "config.json cannot be used" in refused(copy)
+
+
+def test_more_layers_than_there_are(backbones) -> None:
+    with pytest.raises(InputError, match="--llm_layers: found 3, need at most 2"):
+        Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 3)
+
+
+def test_tensor_missing_in_the_shards(copy: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, shard, metadata={"format": "pt"})
+    index = json.loads((copy / INDEX).read_text())
+    del index["weight_map"][name]
+    (copy / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="found no weights for .*layers.0.mlp.up_proj.weight"):
+        Backbone(find_backbone("QWEN", str(copy)), 1)
+
+
+def test_no_code_of_the_folder_is_run(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text(f"open({str(copy / 'executed')!r}, 'w')\n")
+    Backbone(find_backbone("QWEN", str(copy)), 1)
+    assert not (copy / "executed").exists()
+
+
+def test_identity_stays_with_the_weights(backbones, copy: Path, tmp_path: Path) -> None:
+    identity = find_backbone("QWEN", str(backbones["qwen2"])).identity
+    assert find_backbone("QWEN", str(copy)).identity == identity
+    seeds = [find_backbone("QWEN", str(make_backbone(tmp_path / f"{s}", seed=s))).identity for s in (0, 1)]
+    assert seeds[0]["fingerprint"] != seeds[1]["fingerprint"] != identity["fingerprint"]
+    assert str(tmp_path) not in json.dumps(identity)

@@ -1,0 +1,159 @@
+"""The prompt: its exact text, its figures, its tokens."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from layers.errors import InputError
+from layers.norm import instance_norm
+from layers.prompt import PromptEncoder, PromptTemplate, describe_series, pad_prompts, top_lags
+
+TEMPLATE = PromptTemplate("Hourly load of a town.", seq_len=8, pred_len=24)
+# As model.md has it; the lags by hand: correlations 9.25 at 0, 3.55 at 3 and 5, 2.0 at 2 and 6.
+SERIES = np.array([0.1, 2.0, -0.3, 1.5, 0.7, -1.2, 0.4, 0.9], dtype=np.float32)
+TEXT = (
+    "<|start_prompt|>Dataset description: Hourly load of a town.Task description: forecast the next 24 steps "
+    "given the previous 8 steps information; Input statistics: min value -1.2000000476837158, "
+    "max value 2.0, median value 0.4000000059604645, the trend of input is upward, "
+    "top 5 lags are : [0, 3, 5, 2, 6]<|<end_prompt>|>"
+)
+NUMBERS = re.compile(
+    r" min value (\S+), max value (\S+), median value (\S+), the trend of input is (upward|downward), "
+    r"top 5 lags are : \[(\d+), (\d+), (\d+), (\d+), (\d+)\]<\|<end_prompt>\|>"
+)
+LONG = " ".join(f"word{i} of a description." for i in range(900))
+
+
+def tokenizer_of(backbones, family: str):
+    return AutoTokenizer.from_pretrained(backbones[family])
+
+
+def random_series(count: int, steps: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, steps)).cumsum(1).astype(np.float32)
+
+
+def test_exact_text() -> None:
+    (statistics,) = describe_series(SERIES[None], TEMPLATE)
+    assert TEMPLATE.opening() + statistics == TEXT
+    assert TEMPLATE.opening().endswith("Input statistics:") and "\n" not in TEXT
+
+
+def test_downward_and_rounded() -> None:
+    (falling,) = describe_series(-SERIES[None], PromptTemplate("d", 8, 24, decimals=2))
+    assert falling == (
+        " min value -2.0, max value 1.2, median value -0.7, the trend of input is downward, "
+        "top 5 lags are : [0, 3, 5, 2, 6]<|<end_prompt>|>"
+    )
+
+
+def test_a_level_series_is_not_upward() -> None:
+    (text,) = describe_series(np.zeros((1, 32), dtype=np.float32), TEMPLATE)
+    assert text == (
+        " min value 0.0, max value 0.0, median value 0.0, the trend of input is downward, "
+        "top 5 lags are : [0, 1, 2, 3, 4]<|<end_prompt>|>"
+    )
+
+
+@pytest.mark.parametrize("steps", [5, 31, 96, 512])
+def test_figures_against_torch(steps: int) -> None:
+    z = random_series(20, steps)
+    for series, text in zip(torch.from_numpy(z), describe_series(z, TEMPLATE), strict=True):
+        low, high, median, trend, *_ = NUMBERS.fullmatch(text).groups()
+        # printed as Python prints the float32 value converted to float, not a digit less or more
+        assert low == str(series.min().item()) and high == str(series.max().item())
+        assert median == str(torch.median(series).item())
+        assert trend == ("upward" if series[-1] - series[0] > 0 else "downward")
+
+
+@pytest.mark.parametrize("steps", [5, 12, 31, 96])
+def test_lags_against_a_sum_written_out(steps: int) -> None:
+    z = random_series(10, steps, seed=1)
+    for series, lags in zip(z.astype(np.float64), top_lags(z), strict=True):
+        correlation = [
+            sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)
+        ]
+        assert len(set(lags)) == 5
+        np.testing.assert_allclose([correlation[lag] for lag in lags], sorted(correlation)[:-6:-1], rtol=1e-9)
+        for first, second in zip(lags, lags[1:], strict=False):
+            if first + second == steps:  # equal by symmetry: rounding must not order them
+                assert first < second
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+def test_ids_are_those_of_the_whole_text(backbones, family: str) -> None:
+    tokenizer = tokenizer_of(backbones, family)
+    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=400)
+    assert bool(encoder.opening_ids) == (family != "bert")  # BERT closes every text with a token of its own
+    texts = describe_series(np.concatenate([SERIES[None], random_series(20, 8) * 1e-4]), TEMPLATE)
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        assert encoder.opening_ids + ids == tokenizer(TEMPLATE.opening() + text)["input_ids"]
+
+
+def test_a_window_has_a_prompt_for_each_channel(backbones) -> None:
+    tokenizer = tokenizer_of(backbones, "qwen2")
+    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=400)
+    window = torch.from_numpy(random_series(3, 8)).T * 50 + 7  # (T, N)
+    expected = describe_series(instance_norm(window.T.contiguous())[0].numpy(), TEMPLATE)
+    assert encoder.for_window(window) == [tokenizer(text)["input_ids"] for text in expected]
+
+
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, and one token that reaches over the end of the opening: ": min"."""
+    letters = sorted({chr(code) for code in range(32, 127)})
+    parts = [": ", ": m", ": mi", ": min"]
+    merges = [(":", " "), (": ", "m"), (": m", "i"), (": mi", "n")]
+    vocabulary = {token: i for i, token in enumerate(letters + parts)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
+
+
+def test_falls_back_where_the_opening_does_not_split() -> None:
+    tokenizer = joining_tokenizer()
+    texts = describe_series(np.concatenate([SERIES[None], random_series(5, 8)]), TEMPLATE)
+    joined = tokenizer(TEMPLATE.opening() + texts[0])["input_ids"]
+    apart = tokenizer(TEMPLATE.opening())["input_ids"] + tokenizer(texts[0])["input_ids"]
+    assert joined != apart
+    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=2048)
+    assert encoder.opening_ids == []
+    assert encoder.encode(texts) == [tokenizer(TEMPLATE.opening() + text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)]
+)
+def test_the_description_is_cut_and_never_the_statistics(backbones, family: str, limit: int) -> None:
+    tokenizer = tokenizer_of(backbones, family)
+    template = PromptTemplate(LONG, seq_len=512, pred_len=96)
+    encoder = PromptEncoder(tokenizer, template, max_tokens=limit)
+    kept = encoder.template.description
+    assert kept and LONG.startswith(kept) and len(kept) < len(LONG)
+    z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
+    lengths = []
+    for text, ids in zip(
+        describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True
+    ):
+        whole = encoder.opening_ids + ids
+        cut = PromptTemplate(kept, 512, 96).opening() + text
+        assert tokenizer.decode(whole, skip_special_tokens=True) == cut
+        lengths.append(len(whole))
+    most = min(limit, 2048)  # model.md: at most 2048 prompt tokens
+    assert most - 40 < max(lengths) <= most  # no more is cut than has to be
+
+
+def test_a_description_that_fits_is_kept(backbones) -> None:
+    template = PromptTemplate("two  spaces stay", 512, 96)
+    assert PromptEncoder(tokenizer_of(backbones, "qwen2"), template, 400).template is template
+
+
+def test_no_room_for_the_statistics(backbones) -> None:
+    with pytest.raises(InputError, match="--seq_len 512: 60 positions") as caught:
+        PromptEncoder(tokenizer_of(backbones, "bert"), PromptTemplate("d", 512, 96), 60)
+    assert "\n" not in str(caught.value)
+
+
+def test_padding_is_on_the_right() -> None:
+    ids, length = pad_prompts([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and length.tolist() == [3, 1]
