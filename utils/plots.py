@@ -1,6 +1,7 @@
 """The run's pictures: PNG files, in the data's own units, readable without the text beside them."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from utils.results import TestPass, Window
 PLOTS = "plots"  # the folder in the run's folder
 PANELS = 7  # channels on a page
 HISTORY, TRUTH, FORECAST = "#7f7f7f", "#1f77b4", "#d95f02"
-SHOWN_HORIZONS = 2  # history in a picture, in horizons
+SHOWN_HORIZONS, SHOWN_ROWS = 2, 24  # history in a picture: so many horizons, and at least so many rows
 # Column names in Chinese need a font that has them; those that are installed stand behind the usual one.
 CJK = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "WenQuanYi Zen Hei")
 
@@ -50,7 +51,7 @@ def draw_forecast(
     Args:
         history, future: dates `[rows]` and values `[rows, N]` in own units.
     """
-    shown = SHOWN_HORIZONS * len(future[0])
+    shown = max(SHOWN_HORIZONS * len(future[0]), SHOWN_ROWS)
     history = (history[0][-shown:], history[1][-shown:])
     pages = _pages(columns)
     return [
@@ -75,9 +76,12 @@ def draw_steps(folder: Path, scale: dict, step: str) -> Path:
             axes.plot(ahead, values, color=colour, marker="o" if len(values) < 30 else None, label=name.upper())
             label = f"{name.upper()} over all steps: {mean:.3f}"
             axes.axhline(mean, color=colour, linestyle=":", linewidth=1, label=label)
-        axes.set(title="Test error by horizon step", ylabel="error, standardised scale", ylim=(0, None))
+        axes.set(title="Test error by horizon step", ylabel="error, standardised scale")
+        top = max(*scale["steps"]["mse"], *scale["steps"]["mae"])
+        axes.set_ylim(0, 1.1 * top if np.isfinite(top) and top > 0 else 1)
+        axes.set_xlim(0.5, len(ahead) + 0.5)
         axes.set_xlabel(f"rows ahead (1 row: {step})")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _dress(axes)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
@@ -101,7 +105,7 @@ def draw_losses(folder: Path, history: list[dict]) -> Path:
         axes.axvline(best, color="black", linestyle=":", linewidth=1, label=f"kept: epoch {best}")
         axes.set(title="Loss by epoch", xlabel="epoch", ylabel="MSE, standardised scale")
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _dress(axes)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
@@ -113,7 +117,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
     for row, channel in enumerate(shown):
         for axes, window in zip(grid[row], windows, strict=True):
             T, H = len(window.history), len(window.true)
-            first = max(T - SHOWN_HORIZONS * H, 0)
+            first = max(T - max(SHOWN_HORIZONS * H, SHOWN_ROWS), 0)
             dates = window.dates
             # The last row of history joins the lines.
             last = window.history[-1:, channel]
@@ -125,7 +129,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             _dress(axes, dated=True, labelled=row == len(shown) - 1)
             if row == 0:
                 axes.set_title(f"forecast from {_day(dates[T])}", fontsize=10)
-        _label(grid[row][0], columns[channel])
+        _label(grid[row][0], columns, channel)
     figure.align_ylabels(grid[:, 0])
     figure.suptitle(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)")
     _legend(figure, grid[0][0])
@@ -140,10 +144,10 @@ def _future(
         dates, values = history[0][-1:].append(future[0]), np.append(history[1][-1, channel], future[1][:, channel])
         axes.plot(dates, values, color=FORECAST, label="forecast", marker="o" if len(values) < 4 else None)
         axes.axvline(history[0][-1], color="black", linewidth=0.7, linestyle=":")
-        _label(axes, columns[channel])
+        _label(axes, columns, channel)
         _dress(axes, dated=True, labelled=axes is grid[-1])
     figure.align_ylabels(grid)
-    figure.suptitle(f"{len(future[0])} rows ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
+    figure.suptitle(f"{len(future[0])} row{'s' if len(future[0]) > 1 else ''} ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
     _legend(figure, grid[0])
 
 
@@ -192,10 +196,23 @@ def _name(kind: str, page: int, pages: int) -> str:
     return kind if pages == 1 else f"{kind}_{page + 1}"
 
 
-def _label(axes: Axes, name: str) -> None:
-    """A column's name beside its panel: no mathematics, not longer than the panel is high."""
+def _label(axes: Axes, columns: list[str], channel: int) -> None:
+    """A column's name beside its panel: no mathematics, not longer than the panel is high.
+
+    A name that no installed font can draw becomes the column's number.
+    """
+    name = columns[channel]
+    if not set(map(ord, name)) <= _glyphs():
+        name = f"column {channel + 1}"
     short = name if len(name) <= 20 else name[:19] + "…"
     axes.set_ylabel(short.replace("$", r"\$"), fontsize=10 if len(short) <= 12 else 8)
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """The characters that the fonts in use can draw."""
+    paths = [font_manager.findfont(name) for name in _fonts()]
+    return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
 def _day(date: pd.Timestamp) -> str:
