@@ -1,184 +1,32 @@
-"""The frozen language model: found, checked, loaded, and run over prompts and patches.
+"""The frozen language model: loaded, and run over prompts and patches.
 
-One builder serves every language model through transformers' Auto classes; what differs between
-them stands in `FAMILIES`. Source: Time-LLM, section 3.1 ("frozen backbone").
+One builder serves every language model through transformers' Auto classes.
+Source: Time-LLM, section 3.1 ("frozen backbone").
 """
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import sys
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from layers.backbone_files import BackboneInfo
 from layers.errors import InputError
 from layers.lean import make_lean
 from layers.prefix_cache import ATTENTION, PrefixCache, PrefixStored, additive_mask, prefix_attention
 
-ROOT = Path(__file__).resolve().parents[1]
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, prefix_attention)
 
 
-@dataclass(frozen=True)
-class Family:
-    """What one `--llm_model` name stands for."""
-
-    model_type: str  # how the model types of its configurations begin
-    hub_id: str  # fetched where no folder is given or found
-    causal: bool | None = True  # None: as the configuration's architecture says
-    options: tuple[tuple[str, object], ...] = ()  # further arguments of from_pretrained
-
-
-FAMILIES = {
-    "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
-    "LLAMA": Family("llama", "huggyllama/llama-7b"),
-    "GPT2": Family("gpt2", "openai-community/gpt2"),
-    "BERT": Family(
-        "bert", "google-bert/bert-base-uncased", causal=False, options=(("add_pooling_layer", False),)
-    ),
-    "AUTO": Family("", "", causal=None),
-}
-
-
-@dataclass(frozen=True)
-class BackboneInfo:
-    """What a model folder says of itself, read without its weights."""
-
-    family: Family
-    folder: Path
-    hidden_size: int
-    vocab_size: int
-    layers: int
-    max_positions: int
-    causal: bool
-    identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
-
-
-def find_backbone(name: str, path: str | None) -> BackboneInfo:
-    """Find a language model's folder and read its shape; no weight is read.
-
-    Args:
-        name: a key of FAMILIES (`--llm_model`).
-        path: a folder or a hub id (`--llm_model_path`); None looks in base_models/, then on the hub.
-
-    Raises:
-        InputError: folder, configuration, tokenizer or safetensors files missing or unreadable.
-    """
-    family = FAMILIES[name]
-    folder = _local_folder(family, path)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--llm_model_path {folder}: config.json cannot be used ({_first_line(error)})"
-        ) from error
-    if not config.model_type.startswith(family.model_type):
-        raise InputError(
-            f"--llm_model {name}: found a model of type {config.model_type} in {folder}, "
-            f"need {family.model_type}; name its own family ({', '.join(FAMILIES)})"
-        )
-    shards = _weight_files(folder, family)
-    if not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"--llm_model_path {folder}: found no tokenizer_config.json; a tokenizer is needed")
-    # GPT2 names its positions differently; the attribute map of its config knows both names.
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    return BackboneInfo(
-        family=family,
-        folder=folder,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        max_positions=positions,
-        causal=_is_causal(config) if family.causal is None else family.causal,
-        identity={
-            "llm_model": name,
-            "model_type": config.model_type,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "fingerprint": _fingerprint(folder, shards),
-        },
-    )
-
-
-def _is_causal(config) -> bool:
-    """Whether a configuration is that of a decoder, by the names of its architectures."""
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
-
-
-def _local_folder(family: Family, path: str | None) -> Path:
-    if path is not None and Path(path).expanduser().is_dir():
-        return Path(path).expanduser()
-    default = ROOT / "base_models" / family.hub_id.split("/")[-1]
-    if path is None and default.is_dir():
-        return default
-    looks_like_hub_id = path is None or (path.count("/") <= 1 and not path.startswith((".", "/", "~")))
-    hub_id = path or family.hub_id
-    if looks_like_hub_id:
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(
-                snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-            )
-        except Exception as error:  # the hub client raises dozens of types; each means: not to be had
-            reason = _first_line(error)
-    else:
-        hub_id, reason = family.hub_id, "no such folder"
-    looked = default if path is None else path
-    raise InputError(
-        f"--llm_model_path: found no weights in {looked} ({reason}); fetch them with: "
-        f"hf download {hub_id} --local-dir {default}"
-    )
-
-
-def _weight_files(folder: Path, family: Family) -> list[Path]:
-    """The safetensors files of a folder; every file that an index names must be there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
-    if any(Path(name).name != name for name in names):
-        raise InputError(f"--llm_model_path {folder}: {index.name} names a file outside of the folder")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        found = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise InputError(
-            f"--llm_model_path {folder}: found {found}; safetensors weights are needed (others are not "
-            f"loaded): hf download {family.hub_id} --local-dir {folder}"
-        )
-    return [folder / name for name in names]
-
-
-def _fingerprint(folder: Path, shards: list[Path]) -> str:
-    """SHA-256 over the configuration and each shard's size, header and last 64 KiB: cheap, yet any
-    other weights of the same shape differ in it."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in shards:
-        with shard.open("rb") as file:
-            digest.update(str(shard.stat().st_size).encode())
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-            file.seek(max(0, shard.stat().st_size - 65536))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def require_bitsandbytes() -> None:
-    """Raises InputError where 4-bit weights are asked for and bitsandbytes is not installed."""
+def require_bitsandbytes(flag: str) -> None:
+    """Raises InputError where `flag` needs bitsandbytes and it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("--load_in_4bit: found no bitsandbytes; install it with: pip install bitsandbytes")
+        raise InputError(f"--{flag}: found no bitsandbytes; install it with: pip install bitsandbytes")
 
 
 class Backbone:
@@ -207,9 +55,7 @@ class Backbone:
         """
         self.info = info
         self.hidden_size, self.vocab_size = info.hidden_size, info.vocab_size
-        self.causal = info.causal
-        self.four_bit = four_bit
-        self.tokenizer = AutoTokenizer.from_pretrained(info.folder, trust_remote_code=False)
+        self.max_positions, self.causal, self.tokenizer = info.max_positions, info.causal, info.tokenizer
         self.model = _load(info, layers, torch.device(device), four_bit)
         self.model.requires_grad_(False).eval()
         self.embeddings = self.model.get_input_embeddings().weight  # (V, D)
@@ -221,7 +67,7 @@ class Backbone:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         self._cache = PrefixCache(layers)
-        self._opening: list[int] = []  # whose keys and values the cache holds
+        self._opening: list[int] | None = []  # whose keys and values the cache holds
 
     @property
     def device(self) -> torch.device:
@@ -302,11 +148,13 @@ class Backbone:
         if opening == self._opening:
             return
         self._cache.store_opening()
+        self._opening = None  # until all of it is there: the pass may run out of memory
         with torch.inference_mode(False), torch.no_grad():
-            ids = torch.tensor([opening], device=self.device)
+            ids = torch.tensor([opening], dtype=torch.long, device=self.device)
             row = torch.arange(len(opening), device=self.device)
             mask = additive_mask(row[None, None] <= row[None, :, None], self._groups, self.dtype)
-            self._store(ids, mask, row[None])
+            if opening:
+                self._store(ids, mask, row[None])
         self._opening = list(opening)
 
     def _store(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> None:
@@ -354,7 +202,7 @@ def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool)
     dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
     options = dict(info.family.options)
     if four_bit:
-        require_bitsandbytes()
+        require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from layers.backbone import Backbone, BackboneInfo, find_backbone
+from layers.backbone import Backbone
+from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import InputError
 from layers.head import FlattenHead
 from layers.norm import instance_norm
@@ -101,11 +102,8 @@ class Model(nn.Module):
             configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size
         )
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        if isinstance(backbone, Backbone):
-            template = PromptTemplate(describe(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals)
-            self.prompts = PromptEncoder(
-                backbone.tokenizer, template, backbone.info.max_positions - patches
-            )
+        template = PromptTemplate(describe(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals)
+        self.prompts = PromptEncoder(backbone.tokenizer, template, backbone.max_positions - patches)
 
     @property
     def backbone(self) -> Backbone:

@@ -11,7 +11,8 @@ from accelerate.utils import set_seed
 from data_provider.data_factory import epoch_batches, make_loader, series_from_args
 from data_provider.data_loader import Series
 from data_provider.describe import step_words
-from layers.backbone import Backbone, BackboneInfo, find_backbone, require_bitsandbytes
+from layers.backbone import Backbone, require_bitsandbytes
+from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import InputError
 from models.TimeLLM import Model, describe
 from utils.batches import SequenceCollate
@@ -115,12 +116,13 @@ def check(args: Namespace, folder: Path) -> tuple[Series, BackboneInfo, Path | N
     args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
     fill_in_prompt(args, series, folder)
     info = check_model(args)
+    shapes = trained_shapes(args, info)  # also finds out whether the prompt fits
     for split in SPLITS:
         epoch_batches(args, series.windows(split), split)
     checkpoint = None
     if not args.is_training:
         checkpoint = find_checkpoint(Path(args.checkpoint) if args.checkpoint else folder)
-        check_checkpoint(checkpoint, trained_shapes(args, info))
+        check_checkpoint(checkpoint, shapes)
     return series, info, checkpoint
 
 
@@ -138,8 +140,10 @@ def check_model(args: Namespace) -> BackboneInfo:
         raise InputError(f"--llm_layers: found {args.llm_layers}, need at most {info.layers}, all that {info.folder} has")
     if args.d_ff > info.hidden_size:
         raise InputError(f"--d_ff: found {args.d_ff}, need at most {info.hidden_size}, the hidden size of {info.folder}")
-    if args.load_in_4bit or args.optimizer == "adamw8bit":
-        require_bitsandbytes()
+    if args.load_in_4bit:
+        require_bitsandbytes("load_in_4bit")
+    if args.optimizer == "adamw8bit":
+        require_bitsandbytes("optimizer adamw8bit")
     return info
 
 

@@ -13,7 +13,7 @@ def build_optimizer(name: str, model: Model, rate: float) -> torch.optim.Optimiz
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":
-        require_bitsandbytes()
+        require_bitsandbytes("optimizer adamw8bit")
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, lr=rate)

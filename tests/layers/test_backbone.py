@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layers.backbone import Backbone, find_backbone
+from layers.backbone import Backbone
+from layers.backbone_files import find_backbone
 from layers.errors import InputError
 from scripts.make_backbone import make_backbone
 

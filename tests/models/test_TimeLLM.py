@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from layers.backbone import BackboneInfo
+from layers.backbone_files import BackboneInfo
 from layers.errors import InputError
 from layers.norm import instance_norm
 from models.TimeLLM import DEFAULT_DESCRIPTION, Model, describe
