@@ -31,8 +31,10 @@ def series_from_args(args: Namespace) -> Series:
         "seq_len",
         "label_len",
         "pred_len",
+        "fill_missing",
     )
-    return load_series(**{name: getattr(args, name) for name in names})
+    # An older run's record, and a caller's own namespace, may lack a newer flag: that is its default.
+    return load_series(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def epoch_batches(

@@ -9,6 +9,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 
+from data_provider.describe import frequency
 from data_provider.splits import Splits, find_csv, split_rows
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
@@ -84,6 +85,8 @@ class Series:
     label_len: int
     pred_len: int
     synthetic: bool  # made by scripts/get_data.py, not measured
+    target: str | None = None  # the column that S and MS forecast, given or chosen
+    filled: int = 0  # cells that were empty in the file
 
     def windows(self, flag: str) -> WindowDataset:
         """The windows of "train", "val" or "test"."""
@@ -104,21 +107,26 @@ def load_series(
     root_path: str | Path = "./dataset",
     data_path: str | Path = "ETTh1.csv",
     features: str = "M",
-    target: str = "OT",
-    freq: str = "h",
+    target: str | None = "OT",
+    freq: str | None = "h",
     embed: str = "timeF",
     percent: int = 100,
     seq_len: int = 96,
     label_len: int = 48,
     pred_len: int = 96,
+    fill_missing: str | None = None,
 ) -> Series:
     """Read, split and standardise a file (parameters as the flags of the same names).
+
+    `target` None is the column OT where there is one, else the last; `freq` None is read off the timestamps.
 
     Raises:
         InputError: file, column, name or lengths that cannot be used.
     """
     _check_lengths(seq_len, label_len, pred_len)
-    table = read_table(find_csv(root_path, data_path))
+    table = read_table(find_csv(root_path, data_path), fill_missing)
+    if target is None:
+        target = "OT" if "OT" in table.columns else table.columns[-1]
     columns, chosen, target_index = _choose_columns(table, features, target)
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
     scaler, values = _standardise(table.path, columns, table.values[:, chosen], splits.train)
@@ -128,7 +136,7 @@ def load_series(
         dates=table.dates,
         columns=columns,
         values=values,
-        marks=time_marks(table.dates, freq, embed),
+        marks=time_marks(table.dates, freq or frequency(table.dates), embed),
         scaler=scaler,
         splits=splits,
         target_index=target_index,
@@ -136,6 +144,8 @@ def load_series(
         label_len=label_len,
         pred_len=pred_len,
         synthetic=is_synthetic(table.path),
+        target=target,
+        filled=table.filled,
     )
 
 

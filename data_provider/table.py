@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from data_provider.fill import FILLS, fill_empty
 from data_provider.timestamps import read_timestamps
 from layers.errors import InputError
 
@@ -25,13 +26,17 @@ class Table:
     dates: pd.DatetimeIndex  # [rows], never decreasing
     columns: list[str]  # [N], the file's own order, without `date`
     values: np.ndarray  # [rows, N] float64, finite
+    filled: int = 0  # cells that were empty in the file
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, fill: str | None = None) -> Table:
     """Read a CSV with a `date` column and numeric columns.
 
     UTF-8 with or without a byte-order mark, any line ending. Bytes that are
     not UTF-8 are taken as Latin-1, which reads any byte.
+
+    Args:
+        fill: how empty cells are filled, "linear" or "ffill" (see `fill_empty`); None: they are an error.
 
     Raises:
         InputError: no such file, nothing in it, no `date` column, a cell that
@@ -52,10 +57,10 @@ def read_table(path: str | Path) -> Table:
         raise InputError(f"{path}: no column beside 'date'; at least one column of numbers is needed")
     if frame.empty:
         raise InputError(f"{path}: only a header and no rows; rows of numbers are needed")
-    values = np.column_stack([_numbers(path, frame[name]) for name in columns])
+    values = np.column_stack([_numbers(path, frame[name], fill) for name in columns])
     dates = read_timestamps(frame["date"], str(path), FIRST_ROW_LINE)
     _check_order(path, frame["date"], dates, values)
-    return Table(path, dates, columns, values)
+    return Table(path, dates, columns, values, filled=int(frame[columns].isna().to_numpy().sum()))
 
 
 def _read_text(path: Path) -> str:
@@ -101,21 +106,34 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
     return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
 
 
-def _numbers(path: Path, cells: pd.Series) -> np.ndarray:
-    """One column as float64 `[rows]`, all finite."""
+def _numbers(path: Path, cells: pd.Series, fill: str | None) -> np.ndarray:
+    """One column as float64 `[rows]`, all finite; empty cells are filled or an error."""
     if pd.api.types.is_numeric_dtype(cells) and not pd.api.types.is_bool_dtype(cells):
         numbers = cells.to_numpy(np.float64)
     else:
         numbers = pd.to_numeric(cells.astype(str), errors="coerce").to_numpy(np.float64)
-    bad = np.flatnonzero(~np.isfinite(numbers))
+    wrong = ~np.isfinite(numbers)
+    if fill and not (wrong & cells.notna().to_numpy()).any():
+        numbers = fill_empty(numbers, fill)
+        wrong = ~np.isfinite(numbers)
+    bad = np.flatnonzero(wrong)
     if bad.size:
         cell = cells.iloc[bad[0]]
         found = "an empty cell (or NaN)" if pd.isna(cell) else repr(str(cell))
         raise InputError(
             f"{path}: row {bad[0] + FIRST_ROW_LINE}, column {cells.name!r}: found {found}, a number is needed"
-            f" ({bad.size} such cell{'s' if bad.size > 1 else ''} in this column)"
+            f" ({bad.size} such cell{'s' if bad.size > 1 else ''} in this column){_offer(cells, bad, fill)}"
         )
     return numbers
+
+
+def _offer(cells: pd.Series, bad: np.ndarray, fill: str | None) -> str:
+    """What a message about empty cells says of filling them."""
+    if cells.iloc[bad].notna().any() or cells.isna().all():
+        return ""  # filling would not help
+    if fill is None:
+        return f"; --fill_missing {' or '.join(FILLS)} fills empty cells"
+    return f"; --fill_missing {fill} has no value to fill it with, linear takes the one below"
 
 
 def _check_order(path: Path, cells: pd.Series, dates: pd.DatetimeIndex, values: np.ndarray) -> None:

@@ -39,21 +39,30 @@ class Prompts(NamedTuple):
 
 
 def describe(configs) -> str:
-    """The prompt's description: `dataset/prompt_bank/<name>.txt` with `--prompt_domain 1`, else one line.
+    """The prompt's description: `--prompt_text`, else the bank's text where it is asked for (custom
+    files: where there is one), else one line.
 
     Raises:
-        InputError: the bank has no text for the data set.
+        InputError: `--prompt_domain 1`, and the bank has no text for the data set.
     """
-    if not configs.prompt_domain:
+    if getattr(configs, "prompt_text", None):
+        return " ".join(configs.prompt_text.split())
+    file = bank_file(configs)
+    if file is None and configs.prompt_domain:
+        name = "ETT" if configs.data.startswith("ETT") else Path(configs.data_path).stem
+        raise InputError(f"--prompt_domain 1: found no {name}.txt in {PROMPT_BANK}; write one or leave the flag out")
+    if file is None or not (configs.prompt_domain or configs.data == "custom"):
         return DEFAULT_DESCRIPTION
+    return " ".join(file.read_text(encoding="utf-8").split())
+
+
+def bank_file(configs) -> Path | None:
+    """The data set's text in `dataset/prompt_bank`, named after `--data` or after its file."""
     names = [configs.data, Path(configs.data_path).stem]
     if configs.data.startswith("ETT"):
         names.append("ETT")
-    for name in names:
-        text = PROMPT_BANK / f"{name}.txt"
-        if text.is_file():
-            return " ".join(text.read_text(encoding="utf-8").split())
-    raise InputError(f"--prompt_domain 1: found no {names[-1]}.txt in {PROMPT_BANK}; write one or leave the flag out")
+    files = [PROMPT_BANK / f"{name}.txt" for name in names]
+    return next((file for file in files if file.is_file()), None)
 
 
 class Model(nn.Module):

@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import StorageError
@@ -34,6 +34,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For files that grow bit by bit: an OSError inside becomes a StorageError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(_reason(path, error), error.errno) from error
 
 
 def write_text(path: Path, text: str) -> None:

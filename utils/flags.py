@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from utils.recorded import inherited_flags
+
 REQUIRED = ("task_name", "is_training", "model_id", "model_comment", "model", "data")
 UNUSED = "accepted, unused by TimeLLM"
 NAMED = f"{UNUSED}; part of the run's name"
@@ -148,9 +150,13 @@ def _add_data(group: _Group) -> None:
         "features", _one_of("M", "S", "MS"), "M",
         "M: every column predicts itself; S: only --target; MS: all are read, --target is scored",
     )
-    group.add("target", TEXT, "OT", "target column for S and MS")
+    group.add("target", TEXT, "OT", "target column for S and MS; custom files without OT: their last column")
     freq = _text("a pandas frequency such as h, t, d or 15min", r"\d*[A-Za-z]+(-[A-Za-z]+)?")
-    group.add("freq", freq, "h", "step of the data, for the time marks, which TimeLLM does not read")
+    group.add("freq", freq, "h", "step of the data, for the time marks, which TimeLLM does not read; "
+              "custom files: read off their timestamps")
+    group.add("fill_missing", _one_of("linear", "ffill"), None,
+              "fill empty cells: linear between the values around them, ffill with the value before "
+              "(default: they are an error)")
     group.add("percent", _whole(1, 100), 100, "few-shot: train on the first %% of the training windows")
     group.add("num_workers", COUNT_OR_0, 2, "processes that prepare batches; 0: none")
     group.add("embed", _one_of("timeF", "fixed", "learned"), "timeF", NAMED)
@@ -181,6 +187,8 @@ def _add_model(group: _Group) -> None:
     group.add("patch_len", COUNT, 16, "rows in a patch")
     group.add("stride", COUNT, 8, "rows from one patch to the next")
     group.add("prompt_domain", SWITCH, 0, "1: describe the data set by its text in dataset/prompt_bank")
+    group.add("prompt_text", TEXT, None, "describe the data set in these words (default: the text that "
+              "--prompt_domain chooses; custom files: their text in dataset/prompt_bank, else one made from the file)")
     group.add("output_attention", BOOL, False, UNUSED)
 
 
@@ -227,7 +235,16 @@ def _add_training(group: _Group) -> None:
 def _add_output(group: _Group) -> None:
     group.add("checkpoints", FOLDER, "./checkpoints/", "folder for the runs' folders")
     group.add("checkpoint", _text("a run's folder or a checkpoint file"), None,
-              "with --is_training 0: the run folder or file to test (default: this run's folder)")
+              "with --is_training 0: the run folder or file to use (default: this run's folder); "
+              "flags left out then hold what they held in its training")
+    group.add("do_predict", BOOL, False, "forecast what follows the last row of the data, into forecast.csv; "
+              "with --is_training 0 nothing else is done")
+    group.add("predict_path", FILE, None, "forecast what follows this CSV, which has the columns of training")
+    group.add("predict_steps", COUNT, None, "rows to forecast; more than --pred_len go on from the forecast "
+              "itself (default: --pred_len)")
+    group.add("save_predictions", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz")
+    group.add("plots", SWITCH, 1, "1: draw the results as PNG files")
+    group.add("tensorboard", BOOL, False, "write events for TensorBoard, where it is installed")
     group.add("resume", BOOL, False, "go on from the state saved last, or start where there is none")
     group.add("save_steps", COUNT_OR_0, None,
               "save the state every X iterations (default: about every 10 minutes; 0: at epoch ends)")
@@ -237,8 +254,14 @@ def _add_output(group: _Group) -> None:
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Read and check a command line; an error prints one line naming the flag and exits with code 2."""
     parser = build_parser()
+    given = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     try:
         args, unknown = parser.parse_known_args(list(argv))
+        if not unknown and args.checkpoint is not None and args.is_training in (None, 0):
+            inherited = inherited_flags(args.checkpoint, given)
+            parser.set_defaults(**inherited)
+            given |= inherited.keys()
+            args, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         parser.error(_reason(parser, error))
     if unknown:
@@ -247,7 +270,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     if missing:
         others = f" (missing too: {', '.join(missing[1:])})" if missing[1:] else ""
         parser.error(f"{missing[0]}: found nothing, need a value{others}")
-    contradiction = _complete(args)
+    contradiction = _complete(args, given)
     if contradiction:
         parser.error(contradiction)
     return args
@@ -272,10 +295,13 @@ def _stray(parser: FlagParser, text: str) -> str:
     return f"{flag}: found an unknown flag, need {f'perhaps {near[0]}' if near else 'one that --help lists'}"
 
 
-def _complete(args: argparse.Namespace) -> str | None:
+def _complete(args: argparse.Namespace, given: set[str]) -> str | None:
     """Fill in defaults that follow from other flags; return the line for a contradiction, if any."""
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
+    if args.data == "custom":  # None: read off the file
+        args.target = args.target if "target" in given else None
+        args.freq = args.freq if "freq" in given else None
     if args.data_path is None and args.data != "custom":
         args.data_path = f"{args.data}.csv"
     longest = max((args.model_id, args.model_comment, args.des), key=len)
@@ -291,6 +317,10 @@ def _complete(args: argparse.Namespace) -> str | None:
          f"--llm_model_path: found nothing, need the folder or hub id of the {args.llm_model} weights"),
         (args.checkpoint is not None and args.is_training == 1,
          "--checkpoint: found with --is_training 1, need --is_training 0"),
+        (args.predict_path is not None and not args.do_predict,
+         "--predict_path: found without --do_predict, need both"),
+        (args.predict_steps is not None and not args.do_predict,
+         "--predict_steps: found without --do_predict, need both"),
         (length > MAX_NAME_BYTES, f"--model_id, --model_comment, --des: {too_long}"),
     ]
     return next((line for wrong, line in checks if wrong), None)

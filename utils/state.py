@@ -35,7 +35,8 @@ MAY_CHANGE = {
     "train_epochs", "patience", "num_workers", "save_steps", "log_every", "resume", "itr", "is_training",
     "checkpoints", "checkpoint", "root_path", "data_path", "llm_model_path", "eval_batch_size", "device",
     "max_sequences", "grad_checkpoint", "fast_path", "freq", "loader", "seasonal_patterns", "dec_in", "c_out",
-    "moving_avg", "activation", "output_attention", "align_epochs",
+    "moving_avg", "activation", "output_attention", "align_epochs", "prompt_text", "fill_missing", "do_predict",
+    "predict_path", "predict_steps", "save_predictions", "plots", "tensorboard",
 }  # fmt: skip
 
 

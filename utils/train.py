@@ -14,9 +14,10 @@ from utils.errors import RunError
 from utils.evaluate import Scores, evaluate
 from utils.guard import Guard
 from utils.interrupt import Interrupted, Interrupts
+from utils.journal import Journal
 from utils.memory import within_memory
 from utils.progress import Progress
-from utils.run_log import memory_line, progress_bar
+from utils.run_log import memory_line, peak_memory_gib, progress_bar
 from utils.saver import Saver
 from utils.schedule import learning_rate
 from utils.step import gradients
@@ -41,6 +42,7 @@ class Run:
     interrupts: Interrupts = field(default_factory=Interrupts)
     saver: Saver | None = None  # where the run trains
     memory_was_short: bool = False
+    journal: Journal | None = None  # history.csv and what goes with it; one process has it
 
     def __post_init__(self):
         self.guard = Guard(self)
@@ -88,15 +90,22 @@ def fit(run: Run) -> Progress:
     """
     args, progress, log = run.args, run.progress, run.log
     clock = Clock(run)
+    if run.journal:
+        run.journal.start(progress.epoch, progress.iteration)
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
             train_loss = train_epoch(run, clock)
-            log(f"Epoch: {progress.epoch} cost time: {time.perf_counter() - began:.1f}")
+            seconds = time.perf_counter() - began
+            log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
             vali, test = run.evaluate("val"), run.evaluate("test")
             clock.evaluation = time.perf_counter() - began
             end_epoch(run, train_loss, vali, test)
+            if run.journal:
+                costs = {"seconds": seconds, "evaluation_seconds": clock.evaluation,
+                         "peak_memory_gib": peak_memory_gib(run.accelerator.device)}  # fmt: skip
+                run.journal.epoch(progress.history, costs)
             run.saver.after_iteration()
     except Interrupted as signal:
         run.saver.interrupted(signal)
@@ -128,10 +137,14 @@ def train_epoch(run: Run, clock: Clock) -> float:
             progress.loss_sum = progress.loss_sum + run.guard.step(batch, loss)
             progress.iteration += 1
             clock.steps += 1
+            if run.journal:
+                run.journal.step(progress.epoch, progress.iteration, loss, rate)
             bar.update()
             if progress.iteration % args.log_every == 0:
                 run.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss.item():.7f}")
                 run.log(f"\t{clock.line()}")
+                if run.journal:
+                    run.journal.flush()
             run.saver.after_iteration()
             if progress.iteration == total:
                 break

@@ -105,7 +105,8 @@ BAD_VALUES = [
     ("--eval_batch_size", "0"), ("--patience", "0"), ("--learning_rate", "0"), ("--learning_rate", "inf"),
     ("--optimizer", "sgd"), ("--loss", "MAE"), ("--lradj", "type2"), ("--pct_start", "0"),
     ("--pct_start", "1"), ("--max_sequences", "-1"), ("--max_iters", "-1"), ("--save_steps", "-1"),
-    ("--log_every", "0"), ("--model_id", " "),
+    ("--log_every", "0"), ("--model_id", " "), ("--fill_missing", "zero"), ("--predict_steps", "0"),
+    ("--save_predictions", "all"), ("--plots", "2"),
 ]  # fmt: skip
 
 
@@ -119,10 +120,11 @@ def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
     takes_any_text = {
         "--model_comment", "--des", "--root_path", "--data_path", "--target", "--loader",
         "--seasonal_patterns", "--activation", "--llm_model_path", "--checkpoints", "--checkpoint",
+        "--prompt_text", "--predict_path",
     }  # fmt: skip
     same_kind_as_one_tried = {
         "--dec_in", "--c_out", "--e_layers", "--d_layers", "--factor", "--moving_avg", "--align_epochs",
-        "--output_attention", "--use_amp", "--grad_checkpoint", "--resume",
+        "--output_attention", "--use_amp", "--grad_checkpoint", "--resume", "--do_predict", "--tensorboard",
     }  # fmt: skip
     flags = {action.option_strings[-1] for action in build_parser()._actions} - {"--help"}
     assert flags == {flag for flag, _ in BAD_VALUES} | takes_any_text | same_kind_as_one_tried

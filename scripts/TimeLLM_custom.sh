@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A forecaster for your own CSV (a date column, and columns of numbers): trains, tests, and forecasts what follows
+# the last row. Flags of your own come last and win:
+#   bash scripts/TimeLLM_custom.sh my.csv
+#   bash scripts/TimeLLM_custom.sh my.csv --seq_len 192 --pred_len 24 --prompt_text "Sales of one shop, in pieces a day."
+# The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
+(
+  if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+    echo "usage: bash scripts/TimeLLM_custom.sh FILE.csv [flags of run_main.py]" >&2
+    exit 2
+  fi
+  if [ ! -f "$1" ]; then
+    echo "TimeLLM_custom.sh: error: found no file $1, need a CSV file" >&2
+    exit 2
+  fi
+  # Relative to the caller's folder, so it is made absolute before common.sh changes it.
+  unset CDPATH
+  folder=$(cd "$(dirname "$1")" && pwd) || exit 1
+  file=$(basename "$1")
+  shift
+  . "$(dirname "${BASH_SOURCE[0]:-$0}")/common.sh"
+  set_allocator || exit 1
+  four_bit=()
+  # On a CPU the weights stay as they are; 4 bits are for the GPU.
+  if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    four_bit=(--load_in_4bit)
+  fi
+  "$python" run_main.py \
+    --task_name long_term_forecast --is_training 1 --model TimeLLM \
+    --model_id "${file%.*}" --model_comment custom \
+    --data custom --root_path "$folder" --data_path "$file" --features M \
+    --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 \
+    --llm_model QWEN --llm_model_path "$weights" ${four_bit[@]+"${four_bit[@]}"} \
+    --do_predict \
+    "$@"
+)

@@ -1,0 +1,139 @@
+"""One table over all runs in a folder.
+
+    python scripts/summary.py checkpoints/
+    python scripts/summary.py checkpoints/ --sort mae --csv runs.csv
+
+A row a run: the flags in which the runs differ, the best epoch with its validation loss, the test
+errors, the time of training and the peak memory. What a run lacks (it still trains, say) is "-".
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+
+from utils.journal import HISTORY, read_rows, write_rows  # noqa: E402
+
+# Flags that say where things lie or how fast, not what was tried.
+LEFT_OUT = {
+    "num_workers", "root_path", "checkpoints", "checkpoint", "eval_batch_size", "is_training", "prompt_text",
+    "resume", "save_steps", "log_every", "do_predict", "predict_path", "predict_steps", "save_predictions",
+    "plots", "tensorboard", "max_sequences", "grad_checkpoint",
+}  # fmt: skip
+FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "minutes", "memory_gib")
+WIDEST = 28  # characters of a cell in the table; the CSV has them whole
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; return the exit code."""
+    parser = argparse.ArgumentParser(prog="summary.py", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), help="folder of the runs' folders")
+    parser.add_argument("--sort", default="mse", metavar="COLUMN", help="column to sort by (default: mse)")
+    parser.add_argument("--reverse", action="store_true", help="largest first")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        parser.exit(2, f"summary.py: error: {args.folder}: found no such folder, need the one with the runs' folders\n")
+    runs = list(read_runs(args.folder))
+    if not runs:
+        parser.exit(2, f"summary.py: error: {args.folder}: found no runs in it (folders with checkpoint.json)\n")
+    columns = [*differing(runs), *FIGURES, "run"]
+    if args.sort not in columns:
+        parser.exit(2, f"summary.py: error: --sort: found {args.sort}, need one of {', '.join(columns)}\n")
+    rows = [{name: (run | run["flags"]).get(name) for name in columns} for run in runs]
+    rows.sort(key=lambda row: _order(row[args.sort]), reverse=args.reverse)
+    print(table(columns, rows))
+    if args.csv:
+        write_rows(args.csv, columns, rows)
+        print(f"Written: {args.csv}")
+    return 0
+
+
+def read_runs(folder: Path) -> Iterator[dict]:
+    """What each run's folder below `folder` says: "run", "flags" and the FIGURES that are known.
+
+    A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
+    """
+    for record in sorted(folder.rglob("checkpoint.json")):
+        flags = _read(record).get("flags", {})
+        yield _run(folder, record.parent, flags, _read(record).get("epoch"))
+        for metrics in sorted(record.parent.glob("on_*/metrics.json")):
+            tested = {name: value for name, value in _read(metrics).get("flags", {}).items() if value is not None}
+            yield _run(folder, metrics.parent, flags | tested, None)
+
+
+def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
+    history, metrics = read_rows(folder / HISTORY), _read(folder / "metrics.json")
+    found = {"run": str(folder.relative_to(root)), "flags": flags, "best_epoch": best_epoch}
+    found |= {name: metrics.get("test", {}).get(name) for name in ("mse", "mae")}
+    found["memory_gib"] = metrics.get("peak_memory_gib")
+    if history:
+        best = min(history, key=lambda row: float(row["vali_loss"]))
+        spent = [float(row[name]) for row in history for name in ("seconds", "evaluation_seconds") if row.get(name)]
+        found |= {
+            "epochs": len(history),
+            "best_epoch": int(best["epoch"]),
+            "vali": float(best["vali_loss"]),
+            "minutes": sum(spent) / 60,
+            "memory_gib": max(float(row["peak_memory_gib"] or 0) for row in history),
+        }
+    return found
+
+
+def _read(path: Path) -> dict:
+    """A JSON file; an absent one is empty, and so is a damaged one, with a warning."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"summary.py: warning: {path} is damaged ({error})", file=sys.stderr)
+        return {}
+
+
+def differing(runs: list[dict]) -> list[str]:
+    """Names of the flags in which the runs differ."""
+    names = dict.fromkeys(name for run in runs for name in run["flags"])
+    kept = [name for name in names if name not in LEFT_OUT]
+    return [name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs}) > 1]
+
+
+def _order(value: object) -> tuple:
+    """Numbers by size, then words, then what is missing."""
+    if value is None:
+        return (2, 0, "")
+    if isinstance(value, (int, float)):
+        return (0, value, "")
+    return (1, 0, str(value))
+
+
+def table(columns: list[str], rows: list[dict]) -> str:
+    """The rows as aligned text; numbers to the right."""
+    cells = [[_cell(row[name]) for name in columns[:-1]] + [row["run"]] for row in rows]  # the folder: whole
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    numeric = [all(not isinstance(row[name], str) for row in rows) for name in columns]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 9]}…{text[-8:]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""The commands of "Forecast your own CSV", run as they stand in a copy of the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("data_provider", "layers", "models", "utils", "scripts", "run_main.py")
+
+
+def commands(text: str) -> str:
+    """All marked command blocks of a guide, as one script."""
+    section = text[text.index("## Forecast your own CSV") :]
+    return "\n".join(re.findall(r"<!-- commands -->\n```bash\n(.*?)```", section, re.DOTALL))
+
+
+def write_days(path: Path, columns: list[str], rows: int, start: str) -> None:
+    random, day = np.random.default_rng(rows), np.arange(rows)[:, None]
+    values = 100 + 20 * np.sin(2 * np.pi * day / 7 + np.arange(len(columns))) + random.standard_normal((rows, len(columns)))
+    frame = pd.DataFrame(values.round(2), columns=columns)
+    frame.insert(0, "date", pd.date_range(start, periods=rows, freq="D").strftime("%Y-%m-%d"))
+    frame.to_csv(path, index=False)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A copy with three files of a newcomer, and `python` on the PATH."""
+    copy = tmp_path_factory.mktemp("clone") / "time llm"
+    copy.mkdir()
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    shutil.copytree(ROOT / "dataset" / "prompt_bank", copy / "dataset" / "prompt_bank")
+    write_days(copy / "my.csv", ["sales", "visitors"], 260, "2023-01-01")
+    write_days(copy / "newer.csv", ["sales", "visitors"], 100, "2023-11-22")  # just enough; ends on a leap day
+    write_days(copy / "other.csv", ["a", "b", "c"], 250, "2022-01-01")
+    (copy / "bin").mkdir()
+    python = copy / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return copy
+
+
+def test_own_csv_section_runs_as_it_stands(repository):
+    script = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "TimeLLM_custom.sh" in script and "--predict_path" in script
+    env = os.environ | {
+        "PATH": f"{repository / 'bin'}:{os.environ['PATH']}", "PYTHON": str(repository / "bin" / "python"),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=repository, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (repository / "checkpoints").iterdir()
+    assert "260 rows from 2023-01-01 00:00:00 to 2023-09-17 00:00:00, step: 1 day" in done.stdout
+    assert "rows: train 182, val 26, test 52" in done.stdout and "2 channels: sales, visitors" in done.stdout
+    assert "date,sales,visitors\n2023-09-18," in done.stdout
+    assert "the forecast was continued from itself 2 times" in done.stdout
+    assert "Time-LLM (this run)" in done.stdout and "ridge regression" in done.stdout
+    forecast = pd.read_csv(run / "forecast.csv", parse_dates=["date"])  # the last one: of newer.csv
+    assert list(forecast.columns) == ["date", "sales", "visitors"] and len(forecast) == 24
+    assert str(forecast["date"][0]) == "2024-03-01 00:00:00"
+    assert 50 < forecast["sales"].mean() < 150  # own units
+    assert {path.name for path in (run / "plots").iterdir()} == {
+        "error_by_step.png", "forecast.png", "loss_by_epoch.png", "test_windows.png",
+    }  # fmt: skip
+    assert (run / "on_other" / "metrics.json").is_file() and (run / "predictions.npz").is_file()
+
+
+def test_both_guides_name_flags_that_exist():
+    from utils.flags import build_parser
+
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        runs = re.findall(r"(?:run_main\.py|TimeLLM_\w+\.sh)((?:[^\n`]|\\\n)*)", text)
+        flags = {flag for run in runs for flag in re.findall(r"(?<!\S)--\w+", run)}
+        assert flags <= known, flags - known

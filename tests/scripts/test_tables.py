@@ -1,0 +1,43 @@
+"""The zero-shot table, and the script for a user's own file where it is called wrongly."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_zero_shot_table_has_horizons_and_their_mean():
+    rows = {
+        96: {"zero-shot": (0.3, 0.35), "source": (0.4, 0.42), "last 24 h": (0.5, 0.5), "ridge": (0.28, 0.34)},
+        720: {"zero-shot": (0.4, 0.45), "source": (0.5, 0.52), "last 24 h": (0.6, 0.6), "ridge": (0.38, 0.44)},
+    }
+    lines = load("zero_shot").table("ETTh1", "ETTh2", rows).splitlines()
+    assert lines[1].startswith("Trained on ETTh1, tested on ETTh2")
+    assert lines[3].split()[:2] == ["horizon", "ETTh1->ETTh2"]
+    assert lines[4].split() == "96 0.300 0.350 0.400 0.420 0.500 0.500 0.280 0.340".split()
+    assert lines[6].split() == "mean 0.350 0.400 0.450 0.470 0.550 0.550 0.330 0.390".split()
+
+
+def test_own_file_script_says_what_it_needs(tmp_path):
+    script = ROOT / "scripts" / "TimeLLM_custom.sh"
+    for words, message in (([], "usage: "), (["--seq_len", "9"], "usage: "), (["none.csv"], "found no file none.csv")):
+        done = subprocess.run(["bash", script, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_summary_without_runs(tmp_path, capsys):
+    summary = load("summary")
+    for folder in (tmp_path, tmp_path / "none"):
+        try:
+            summary.main([str(folder)])
+        except SystemExit as stop:
+            assert stop.code == 2
+        assert capsys.readouterr().err.count("\n") == 1

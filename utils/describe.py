@@ -1,0 +1,44 @@
+"""What is read off a user's own file: the prompt's description, and the lines that say what was found."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from data_provider.data_loader import Series
+from data_provider.describe import make_description, step_words
+from models.TimeLLM import bank_file, describe
+from utils.recorded import recorded_flags
+
+
+def fill_in_prompt(args: Namespace, series: Series, folder: Path) -> None:
+    """Give `--data custom` a `--prompt_text`, where the user and the prompt bank have none.
+
+    A test takes the text of the training, whatever has come to the file since. Ranges are those of
+    the training rows, so that the prompt says nothing of the rows to be forecast.
+    """
+    if args.data != "custom" or args.prompt_text or bank_file(args):
+        return
+    if not args.is_training:
+        trained = recorded_flags(Path(args.checkpoint) if args.checkpoint else folder)
+        if trained.get("prompt_text") and trained.get("data_path") == args.data_path:
+            args.prompt_text = trained["prompt_text"]
+            return
+    rows = series.values[: series.splits.train] * series.scaler.scale_ + series.scaler.mean_
+    args.prompt_text = make_description(series.dates, series.columns, rows.min(axis=0), rows.max(axis=0))
+
+
+def overview(args: Namespace, series: Series) -> list[str]:
+    """Lines that say what was read off the file of `--data custom`; none for the named data sets."""
+    if args.data != "custom":
+        return []
+    dates, splits = series.dates, series.splits
+    forecast = {"M": "all columns are forecast"}.get(args.features, f"{series.target} is forecast")
+    lines = [
+        f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {step_words(dates)}",
+        f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
+        f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
+        f"prompt: {describe(args)}",
+    ]
+    if series.filled:
+        cells = "1 empty cell" if series.filled == 1 else f"{series.filled} empty cells"
+        lines.append(f"{cells} filled (--fill_missing {args.fill_missing})")
+    return lines
