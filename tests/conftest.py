@@ -1,6 +1,11 @@
 """Backbones that all tests share: one tiny folder of each family, read once."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: models this small gain nothing
+# from threads, and threads that wait for each other on a busy machine cost seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ import pandas as pd
 
 from scripts.make_backbone import make_backbone
 
-PATIENCE = 120  # seconds to wait for something that takes a few
+PATIENCE = 300  # seconds to wait for something that takes a few
 
 
 def write_series(path: Path, rows: int = 400) -> Path:

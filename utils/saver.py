@@ -115,7 +115,8 @@ class Saver:
         except StorageError as error:
             room = ""
             if error.errno in FULL:
-                need = state_bytes(self.run.args.optimizer, sum(parameter.numel() for parameter in self.run.model.parameters()))
+                values = sum(parameter.numel() for parameter in self.run.model.parameters())
+                need = state_bytes(self.run.args.optimizer, values)
                 room = f"free {size_text(max(need - free_bytes(self.run.folder), need // 10))} there, then "
             raise StorageError(f"{error}; {room}{self.kept()}", error.errno) from error
         except RunError as error:

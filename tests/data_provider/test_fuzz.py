@@ -17,7 +17,8 @@ START = pd.Timestamp("2021-01-01")
 NUMBERS = st.one_of(
     st.floats(width=64).map(repr),
     st.integers().map(str),
-    st.sampled_from(["", "nan", "inf", "-inf", "1e400", "1e308", "0x10", "1,5", "1 000", "True", "null", "-", "\x00", "١", '"'],),
+    st.sampled_from(["", "nan", "inf", "-inf", "1e400", "1e308", "0x10", "1,5", "1 000"]),
+    st.sampled_from(["True", "null", "-", "\x00", "١", '"']),
 )
 DATES = st.one_of(
     st.datetimes().map(str),
