@@ -40,7 +40,7 @@ SAVING = {
 }  # fmt: skip
 
 
-def main(args: Namespace, interrupts: Interrupts) -> int:
+def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
     """Run the flags, `--itr` times over; return the exit code.
 
     Raises:
@@ -48,6 +48,7 @@ def main(args: Namespace, interrupts: Interrupts) -> int:
         RunError: the disk, the numbers or the memory do not let the run go on.
         Interrupted: a signal has come, and what has to be saved is saved.
     """
+    interrupts = interrupts or Interrupts()
     for repeat in range(args.itr):
         folder = Path(args.checkpoints) / run_name(args, repeat)
         if args.do_predict and not args.is_training:

@@ -71,7 +71,8 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     monkeypatch.setattr(utils.train, "learning_rate", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
-    head = ["Using device: cpu", "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
+    own_file = [r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*", "prompt: The data hold .*"]
+    head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
     tail = [
         "Early stopping",
         f"Checkpoints saved at: {re.escape(str(folder))}",
@@ -290,7 +291,8 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
     record = json.loads((folder / "checkpoint.json").read_text())
     args = parse_flags(words)
     series = series_from_args(args)
-    filled = {"enc_in": 3, "llm_dim": 128}
+    filled = {"enc_in": 3, "llm_dim": 128, "prompt_text": record["flags"]["prompt_text"]}
+    assert "one series" in filled["prompt_text"]
     assert filled.items() <= record["flags"].items()
     assert {k: v for k, v in record["flags"].items() if k not in filled} == {
         k: v for k, v in vars(args).items() if k not in filled
