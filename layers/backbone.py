@@ -35,7 +35,10 @@ class Backbone:
     Attributes:
         embeddings: `[V, D]` input embeddings, never quantised.
         causal: whether the fast path is possible.
+        plain_attention: which of transformers' attention functions the plain path uses.
     """
+
+    plain_attention = "sdpa"
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Backbone:
         if recompute:
             _recompute_layers(self.model)
         make_lean(self.model, lambda: config._attn_implementation == ATTENTION)
-        self._groups = config.num_attention_heads // (
+        self.groups = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         )
         self._cache = PrefixCache(layers)
@@ -97,7 +100,7 @@ class Backbone:
         slot = torch.arange(inputs.shape[1], device=ids.device)[None]
         start, stop = len(opening), len(opening) + ids.shape[1]
         real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
-        hidden = self._forward("sdpa", inputs, real.long(), (real.cumsum(1) - 1).clamp(min=0))
+        hidden = self._forward(self.plain_attention, inputs, real.long(), (real.cumsum(1) - 1).clamp(min=0))
         return hidden[:, -L:].to(patches.dtype)
 
     def fast(
@@ -112,12 +115,12 @@ class Backbone:
             # Padding comes last, so causality alone hides it from the real tokens.
             visible = torch.arange(P0 + n, device=ids.device)[None, None] <= P0 + row[None, :, None]
             self._cache.place(P0, slots)
-            self._store(ids, additive_mask(visible, self._groups, self.dtype), (P0 + row)[None])
+            self._store(ids, additive_mask(visible, self.groups, self.dtype), (P0 + row)[None])
             slot = torch.arange(slots, device=ids.device)[None, None]
             step = torch.arange(L, device=ids.device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
             earlier = (slot >= P0 + n) & (slot <= P0 + n + step)
-            mask = additive_mask(prompt | earlier, self._groups, self.dtype)  # (M, 1, g*L, slots)
+            mask = additive_mask(prompt | earlier, self.groups, self.dtype)  # (M, 1, g*L, slots)
         self._cache.place(P0 + n, slots)
         positions = P0 + length[:, None] + torch.arange(L, device=ids.device)  # (M, L)
         return self._forward(ATTENTION, patches.to(self.dtype), mask, positions).to(patches.dtype)
@@ -133,11 +136,11 @@ class Backbone:
         inner = getattr(config, "intermediate_size", None) or 4 * D
         slots = prompt + patches
         if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
-            kept = patches * (4 * D + 2 * inner) + slots * 2 * D // self._groups
+            kept = patches * (4 * D + 2 * inner) + slots * 2 * D // self.groups
         else:  # besides, in both norms two float32 copies, the activation, expanded keys and values
             kept = slots * (14 * D + 3 * inner)
         if recompute:  # each layer's input; one layer at a time holds the rest
-            once_more, kept = kept, (patches if fast else slots) * D + fast * slots * 2 * D // self._groups
+            once_more, kept = kept, (patches if fast else slots) * D + fast * slots * 2 * D // self.groups
         else:
             once_more = 0
         once = once_more + slots * 4 * D + patches * (2 * D + 2 * inner)  # one layer at work, and the embedding
@@ -152,7 +155,7 @@ class Backbone:
         with torch.inference_mode(False), torch.no_grad():
             ids = torch.tensor([opening], dtype=torch.long, device=self.device)
             row = torch.arange(len(opening), device=self.device)
-            mask = additive_mask(row[None, None] <= row[None, :, None], self._groups, self.dtype)
+            mask = additive_mask(row[None, None] <= row[None, :, None], self.groups, self.dtype)
             if opening:
                 self._store(ids, mask, row[None])
         self._opening = list(opening)

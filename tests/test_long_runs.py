@@ -70,6 +70,8 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     assert "Epoch: 1 | Train Loss" not in text and "epoch 1, iteration 25 is saved" in text
     text = interrupted(lambda live: "\nEpoch: 2 cost time" in live.text, signal.SIGHUP, 129)
     assert text.count("SIGHUP: ending after the work in hand") == 1
+    text = interrupted(lambda live: "\nCheckpoints saved at" in live.text, signal.SIGINT, 130)
+    assert "SIGINT: the test has not ended" in text and not list(where.glob("*/metrics.json"))
 
     last = lab.start(where, *EVERY, "--resume")
     assert last.end() == 0, last.text

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from layers.errors import InputError
 from utils.files import write_atomic, write_json
-from utils.tensors import damage, has_checksum, write_tensors
+from utils.tensors import damage, write_tensors
 
 TENSORS, RECORD, LEGACY = "checkpoint.safetensors", "checkpoint.json", "checkpoint"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
@@ -91,11 +91,13 @@ def _open(file: Path):
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    wrong = damage(file) if has_checksum(file) else None
-    if wrong is not None:
-        raise InputError(f"--checkpoint {file}: damaged, {wrong}; take another copy of it")
     with _open(file) as held:
-        return {name: held.get_tensor(name) for name in held.keys()}, _record(file, held.metadata() or {})
+        metadata = held.metadata() or {}
+        # What this program wrote has a checksum; a bare safetensors file of tensors need not.
+        wrong = damage(file) if metadata.keys() - {"format"} else None
+        if wrong is not None:
+            raise InputError(f"--checkpoint {file}: damaged, {wrong}; take another copy of it")
+        return {name: held.get_tensor(name) for name in held.keys()}, _record(file, metadata)
 
 
 def _record(file: Path, metadata: dict[str, str]) -> dict:

@@ -33,7 +33,8 @@ class Claim:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder)
-            self._handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            self._handle = os.open(folder / LOCK, flags, 0o644)
         except OSError as error:
             raise InputError(f"--checkpoints: cannot write in {folder} ({error.strerror})") from error
         if fcntl is None:

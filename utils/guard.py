@@ -57,11 +57,15 @@ class Guard:
         progress.skipped_in_a_row += 1
         value = loss.read()
         what = f"the loss is {value}" if not math.isfinite(value) else "a gradient is NaN or infinite"
-        self.run.log(f"WARNING: epoch {epoch}, iteration {iteration}: {what}; the step is skipped "
-                     f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row)")  # fmt: skip
+        self.run.log(
+            f"WARNING: epoch {epoch}, iteration {iteration}: {what}; the step is skipped "
+            f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row)"
+        )
         if progress.skipped_in_a_row > LIMIT:
-            raise RunError(f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of "
-                           f"{self._name(batch)}; try a lower --learning_rate; {self.run.saver.kept()}")  # fmt: skip
+            raise RunError(
+                f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of "
+                f"{self._name(batch)}; try a lower --learning_rate; {self.run.saver.kept()}"
+            )
 
     @torch.no_grad()
     def _name(self, batch: Batch) -> str:
@@ -74,7 +78,8 @@ class Guard:
             columns = [columns[data.target_index]]
         batch, prototypes = batch.to(run.accelerator.device), run.model.text_prototypes()
         with run.accelerator.autocast():
-            forecast = torch.cat([run.model.forecast(p.x, p.prompts, prototypes).float() for p in batch.parts(run.max_sequences)])
+            parts = batch.parts(run.max_sequences)
+            forecast = torch.cat([run.model.forecast(p.x, p.prompts, prototypes).float() for p in parts])  # (M, H)
         error = F.mse_loss(forecast, batch.y, reduction="none").mean(1).view(-1, width).cpu()  # (B, N)
         bad = ~torch.isfinite(error)
         if not bad.any():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from utils.errors import RunError
+from utils.files import size_text
 from utils.state import random_state, set_random_state
 
 
@@ -38,8 +39,10 @@ def within_memory(run, sequences: int, work: Callable[[int], torch.Tensor]) -> t
             torch.cuda.empty_cache()
         set_random_state(before, device)
         if not run.memory_was_short:
-            run.log(f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
-                    f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit")  # fmt: skip
+            run.log(
+                f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
+                f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
+            )
             run.memory_was_short = True
 
 
@@ -47,7 +50,7 @@ def advice(run) -> str:
     """What to change, the largest saving first."""
     args, model = run.args, run.model
     trained = sum(parameter.numel() for parameter in model.parameters())
-    moments = 2 if args.optimizer == "adamw8bit" else 8  # bytes for a trained value, beside its 4 and its gradient's 4
+    moments = 2 if args.optimizer == "adamw8bit" else 8  # bytes a trained value, beside 4 and its gradient's 4
     layers = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters()) - (
         model.backbone.embeddings.numel() * model.backbone.embeddings.element_size()
     )
@@ -59,7 +62,5 @@ def advice(run) -> str:
     if not args.load_in_4bit:
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=savings.get, reverse=True)
-    return (
-        "change, in order of effect: " + ", ".join(f"{flag} (saves about {savings[flag] / 1e9:.1f} GB)" for flag in ordered)
-        + ", a shorter --seq_len; or end other programs that use the GPU"
-    )  # fmt: skip
+    named = ", ".join(f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered)
+    return f"change, in order of effect: {named}, a shorter --seq_len; or end other programs that use the GPU"

@@ -20,6 +20,7 @@ class Progress:
     worse: int = 0  # epochs since
     skipped: int = 0  # iterations of the epoch whose loss was no number
     skipped_in_a_row: int = 0
+    max_sequences: int = 0  # run at once; how a batch is parted decides how its sums are rounded
     history: list[dict] = field(default_factory=list)  # a row an epoch
 
     def next_epoch(self) -> None:
@@ -52,5 +53,6 @@ _READ = {
     "worse": int,
     "skipped": int,
     "skipped_in_a_row": int,
+    "max_sequences": int,
     "history": list,
 }

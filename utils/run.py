@@ -20,13 +20,15 @@ from utils.capacity import fitting_sequences
 from utils.checkpoint import TENSORS, check_checkpoint, find_checkpoint, parameter_count, read_checkpoint
 from utils.claim import refuse_links
 from utils.describe import fill_in_prompt, overview
+from utils.errors import RunError
 from utils.evaluate import Scores
 from utils.flags import run_name
 from utils.forecast import History, forecast_future, history_of, read_history
-from utils.interrupt import Interrupts
+from utils.interrupt import Interrupted, Interrupts
 from utils.journal import Journal, tensorboard_writer
 from utils.results import TestPass, results_folder
-from utils.run_log import RunLog, silent
+from utils.run_log import RunLog, SilentLog
+from utils.saver import resume_command
 from utils.start import begin, open_folder
 from utils.state import identity
 from utils.step import build_optimizer
@@ -61,24 +63,27 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         record = describe_run(args, series, info)
         start = None
         if args.is_training:
-            start = open_folder(args, folder, identity(args, series, record["backbone"], accelerator.num_processes),
-                                parameter_count(trained_shapes(args, info)), accelerator)  # fmt: skip
+            ours = identity(args, series, record["backbone"], accelerator.num_processes)
+            start = open_folder(args, folder, ours, parameter_count(trained_shapes(args, info)), accelerator)
         elif folder.is_dir():
             refuse_links(folder)
         run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
-        if start is not None:
-            going_on = begin(run, start)
-            interrupts.defer()
+        going_on = begin(run, start) if start is not None else False
+        interrupts.defer()
+        try:
             if going_on:
                 fit(run)
                 draw_history(run)
+            if start is not None:
                 run.log(f"Checkpoints saved at: {folder}")
-            run.accelerator.wait_for_everyone()
-            checkpoint = folder / TENSORS
-        interrupts.defer()
-        test(run, series, checkpoint)
-        if args.do_predict:
-            forecast_future(run, history_of(series), folder)
+                run.accelerator.wait_for_everyone()
+                checkpoint = folder / TENSORS
+            test(run, series, checkpoint)
+            if args.do_predict:
+                forecast_future(run, history_of(series), folder)
+        except RunError as error:
+            run.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
+            raise
         if start is not None and start.claim is not None:
             start.claim.release()
     return 0
@@ -180,7 +185,7 @@ def set_up(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if isinstance(series, Series) else "forecast.log"
-    log = RunLog(folder / name) if accelerator.is_main_process else silent
+    log = RunLog(folder / name) if accelerator.is_main_process else SilentLog()
     device = accelerator.device
     log(f"Using device: {device}")
     if series.synthetic:
@@ -260,7 +265,12 @@ def test(run: Run, series: Series, checkpoint: Path) -> Scores:
     """Score the checkpoint on the test split; print the figures and keep them, with pictures."""
     load_trained(run, checkpoint)
     results = TestPass(run, series, run.folder)
-    scores = run.evaluate("test", results.consume)
+    try:
+        scores = run.evaluate("test", results.consume)
+    except Interrupted as signal:
+        run.log(f"{signal}: the test has not ended; {checkpoint} is unharmed")
+        run.log(f"To go on: {resume_command(run.args)}")
+        raise
     run.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     figures = {"mse": scores.mse, "mae": scores.mae}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint), "data": run.record["data"]})

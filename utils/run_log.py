@@ -22,11 +22,15 @@ class RunLog:
 
     def __call__(self, line: str) -> None:
         self._print(line)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Append a line to the file alone."""
         if self.path is None:
             return
         try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            with open(handle, "a", encoding="utf-8") as file:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            with open(os.open(self.path, flags, 0o644), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             if not self._file_lost:
@@ -43,8 +47,14 @@ class RunLog:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def silent(line: str) -> None:
+class SilentLog(RunLog):
     """The log of the other processes of a group."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def __call__(self, line: str) -> None:
+        """Print nothing."""
 
 
 def progress_bar(total: int, done: int = 0) -> tqdm:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,10 +78,12 @@ class Saver:
         run.guard.settle()
         if self._saved_step == self._step():
             return
-        run.progress.loss_sum = run.accelerator.reduce(run.progress.loss_sum.to(run.accelerator.device), "mean")
+        device = run.accelerator.device
+        run.progress.max_sequences = run.max_sequences
+        run.progress.loss_sum = run.accelerator.reduce(run.progress.loss_sum.to(device), "mean")
         if run.accelerator.is_main_process:
             with self._explained():
-                packed = pack(run.model, run.optimizer, run.progress, self.identity, run.accelerator.device)
+                packed = pack(run.model, run.optimizer, run.progress, self.identity, device)
                 self.last = save_state(run.folder, packed, self.last)
         self._saved_at = time.monotonic()
         self.mark_saved()
@@ -89,9 +92,9 @@ class Saver:
         """Save, and say how to go on."""
         self.save()
         run = self.run
-        run.log(f"{signal}: the state of epoch {self._step()[0]}, iteration {self._step()[1]} is saved in {run.folder}")
-        words = sys.orig_argv if run.args.resume else [*sys.orig_argv, "--resume"]
-        run.log(f"To go on: {shlex.join(words)}")
+        epoch, iteration = self._step()
+        run.log(f"{signal}: the state of epoch {epoch}, iteration {iteration} is saved in {run.folder}")
+        run.log(f"To go on: {resume_command(run.args)}")
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint of the epoch that has just ended.
@@ -123,3 +126,8 @@ class Saver:
         if self.last is None:
             return "start anew: no state was saved before"
         return f"the same command with --resume goes on from {self.last.name}, which is kept"
+
+
+def resume_command(args: Namespace) -> str:
+    """The command line of this process; --resume is added where a training run lacks it."""
+    return shlex.join([*sys.orig_argv, *(["--resume"] if args.is_training and not args.resume else [])])

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from layers.errors import InputError
 from utils.checkpoint import LEGACY, TENSORS
 from utils.claim import Claim, check_space, move_aside
-from utils.files import free_bytes, size_text
+from utils.files import size_text
 from utils.saver import SECONDS, Saver
 from utils.state import SavedState, compare, find_state, restore, state_bytes, state_files
 
@@ -64,10 +64,8 @@ def _check_space(args: Namespace, folder: Path, trained_values: int) -> str:
     what = f"two states of {size_text(state)} and two checkpoints of {size_text(checkpoint)}"
     check_space(folder, need, what)
     every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
-    return (
-        f"A state of {size_text(state)} is saved {every.get(args.save_steps, f'every {args.save_steps} iterations')}, "
-        f"the last two are kept; {size_text(free_bytes(folder))} free"
-    )
+    when = every.get(args.save_steps, f"every {args.save_steps} iterations")
+    return f"A state of {size_text(state)} is saved {when}, the last two are kept"
 
 
 def begin(run, start: Start) -> bool:
@@ -83,11 +81,13 @@ def begin(run, start: Start) -> bool:
         return True
     run.progress = restore(start.state, run.model, run.optimizer, run.accelerator.device)
     run.saver.mark_saved()
+    if run.args.max_sequences is None:  # else what is free today would decide
+        run.max_sequences = run.progress.max_sequences
     finished = run.progress.finished(run.args.train_epochs, run.args.patience)
     lost = run.progress.best < float("inf") and not (run.folder / TENSORS).is_file()
     if finished:
         if lost:
-            raise InputError(f"--resume: the run in {run.folder} is finished, but found no {TENSORS} there; bring it back")
+            raise InputError(f"--resume: the run in {run.folder} is finished, but has no {TENSORS}; bring it back")
         run.log(f"This run is finished ({len(run.progress.history)} epochs); only the test is left")
         return False
     if lost:

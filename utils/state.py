@@ -27,8 +27,8 @@ from utils.files import FULL, write_atomic
 from utils.progress import Progress
 from utils.tensors import damage, write_tensors
 
-KEEP = 2
 VERSION = 1
+Packed = tuple[dict[str, torch.Tensor], dict[str, str]]  # named tensors, metadata
 _NAME = re.compile(r"state\.(\d+)\.safetensors")
 # Flags that decide nothing about the numbers, or whose effect `identity` compares itself.
 MAY_CHANGE = {
@@ -75,9 +75,10 @@ def compare(saved: SavedState, now: dict) -> None:
     now = json.loads(json.dumps(now))
     different = [name for name in now | saved.identity if now.get(name) != saved.identity.get(name)]
     if different:
-        parts = [f"{name} was {_short(saved.identity.get(name))}, is {_short(now.get(name))}" for name in different]
+        was = saved.identity
+        parts = [f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}" for name in different]
         raise InputError(
-            f"--resume: {saved.path} was saved by a run with other settings: {'; '.join(parts)}; give the same "
+            f"--resume: {saved.path} was saved with other settings: {'; '.join(parts)}; give the same "
             "ones, or start anew with --resume False (what is there is then moved aside)"
         )
 
@@ -94,8 +95,8 @@ def state_bytes(optimizer: str, trained_values: int) -> int:
 
 def state_files(folder: Path) -> list[Path]:
     """The folder's states, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("state.*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in folder.glob("state.*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
 
 
 def find_state(folder: Path) -> tuple[SavedState | None, list[str]]:
@@ -122,7 +123,7 @@ def _read_header(path: Path) -> SavedState:
 
 
 def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict,
-         device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # fmt: skip
+         device: torch.device) -> Packed:  # fmt: skip
     """The whole state as named tensors (not copied) and metadata.
 
     Raises:
@@ -134,18 +135,18 @@ def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Pro
             raise RunError(f"{name.removeprefix('model.')} has become NaN or infinite, so it is not saved")
     generators = random_state(device)
     tensors |= generators.pop("tensors")
-    states = optimizer.state_dict()["state"]
+    moments = optimizer.state_dict()["state"].items()
     held = {
         "version": VERSION,
         "identity": identity,
         "progress": progress.to_json(),
         "random": generators,
-        "optimizer": [[index, _take(state, f"optimizer.{index}", tensors)] for index, state in states.items()],
+        "optimizer": [[index, _take(state, f"optimizer.{index}", tensors)] for index, state in moments],
     }
     return tensors, {"state": json.dumps(held, ensure_ascii=False)}
 
 
-def save_state(folder: Path, packed: tuple[dict[str, torch.Tensor], dict[str, str]], before: Path | None) -> Path:
+def save_state(folder: Path, packed: Packed, before: Path | None) -> Path:
     """Write the state as the newest; then only it and `before`, the last good one, are kept.
 
     Where the disk has no room for a third, the others go first, if `before` is sound.
@@ -196,9 +197,11 @@ def _give(tree: dict, tensor) -> object:
     return tree["value"]
 
 
-def restore(saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
+def restore(
+    saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Progress:
     """Bring model, optimizer and random generators to a saved state; return how far it is."""
-    with safe_open(saved.path, framework="pt", device=str(device)) as file:
+    with safe_open(saved.path, framework="pt", device="cpu" if device.type == "cpu" else str(device)) as file:
 
         def tensor(name: str) -> torch.Tensor:
             # On the CPU it is a window into the file, which would keep a removed file's space taken.

@@ -82,10 +82,3 @@ def damage(path: Path) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None if digest.hexdigest() == found[1].decode() else "its checksum does not match"
-
-
-def has_checksum(path: Path) -> bool:
-    """Whether a safetensors file begins as `write_tensors` begins one."""
-    with path.open("rb") as file:
-        file.seek(8)
-        return _START.match(file.read(128)) is not None

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from models.TimeLLM import Model
+from utils.errors import RunError
 from utils.evaluate import Scores, evaluate
 from utils.guard import Guard
 from utils.interrupt import Interrupted, Interrupts
@@ -111,6 +112,8 @@ def fit(run: Run) -> Progress:
         raise
     if progress.worse >= args.patience:
         log("Early stopping")
+    if progress.best == float("inf"):
+        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
     return progress
 
 

@@ -90,7 +90,7 @@ def test_etth1_has_the_guides_flags(copy: Copy) -> None:
         "--features M --seq_len 512 --label_len 48 --pred_len 96 --e_layers 2 --d_layers 1 --factor 3 "
         "--enc_in 7 --dec_in 7 --c_out 7 --batch_size 4 --d_model 32 --n_heads 8 --d_ff 32 --llm_dim "
         "2048 --llm_layers 6 --num_workers 2 --prompt_domain 1 --train_epochs 3 --itr 1 --dropout 0.1 "
-        "--llm_model QWEN --load_in_4bit "
+        "--llm_model QWEN --load_in_4bit --resume "
     ).split()
     weights = ["--llm_model_path", f"{copy.root}/base_models/Qwen2.5-3B"]
     assert parse_flags(copy.run("TimeLLM_ETTh1_2.sh")) == parse_flags(guide + weights)

@@ -1,0 +1,237 @@
+"""Measure the training step and the evaluation: plain path against fast path, on the same weights and batches.
+
+    python scripts/benchmark.py --preset small
+    python scripts/benchmark.py --preset qwen2.5-3b --tokenizer DIR --layers 6
+
+What is measured and how the floor is counted stands in scripts/BENCHMARK.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+
+from layers.backbone import Backbone  # noqa: E402
+from layers.backbone_files import find_backbone  # noqa: E402
+from models.TimeLLM import Model  # noqa: E402
+from scripts.flops import matmul_rate, training_step_flops  # noqa: E402
+from scripts.make_backbone import make_backbone  # noqa: E402
+from utils.batches import Batch, SequenceCollate  # noqa: E402
+from utils.evaluate import evaluate  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
+from utils.run_log import peak_memory_gib  # noqa: E402
+from utils.step import build_optimizer, gradients  # noqa: E402
+
+# Attention of each variant. Published implementations ask transformers for the attention weights, which
+# makes it fall back to eager attention; "plain_sdpa" is the same path without that.
+VARIANTS = {"plain": "eager", "plain_sdpa": "sdpa", "fast": "sdpa"}
+
+
+def main() -> int:
+    args, flags = read_arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        backbone = args.backbone or make_backbone(
+            Path(scratch) / "backbone", args.preset, args.layers, tokenizer=args.tokenizer
+        )
+        common = ["--backbone", str(backbone), *sys.argv[1:]]
+        if args.child:
+            print(json.dumps(CHILDREN[args.child](args, flags)))
+            return 0
+        result = {"machine": machine(args), "command": " ".join(sys.argv), "torch": torch.__version__}
+        result |= child(common, "steps")
+        for name in VARIANTS:
+            result[name]["peak_gib"] = child(common, "peak", "--variant", name)["peak_gib"]
+        result["memory_ratio"] = result["fast"]["peak_gib"] / result["plain"]["peak_gib"]
+        if args.growth:
+            result["growth"] = growth(common)
+    show(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def read_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="small", help="shape of the random backbone (scripts/make_backbone.py)")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder for the random backbone")
+    parser.add_argument("--backbone", type=Path, help="an existing folder instead of a random backbone")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=7)
+    parser.add_argument("--pred_len", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max_sequences", type=int, default=0, help="sequences run at once; 0: all")
+    parser.add_argument("--prototypes", default="vocab", help="of the fast path; the plain path has the paper's")
+    parser.add_argument("--prompt_decimals", type=int, help="of the fast path; the plain path prints all digits")
+    parser.add_argument("--growth", action="store_true", help="also over channels and pred_len")
+    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    flags = parse_flags(
+        "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data ETTh1 "
+        f"--seq_len 512 --pred_len {args.pred_len} --d_model 32 --d_ff 32 --n_heads 8 --prompt_domain 1 "
+        f"--llm_layers {args.layers}".split()
+    )
+    return args, flags
+
+
+def child(common: list[str], task: str, *more: str) -> dict:
+    """Run one measurement in a process of its own; what it prints last is its result."""
+    done = subprocess.run(
+        [sys.executable, __file__, *common, "--child", task, *more], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Bench:
+    """One variant: its model, its batch (always the same series) and its training step."""
+
+    def __init__(self, args, flags, variant: str, backbone: Backbone, accelerator: Accelerator):
+        changed = variant == "fast"
+        flags.prototypes = args.prototypes if changed else "vocab"
+        flags.prompt_decimals = args.prompt_decimals if changed else None
+        torch.manual_seed(0)
+        self.model = Model(flags, backbone).to(accelerator.device).train()
+        self.model.fast_path = changed
+        self.accelerator, self.backbone, self.variant = accelerator, backbone, variant
+        self.max_sequences = args.max_sequences
+        self.optimizer = build_optimizer("adam", self.model, 1e-4)
+        collate = SequenceCollate(self.model.prompts, flags.pred_len, None)
+        series = torch.randn(args.windows, 512 + flags.pred_len, args.channels).cumsum(1)
+        self.batch: Batch = collate(
+            [{"x": w[:512], "y": w[512:], "index": i} for i, w in enumerate(series)]
+        ).to(accelerator.device)
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        self.backbone.plain_attention = VARIANTS[self.variant]
+        began = self._now()
+        self.optimizer.zero_grad(set_to_none=True)
+        gradients(self.model, self.batch, self.accelerator, self.max_sequences)
+        self.optimizer.step()
+        return self._now() - began
+
+    def evaluate(self, batches: int = 2) -> float:
+        """Seconds a batch; the plain path makes the prototypes anew for each batch, as published code does."""
+        self.backbone.plain_attention = VARIANTS[self.variant]
+        began = self._now()
+        if self.variant == "fast":
+            evaluate(self.model, [self.batch] * batches, self.accelerator)
+        else:
+            for _ in range(batches):
+                evaluate(self.model, [self.batch], self.accelerator)
+        return (self._now() - began) / batches
+
+    def _now(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def open_backbone(args) -> tuple[Backbone, Accelerator]:
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+    info = find_backbone("QWEN", str(args.backbone))
+    return Backbone(info, args.layers, accelerator.device, args.load_in_4bit), accelerator
+
+
+def measure_steps(args, flags) -> dict:
+    """Steps and evaluations of all variants in turn, several rounds after a warm-up; medians."""
+    backbone, accelerator = open_backbone(args)
+    benches = {name: Bench(args, flags, name, backbone, accelerator) for name in VARIANTS}
+    steps, evaluations, rates = ({name: [] for name in VARIANTS} for _ in range(3))
+    for bench in benches.values():
+        bench.step()
+    for _ in range(args.rounds):
+        for name, bench in benches.items():
+            rates[name].append(matmul_rate(accelerator.device, backbone.dtype))
+            steps[name].append(bench.step())
+    for _ in range(args.rounds):
+        for name, bench in benches.items():
+            evaluations[name].append(bench.evaluate())
+    rate = max(sum(rates.values(), []))
+    fast = benches["fast"]
+    flops = training_step_flops(fast.model, fast.batch)
+    result = {
+        name: {"s_per_step": median(steps[name]), "eval_s_per_batch": median(evaluations[name])} for name in VARIANTS
+    }
+    return result | {
+        "speedup": median(steps["plain"]) / median(steps["fast"]),
+        "speedup_over_sdpa": median(steps["plain_sdpa"]) / median(steps["fast"]),
+        "eval": {"speedup": median(evaluations["plain"]) / median(evaluations["fast"])},
+        "flops": flops,
+        "matmul_flops_per_s": rate,
+        "floor_s": flops / rate,
+        "floor_fraction": flops / rate / median(steps["fast"]),
+        "sequences": len(fast.batch.x),
+        "tokens": {"opening": len(fast.model.prompts.opening_ids), "statistics": int(fast.batch.prompts.ids.shape[1])},
+    }
+
+
+def measure_peak(args, flags) -> dict:
+    """Peak memory (and seconds) of a few steps of one variant, in a process that does nothing else."""
+    backbone, accelerator = open_backbone(args)
+    bench = Bench(args, flags, args.variant, backbone, accelerator)
+    seconds = [bench.step() for _ in range(3)]
+    return {"peak_gib": peak_memory_gib(accelerator.device), "s_per_step": min(seconds)}
+
+
+CHILDREN = {"steps": measure_steps, "peak": measure_peak}
+
+
+def growth(common: list[str]) -> list[dict]:
+    """The fast step over channels at a fixed part size, and over the horizon; one window a step."""
+    rows = []
+    for channels in (7, 28, 112, 321):
+        more = ["--variant", "fast", "--windows", "1", "--channels", str(channels), "--max_sequences", "7"]
+        rows.append({"channels": channels, "pred_len": 96} | child(common, "peak", *more))
+    for horizon in (192, 336, 720):
+        more = ["--variant", "fast", "--windows", "1", "--channels", "7", "--pred_len", str(horizon)]
+        rows.append({"channels": 7, "pred_len": horizon} | child(common, "peak", *more))
+    return rows
+
+
+def machine(args) -> str:
+    if args.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def show(result: dict) -> None:
+    """The results as a table."""
+    print(f"{result['machine']}, torch {result['torch']}; {result['sequences']} sequences, tokens {result['tokens']}")
+    print(f"{'':12}{'s/step':>9}{'peak GiB':>10}{'eval s':>9}")
+    for name in VARIANTS:
+        row = result[name]
+        print(f"{name:12}{row['s_per_step']:9.3f}{row['peak_gib']:10.2f}{row['eval_s_per_batch']:9.3f}")
+    print(f"speedup {result['speedup']:.2f} (over plain with sdpa {result['speedup_over_sdpa']:.2f}), "
+          f"memory ratio {result['memory_ratio']:.2f}, evaluation {result['eval']['speedup']:.2f}")
+    print(f"floor {result['floor_s']:.3f} s = {result['flops'] / 1e9:.0f} GFLOP at "
+          f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; fast step at {result['floor_fraction']:.2f} of it")
+    for row in result.get("growth", []):
+        print(f"channels {row['channels']:4}  pred_len {row['pred_len']:4}  {row['s_per_step']:8.3f} s/step  "
+              f"{row['peak_gib']:6.2f} GiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
