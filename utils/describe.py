@@ -6,24 +6,27 @@ from pathlib import Path
 from data_provider.data_loader import Series
 from data_provider.describe import make_description, step_words
 from models.TimeLLM import bank_file, describe
+from utils.forecast import history_of
 from utils.recorded import recorded_flags
 
 
 def fill_in_prompt(args: Namespace, series: Series, folder: Path) -> None:
     """Give `--data custom` a `--prompt_text`, where the user and the prompt bank have none.
 
-    A test takes the text of the training, whatever has come to the file since. Ranges are those of
-    the training rows, so that the prompt says nothing of the rows to be forecast.
+    A test takes the text of the training, whatever has come to the file since. Only the columns that
+    are forecast are described, with ranges of the training rows: the prompt says nothing of later rows.
     """
-    if args.data != "custom" or args.prompt_text or bank_file(args):
+    if args.data != "custom" or args.prompt_text or args.prompt_domain or bank_file(args):
         return
     if not args.is_training:
         trained = recorded_flags(Path(args.checkpoint) if args.checkpoint else folder)
         if trained.get("prompt_text") and trained.get("data_path") == args.data_path:
             args.prompt_text = trained["prompt_text"]
             return
-    rows = series.values[: series.splits.train] * series.scaler.scale_ + series.scaler.mean_
-    args.prompt_text = make_description(series.dates, series.columns, rows.min(axis=0), rows.max(axis=0))
+    history = history_of(series)
+    rows = history.values[: series.splits.train]
+    low, high = rows.min(axis=0), rows.max(axis=0)
+    args.prompt_text = make_description(series.dates, history.columns, low, high)
 
 
 def overview(args: Namespace, series: Series) -> list[str]:

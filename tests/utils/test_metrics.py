@@ -1,5 +1,7 @@
 """Figures of a test pass against numpy on the whole arrays."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -82,8 +84,6 @@ def test_predictions_in_any_order_and_whole(tmp_path, arrays):
 
 
 def test_memory_does_not_grow_with_the_test_set(tmp_path):
-    import tracemalloc
-
     windows, horizon, batch = 4000, 100, np.zeros((8, 100, 10), dtype=np.float32)  # 32 MB in all
     tracemalloc.start()
     file = Predictions(tmp_path, windows, horizon, [f"c{n}" for n in range(10)])

@@ -73,7 +73,8 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     monkeypatch.setattr(utils.train, "learning_rate", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
-    head = ["Using device: cpu", "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
+    own_file = [r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*", "prompt: The data hold .*"]
+    head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
     tail = [
         "Early stopping",
@@ -95,7 +96,7 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     # and again from the checkpoint, by itself
     kept = (folder / "checkpoint.safetensors").read_bytes()
     again = train([*words, "--is_training", "0"], capsys)
-    assert_lines(again, [head[0], head[1], head[4], tail[2]])
+    assert_lines(again, [*head[:6], head[-1], tail[2]])
     assert figures(again) == (mse, mae)
     assert (folder / "checkpoint.safetensors").read_bytes() == kept
     assert (folder / "test.log").read_text().splitlines() == again
@@ -294,7 +295,8 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
     record = json.loads((folder / "checkpoint.json").read_text())
     args = parse_flags(words)
     series = series_from_args(args)
-    filled = {"enc_in": 3, "llm_dim": 128}
+    filled = {"enc_in": 3, "llm_dim": 128, "prompt_text": record["flags"]["prompt_text"]}
+    assert "one series" in filled["prompt_text"]
     assert filled.items() <= record["flags"].items()
     assert {k: v for k, v in record["flags"].items() if k not in filled} == {
         k: v for k, v in vars(args).items() if k not in filled | dict.fromkeys(utils.run.SAVING)
@@ -303,7 +305,7 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
     training = pd.read_csv(tmp_path / "series.csv")[list(COLUMNS)].to_numpy()[:224]
     np.testing.assert_allclose(record["scaler"]["mean"], training.mean(0), rtol=1e-9)
     np.testing.assert_allclose(record["scaler"]["deviation"], training.std(0), rtol=1e-9)
-    assert record["data"] == {"file": "series.csv", "rows": len(series.dates), "synthetic": False}
+    assert record["data"] == {"file": "series.csv", "rows": len(series.dates), "synthetic": False, "step": "1 hour"}
     identity = find_backbone("QWEN", str(backbones["qwen2"])).identity
     assert record["backbone"] == identity | {"layers": 1, "load_in_4bit": False}
     assert {"python", "torch", "transformers", "accelerate", "numpy"} <= set(record["versions"])
