@@ -147,7 +147,8 @@ def _future(
         _label(axes, columns, channel)
         _dress(axes, dated=True, labelled=axes is grid[-1])
     figure.align_ylabels(grid)
-    figure.suptitle(f"{len(future[0])} row{'s' if len(future[0]) > 1 else ''} ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
+    rows = f"{len(future[0])} row{'s' if len(future[0]) > 1 else ''}"
+    figure.suptitle(f"{rows} ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
     _legend(figure, grid[0])
 
 
