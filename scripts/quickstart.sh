@@ -30,10 +30,10 @@ fi
   --model_id "$(basename "$data" .csv)_512_96" --model_comment quickstart \
   --data ETTh1 --root_path "$(dirname "$data")" --data_path "$(basename "$data")" --features M \
   --seq_len 512 --label_len 48 --pred_len 96 \
-  --d_model 32 --d_ff 32 --n_heads 8 --dropout 0.1 --prompt_domain 1 \
+  --d_model 32 --d_ff 32 --n_heads 4 --dropout 0.1 --prompt_domain 1 \
   --llm_model QWEN --llm_model_path "$backbone" --llm_layers 2 \
-  --train_epochs 1 --batch_size 16 --eval_batch_size 32 --learning_rate 1e-3 \
-  --resume \
+  --train_epochs 1 --max_iters 350 --batch_size 16 --eval_batch_size 32 --learning_rate 1e-3 --lradj COS \
+  --do_predict --resume \
   "$@" | tee -i "$work/run.log"
 
 # The table: this run beside simple baselines on the same windows.
