@@ -80,6 +80,11 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
 
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward block."""
+        return getattr(self.model.config, "intermediate_size", None) or 4 * self.hidden_size
+
     def plain(
         self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
     ) -> torch.Tensor:
@@ -131,9 +136,7 @@ class Backbone:
         Counted are the tensors that the layers keep for their gradients: on the fast path those of the
         patches and the keys and values of all slots; on the plain path those of all tokens.
         """
-        config = self.model.config
-        D, layers = self.hidden_size, config.num_hidden_layers
-        inner = getattr(config, "intermediate_size", None) or 4 * D
+        D, layers, inner = self.hidden_size, self.model.config.num_hidden_layers, self.inner_size
         slots = prompt + patches
         if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
             kept = patches * (4 * D + 2 * inner) + slots * 2 * D // self.groups

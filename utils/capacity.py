@@ -9,6 +9,9 @@ from models.TimeLLM import PROTOTYPES, Model
 
 SHARE = 0.7  # of the free memory; the rest is for what is not counted, and for fragmentation
 OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2}  # of state for each trained value
+# On the CPU larger tensors than this are slower: the C library maps memory for each anew and gives it back.
+# Below FEW sequences the backbone's weights would be read too often.
+LARGEST_TENSOR, FEW = 24 * 2**20, 32
 STATISTICS_TOKENS = 128  # about, with all digits
 
 
@@ -33,6 +36,9 @@ def fitting_sequences(model: Model, args) -> int:
     if args.is_training:  # gradients and optimizer state are not there yet
         free -= sum(p.numel() for p in model.parameters()) * (4 + OPTIMIZER_BYTES[args.optimizer])
     fit = max(1, int(SHARE * free / each))
+    if backbone.device.type == "cpu":
+        tokens = max(patches, STATISTICS_TOKENS) if model.fast_path else prompt + patches
+        fit = min(fit, max(FEW, LARGEST_TENSOR // (tokens * backbone.inner_size * backbone.embeddings.element_size())))
     return 1 << (fit.bit_length() - 1)
 
 
