@@ -9,7 +9,6 @@ from utils.errors import RunError
 from utils.files import size_text
 from utils.state import random_state, set_random_state
 
-
 # PyTorch before 2.5 has only the second name.
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 

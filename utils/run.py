@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         elif folder.is_dir():
             refuse_links(folder)
         run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
-        with out_of_memory_told("restoring the state", lambda: advice(run)):
+        with out_of_memory_told("restoring the state", partial(advice, run)):
             going_on = begin(run, start) if start is not None else False
         interrupts.defer()
         try:

@@ -17,8 +17,8 @@ import utils.run
 import utils.train
 from data_provider.data_factory import series_from_args
 from layers.backbone_files import find_backbone
-from tests.models.test_TimeLLM import TRAINED
 from layers.errors import InputError
+from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
 from utils.checkpoint import read_checkpoint
 from utils.flags import parse_flags
