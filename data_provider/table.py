@@ -83,20 +83,14 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
     """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
     if not text.splitlines()[0].strip():
         raise InputError(f"{path}: row 1 is empty; the header is needed there")
-    header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0]
+    header = _read_csv(path, text, "the same number of", header=None, nrows=1, dtype=str).iloc[0]
     if header.isna().any():
         place = int(np.flatnonzero(header.isna())[0]) + 1
         raise InputError(
             f"{path}: row 1: column {place} has no name; each column needs one (or remove the column)"
         )
-    try:
-        # Blank lines stay, so that a row's place tells its line in the file.
-        frame = pd.read_csv(io.StringIO(text), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
-    except pd.errors.ParserError as error:
-        found = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: not a regular table: {found}; every row needs {len(header)} cells"
-        ) from None
+    # Blank lines stay, so that a row's place tells its line in the file.
+    frame = _read_csv(path, text, len(header), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
         raise InputError(
             f"{path}: row {FIRST_ROW_LINE} has more cells than the header;"
@@ -104,6 +98,15 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
         )
     filled = np.flatnonzero(frame.notna().any(axis=1))
     return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
+
+
+def _read_csv(path: Path, text: str, cells: int | str, **options: object) -> pd.DataFrame:
+    """pandas' reader; a table that it refuses is an InputError, which says how many cells a row needs."""
+    try:
+        return pd.read_csv(io.StringIO(text), **options)
+    except pd.errors.ParserError as error:
+        found = " ".join(str(error).split())
+        raise InputError(f"{path}: not a regular table: {found}; every row needs {cells} cells") from None
 
 
 def _numbers(path: Path, cells: pd.Series, fill: str | None) -> np.ndarray:

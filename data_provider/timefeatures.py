@@ -28,22 +28,40 @@ _SCALED = {
     "q": ("month",),
     "a": ("month",),
 }
-_ALIASES = {"min": "t", "y": "a", "me": "m", "ms": "m", "qs": "q", "qe": "q", "ys": "a", "ye": "a"}
+# Names of older pandas, in either case, that today's refuses or reads otherwise ("m" was a month, "t" a minute).
+_OLD = {key: key for key in _SCALED} | {"y": "a", "l": "s", "u": "s", "n": "s"}
+# Names that pandas reads in one case only.
+_ALIASES = {"min": "t", "me": "m", "qs": "q", "qe": "q", "ys": "a", "ye": "a"}
+# The longest unit of each row; a business month may reach from one week's end to another's.
+_SPANS = {"s": "59s", "t": "59min", "h": "23h", "d": "1D", "w": "7D", "m": "40D", "q": "140D"}
 
 
 def frequency_key(freq: str) -> str:
-    """The row of the table above for `--freq`: "15min" and "min" are "t", "h" is "h".
+    """The row of the table above for `--freq`, any frequency that pandas reads: "15min" and "min" are "t".
+
+    A unit without a row of its own has that of the nearest: half months that of months.
 
     Raises:
         InputError: unknown frequency.
     """
     name = freq.strip().lower().lstrip("0123456789").split("-")[0]
-    key = _ALIASES.get(name, name)
-    if key not in _SCALED:
-        raise InputError(
-            f"--freq {freq!r}: unknown; needed is one of s, t (or min, 15min), h, d, b, w, m, q, a"
-        )
-    return key
+    if name in _OLD:
+        return _OLD[name]
+    try:
+        return _nearest(pd.tseries.frequencies.to_offset(freq.strip()))
+    except (ValueError, OverflowError):
+        if name in _ALIASES:
+            return _ALIASES[name]
+    raise InputError(f"--freq {freq!r}: unknown; needed is one of s, t (or min, 15min), h, d, b, w, m, q, a")
+
+
+def _nearest(offset: pd.DateOffset) -> str:
+    """The row of the table for the unit that an offset counts."""
+    if isinstance(offset, pd.offsets.BusinessDay):  # CustomBusinessDay is one
+        return "b"
+    first = pd.Timestamp("2001-01-01") + offset.base
+    span = first + offset.base - first
+    return next((key for key, longest in _SPANS.items() if span <= pd.Timedelta(longest)), "a")
 
 
 def time_marks(dates: pd.DatetimeIndex, freq: str, embed: str) -> np.ndarray:

@@ -77,6 +77,13 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             f"--llm_model {name}: found a model of type {config.model_type} in {folder}, "
             f"need {family.model_type}; name its own family ({', '.join(FAMILIES)})"
         )
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "vocab_size", "num_hidden_layers")]
+    nested = config.is_encoder_decoder or config.get_text_config() is not config
+    if nested or not all(isinstance(size, int) for size in sizes):
+        raise InputError(
+            f"--llm_model_path {folder}: found a model of type {config.model_type}, "
+            "need a text-only language model (decoder or encoder)"
+        )
     shards = _weight_files(folder, family)
     if not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"--llm_model_path {folder}: found no tokenizer_config.json; a tokenizer is needed")
@@ -129,9 +136,9 @@ def _local_folder(family: Family, path: str | None) -> Path:
     default = ROOT / "base_models" / family.hub_id.split("/")[-1]
     if path is None and default.is_dir():
         return default
-    looks_like_hub_id = path is None or (path.count("/") <= 1 and not path.startswith((".", "/", "~")))
-    hub_id = path or family.hub_id
-    if looks_like_hub_id:
+    hub_id, place = path or family.hub_id, default
+    if path is None or _looks_like_hub_id(path):
+        place = ROOT / "base_models" / hub_id.split("/")[-1]
         from huggingface_hub import snapshot_download
 
         try:
@@ -142,11 +149,21 @@ def _local_folder(family: Family, path: str | None) -> Path:
             reason = _first_line(error)
     else:
         hub_id, reason = family.hub_id, "no such folder"
+        if not hub_id:
+            hub_id, place = "<hub id>", path
     looked = default if path is None else path
     raise InputError(
         f"--llm_model_path: found no weights in {looked} ({reason}); fetch them with: "
-        f"hf download {hub_id} --local-dir {default}"
+        f"hf download {hub_id} --local-dir {place}"
     )
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    """Whether what is no folder names a model on the hub: `owner/name`, where no folder `owner` is here."""
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        return False
+    first, slash, _ = path.partition("/")
+    return not (slash and (first == "base_models" or Path(first).is_dir()))
 
 
 def _weight_files(folder: Path, family: Family) -> list[Path]:
@@ -166,7 +183,7 @@ def _weight_files(folder: Path, family: Family) -> list[Path]:
         found = f"no {missing[0]}" if missing else "no *.safetensors file"
         raise InputError(
             f"--llm_model_path {folder}: found {found}; safetensors weights are needed (others are not "
-            f"loaded): hf download {family.hub_id} --local-dir {folder}"
+            f"loaded): hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
         )
     return [folder / name for name in names]
 

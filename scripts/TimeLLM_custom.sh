@@ -3,6 +3,7 @@
 # the last row. Flags of your own come last and win:
 #   bash scripts/TimeLLM_custom.sh my.csv
 #   bash scripts/TimeLLM_custom.sh my.csv --seq_len 192 --pred_len 24 --prompt_text "Sales of one shop, in pieces a day."
+# After an interruption the same command goes on where it was; where the file has changed, --resume False starts anew.
 # The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
 (
   if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
@@ -31,6 +32,6 @@
     --data custom --root_path "$folder" --data_path "$file" --features M \
     --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 \
     --llm_model QWEN --llm_model_path "$weights" ${four_bit[@]+"${four_bit[@]}"} \
-    --do_predict \
+    --do_predict --resume \
     "$@"
 )

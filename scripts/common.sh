@@ -2,6 +2,8 @@
 #
 #   PYTHON    the Python to use (default: .venv of this repository, else python3)
 #   LLM_PATH  folder or hub id of the language model (default: base_models/Qwen2.5-3B of this repository)
+#
+# run_main.py runs in the repository's folder: relative paths in flags (--root_path, --checkpoints) mean that one.
 
 set -u
 unset CDPATH  # cd would look there too, and print

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import platform
+import struct
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from utils.tensors import damage, write_tensors
 TENSORS, RECORD, LEGACY = "checkpoint.safetensors", "checkpoint.json", "checkpoint"
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
 FROZEN = ("llm_model.", "word_embeddings")  # what older checkpoints may hold besides the trained tensors
+
+# What torch.load raises of a file in which bytes are wrong.
+DAMAGED = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+    AssertionError, AttributeError, OverflowError, MemoryError, struct.error,
+)  # fmt: skip
 
 
 def save_checkpoint(folder: Path, model: torch.nn.Module, record: dict) -> None:
@@ -114,7 +121,7 @@ def _record(file: Path, metadata: dict[str, str]) -> dict:
 def _read_legacy(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except DAMAGED as error:
         raise InputError(
             f"--checkpoint {file}: found something else than tensors, or a damaged file; "
             "need safetensors or a state dict of tensors"

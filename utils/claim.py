@@ -15,6 +15,8 @@ except ImportError:  # Windows without WSL: nothing there keeps two runs apart
 LOCK = ".lock"
 MARGIN = 2**24  # for logs and figures
 PIECE = 2**30  # of the space that is tried out; some file systems end files at 4 GiB
+_HELD = (errno.EACCES, errno.EAGAIN)  # what lockf says of a lock that another process has
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _UNKNOWN_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -28,8 +30,9 @@ class Claim:
         """Make the folder if need be, and lock it.
 
         Raises:
-            InputError: it cannot be made, holds links, or another run is in it.
+            InputError: it cannot be made or locked, holds links, or another run is in it.
         """
+        self.warning: str | None = None  # where the file system has no locks, and the run goes on without
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder)
@@ -39,16 +42,28 @@ class Claim:
             raise InputError(f"--checkpoints: cannot write in {folder} ({error.strerror})") from error
         if fcntl is None:
             return
-        try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between the two lines above another run may have moved the folder aside.
-            ours = os.path.samestat(os.fstat(self._handle), os.stat(folder / LOCK))
-        except OSError:
-            ours = False
-        if not ours:
+        if not self._lock(folder):
             os.close(self._handle)
             raise InputError(f"--checkpoints: another run is training in {folder}; wait for it or end it")
         remove_partials(folder)
+
+    def _lock(self, folder: Path) -> bool:
+        """Take the lock; False: another process has it, or has moved the folder aside meanwhile."""
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            if error.errno not in _NO_LOCKS:
+                os.close(self._handle)
+                raise InputError(f"--checkpoints: cannot lock {folder / LOCK} ({error.strerror})") from error
+            self.warning = (
+                f"WARNING: {folder} cannot be locked ({error.strerror}): let no other run train in it meanwhile"
+            )
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(folder / LOCK))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give the folder back."""

@@ -80,7 +80,7 @@ def _reason(path: Path, error: OSError) -> str:
         return (
             f"{path.name} cannot be written: the disk of {folder} is full ({size_text(free_bytes(folder))} free)"
         )
-    if not folder.is_dir():
+    if error.errno == errno.ENOENT and not folder.is_dir():
         return f"{path.name} cannot be written: the folder {folder} has vanished; bring it back"
     return f"{path.name} cannot be written in {folder} ({error.strerror})"
 

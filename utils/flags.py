@@ -151,7 +151,7 @@ def _add_data(group: _Group) -> None:
         "M: every column predicts itself; S: only --target; MS: all are read, --target is scored",
     )
     group.add("target", TEXT, "OT", "target column for S and MS; custom files without OT: their last column")
-    freq = _text("a pandas frequency such as h, t, d or 15min", r"\d*[A-Za-z]+(-[A-Za-z]+)?")
+    freq = _text("a pandas frequency such as h, t, d or 15min", r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*")
     group.add("freq", freq, "h", "step of the data, for the time marks, which TimeLLM does not read; "
               "custom files: read off their timestamps")
     group.add("fill_missing", _one_of("linear", "ffill"), None,

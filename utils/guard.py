@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from utils.batches import Batch
 from utils.errors import RunError
+from utils.memory import OutOfMemory, advice, out_of_memory_told
 
 LIMIT = 10  # skipped iterations in a row that a run survives
 
@@ -31,11 +32,13 @@ class Guard:
         wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
         if run.accelerator.num_processes > 1:
             wrong = run.accelerator.reduce(wrong.float(), "sum") > 0
-        if getattr(run.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
-            run.optimizer.found_inf = wrong.float()
-            run.optimizer.step()
-        elif not wrong:
-            run.optimizer.step()
+        # The first step makes the optimizer's moments, which are larger than the trained values.
+        with out_of_memory_told("the optimizer's step", lambda: advice(run)):
+            if getattr(run.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
+                run.optimizer.found_inf = wrong.float()
+                run.optimizer.step()
+            elif not wrong:
+                run.optimizer.step()
         self.settle()
         self._pending = (_Later(wrong), _Later(loss), batch, run.progress.epoch, run.progress.iteration + 1)
         return torch.where(wrong, 0.0, loss.double())
@@ -76,10 +79,13 @@ class Guard:
         columns = run.record["columns"]
         if data.target_index is not None:
             columns = [columns[data.target_index]]
-        batch, prototypes = batch.to(run.accelerator.device), run.model.text_prototypes()
-        with run.accelerator.autocast():
-            parts = batch.parts(run.max_sequences)
-            forecast = torch.cat([run.model.forecast(p.x, p.prompts, prototypes).float() for p in parts])  # (M, H)
+        try:
+            batch, prototypes = batch.to(run.accelerator.device), run.model.text_prototypes()
+            with run.accelerator.autocast():
+                parts = batch.parts(run.max_sequences)
+                forecast = torch.cat([run.model.forecast(p.x, p.prompts, prototypes).float() for p in parts])  # (M, H)
+        except OutOfMemory:  # the numbers end the run; that they cannot be looked at more closely must not hide it
+            return f"the windows that start at {_some([str(date) for date in dates])}"
         error = F.mse_loss(forecast, batch.y, reduction="none").mean(1).view(-1, width).cpu()  # (B, N)
         bad = ~torch.isfinite(error)
         if not bad.any():

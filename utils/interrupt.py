@@ -62,7 +62,7 @@ class Interrupts:
             self.received = number
             _tell(f"{name}: ending after the work in hand; once more ends at once")
             return
-        _tell(f"{name}: ended at once" if self._deferred else f"{name}: ended before anything was trained")
+        _tell(f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written")
         _end_workers()
         os._exit(128 + number)
 

@@ -1,12 +1,30 @@
 """CUDA out of memory: the step is repeated in smaller parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from utils.errors import RunError
 from utils.files import size_text
 from utils.state import random_state, set_random_state
+
+# PyTorch before 2.5 has only the second name.
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+
+@contextmanager
+def out_of_memory_told(what: str, change: Callable[[], str]) -> Iterator[None]:
+    """For work that no smaller parts would help: no memory inside becomes a RunError.
+
+    Args:
+        what: the work, as in "CUDA out of memory in ...".
+        change: gives the words that say what to change.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise RunError(f"CUDA out of memory in {what}; {change()}") from None
 
 
 def within_memory(run, sequences: int, work: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -27,7 +45,7 @@ def within_memory(run, sequences: int, work: Callable[[int], torch.Tensor]) -> t
     while True:
         try:
             return work(run.max_sequences)
-        except torch.OutOfMemoryError:
+        except OutOfMemory:
             tried = min(run.max_sequences or sequences, sequences)
             if tried == 1:
                 raise RunError(f"CUDA out of memory with one sequence at a time; {advice(run)}") from None
@@ -44,6 +62,17 @@ def within_memory(run, sequences: int, work: Callable[[int], torch.Tensor]) -> t
                 f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
             )
             run.memory_was_short = True
+
+
+def loading_advice(args) -> str:
+    """What to change where there is no model yet whose parts could be counted."""
+    savings = [] if args.load_in_4bit else ["--load_in_4bit"]
+    if args.llm_layers > 1:
+        savings.append(f"--llm_layers {args.llm_layers // 2}")
+    if args.prototypes != "direct":
+        savings.append("--prototypes direct")
+    named = f"change {' or '.join(savings)}, or " if savings else ""
+    return f"{named}end other programs that use the GPU"
 
 
 def advice(run) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data_provider.describe import step_words
-from utils.files import write_atomic
+from utils.files import write_atomic, writing
 from utils.results import TestPass, Window
 
 PLOTS = "plots"  # the folder in the run's folder
@@ -173,7 +173,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _save(folder: Path, name: str, paint: Callable[[Figure], None], width: float, panels: int) -> Path:
     """Paint a figure of `panels` rows and write it to `folder`/plots."""
     path = folder / PLOTS / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"font.family": _fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # inches

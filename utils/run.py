@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ from utils.claim import refuse_links
 from utils.describe import fill_in_prompt, overview
 from utils.errors import RunError
 from utils.evaluate import Scores
+from utils.files import writing
 from utils.flags import run_name
 from utils.forecast import History, forecast_future, history_of, read_history
 from utils.interrupt import Interrupted, Interrupts
 from utils.journal import Journal, tensorboard_writer
+from utils.memory import advice, loading_advice, out_of_memory_told
 from utils.results import TestPass, results_folder
 from utils.run_log import RunLog, SilentLog
 from utils.saver import resume_command
@@ -68,7 +71,8 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         elif folder.is_dir():
             refuse_links(folder)
         run = set_up(args, repeat, folder, series, info, accelerator, record, interrupts)
-        going_on = begin(run, start) if start is not None else False
+        with out_of_memory_told("restoring the state", partial(advice, run)):
+            going_on = begin(run, start) if start is not None else False
         interrupts.defer()
         try:
             if going_on:
@@ -183,7 +187,8 @@ def set_up(
     """Load the backbone, build the model and the loaders (a history, to be gone on from, has none)."""
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if isinstance(series, Series) else "forecast.log"
     log = RunLog(folder / name) if accelerator.is_main_process else SilentLog()
     device = accelerator.device
@@ -193,9 +198,10 @@ def set_up(
     for line in overview(args, series) if isinstance(series, Series) else ():
         log(line)
     torch.backends.cuda.matmul.allow_tf32 = True
-    set_seed(args.seed + repeat)
-    backbone = Backbone(info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint)
-    model = Model(args, backbone).to(device)
+    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    with out_of_memory_told("loading the model", lambda: loading_advice(args)):
+        backbone = Backbone(info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint)
+        model = Model(args, backbone).to(device)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     log(f"Trained values: {parameter_count(shapes):,}; {'fast' if model.fast_path else 'plain'} path")
     loaders = {}

@@ -1,5 +1,6 @@
 """When a run's state is saved, and how a run that has to end ends."""
 
+import os
 import shlex
 import sys
 import time
@@ -130,5 +131,7 @@ class Saver:
 
 
 def resume_command(args: Namespace) -> str:
-    """The command line of this process; --resume is added where a training run lacks it."""
-    return shlex.join([*sys.orig_argv, *(["--resume"] if args.is_training and not args.resume else [])])
+    """The command line of this process, for any folder; --resume is added where a training run lacks it."""
+    words = [*sys.orig_argv, *(["--resume"] if args.is_training and not args.resume else [])]
+    # The scripts run in the repository's folder, which need not be the user's: relative paths mean this one.
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"

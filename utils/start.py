@@ -45,6 +45,8 @@ def open_folder(
             start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder)}")
             start.claim.release()
             start.claim = Claim(folder)
+        if start.claim.warning:
+            start.lines.append(start.claim.warning)
         start.lines.append(_check_space(args, folder, trained_values))
     accelerator.wait_for_everyone()
     if args.resume and not accelerator.is_main_process:

@@ -15,7 +15,7 @@ from utils.evaluate import Scores, evaluate
 from utils.guard import Guard
 from utils.interrupt import Interrupted, Interrupts
 from utils.journal import Journal
-from utils.memory import within_memory
+from utils.memory import advice, out_of_memory_told, within_memory
 from utils.progress import Progress
 from utils.run_log import memory_line, peak_memory_gib, progress_bar
 from utils.saver import Saver
@@ -57,7 +57,8 @@ class Run:
         batches = self.loaders[split]
         if self.accelerator.num_processes == 1:  # of several, one alone must not leave
             batches = self.interrupts.between(batches)
-        return evaluate(self.model, batches, self.accelerator, consume, partial(within_memory, self))
+        with out_of_memory_told("an evaluation", lambda: advice(self)):  # beside the parts, the prototypes
+            return evaluate(self.model, batches, self.accelerator, consume, partial(within_memory, self))
 
 
 class Clock:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_provider.data_loader import load_series
@@ -82,6 +82,8 @@ def test_changed_tables(tmp_path: Path, content: bytes, features: str, target: s
 
 @settings(QUICK, max_examples=200)
 @given(content=RAW)
+@example(content=b'date,"a\n2020-01-01,1\n')  # a quote that nothing closes, in the header
+@example(content=b'"')
 def test_any_bytes(tmp_path: Path, content: bytes) -> None:
     check(tmp_path, content)
 

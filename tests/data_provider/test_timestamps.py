@@ -78,8 +78,12 @@ def test_marks_by_hand():
 
 @pytest.mark.parametrize(
     ("freq", "key"),
-    [("h", "h"), ("H", "h"), ("15min", "t"), ("t", "t"), ("W-SUN", "w"), ("ME", "m"), ("b", "b")],
-)
+    [("h", "h"), ("H", "h"), ("15min", "t"), ("t", "t"), ("W-SUN", "w"), ("ME", "m"), ("b", "b"),
+     ("BMS", "m"), ("BME", "m"), ("SMS", "m"), ("MS", "m"), ("me", "m"), ("M", "m"), ("m", "m"), ("WOM-1MON", "m"),
+     ("C", "b"), ("us", "s"), ("ns", "s"), ("ms", "s"), ("L", "s"), ("s", "s"), ("90s", "s"), ("1h30min", "t"),
+     ("min", "t"), ("bh", "h"), ("36h", "h"), ("D", "d"), ("2D", "d"), ("w", "w"), ("QS-OCT", "q"), ("qs", "q"),
+     ("QE", "q"), ("YE-MAR", "a"), ("YS", "a"), ("ye", "a"), ("A", "a"), ("y", "a")],
+)  # fmt: skip
 def test_frequency_names(freq, key):
     assert frequency_key(freq) == key
 

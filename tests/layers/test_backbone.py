@@ -92,6 +92,25 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in line and "hf download Qwen/Qwen2.5-3B --local-dir " in line
 
 
+@pytest.mark.parametrize("path", ["base_models/Qwen2.5-3Bx", "models/qwen"])
+def test_a_relative_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or 1 / 0)
+    assert "no such folder" in refused(path)
+    assert f"hf download <hub id> --local-dir {path}" in refused(path, "AUTO")
+    assert not asked
+    assert "--local-dir" in refused("owner/name") and asked == ["owner/name"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip", "llava", "vit"])
+def test_only_language_models_of_text_alone(copy: Path, kind: str) -> None:
+    (copy / "config.json").write_text(json.dumps({"model_type": kind}))
+    need = "need a text-only language model (decoder or encoder)"
+    assert refused(copy, "AUTO") == f"--llm_model_path {copy}: found a model of type {kind}, {need}"
+
+
 def test_only_bin_weights(copy: Path) -> None:
     for file in [*copy.glob("*.safetensors"), copy / INDEX]:
         file.unlink()

@@ -116,6 +116,14 @@ def test_server_script(copy: Copy) -> None:
     assert (args.llm_layers, args.d_ff, args.d_model) == (12, 128, 32)
 
 
+def test_own_csv_is_resumed_unless_told_otherwise(copy: Copy) -> None:
+    (copy.elsewhere / "my.csv").write_text("date,a\n")
+    args = parse_flags(copy.run("TimeLLM_custom.sh", "my.csv"))
+    assert args.resume and args.do_predict and args.data_path == "my.csv"
+    assert args.root_path.rstrip("/") == str(copy.elsewhere)
+    assert not parse_flags(copy.run("TimeLLM_custom.sh", "my.csv", "--resume", "False")).resume
+
+
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_own_flags_come_last_and_keep_their_spaces(copy: Copy, script: str) -> None:
     argv = copy.run(script, "--train_epochs", "7", "--des", "'two words'")

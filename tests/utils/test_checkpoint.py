@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_damaged_file(tmp_path: Path, name: str, spoil) -> None:
         save_file(tensors(), file)
     file.write_bytes(spoil(file.read_bytes()))
     refused(file)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_flipped_bits_of_a_legacy_file(tmp_path: Path, zipped: bool) -> None:
+    file = tmp_path / "checkpoint"
+    torch.save(tensors(), file, _use_new_zipfile_serialization=zipped)
+    good = file.read_bytes()
+    for place in range(0, len(good), 3):
+        for bit in (1, 32, 128):
+            file.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+            with suppress(InputError):  # anything else fails the test; a changed value cannot be told
+                read_checkpoint(file, SHAPES)
 
 
 @pytest.mark.parametrize("held", [[1, 2], {"a": 1}, torch.ones(3), {1: torch.ones(2)}])

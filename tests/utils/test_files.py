@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from layers.errors import InputError
 from utils.claim import Claim, check_space, move_aside, refuse_links
 from utils.errors import StorageError
-from utils.files import write_atomic, write_json, write_text
+from utils.files import write_atomic, write_json, write_text, writing
 from utils.tensors import DTYPES, damage, write_tensors
 
 
@@ -28,6 +28,8 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"a.json cannot be written: the disk of .* is full \(.* free\)$"):
         write_atomic(path, fail)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(StorageError, match="b cannot be written in .*a.json .Not a directory.$"), writing(path / "b"):
+        (path / "b").mkdir()
     with pytest.raises(StorageError, match="has vanished"):
         write_text(tmp_path / "none" / "b", "")
 
@@ -82,3 +84,30 @@ def test_tensor_files_are_safetensors_files(tmp_path: Path) -> None:
     read = load_file(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path: Path, monkeypatch, number: int) -> None:
+    monkeypatch.setattr("fcntl.lockf", failing(number))
+    claim = Claim(tmp_path / "run")
+    assert claim.warning == (
+        f"WARNING: {tmp_path / 'run'} cannot be locked ({os.strerror(number)}): let no other run train in it meanwhile"
+    )
+    claim.release()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EACCES, "another run is training"), (errno.EAGAIN, "another run is training"), (errno.EIO, "cannot lock")],
+)
+def test_only_a_held_lock_means_another_run(tmp_path: Path, monkeypatch, number: int, words: str) -> None:
+    monkeypatch.setattr("fcntl.lockf", failing(number))
+    with pytest.raises(InputError, match=f"^--checkpoints: {words}"):
+        Claim(tmp_path / "run")
+
+
+def failing(number: int):
+    def fail(*_args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

@@ -142,3 +142,46 @@ def test_when_not_even_one_sequence_fits_the_line_says_what_to_change(lab: Lab, 
         epoch(run)
     flags = [word for word in str(e.value).split() if word.startswith("--")]
     assert set(flags) >= {"--prototypes", "--optimizer", "--llm_layers", "--load_in_4bit"}
+
+
+def no_memory(*_args: object, **_kwargs: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+ADVICE = "; change, in order of effect: --"
+
+
+def test_no_memory_for_the_optimizers_moments_is_one_line(lab: Lab, tmp_path: Path, monkeypatch) -> None:
+    run = make_run(lab, tmp_path)
+    monkeypatch.setattr(run.optimizer, "step", no_memory)
+    with pytest.raises(RunError, match=f"^CUDA out of memory in the optimizer's step{ADVICE}"):
+        epoch(run)
+
+
+def test_no_memory_for_an_evaluations_prototypes_is_one_line(lab: Lab, tmp_path: Path, monkeypatch) -> None:
+    run = make_run(lab, tmp_path)
+    monkeypatch.setattr(run.model, "text_prototypes", no_memory)
+    with pytest.raises(RunError, match=f"^CUDA out of memory in an evaluation{ADVICE}"):
+        run.evaluate("val")
+
+
+@pytest.mark.parametrize("place", ["utils.run.Backbone", "utils.run.Model.to"])
+def test_no_memory_for_the_model_is_one_line(lab: Lab, tmp_path: Path, monkeypatch, place: str) -> None:
+    monkeypatch.setattr(place, no_memory)
+    with pytest.raises(RunError, match="^CUDA out of memory in loading the model; change --load_in_4bit or "):
+        make_run(lab, tmp_path)
+
+
+def test_no_memory_to_name_wrong_numbers_does_not_hide_them(lab: Lab, tmp_path: Path, monkeypatch) -> None:
+    run = make_run(lab, tmp_path, "--max_iters", 1)
+    monkeypatch.setattr("utils.guard.LIMIT", 0)
+    break_targets(run, {1}, float("nan"))
+    forecast, tried = run.model.text_prototypes, []
+
+    def short():
+        tried.append(1)
+        return forecast() if len(tried) == 1 else no_memory()
+
+    monkeypatch.setattr(run.model, "text_prototypes", short)
+    with pytest.raises(RunError, match="no finite loss or gradient; the last is of the windows that start at 2020-"):
+        epoch(run)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from utils.errors import StorageError
 from utils.plots import draw_forecast, draw_losses, draw_steps, draw_windows
 from utils.results import Window
 
@@ -30,3 +31,9 @@ def test_odd_names_and_one_row_ahead_draw_without_a_warning(tmp_path):
             draw_windows(tmp_path, [name], [window] * 2, "1 month")
         draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
         draw_steps(tmp_path, {"steps": {"mse": [0.4], "mae": [0.3]}, "all": {"mse": 0.4, "mae": 0.3}}, "1 month")
+
+
+def test_a_file_where_the_pictures_folder_should_be_is_named(tmp_path):
+    (tmp_path / "plots").write_text("mine")
+    with pytest.raises(StorageError, match=r"^plots cannot be written in .* \(File exists\)$"):
+        draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])

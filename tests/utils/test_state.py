@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from layers.errors import InputError
 from utils.errors import RunError
 from utils.progress import Progress
+from utils.saver import resume_command
 from utils.state import compare, find_state, pack, restore, save_state, state_files
 
 CPU = torch.device("cpu")
@@ -103,6 +105,16 @@ def test_the_damaged_one_goes_before_the_good_one(saved) -> None:
     state, _ = find_state(folder)
     path = save_state(folder, pack(*make(), Progress(), IDENTITY, CPU), state.path)
     assert state_files(folder) == [path, before]
+
+
+def test_the_line_to_go_on_works_from_any_folder(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "time llm"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.orig_argv", ["python", "run_main.py", "--des", "two words"])
+    line = resume_command(Namespace(is_training=1, resume=False))
+    assert line == f"cd '{folder}' && python run_main.py --des 'two words' --resume"
+    assert resume_command(Namespace(is_training=0, resume=False)).endswith("--des 'two words'")
 
 
 def test_what_differs_is_named(saved) -> None:

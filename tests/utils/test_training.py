@@ -17,6 +17,7 @@ import utils.run
 import utils.train
 from data_provider.data_factory import series_from_args
 from layers.backbone_files import find_backbone
+from layers.errors import InputError
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
 from utils.checkpoint import read_checkpoint
@@ -163,6 +164,11 @@ def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:
     assert sum(line.startswith("Test MSE") for line in lines) == 2
 
 
+def test_the_largest_seed_has_a_repeat(argv, capsys) -> None:
+    lines = train(argv(itr=2, max_iters=1, seed=2**32 - 1), capsys)
+    assert sum(line.startswith("Test MSE") for line in lines) == 2
+
+
 def windows(path: Path, features: str) -> tuple[np.ndarray, np.ndarray]:
     """The test windows' inputs and truths, from the file by hand: 70/10/20, training rows' scale."""
     table = pd.read_csv(path)
@@ -271,6 +277,15 @@ def test_mixed_precision_on_the_cpu(argv, capsys, tmp_path: Path) -> None:
         AcceleratorState._reset_state(True)
     assert figures(mixed) != figures(full)
     assert float(figures(mixed)[0]) == pytest.approx(float(figures(full)[0]), rel=0.05)
+
+
+def test_a_changed_file_is_refused_and_the_line_says_how_to_start_anew(argv, capsys, tmp_path: Path) -> None:
+    words = argv(max_iters=1, resume=True)
+    train(words, capsys)
+    write_csv(tmp_path / "series.csv", seed=1)
+    with pytest.raises(InputError, match="the data's values .* or start anew with --resume False"):
+        train(words, capsys)
+    assert any("held an earlier run" in line for line in train([*words, "--resume", "False"], capsys))
 
 
 def test_an_earlier_run_is_moved_aside(argv, capsys) -> None:
