@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from layers.errors import InputError
 from utils.recorded import inherited_flags
 
 REQUIRED = ("task_name", "is_training", "model_id", "model_comment", "model", "data")
@@ -259,11 +260,13 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_args(list(argv))
         if not unknown and args.checkpoint is not None and args.is_training in (None, 0):
             inherited = inherited_flags(args.checkpoint, given)
-            parser.set_defaults(**inherited)
+            parser.set_defaults(**inherited)  # a default that is text is checked like a word of the user's
             given |= inherited.keys()
             args, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         parser.error(_reason(parser, error))
+    except InputError as error:
+        parser.error(str(error))
     if unknown:
         parser.error(_stray(parser, unknown[0]))
     missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
@@ -317,6 +320,8 @@ def _complete(args: argparse.Namespace, given: set[str]) -> str | None:
          f"--llm_model_path: found nothing, need the folder or hub id of the {args.llm_model} weights"),
         (args.checkpoint is not None and args.is_training == 1,
          "--checkpoint: found with --is_training 1, need --is_training 0"),
+        (args.predict_path is not None and args.is_training == 1,
+         "--predict_path: found with --is_training 1, need --is_training 0"),
         (args.predict_path is not None and not args.do_predict,
          "--predict_path: found without --do_predict, need both"),
         (args.predict_steps is not None and not args.do_predict,
@@ -333,7 +338,8 @@ def clean_name(text: str) -> str:
 
 def run_name(args: argparse.Namespace, itr: int) -> str:
     """The run's name, which is its folder under ``--checkpoints``; ``itr`` counts the repeats from 0."""
-    return (
+    # Every part is cleaned, for the whole must be one folder's name whatever a flag comes to hold.
+    return clean_name(
         f"{args.task_name}_{clean_name(args.model_id)}_{args.model}_{args.data}_ft{args.features}"
         f"_sl{args.seq_len}_ll{args.label_len}_pl{args.pred_len}_dm{args.d_model}_nh{args.n_heads}"
         f"_el{args.e_layers}_dl{args.d_layers}_df{args.d_ff}_fc{args.factor}_eb{args.embed}"
