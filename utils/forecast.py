@@ -20,6 +20,7 @@ from models.TimeLLM import bank_file
 from utils.files import write_text
 from utils.memory import within_memory
 from utils.recorded import recorded
+from utils.same_data import trained_on
 
 FORECAST = "forecast.csv"
 SEQUENCES = 64  # run at once at most
@@ -56,7 +57,7 @@ def read_history(args: Namespace, checkpoint: Path) -> History:
     table = read_table(path, args.fill_missing)
     if len(table.dates) < args.seq_len:
         raise InputError(f"--seq_len {args.seq_len}: {path} has {len(table.dates)} rows, needed are {args.seq_len}")
-    trained = bool(record) and (bool(args.predict_path) or record["data"].get("file") == path.name)
+    trained = bool(record) and (bool(args.predict_path) or trained_on(record, path, table))
     if args.predict_path and not record:
         raise InputError(f"--predict_path: {checkpoint} is of older code and does not say its columns; use --data_path")
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
