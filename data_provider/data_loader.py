@@ -1,5 +1,6 @@
 """From a CSV file to windows: one series, one window dataset for every file."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class Series:
     synthetic: bool  # made by scripts/get_data.py, not measured
     target: str | None = None  # the column that S and MS forecast, given or chosen
     filled: int = 0  # cells that were empty in the file
+    mark: str = ""  # of the training rows, see data_mark
 
     def windows(self, flag: str) -> WindowDataset:
         """The windows of "train", "val" or "test"."""
@@ -133,6 +135,7 @@ def load_series(
     return Series(
         data=data,
         path=table.path,
+        mark=data_mark(table.values[: splits.train, chosen]),
         dates=table.dates,
         columns=columns,
         values=values,
@@ -155,6 +158,11 @@ def _check_lengths(seq_len: int, label_len: int, pred_len: int) -> None:
             raise InputError(f"--{name} {value}: at least 1 is needed")
     if not 0 <= label_len <= seq_len:
         raise InputError(f"--label_len {label_len}: from 0 to --seq_len {seq_len} is needed")
+
+
+def data_mark(values: np.ndarray) -> str:
+    """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
 
 
 def _choose_columns(table: Table, features: str, target: str) -> tuple[list[str], list[int], int | None]:

@@ -14,7 +14,6 @@ ETT_ROWS = {
     name: tuple(per_hour * rows for rows in _ETT_HOURS)
     for name, per_hour in (("ETTh1", 1), ("ETTh2", 1), ("ETTm1", 4), ("ETTm2", 4))
 }
-CUSTOM = ("custom", "ECL", "Traffic", "Weather")  # every file without borders of its own
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ def split_rows(data: str, rows: int, seq_len: int, pred_len: int, percent: int, 
                 f"--data {data}: {path} has {rows} rows, its fixed borders need {train + val + test}"
                 f" ({train} + {val} + {test}); use --data custom for another file"
             )
-    elif data in CUSTOM:
+    elif data == "custom":
         train, test = int(0.7 * rows), int(0.2 * rows)
         val = rows - train - test
     else:
-        raise InputError(f"--data {data}: unknown; needed is one of {', '.join((*ETT_ROWS, *CUSTOM))}")
+        raise InputError(f"--data {data}: unknown; needed is one of {', '.join((*ETT_ROWS, 'custom'))}")
     splits = Splits(train, val, test, max((train - seq_len) * percent // 100, 0) + seq_len)
     _check_lengths(splits, seq_len, pred_len, percent, path)
     return splits

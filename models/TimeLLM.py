@@ -48,7 +48,8 @@ def describe(configs) -> str:
     if getattr(configs, "prompt_text", None):
         return " ".join(configs.prompt_text.split())
     file = bank_file(configs)
-    if file is None and configs.prompt_domain:
+    inherited = getattr(configs, "checkpoint", None)  # then the flag may stand for the training's data
+    if file is None and configs.prompt_domain and not inherited:
         name = "ETT" if configs.data.startswith("ETT") else Path(configs.data_path).stem
         raise InputError(f"--prompt_domain 1: found no {name}.txt in {PROMPT_BANK}; write one or leave the flag out")
     if file is None or not (configs.prompt_domain or configs.data == "custom"):

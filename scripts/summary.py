@@ -9,6 +9,7 @@ errors, the time of training and the peak memory. What a run lacks (it still tra
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,13 @@ def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
     found |= {name: metrics.get("test", {}).get(name) for name in ("mse", "mae")}
     found["memory_gib"] = metrics.get("peak_memory_gib")
     if history:
-        best = min(history, key=lambda row: float(row["vali_loss"]))
+        finite = [row for row in history if math.isfinite(float(row["vali_loss"]))]  # no other epoch is kept
+        best = min(finite, key=lambda row: float(row["vali_loss"]), default=None)
         spent = [float(row[name]) for row in history for name in ("seconds", "evaluation_seconds") if row.get(name)]
         found |= {
             "epochs": len(history),
-            "best_epoch": int(best["epoch"]),
-            "vali": float(best["vali_loss"]),
+            "best_epoch": int(best["epoch"]) if best else None,
+            "vali": float(best["vali_loss"]) if best else None,
             "minutes": sum(spent) / 60,
             "memory_gib": max(float(row["peak_memory_gib"] or 0) for row in history),
         }

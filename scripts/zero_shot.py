@@ -2,8 +2,8 @@
 
     python scripts/zero_shot.py --source ETTh1 --target ETTh2 --llm_layers 6 --load_in_4bit
 
-For each horizon a model is trained on the source (unless its run is there already) and tested on the
-target without seeing a row of it in training. All other flags go to run_main.py. The table has beside
+For each horizon a model is trained on the source (a run that is there already goes on, or is only tested,
+if it has the same flags) and tested on the target without seeing a row of it in training. All other flags go to run_main.py. The table has beside
 it what simple forecasts reach on the target; the ridge regression there was fitted on the target.
 """
 
@@ -49,8 +49,7 @@ def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[s
     train = [*flags, "--is_training", "1", "--data", source]
     parsed = parse_flags(train)
     folder = Path(parsed.checkpoints) / run_name(parsed, 0)
-    finished = (REPO / folder / "metrics.json").is_file()  # the last thing a training writes
-    if not finished and _run(train):
+    if _run([*train, "--resume"]):  # a finished run is only tested, one with other flags is refused
         return None
     if _run([*flags, "--is_training", "0", "--data", target, "--checkpoint", str(folder)]):
         return None

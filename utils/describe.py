@@ -7,7 +7,8 @@ from data_provider.data_loader import Series
 from data_provider.describe import make_description, step_words
 from models.TimeLLM import bank_file, describe
 from utils.forecast import history_of
-from utils.recorded import recorded_flags
+from utils.recorded import recorded
+from utils.same_data import trained_on
 
 
 def fill_in_prompt(args: Namespace, series: Series, folder: Path) -> None:
@@ -16,12 +17,14 @@ def fill_in_prompt(args: Namespace, series: Series, folder: Path) -> None:
     A test takes the text of the training, whatever has come to the file since. Only the columns that
     are forecast are described, with ranges of the training rows: the prompt says nothing of later rows.
     """
-    if args.data != "custom" or args.prompt_text or args.prompt_domain or bank_file(args):
+    asked = args.prompt_domain and not args.checkpoint  # else it may be the training's
+    if args.data != "custom" or args.prompt_text or asked or bank_file(args):
         return
     if not args.is_training:
-        trained = recorded_flags(Path(args.checkpoint) if args.checkpoint else folder)
-        if trained.get("prompt_text") and trained.get("data_path") == args.data_path:
-            args.prompt_text = trained["prompt_text"]
+        record = recorded(Path(args.checkpoint) if args.checkpoint else folder)
+        text = record.get("flags", {}).get("prompt_text")
+        if isinstance(text, str) and trained_on(record, series.path, series, args.fill_missing):
+            args.prompt_text = text
             return
     history = history_of(series)
     rows = history.values[: series.splits.train]

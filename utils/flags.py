@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from layers.errors import InputError
 from utils.recorded import inherited_flags
 
 REQUIRED = ("task_name", "is_training", "model_id", "model_comment", "model", "data")
 UNUSED = "accepted, unused by TimeLLM"
 NAMED = f"{UNUSED}; part of the run's name"
+READ_AS_CUSTOM = ("ECL", "Traffic", "Weather")  # names that published scripts pass; no borders of their own
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
 
 
@@ -142,8 +144,8 @@ def _add_run(group: _Group) -> None:
 
 
 def _add_data(group: _Group) -> None:
-    names = _one_of("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom")
-    group.add("data", names, None, f"{names.need}; custom is any CSV with a date column")
+    names = _one_of("ETTh1", "ETTh2", "ETTm1", "ETTm2", "custom", *READ_AS_CUSTOM)
+    group.add("data", names, None, f"{names.need}; custom: any CSV with a date column; the last three are read as that")
     group.add("root_path", FOLDER, "./dataset", "folder of the data")
     group.add("data_path", FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)")
     group.add(
@@ -259,11 +261,13 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_args(list(argv))
         if not unknown and args.checkpoint is not None and args.is_training in (None, 0):
             inherited = inherited_flags(args.checkpoint, given)
-            parser.set_defaults(**inherited)
+            parser.set_defaults(**inherited)  # a default that is text is checked like a word of the user's
             given |= inherited.keys()
             args, unknown = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         parser.error(_reason(parser, error))
+    except InputError as error:
+        parser.error(str(error))
     if unknown:
         parser.error(_stray(parser, unknown[0]))
     missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
@@ -299,6 +303,8 @@ def _complete(args: argparse.Namespace, given: set[str]) -> str | None:
     """Fill in defaults that follow from other flags; return the line for a contradiction, if any."""
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
+    if args.data in READ_AS_CUSTOM:
+        args.data = "custom"
     if args.data == "custom":  # None: read off the file
         args.target = args.target if "target" in given else None
         args.freq = args.freq if "freq" in given else None
@@ -317,6 +323,8 @@ def _complete(args: argparse.Namespace, given: set[str]) -> str | None:
          f"--llm_model_path: found nothing, need the folder or hub id of the {args.llm_model} weights"),
         (args.checkpoint is not None and args.is_training == 1,
          "--checkpoint: found with --is_training 1, need --is_training 0"),
+        (args.predict_path is not None and args.is_training == 1,
+         "--predict_path: found with --is_training 1, need --is_training 0"),
         (args.predict_path is not None and not args.do_predict,
          "--predict_path: found without --do_predict, need both"),
         (args.predict_steps is not None and not args.do_predict,
@@ -333,7 +341,8 @@ def clean_name(text: str) -> str:
 
 def run_name(args: argparse.Namespace, itr: int) -> str:
     """The run's name, which is its folder under ``--checkpoints``; ``itr`` counts the repeats from 0."""
-    return (
+    # Every part is cleaned, for the whole must be one folder's name whatever a flag comes to hold.
+    return clean_name(
         f"{args.task_name}_{clean_name(args.model_id)}_{args.model}_{args.data}_ft{args.features}"
         f"_sl{args.seq_len}_ll{args.label_len}_pl{args.pred_len}_dm{args.d_model}_nh{args.n_heads}"
         f"_el{args.e_layers}_dl{args.d_layers}_df{args.d_ff}_fc{args.factor}_eb{args.embed}"

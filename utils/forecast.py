@@ -20,6 +20,7 @@ from models.TimeLLM import bank_file
 from utils.files import write_text
 from utils.memory import within_memory
 from utils.recorded import recorded
+from utils.same_data import trained_on
 
 FORECAST = "forecast.csv"
 SEQUENCES = 64  # run at once at most
@@ -51,11 +52,12 @@ def read_history(args: Namespace, checkpoint: Path) -> History:
         InputError: fewer than seq_len rows, columns of the training missing, or an unreadable file.
     """
     record = recorded(checkpoint)
+    _check_record(record, checkpoint)
     path = _find(args)
     table = read_table(path, args.fill_missing)
     if len(table.dates) < args.seq_len:
         raise InputError(f"--seq_len {args.seq_len}: {path} has {len(table.dates)} rows, needed are {args.seq_len}")
-    trained = bool(record) and (bool(args.predict_path) or record["data"]["file"] == path.name)
+    trained = bool(record) and (bool(args.predict_path) or trained_on(record, path, table))
     if args.predict_path and not record:
         raise InputError(f"--predict_path: {checkpoint} is of older code and does not say its columns; use --data_path")
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
@@ -74,11 +76,33 @@ def read_history(args: Namespace, checkpoint: Path) -> History:
     return History(path, table.dates, columns, values, mean, deviation, trained, synthetic, notes)
 
 
+def _check_record(record: dict, checkpoint: Path) -> None:
+    """Raise InputError where a record lacks what a forecast reads of it; the file may be anyone's."""
+    names, scaler = record.get("columns"), record.get("scaler", {})
+    lists = [names, scaler.get("mean"), scaler.get("deviation")]
+    sound = all(isinstance(part, list) and len(part) == len(names or []) > 0 for part in lists)
+    sound = sound and all(isinstance(name, str) for name in names)
+    sound = sound and all(type(value) in (int, float) for part in lists[1:] for value in part)
+    if record and not (sound and {"flags", "data"} <= record.keys()):
+        raise InputError(
+            f"--checkpoint {checkpoint}: found a record without flags, data, columns or their scaler, "
+            "need the one that training wrote"
+        )
+
+
 def _find(args: Namespace) -> Path:
     if args.predict_path is None:
         return find_csv(args.root_path, args.data_path)
     path = Path(args.predict_path)
-    return path if path.is_file() else find_csv(args.root_path, args.predict_path)
+    if path.is_file():
+        return path
+    try:
+        return find_csv(args.root_path, args.predict_path)
+    except InputError as error:
+        looked = str(error).partition("(looked for ")[2].partition(")")[0]
+        raise InputError(
+            f"--predict_path: found no file {path}, need a CSV there or in --root_path (looked for {path}, {looked})"
+        ) from None
 
 
 def _trained(table: Table, record: dict, args: Namespace) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -87,6 +111,8 @@ def _trained(table: Table, record: dict, args: Namespace) -> tuple[list[str], np
     mean, deviation = np.array(scaler["mean"]), np.array(scaler["deviation"])
     if args.features == "MS":
         target = record.get("target") or args.target
+        if target not in names:
+            raise InputError(f"--target: found {target!r}, need one of the training's columns: {', '.join(names)}")
         place = names.index(target)
         names, mean, deviation = [target], mean[[place]], deviation[[place]]
     missing = [name for name in names if name not in table.columns]

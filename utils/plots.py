@@ -101,8 +101,10 @@ def draw_losses(folder: Path, history: list[dict]) -> Path:
         lines = (("train_loss", "training", HISTORY), ("vali_loss", "validation", FORECAST), ("test_loss", "test", TRUTH))
         for key, label, colour in lines:
             axes.plot(epochs, [row[key] for row in history], marker="o", color=colour, label=label)
-        best = min(history, key=lambda row: row["vali_loss"])["epoch"]
-        axes.axvline(best, color="black", linestyle=":", linewidth=1, label=f"kept: epoch {best}")
+        finite = [row for row in history if np.isfinite(row["vali_loss"])]  # no other epoch is kept
+        if finite:
+            best = min(finite, key=lambda row: row["vali_loss"])["epoch"]
+            axes.axvline(best, color="black", linestyle=":", linewidth=1, label=f"kept: epoch {best}")
         axes.set(title="Loss by epoch", xlabel="epoch", ylabel="MSE, standardised scale")
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from utils.files import write_atomic, writing
 
@@ -56,10 +57,10 @@ class Predictions:
                 file.seek(start + first * size)
                 file.write(rows.data)
 
-    def close(self, start: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+    def close(self, start: pd.DatetimeIndex | np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
         """Put the parts into predictions.npz; an earlier one stays until this one is whole."""
         small = {
-            "start": start.astype("datetime64[ns]"),
+            "start": pd.DatetimeIndex(start).tz_localize(None).to_numpy().astype("datetime64[ns]"),
             "columns": np.array(self.columns),
             "mean": mean,
             "deviation": deviation,

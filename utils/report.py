@@ -44,7 +44,9 @@ def report(folder: Path) -> str:
     Raises:
         InputError: the folder lacks a record or test figures, or its data are gone.
     """
-    record, metrics = _read(folder / RECORD), _read(folder / METRICS)
+    # A test on other data lies in a folder in the run's, whose record is the checkpoint's.
+    inside = folder.resolve().name.startswith("on_") and not (folder / RECORD).is_file()
+    record, metrics = _read((folder.resolve().parent if inside else folder) / RECORD), _read(folder / METRICS)
     # Baselines are for the data of the figures, which are not those of training in a zero-shot test.
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
     found = measured(series, metrics.get("baselines"))

@@ -18,6 +18,7 @@ from utils.predictions import Predictions
 from utils.recorded import recorded
 from utils.report import METRICS, measured
 from utils.run_log import peak_memory_gib
+from utils.same_data import trained_on
 
 DEFAULT_CHECKPOINTS = "./checkpoints/"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
@@ -115,7 +116,7 @@ class TestPass:
             run.log(f"Simple forecasts measured in {time.perf_counter() - began:.0f} s")
         write_json(self.folder / METRICS, metrics)
         if self.predictions is not None:
-            self.predictions.close(starts.to_numpy(), self.mean, self.deviation)
+            self.predictions.close(starts, self.mean, self.deviation)
         return metrics
 
     def _kept(self) -> dict | None:
@@ -126,7 +127,8 @@ class TestPass:
             return None
 
 
-def results_folder(run_folder: Path, checkpoint: Path, args: Namespace, file: Path | None = None) -> Path:
+def results_folder(run_folder: Path, checkpoint: Path, args: Namespace, file: Path | None = None,
+                   data: Series | None = None) -> Path:  # fmt: skip
     """Where results go: the run's folder, or `on_<file>` in it where that run was trained on another
     file (a zero-shot test leaves the results of the training's own test alone).
 
@@ -134,12 +136,15 @@ def results_folder(run_folder: Path, checkpoint: Path, args: Namespace, file: Pa
 
     Args:
         file: the data; None where they count as the training's.
+        data: what was read from the file already.
     """
     own = recorded(checkpoint).get("flags", {})
     same = all(own.get(name) == getattr(args, name) for name in ("model_id", "model_comment", "des"))
-    if args.checkpoint and same and args.checkpoints in (DEFAULT_CHECKPOINTS, str(checkpoint.parent.parent)):
+    if args.checkpoint and same and Path(args.checkpoints).resolve() in (
+        Path(DEFAULT_CHECKPOINTS).resolve(), checkpoint.parent.parent.resolve()
+    ):
         run_folder = checkpoint.parent
-    trained_on = recorded(run_folder).get("data", {}).get("file")
-    if file is None or trained_on in (None, file.name):
+    trained = recorded(run_folder)
+    if file is None or not trained.get("data") or trained_on(trained, file, data, args.fill_missing):
         return run_folder
     return run_folder / f"on_{file.stem}"

@@ -29,8 +29,10 @@ from utils.forecast import History, forecast_future, history_of, read_history
 from utils.interrupt import Interrupted, Interrupts
 from utils.journal import Journal, tensorboard_writer
 from utils.memory import advice, loading_advice, out_of_memory_told
+from utils.recorded import recorded, recorded_flags
 from utils.results import TestPass, results_folder
 from utils.run_log import RunLog, SilentLog
+from utils.same_data import trained_on
 from utils.saver import resume_command
 from utils.start import begin, open_folder
 from utils.state import identity
@@ -43,6 +45,10 @@ SAVING = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path",
     "predict_steps", "save_predictions", "plots", "tensorboard",
 }  # fmt: skip
+
+
+# Flags that change forecasts and that a checkpoint's tensors may fit all the same.
+FORECASTING = ("llm_layers", "prompt_decimals", "seq_len", "patch_len", "stride", "n_heads", "d_ff")
 
 
 def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
@@ -61,7 +67,7 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
             continue
         series, info, checkpoint = check(args, folder)
         if checkpoint is not None:
-            folder = results_folder(folder, checkpoint, args, series.path)
+            folder = results_folder(folder, checkpoint, args, series.path, series)
         accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
         record = describe_run(args, series, info)
         start = None
@@ -103,6 +109,7 @@ def forecast_only(args: Namespace, repeat: int, folder: Path, interrupts: Interr
     history = read_history(args, checkpoint)
     info = check_model(args)
     check_checkpoint(checkpoint, trained_shapes(args, info))
+    check_flags(args, checkpoint, history.trained)
     folder = results_folder(folder, checkpoint, args, None if history.trained else history.path)
     if folder.is_dir():
         refuse_links(folder)
@@ -133,7 +140,37 @@ def check(args: Namespace, folder: Path) -> tuple[Series, BackboneInfo, Path | N
     if not args.is_training:
         checkpoint = find_checkpoint(Path(args.checkpoint) if args.checkpoint else folder)
         check_checkpoint(checkpoint, shapes)
+        record = recorded(checkpoint)
+        check_flags(args, checkpoint, bool(record) and trained_on(record, series.path, series, args.fill_missing))
     return series, info, checkpoint
+
+
+def check_flags(args: Namespace, checkpoint: Path, same_data: bool) -> None:
+    """Set the flags that change forecasts, but no tensor's shape, against those of the training.
+
+    A checkpoint of older code has no record, and everything is accepted.
+
+    Args:
+        same_data: on other data than the training's another description of them is no contradiction.
+
+    Raises:
+        InputError: at the first that differs.
+    """
+    flags = recorded_flags(checkpoint)
+    for name in FORECASTING:
+        if name in flags and getattr(args, name) != flags[name]:
+            raise InputError(
+                f"--{name}: found {getattr(args, name)}, need {flags[name]}, with which {checkpoint} was trained"
+            )
+    words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
+    if not (same_data and "prompt_domain" in flags and all(isinstance(word, str) for word in words)):
+        return
+    found, need = describe(args), describe(Namespace(**flags))
+    if found != need:
+        flag = "prompt_text" if args.prompt_text or flags.get("prompt_text") else "prompt_domain"
+        raise InputError(
+            f"--{flag}: found the description {found[:60]!r}, need {need[:60]!r}, with which {checkpoint} was trained"
+        )
 
 
 def check_model(args: Namespace) -> BackboneInfo:
@@ -250,6 +287,7 @@ def describe_run(args: Namespace, series: Series | History, info: BackboneInfo) 
             "rows": len(series.dates),
             "synthetic": series.synthetic,
             "step": step_words(series.dates),
+            "mark": {"rows": series.splits.train, "sha256": series.mark},
         },
         "columns": series.columns,
         "target": series.target,
@@ -264,6 +302,9 @@ def load_trained(run: Run, checkpoint: Path) -> None:
     trained_on = record.get("backbone", {}).get("fingerprint")
     if trained_on not in (None, run.record["backbone"]["fingerprint"]):
         run.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
+    four_bit = record.get("backbone", {}).get("load_in_4bit")
+    if four_bit not in (None, run.args.load_in_4bit):
+        run.log(f"WARNING: --load_in_4bit: found {run.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
     run.model.load_state_dict(tensors)
 
 

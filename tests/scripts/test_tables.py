@@ -26,6 +26,23 @@ def test_zero_shot_table_has_horizons_and_their_mean():
     assert lines[6].split() == "mean 0.350 0.400 0.450 0.470 0.550 0.550 0.330 0.390".split()
 
 
+def test_zero_shot_always_asks_for_a_resumed_training(monkeypatch):
+    script, asked = load("zero_shot"), []
+    monkeypatch.setattr(script, "_run", lambda flags: asked.append(flags) or 1)
+    assert script.measure("ETTh1", "ETTh2", 96, ["--llm_layers", "3"]) is None
+    assert len(asked) == 1 and asked[0][-1] == "--resume" and "1" == asked[0][asked[0].index("--is_training") + 1]
+
+
+def test_summary_passes_over_epochs_without_a_number(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.json").write_text("{}")
+    rows = ["epoch,vali_loss,peak_memory_gib", "1,nan,0", "2,0.5,0", "3,0.7,0"]
+    for kept, best in ((rows, (2, 0.5)), (rows[:2], (None, None))):
+        (tmp_path / "run" / "history.csv").write_text("\n".join(kept) + "\n")
+        (found,) = load("summary").read_runs(tmp_path)
+        assert (found["best_epoch"], found["vali"]) == best
+
+
 def test_own_file_script_says_what_it_needs(tmp_path):
     script = ROOT / "scripts" / "TimeLLM_custom.sh"
     for words, message in (([], "usage: "), (["--seq_len", "9"], "usage: "), (["none.csv"], "found no file none.csv")):

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import run_main
 from layers.errors import InputError
-from tests.small_run import command_line, figures, run_folder, train
+from tests.small_run import command_line, figures, run_folder, train, write_csv
 from utils.checkpoint import find_checkpoint, read_checkpoint
+from utils.recorded import recorded
+from utils.same_data import trained_on
 
 SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
 
@@ -60,6 +62,36 @@ def test_a_checkpoint_elsewhere_is_used(trained, capsys, tmp_path: Path) -> None
     test = [*trained, "--is_training", "0", "--checkpoints", str(tmp_path / "here")]
     elsewhere = [*test, "--checkpoint", str(run_folder(trained))]
     assert figures(train(elsewhere, capsys)) == figures(train([*trained, "--is_training", "0"], capsys))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--llm_layers", "2"], "--llm_layers: found 2, need 1"),
+        (["--prompt_decimals", "2"], "--prompt_decimals: found 2, need None"),
+        (["--prompt_text", "Loads."], "--prompt_text: found the description 'Loads.', need 'The data hold"),
+    ],
+)
+@pytest.mark.parametrize("predict", [[], ["--do_predict"]])
+def test_another_model_than_the_trained_one_is_refused(trained, capsys, flags, named, predict) -> None:
+    before = (run_folder(trained) / "metrics.json").read_bytes()
+    assert run_main.main([*trained, "--is_training", "0", *flags, *predict]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"run_main.py: error: {named}") and err.count("\n") == 1
+    assert (run_folder(trained) / "metrics.json").read_bytes() == before
+
+
+def test_the_same_data_are_known_by_content(trained, tmp_path: Path) -> None:
+    record = recorded(run_folder(trained))
+    path = write_csv(tmp_path / "series.csv")
+    assert trained_on(record, path)
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, "2030-01-01 00:00:00,1,2,3"]))  # it has grown
+    assert trained_on(record, path)
+    path.write_text("\n".join([rows[0], "2019-12-31 23:00:00,1,2,3", *rows[2:]]))  # the same name, other values
+    assert not trained_on(record, path)
+    del record["data"]["mark"]  # older code: the name decides
+    assert trained_on(record, path) and not trained_on(record, tmp_path / "other.csv")
 
 
 class Malicious:

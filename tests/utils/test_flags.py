@@ -142,6 +142,7 @@ def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
         ("--qqqqqqqq=4", "--qqqqqqqq: found an unknown flag, need one that --help lists"),
         ("--seq_len 96 97", "'97': found a value without a flag"),
         ("--checkpoint somewhere", "--checkpoint: found with --is_training 1, need --is_training 0"),
+        ("--do_predict --predict_path x", "--predict_path: found with --is_training 1, need --is_training 0"),
         (f"--des {'x' * 300}", "--model_id, --model_comment, --des: found"),
     ],
 )

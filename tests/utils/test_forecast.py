@@ -17,7 +17,7 @@ from data_provider.timestamps import future_dates
 from layers.errors import InputError
 from models.TimeLLM import Model
 from utils.forecast import read_history, roll
-from utils.recorded import inherited_flags, recorded
+from utils.recorded import recorded, recorded_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["load", "OT", "price €"]
@@ -177,7 +177,7 @@ def test_summary_has_a_row_a_run(trained):
 def test_files_that_do_not_fit_are_named(trained, tmp_path, rows, columns, message):
     _, run, _ = trained
     make_file(tmp_path / "x.csv", rows, pd.date_range("2020", periods=rows, freq="h"), columns)
-    flags = inherited_flags(str(run), set()) | {"predict_path": str(tmp_path / "x.csv"), "fill_missing": None}
+    flags = recorded_flags(run) | {"predict_path": str(tmp_path / "x.csv"), "fill_missing": None}
     with pytest.raises(InputError, match=message):
         read_history(Namespace(**{"prompt_text": None, "target": None, "root_path": "."} | flags), run)
 

@@ -37,3 +37,26 @@ def test_a_file_where_the_pictures_folder_should_be_is_named(tmp_path):
     (tmp_path / "plots").write_text("mine")
     with pytest.raises(StorageError, match=r"^plots cannot be written in .* \(File exists\)$"):
         draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
+
+
+def test_losses_that_are_no_numbers(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from utils.plots import draw_losses
+
+    marked = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, at, **_: marked.append(at))
+    history = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]
+    draw_losses(tmp_path, history)
+    draw_losses(tmp_path, history[:1])
+    assert marked == [3]
+
+
+def test_dates_with_a_time_zone_are_kept_without_a_warning(tmp_path):
+    from utils.predictions import Predictions
+
+    predictions = Predictions(tmp_path, 2, 1, ["a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictions.close(pd.date_range("2020-01-01", periods=2, freq="h", tz="UTC"), np.zeros(1), np.ones(1))
+    assert np.load(tmp_path / "predictions.npz")["start"][1] == np.datetime64("2020-01-01T01:00")

@@ -111,3 +111,10 @@ def test_called_as_a_module(tmp_path):
         [sys.executable, "-m", "utils.report", str(run)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "Time-LLM (this run)" in done.stdout and done.stderr == ""
+
+
+def test_a_test_on_other_data_has_its_runs_record(tmp_path):
+    run = make_run(tmp_path, 0.3)
+    (run / "on_far").mkdir()
+    (run / "on_far" / "metrics.json").write_text((run / "metrics.json").read_text())
+    assert "Time-LLM (this run)" in report(run / "on_far")

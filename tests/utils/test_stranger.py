@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from layers.errors import InputError
 from utils.checkpoint import TENSORS, find_checkpoint, read_checkpoint, save_checkpoint
+from utils.flags import parse_flags
+from utils.forecast import read_history
+from utils.recorded import recorded
 from utils.tensors import write_tensors
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
@@ -68,3 +72,46 @@ def test_a_strange_record_is_refused(tmp_path: Path, record: str) -> None:
     write_tensors(tmp_path / TENSORS, torch.nn.Linear(2, 3).state_dict(), {"record": record})
     with pytest.raises(InputError, match="found a record that cannot be read"):
         read_checkpoint(tmp_path / TENSORS, SHAPES)
+
+
+def written(folder: Path, record: object) -> Path:
+    write_tensors(folder / TENSORS, torch.nn.Linear(2, 3).state_dict(), {"record": json.dumps(record)})
+    return folder
+
+
+FLAGS = {
+    "task_name": "long_term_forecast", "model": "TimeLLM", "model_id": "a", "model_comment": "b", "data": "custom",
+    "data_path": "x.csv", "load_in_4bit": False, "e_layers": 3, "dropout": 0.2,
+}  # fmt: skip
+
+
+def test_flags_of_a_record_are_read_as_a_users_own(tmp_path: Path) -> None:
+    args = parse_flags(["--is_training", "0", "--checkpoint", str(written(tmp_path, {"flags": FLAGS}))])
+    assert (args.load_in_4bit, args.e_layers, args.dropout) == (False, 3, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("e_layers", ["/../../x"], "--checkpoint "), ("e_layers", "/../../x", "--e_layers: found '/../../x'"),
+        ("seq_len", [1], "--checkpoint "), ("seq_len", -1, "--seq_len: found '-1'"), ("des", {}, "--checkpoint "),
+    ],
+)  # fmt: skip
+def test_strange_flags_in_a_record_are_one_line(tmp_path: Path, capsys, name, value, found) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_flags(["--is_training", "0", "--checkpoint", str(written(tmp_path, {"flags": FLAGS | {name: value}}))])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(f"run_main.py: error: {found}") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("record", [[], 3, {"flags": []}, {"flags": 3, "data": {}}, {"data": []}])
+def test_a_record_of_another_shape_is_none(tmp_path: Path, record: object) -> None:
+    assert recorded(written(tmp_path, record)) == {}
+
+
+@pytest.mark.parametrize("part", [{"columns": 3}, {"scaler": {"mean": ["a"]}}, {"columns": [[1]]}, {}])
+def test_a_record_without_scaler_is_refused(tmp_path: Path, part: dict) -> None:
+    good = {"flags": {}, "data": {}, "columns": ["a"], "scaler": {"mean": [0.0], "deviation": [1.0]}}
+    record = good | part if part else {"flags": {}}
+    with pytest.raises(InputError, match="^--checkpoint .*: found a record without"):
+        read_history(Namespace(predict_path=None), written(tmp_path, record) / TENSORS)
