@@ -3,8 +3,9 @@
     python scripts/zero_shot.py --source ETTh1 --target ETTh2 --llm_layers 6 --load_in_4bit
 
 For each horizon a model is trained on the source (a run that is there already goes on, or is only tested,
-if it has the same flags) and tested on the target without seeing a row of it in training. All other flags go to run_main.py. The table has beside
-it what simple forecasts reach on the target; the ridge regression there was fitted on the target.
+if it has the same flags) and tested on the target without seeing a row of it in training. All other
+flags go to run_main.py. The table has beside it what simple forecasts reach on the target; the ridge
+regression there was fitted on the target.
 """
 
 import argparse

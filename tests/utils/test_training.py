@@ -320,9 +320,10 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
     training = pd.read_csv(tmp_path / "series.csv")[list(COLUMNS)].to_numpy()[:224]
     np.testing.assert_allclose(record["scaler"]["mean"], training.mean(0), rtol=1e-9)
     np.testing.assert_allclose(record["scaler"]["deviation"], training.std(0), rtol=1e-9)
-    mark = record["data"].pop("mark")
+    data = dict(record["data"])
+    mark = data.pop("mark")
     assert mark["rows"] == len(training) and len(mark["sha256"]) == 64
-    assert record["data"] == {"file": "series.csv", "rows": len(series.dates), "synthetic": False, "step": "1 hour"}
+    assert data == {"file": "series.csv", "rows": len(series.dates), "synthetic": False, "step": "1 hour"}
     identity = find_backbone("QWEN", str(backbones["qwen2"])).identity
     assert record["backbone"] == identity | {"layers": 1, "load_in_4bit": False}
     assert {"python", "torch", "transformers", "accelerate", "numpy"} <= set(record["versions"])
