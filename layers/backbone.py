@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from layers.backbone_files import BackboneInfo
 from layers.errors import InputError
 from layers.lean import make_lean
-from layers.prefix_cache import ATTENTION, PrefixCache, PrefixStored, additive_mask, prefix_attention
+from layers.prefix_attention import ATTENTION, additive_mask, prefix_attention
+from layers.prefix_cache import PrefixCache, PrefixStored
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, prefix_attention)
 

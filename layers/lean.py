@@ -1,20 +1,29 @@
-"""Two parts of a decoder layer, rewritten to keep only what a frozen layer's gradient needs.
+"""The parts of a decoder layer, rewritten to do and keep only what a frozen layer's gradient needs.
 
 A weight that is not trained needs no copy of its input. Automatic differentiation of transformers'
 modules keeps, for a patch token, three widths of RMSNorm intermediates and three of the feed-forward
 block; here it is the norm's input (which lies in the residual stream anyway) and two of the block.
-The results are those of the modules replaced; the plain path goes on using these.
+Queries and keys are rotated on their way into the order in which attention reads them. The results are
+those of the modules replaced; the plain path goes on using these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layers.frozen_linear import is_dense, linear, product
+from layers.prefix_attention import BlockedAttention, group, prefix_attention
+
 # Class names of transformers' modules with exactly these formulas; others run as they are.
 RMS_NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
 GATED_MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
+ROTARY_ATTENTIONS = {"Qwen2Attention", "LlamaAttention", "MistralAttention"}
+
+# On the CPU a feed-forward block runs a few rows at a time, so that what lies between its products
+# stays in the processor's cache.
+CACHED_BYTES, FEWEST_ROWS = 16 * 2**20, 256
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,6 +46,11 @@ class _RMSNorm(torch.autograd.Function):
         return (inner * scale).addcmul_(wide, along).to(x.dtype), None, None
 
 
+def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor):
+    """Gradients of gate and up, from that of silu(gate) * up."""
+    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
 class _GatedSiLU(torch.autograd.Function):
     """silu(gate) * up, keeping the two inputs alone."""
 
@@ -47,8 +61,75 @@ class _GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        return _gate_gradients(*ctx.saved_tensors, gradient)
+
+
+class _DenseMLP(torch.autograd.Function):
+    """(silu(x·Gᵀ) * x·Uᵀ)·Dᵀ a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, G: torch.Tensor, U: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+        kept, out = [], []
+        for rows in _row_blocks(x.flatten(0, -2), G):
+            gate, up = product(rows, G), product(rows, U)
+            if ctx.needs_input_grad[0]:
+                kept += gate, up
+                out.append(product(F.silu(gate).mul_(up), D))
+            else:
+                out.append(product(F.silu(gate, inplace=True).mul_(up), D))
+        ctx.save_for_backward(G, U, D, *kept)
+        return _joined(out, x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        G, U, D, *kept = ctx.saved_tensors
+        out = []
+        for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G)):
+            gate, up = _gate_gradients(*kept[2 * i : 2 * i + 2], product(rows, D.t()))
+            out.append(product(gate, G.t()).add_(product(up, U.t())))
+        return _joined(out, gradient.shape), None, None, None
+
+
+def _row_blocks(x: torch.Tensor, G: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cut `[R, D]` into blocks of rows; on other devices than the CPU, one block."""
+    if x.device.type != "cpu":
+        return iter([x])
+    rows = max(FEWEST_ROWS, CACHED_BYTES // (G.shape[0] * G.element_size()))
+    blocks = max(1, round(len(x) / rows))
+    return iter(x.chunk(blocks))
+
+
+def _joined(blocks: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(shape)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary position embedding, and the order that attention reads: `[M, n, h, e]` -> `[M, h, n, e]`."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """cos, sin: `[M or 1, n, e]`, whose halves along the last axis are equal. The result is contiguous."""
+        ctx.save_for_backward(cos, sin)
+        M, n, h, e = x.shape
+        return _turn(x.transpose(1, 2), cos, sin, out=x.new_empty(M, h, n, e))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        cos, sin = ctx.saved_tensors
+        M, h, n, e = gradient.shape
+        out = gradient.new_empty(M, n, h, e)
+        _turn(gradient, cos, -sin, out=out.transpose(1, 2))
+        return out, None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + e/2) of x `[M, h, n, e]` by its angle, into `out`."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    (a, b), (left, right) = x.split(half, -1), out.split(half, -1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return out
 
 
 def make_lean(model: nn.Module, active: Callable[[], bool]) -> None:
@@ -59,13 +140,15 @@ def make_lean(model: nn.Module, active: Callable[[], bool]) -> None:
             lean = _norm_forward(module)
         elif name in GATED_MLPS and model.config.hidden_act == "silu":
             lean = _mlp_forward(module)
+        elif name in ROTARY_ATTENTIONS:
+            lean = _attention_forward(module)
         else:
             continue
         module.forward = _switched(module.forward, lean, active)
 
 
 def _switched(own: Callable, lean: Callable, active: Callable[[], bool]) -> Callable:
-    return lambda x: lean(x) if active() else own(x)
+    return lambda *args, **kwargs: (lean if active() else own)(*args, **kwargs)
 
 
 def _norm_forward(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -73,4 +156,28 @@ def _norm_forward(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _mlp_forward(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: mlp.down_proj(_GatedSiLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if is_dense(gate, up, down) and gate.bias is None and up.bias is None and down.bias is None:
+        return lambda x: _DenseMLP.apply(x, gate.weight, up.weight, down.weight)
+    return lambda x: down(_GatedSiLU.apply(gate(x), up(x)))
+
+
+def _attention_forward(attention: nn.Module) -> Callable:
+    width, layer = attention.head_dim, attention.layer_idx
+
+    def forward(hidden_states, position_embeddings, attention_mask, past_key_values, **_):
+        heads = (*hidden_states.shape[:-1], -1, width)  # M, n, heads, e
+        key = _Rotate.apply(linear(attention.k_proj, hidden_states).view(heads), *position_embeddings)
+        value = linear(attention.v_proj, hidden_states).view(heads).transpose(1, 2)
+        # The last layer's prefix leaves here, before its queries.
+        keys, values = past_key_values.update(key, value, layer)
+        query = _Rotate.apply(linear(attention.q_proj, hidden_states).view(heads), *position_embeddings)
+        if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
+            grouped, held = group(query, key.shape[1]), (keys.detach(), values.detach())
+            mixed = BlockedAttention.apply(grouped, key, value, *held, attention_mask, attention.scaling)
+            mixed = mixed.view(query.shape).transpose(1, 2)  # (M, n, h, e)
+        else:
+            mixed, _ = prefix_attention(attention, query, keys, values, attention_mask, attention.scaling)
+        return linear(attention.o_proj, mixed.flatten(2)), None
+
+    return forward

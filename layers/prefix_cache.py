@@ -7,10 +7,8 @@ it when the buffer is made, the other two are written where they belong, and att
 """
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-ATTENTION = "prefix_sdpa"
 BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
 
 
@@ -99,29 +97,3 @@ class PrefixCache(DynamicCache):
         if is_prefix and layer_idx == len(self._layers) - 1:
             raise PrefixStored
         return keys_values
-
-
-def prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Scaled dot-product attention that copies no key or value for grouped queries.
-
-    The query heads that share a key-value head are laid one after the other along the query axis.
-
-    Args:
-        query: `[M, h, L, e]`; key, value: `[M, kv, S, e]`.
-        attention_mask: `[M or 1, 1, g*L, S]`, already repeated for the g = h / kv heads of a group.
-
-    Returns:
-        `[M, L, h, e]` and None, as transformers' attention functions do.
-    """
-    M, h, L, e = query.shape
-    kv = key.shape[1]
-    grouped = query.reshape(M, kv, (h // kv) * L, e)
-    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return mixed.reshape(M, h, L, e).transpose(1, 2), None
-
-
-def additive_mask(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """`[M or 1, L, S]` booleans -> additive `[M or 1, 1, groups*L, S]` mask for `prefix_attention`."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask.masked_fill_(~visible, float("-inf"))
-    return mask.repeat(1, groups, 1)[:, None]

@@ -44,11 +44,13 @@ class ReprogrammingLayer(nn.Module):
         M, L, _ = tokens.shape
         # All patches of all series are queries of one attention over the shared prototypes.
         queries = self._heads(self.query_projection(tokens).flatten(0, 1))  # (1, h, M*L, f)
-        dropout = ATTENTION_DROPOUT if self.training else 0.0
+        mixed = self.attend(queries, keys, values, ATTENTION_DROPOUT if self.training else 0.0)
+        return self.out_projection(mixed.transpose(1, 2).reshape(M, L, -1))
+
+    @staticmethod
+    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, dropout: float) -> torch.Tensor:
+        """Scaled dot-product attention: queries `[1, h, M*L, f]`, keys and values `[1, h, K, f]`."""
         if dropout and queries.device.type == "cpu":
             operands = (t[0].contiguous() for t in (queries, keys, values))
-            mixed = DropoutAttention.apply(*operands, dropout)[None]
-        else:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
-        mixed = mixed.transpose(1, 2).reshape(M, L, -1)  # (M, L, h*f)
-        return self.out_projection(mixed)
+            return DropoutAttention.apply(*operands, dropout)[None]
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)

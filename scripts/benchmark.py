@@ -24,6 +24,7 @@ from accelerate import Accelerator  # noqa: E402
 
 from layers.backbone import Backbone  # noqa: E402
 from layers.backbone_files import find_backbone  # noqa: E402
+from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
 from scripts.flops import matmul_rate, training_step_flops  # noqa: E402
 from scripts.make_backbone import make_backbone  # noqa: E402
@@ -33,8 +34,9 @@ from utils.flags import parse_flags  # noqa: E402
 from utils.run_log import peak_memory_gib  # noqa: E402
 from utils.step import build_optimizer, gradients  # noqa: E402
 
-# Attention of each variant. Published implementations ask transformers for the attention weights, which
-# makes it fall back to eager attention; "plain_sdpa" is the same path without that.
+# Attention of each variant in the language model. Published implementations ask transformers for the
+# attention weights, which makes it fall back to eager attention, and write out the scores of the
+# cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = {"plain": "eager", "plain_sdpa": "sdpa", "fast": "sdpa"}
 
 
@@ -50,7 +52,7 @@ def main() -> int:
             return 0
         result = {"machine": machine(args), "command": " ".join(sys.argv), "torch": torch.__version__}
         result |= child(common, "steps")
-        for name in VARIANTS:
+        for name in args.variants:
             result[name]["peak_gib"] = child(common, "peak", "--variant", name)["peak_gib"]
         result["memory_ratio"] = result["fast"]["peak_gib"] / result["plain"]["peak_gib"]
         if args.growth:
@@ -72,7 +74,9 @@ def read_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--channels", type=int, default=7)
     parser.add_argument("--pred_len", type=int, default=96)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eval_batches", type=int, default=4, help="batches of one evaluation")
     parser.add_argument("--max_sequences", type=int, default=0, help="sequences run at once; 0: all")
     parser.add_argument("--prototypes", default="vocab", help="of the fast path; the plain path has the paper's")
     parser.add_argument("--prompt_decimals", type=int, help="of the fast path; the plain path prints all digits")
@@ -81,6 +85,8 @@ def read_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--variant", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not {"plain", "fast"} <= set(args.variants):
+        parser.error(f"--variants: found {' '.join(args.variants)}, need plain and fast, which are compared")
     flags = parse_flags(
         "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data ETTh1 "
         f"--seq_len 512 --pred_len {args.pred_len} --d_model 32 --d_ff 32 --n_heads 8 --prompt_domain 1 "
@@ -97,18 +103,20 @@ def child(common: list[str], task: str, *more: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Bench:
-    """One variant: its model, its batch (always the same series) and its training step."""
+def attend_written_out(queries, keys, values, dropout):
+    """The cross-attention as published implementations have it: scores, softmax, dropout, product."""
+    scores = torch.softmax(queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5, -1)
+    return torch.dropout(scores, dropout, train=dropout > 0) @ values
 
-    def __init__(self, args, flags, variant: str, backbone: Backbone, accelerator: Accelerator):
-        changed = variant == "fast"
-        flags.prototypes = args.prototypes if changed else "vocab"
-        flags.prompt_decimals = args.prompt_decimals if changed else None
+
+class Bench:
+    """A model, its batch (always the same series), and the training step of each variant that shares them."""
+
+    def __init__(self, args, flags, prototypes: str, decimals: int | None, backbone: Backbone, accelerator: Accelerator):
+        flags.prototypes, flags.prompt_decimals = prototypes, decimals
         torch.manual_seed(0)
         self.model = Model(flags, backbone).to(accelerator.device).train()
-        self.model.fast_path = changed
-        self.accelerator, self.backbone, self.variant = accelerator, backbone, variant
-        self.max_sequences = args.max_sequences
+        self.accelerator, self.backbone, self.max_sequences = accelerator, backbone, args.max_sequences
         self.optimizer = build_optimizer("adam", self.model, 1e-4)
         collate = SequenceCollate(self.model.prompts, flags.pred_len, None)
         series = torch.randn(args.windows, 512 + flags.pred_len, args.channels).cumsum(1)
@@ -116,30 +124,47 @@ class Bench:
             [{"x": w[:512], "y": w[512:], "index": i} for i, w in enumerate(series)]
         ).to(accelerator.device)
 
-    def step(self) -> float:
+    def step(self, variant: str) -> float:
         """Seconds of one training step."""
-        self.backbone.plain_attention = VARIANTS[self.variant]
+        self._take(variant)
         began = self._now()
-        self.optimizer.zero_grad(set_to_none=True)
         gradients(self.model, self.batch, self.accelerator, self.max_sequences)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return self._now() - began
 
-    def evaluate(self, batches: int = 2) -> float:
+    def evaluate(self, variant: str, batches: int) -> float:
         """Seconds a batch; the plain path makes the prototypes anew for each batch, as published code does."""
-        self.backbone.plain_attention = VARIANTS[self.variant]
+        self._take(variant)
+        once = batches if variant == "fast" else 1
         began = self._now()
-        if self.variant == "fast":
-            evaluate(self.model, [self.batch] * batches, self.accelerator)
-        else:
-            for _ in range(batches):
-                evaluate(self.model, [self.batch], self.accelerator)
-        return (self._now() - began) / batches
+        evaluate(self.model, [self.batch] * once, self.accelerator)
+        return (self._now() - began) / once
+
+    def _take(self, variant: str) -> None:
+        self.model.fast_path = variant == "fast"
+        self.backbone.plain_attention = VARIANTS[variant]
+        attend = attend_written_out if variant == "plain" else ReprogrammingLayer.attend
+        self.model.reprogramming_layer.attend = attend
 
     def _now(self) -> float:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def benches(args, flags, names: list[str], backbone: Backbone, accelerator: Accelerator) -> dict[str, Bench]:
+    """One bench for each variant; those with the same prototypes and prompts share one, and its memory."""
+    made: dict[tuple, Bench] = {}
+
+    def bench(*options) -> Bench:
+        if options not in made:
+            made[options] = Bench(args, flags, *options, backbone, accelerator)
+        return made[options]
+
+    return {
+        name: bench(args.prototypes, args.prompt_decimals) if name == "fast" else bench("vocab", None) for name in names
+    }
 
 
 def open_backbone(args) -> tuple[Backbone, Accelerator]:
@@ -152,26 +177,27 @@ def open_backbone(args) -> tuple[Backbone, Accelerator]:
 def measure_steps(args, flags) -> dict:
     """Steps and evaluations of all variants in turn, several rounds after a warm-up; medians."""
     backbone, accelerator = open_backbone(args)
-    benches = {name: Bench(args, flags, name, backbone, accelerator) for name in VARIANTS}
-    steps, evaluations, rates = ({name: [] for name in VARIANTS} for _ in range(3))
-    for bench in benches.values():
-        bench.step()
+    bench = benches(args, flags, args.variants, backbone, accelerator)
+    steps, evaluations = ({name: [] for name in bench} for _ in range(2))
+    rates = []
+    for name in bench:
+        bench[name].step(name)
     for _ in range(args.rounds):
-        for name, bench in benches.items():
-            rates[name].append(matmul_rate(accelerator.device, backbone.dtype))
-            steps[name].append(bench.step())
+        for name in bench:
+            rates.append(matmul_rate(accelerator.device, backbone.dtype))
+            steps[name].append(bench[name].step(name))
     for _ in range(args.rounds):
-        for name, bench in benches.items():
-            evaluations[name].append(bench.evaluate())
-    rate = max(sum(rates.values(), []))
-    fast = benches["fast"]
-    flops = training_step_flops(fast.model, fast.batch)
+        for name in bench:
+            evaluations[name].append(bench[name].evaluate(name, args.eval_batches))
     result = {
-        name: {"s_per_step": median(steps[name]), "eval_s_per_batch": median(evaluations[name])} for name in VARIANTS
+        name: {"s_per_step": median(steps[name]), "eval_s_per_batch": median(evaluations[name])} for name in bench
     }
+    fast = bench["fast"]
+    flops, rate = training_step_flops(fast.model, fast.batch), max(rates)
+    result["speedup"] = median(steps["plain"]) / median(steps["fast"])
+    if "plain_sdpa" in bench:
+        result["speedup_over_sdpa"] = median(steps["plain_sdpa"]) / median(steps["fast"])
     return result | {
-        "speedup": median(steps["plain"]) / median(steps["fast"]),
-        "speedup_over_sdpa": median(steps["plain_sdpa"]) / median(steps["fast"]),
         "eval": {"speedup": median(evaluations["plain"]) / median(evaluations["fast"])},
         "flops": flops,
         "matmul_flops_per_s": rate,
@@ -179,14 +205,15 @@ def measure_steps(args, flags) -> dict:
         "floor_fraction": flops / rate / median(steps["fast"]),
         "sequences": len(fast.batch.x),
         "tokens": {"opening": len(fast.model.prompts.opening_ids), "statistics": int(fast.batch.prompts.ids.shape[1])},
+        "vocabulary": backbone.vocab_size,
     }
 
 
 def measure_peak(args, flags) -> dict:
-    """Peak memory (and seconds) of a few steps of one variant, in a process that does nothing else."""
+    """Peak memory (and seconds) of two steps of one variant, in a process that does nothing else."""
     backbone, accelerator = open_backbone(args)
-    bench = Bench(args, flags, args.variant, backbone, accelerator)
-    seconds = [bench.step() for _ in range(3)]
+    bench = benches(args, flags, [args.variant], backbone, accelerator)[args.variant]
+    seconds = [bench.step(args.variant) for _ in range(2)]
     return {"peak_gib": peak_memory_gib(accelerator.device), "s_per_step": min(seconds)}
 
 
@@ -219,13 +246,15 @@ def _cpuinfo() -> list[str]:
 
 def show(result: dict) -> None:
     """The results as a table."""
-    print(f"{result['machine']}, torch {result['torch']}; {result['sequences']} sequences, tokens {result['tokens']}")
+    print(f"{result['machine']}, torch {result['torch']}; {result['sequences']} sequences, tokens {result['tokens']}, "
+          f"vocabulary {result['vocabulary']}")
     print(f"{'':12}{'s/step':>9}{'peak GiB':>10}{'eval s':>9}")
-    for name in VARIANTS:
+    for name in (name for name in VARIANTS if name in result):
         row = result[name]
         print(f"{name:12}{row['s_per_step']:9.3f}{row['peak_gib']:10.2f}{row['eval_s_per_batch']:9.3f}")
-    print(f"speedup {result['speedup']:.2f} (over plain with sdpa {result['speedup_over_sdpa']:.2f}), "
-          f"memory ratio {result['memory_ratio']:.2f}, evaluation {result['eval']['speedup']:.2f}")
+    over_sdpa = f" (over plain with sdpa {result['speedup_over_sdpa']:.2f})" if "speedup_over_sdpa" in result else ""
+    print(f"speedup {result['speedup']:.2f}{over_sdpa}, memory ratio {result['memory_ratio']:.2f}, "
+          f"evaluation {result['eval']['speedup']:.2f}")
     print(f"floor {result['floor_s']:.3f} s = {result['flops'] / 1e9:.0f} GFLOP at "
           f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; fast step at {result['floor_fraction']:.2f} of it")
     for row in result.get("growth", []):
