@@ -35,7 +35,8 @@ class Backbone:
 
     Attributes:
         embeddings: `[V, D]` input embeddings, never quantised.
-        causal: whether the fast path is possible.
+        causal: whether a token sees those before it alone, which the fast path needs.
+        window: how far back it sees; None: to the start. The fast path knows no window.
         plain_attention: which of transformers' attention functions the plain path uses.
     """
 
@@ -60,6 +61,7 @@ class Backbone:
         self.info = info
         self.hidden_size, self.vocab_size = info.hidden_size, info.vocab_size
         self.max_positions, self.causal, self.tokenizer = info.max_positions, info.causal, info.tokenizer
+        self.window = info.window
         self.model = _load(info, layers, torch.device(device), four_bit)
         self.model.requires_grad_(False).eval()
         self.embeddings = self.model.get_input_embeddings().weight  # (V, D)

@@ -50,6 +50,7 @@ class BackboneInfo:
     layers: int
     max_positions: int
     causal: bool
+    window: int | None  # of sliding-window attention; None: every token sees all before it
     tokenizer: transformers.PreTrainedTokenizerBase
     identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
 
@@ -97,6 +98,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         layers=config.num_hidden_layers,
         max_positions=positions,
         causal=_is_causal(config) if family.causal is None else family.causal,
+        window=_window(config),
         tokenizer=_load_tokenizer(folder),
         identity={
             "llm_model": name,
@@ -128,6 +130,13 @@ def _load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
 def _is_causal(config) -> bool:
     """Whether a configuration is that of a decoder, by the names of its architectures."""
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+
+
+def _window(config) -> int | None:
+    """The sliding window of a configuration's attention, if any of its layers has one."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
 
 
 def _local_folder(family: Family, path: str | None) -> Path:

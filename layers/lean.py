@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.frozen_linear import is_dense, linear, product
+from layers.frozen_linear import is_dense, is_recast, linear, product
 from layers.prefix_attention import BlockedAttention, group, prefix_attention
 
 # Class names of transformers' modules with exactly these formulas; others run as they are.
@@ -124,7 +124,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Turn each pair (i, i + e/2) of x `[M, h, n, e]` by its angle, into `out`."""
-    half = x.shape[-1] // 2
+    half = cos.shape[-1] // 2
     cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
     (a, b), (left, right) = x.split(half, -1), out.split(half, -1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
@@ -141,7 +141,7 @@ def make_lean(model: nn.Module, active: Callable[[], bool]) -> None:
         elif name in GATED_MLPS and model.config.hidden_act == "silu":
             lean = _mlp_forward(module)
         elif name in ROTARY_ATTENTIONS:
-            lean = _attention_forward(module)
+            lean = _attention_forward(module, module.forward)
         else:
             continue
         module.forward = _switched(module.forward, lean, active)
@@ -157,15 +157,28 @@ def _norm_forward(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _mlp_forward(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    if is_dense(gate, up, down) and gate.bias is None and up.bias is None and down.bias is None:
-        return lambda x: _DenseMLP.apply(x, gate.weight, up.weight, down.weight)
-    return lambda x: down(_GatedSiLU.apply(gate(x), up(x)))
+    no_bias = gate.bias is None and up.bias is None and down.bias is None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if no_bias and is_dense(gate, up, down):
+            return _DenseMLP.apply(x, gate.weight, up.weight, down.weight)
+        return down(_GatedSiLU.apply(gate(x), up(x)))
+
+    return forward
 
 
-def _attention_forward(attention: nn.Module) -> Callable:
+def _attention_forward(attention: nn.Module, own: Callable) -> Callable:
     width, layer = attention.head_dim, attention.layer_idx
 
-    def forward(hidden_states, position_embeddings, attention_mask, past_key_values, **_):
+    def forward(hidden_states, position_embeddings, attention_mask, past_key_values, **rest):
+        if is_recast(hidden_states):
+            return own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **rest,
+            )
         heads = (*hidden_states.shape[:-1], -1, width)  # M, n, heads, e
         key = _Rotate.apply(linear(attention.k_proj, hidden_states).view(heads), *position_embeddings)
         value = linear(attention.v_proj, hidden_states).view(heads).transpose(1, 2)

@@ -17,7 +17,7 @@ from layers.errors import InputError
 from layers.head import FlattenHead
 from layers.norm import instance_norm
 from layers.patch import PatchEmbedding, patch_count
-from layers.prompt import PromptEncoder, PromptTemplate, pad_prompts
+from layers.prompt import MAX_PROMPT_TOKENS, PromptEncoder, PromptTemplate, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
 
 PROTOTYPES = 1000
@@ -90,9 +90,9 @@ class Model(nn.Module):
                 recompute=configs.grad_checkpoint,
             )
         self._frozen = [backbone]  # in a list, where nn.Module does not look
-        self.fast_path = backbone.causal if configs.fast_path == "auto" else False
-
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
+        sees_all = backbone.window is None or backbone.window >= MAX_PROMPT_TOKENS + patches
+        self.fast_path = configs.fast_path == "auto" and backbone.causal and sees_all
         self.patch_embedding = PatchEmbedding(
             configs.patch_len, configs.stride, configs.d_model, configs.dropout
         )

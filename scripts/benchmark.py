@@ -82,6 +82,7 @@ def read_arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--prompt_decimals", type=int, help="of the fast path; the plain path prints all digits")
     parser.add_argument("--growth", action="store_true", help="also over channels and pred_len")
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--peak_steps", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=sorted(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--variant", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -210,25 +211,27 @@ def measure_steps(args, flags) -> dict:
 
 
 def measure_peak(args, flags) -> dict:
-    """Peak memory (and seconds) of two steps of one variant, in a process that does nothing else."""
+    """Peak memory of one variant's steps in a process that does nothing else; seconds after a warm-up."""
     backbone, accelerator = open_backbone(args)
     bench = benches(args, flags, [args.variant], backbone, accelerator)[args.variant]
-    seconds = [bench.step(args.variant) for _ in range(2)]
-    return {"peak_gib": peak_memory_gib(accelerator.device), "s_per_step": min(seconds)}
+    bench.step(args.variant)
+    seconds = [bench.step(args.variant) for _ in range(args.peak_steps)]
+    return {"peak_gib": peak_memory_gib(accelerator.device), "s_per_step": median(seconds)}
 
 
 CHILDREN = {"steps": measure_steps, "peak": measure_peak}
 
 
 def growth(common: list[str]) -> list[dict]:
-    """The fast step over channels at a fixed part size, and over the horizon; one window a step."""
+    """The fast step of one window over channels, 7 sequences at once, and of 7 channels over the horizon."""
     rows = []
-    for channels in (7, 28, 112, 321):
-        more = ["--variant", "fast", "--windows", "1", "--channels", str(channels), "--max_sequences", "7"]
-        rows.append({"channels": channels, "pred_len": 96} | child(common, "peak", *more))
-    for horizon in (192, 336, 720):
-        more = ["--variant", "fast", "--windows", "1", "--channels", "7", "--pred_len", str(horizon)]
-        rows.append({"channels": 7, "pred_len": horizon} | child(common, "peak", *more))
+    for channels, horizon in [(7, 96), (28, 96), (112, 96), (321, 96), (7, 192), (7, 336), (7, 720)]:
+        options = {
+            "--variant": "fast", "--windows": 1, "--channels": channels, "--pred_len": horizon,
+            "--max_sequences": 7, "--peak_steps": 3,
+        }
+        more = [str(word) for option in options.items() for word in option]
+        rows.append({"channels": channels, "pred_len": horizon} | child(common, "peak", *more))
     return rows
 
 

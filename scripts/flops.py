@@ -37,7 +37,10 @@ def training_step_flops(model: Model, batch: Batch) -> int:
     decoder = linear_values(backbone.model)  # all layers
     last = decoder // layers - 2 * D * kv_width  # of the last layer, statistics need keys and values alone
     statistics = 2 * n * (decoder - last) + 4 * n * (P0 + n) * heads_width * (layers - 1)
-    patches = 2 * 2 * L * decoder + 3 * 4 * L * S * heads_width * layers  # forward, and backward to the input
+    # Forward: scores and their product with the values. Backward: two such products of S slots for the
+    # queries' gradient, and two of L slots: a frozen prefix's keys and values have none.
+    attention = 8 * L * S + 4 * L * L
+    patches = 2 * 2 * L * decoder + attention * heads_width * layers
 
     reprogramming = model.reprogramming_layer
     width, d = reprogramming.query_projection.weight.shape  # h*f, d

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone_files import _window, find_backbone
 from layers.errors import InputError
 from scripts.make_backbone import make_backbone
 
@@ -180,3 +181,18 @@ def test_identity_stays_with_the_weights(backbones, copy: Path, tmp_path: Path) 
     seeds = [find_backbone("QWEN", str(make_backbone(tmp_path / f"{s}", seed=s))).identity for s in (0, 1)]
     assert seeds[0]["fingerprint"] != seeds[1]["fingerprint"] != identity["fingerprint"]
     assert str(tmp_path) not in json.dumps(identity)
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (MistralConfig(sliding_window=64), 64),
+        (MistralConfig(sliding_window=None), None),
+        (Qwen2Config(sliding_window=64, use_sliding_window=False), None),
+        (Qwen2Config(sliding_window=64, use_sliding_window=True, num_hidden_layers=4, max_window_layers=2), 64),
+        (LlamaConfig(), None),
+    ],
+    ids=["mistral", "mistral without", "qwen2 without", "qwen2 in its last layers", "llama"],
+)
+def test_sliding_window_of_a_configuration(config, window: int | None) -> None:
+    assert _window(config) == window

@@ -1,5 +1,7 @@
 """The two contracts of the model: a forecast does not depend on its batch, and fast equals plain."""
 
+from copy import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -129,6 +131,13 @@ def test_bert_is_bidirectional_and_takes_the_plain_path(load, tmp_path) -> None:
         before = model.backbone.plain([], *no_prompt, embeddings)
         embeddings[:, -1] = torch.randn(model.backbone.hidden_size)
         assert difference(model.backbone.plain([], *no_prompt, embeddings)[:, 0], before[:, 0]) > 1e-3
+
+
+@pytest.mark.parametrize(("window", "fast"), [(64, False), (None, True), (4096, True)])
+def test_a_short_sliding_window_takes_the_plain_path(load, tmp_path, window: int | None, fast: bool) -> None:
+    backbone = copy(load("llama"))
+    backbone.window = window
+    assert small_model(tmp_path, backbone, llm_model="LLAMA", llm_layers=2).fast_path == fast
 
 
 def test_plain_when_it_is_asked_for(load, tmp_path) -> None:
