@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,8 @@ class Lab:
 
 def _run(argv: list[str], output: Path) -> None:
     """What the process does: the program's entry, with its two outputs in a file."""
+    # A shell's background job is started deaf to Ctrl+C, and the program heeds that; the tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
