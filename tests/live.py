@@ -53,8 +53,10 @@ class Lab:
 
 def _run(argv: list[str], output: Path) -> None:
     """What the process does: the program's entry, with its two outputs in a file."""
-    # A shell's background job is started deaf to Ctrl+C, and the program heeds that; the tests send it.
+    # A shell's background job is started deaf to Ctrl+C, one under nohup to SIGHUP. The program heeds
+    # that; the tests send both.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
