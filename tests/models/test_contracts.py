@@ -209,6 +209,29 @@ def test_batches_in_parts_have_the_same_gradients(load, tmp_path, parts: int) ->
             assert difference(summed[name], gradient) < FLOAT32, name
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, family: str) -> None:
+    """And keep less: what automatic differentiation holds for the backward pass is counted."""
+    kept, results = [], []
+    recomputing = Backbone(find_backbone(CAUSAL[family], str(backbones[family])), 2, recompute=True)
+    for backbone in (load(family), recomputing):
+        model = small_model(tmp_path, backbone, llm_model=CAUSAL[family], llm_layers=2)
+        batch, held = make_batch(model, random_windows(2)), []
+
+        def count(tensor: torch.Tensor, held: list[int] = held) -> torch.Tensor:
+            held.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            results.append(outputs_and_gradients(model, batch, max_sequences=4))
+        kept.append(sum(held))
+    (out, whole), (other, again) = results
+    assert difference(other, out) < FLOAT32
+    for name, gradient in whole.items():
+        assert difference(again[name], gradient) < FLOAT32, name
+    assert kept[1] < 0.8 * kept[0]
+
+
 def test_loss_is_the_mean_squared_error_and_gradients_are_its_own(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2")
     batch = make_batch(model, random_windows())
