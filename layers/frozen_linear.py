@@ -7,14 +7,19 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def _find_onednn():
-    """oneDNN's product, where this PyTorch has it for an x86 processor."""
+def _find_onednn(name: str):
+    """One of oneDNN's operations, where this PyTorch has it for an x86 processor."""
     if platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available():
-        return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        return getattr(torch.ops.mkldnn, name, None)
     return None
 
 
-ONEDNN = _find_onednn()
+ONEDNN = _find_onednn("_linear_pointwise")
+REORDER = _find_onednn("_reorder_linear_weight")
+
+# oneDNN multiplies with a matrix in its own layout, which costs a copy of the matrix for each direction.
+# A language model whose linear layers take at most so many bytes is given these copies.
+PACKED_BYTES, PACKED_ROWS = 128 * 2**20, 1024
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,18 +44,63 @@ def is_recast(tensor: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and tensor.dtype != torch.get_autocast_dtype(kind)
 
 
+class Matrix:
+    """The frozen matrix of a linear layer, multiplied from both sides. No gradient.
+
+    Made with `packs`, it keeps oneDNN's layouts from its first products on: a few per cent of the time
+    of a small language model for its weights once more in each direction.
+    """
+
+    def __init__(self, layer: nn.Linear, packs: bool = False):
+        self._layer, self._packs = layer, packs
+        self._packed: dict[bool, torch.Tensor] = {}  # whether transposed -> the layout
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._layer.weight
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., k]` -> x·Wᵀ + bias `[..., n]`."""
+        return self._product(x, self.weight, bias, transposed=False)
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """`[..., n]` -> gradient·W `[..., k]`."""
+        return self._product(gradient, self.weight.t(), None, transposed=True)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool):
+        if not (self._packs and REORDER and _is_onednn(x, weight)):
+            return product(x, weight, bias)
+        if transposed not in self._packed:
+            # One made in inference mode could not be used by a training step later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed[transposed] = REORDER(weight.detach().contiguous(), PACKED_ROWS)
+        return ONEDNN(x, self._packed[transposed], bias, "none", [], "")
+
+
+def give_matrices(model: nn.Module) -> None:
+    """Let the plain linear layers of a frozen model keep oneDNN's layouts, where they are small."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    packs = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
+    for layer in layers:
+        layer.frozen_matrix = Matrix(layer, packs)
+
+
+def matrix(layer: nn.Linear) -> Matrix:
+    """The layer's `Matrix`: the one it was given, else a new one."""
+    return getattr(layer, "frozen_matrix", None) or Matrix(layer)
+
+
 class _FrozenLinear(torch.autograd.Function):
-    """`product` with the gradient of x; the matrix has none, so x itself is not kept."""
+    """`Matrix.forward` with the gradient of x; the matrix has none, so x itself is not kept."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+    def forward(ctx, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.matrix = matrix
+        return matrix.forward(x, bias)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        (weight,) = ctx.saved_tensors
-        return product(gradient, weight.t()), None, None
+        return ctx.matrix.backward(gradient), None, None
 
 
 def is_dense(*modules: nn.Module) -> bool:
@@ -63,5 +113,5 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not is_dense(module):
         return module(x)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _FrozenLinear.apply(x, module.weight, module.bias)
-    return product(x, module.weight, module.bias)
+        return _FrozenLinear.apply(x, matrix(module), module.bias)
+    return matrix(module).forward(x, module.bias)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.frozen_linear import is_dense, is_recast, linear, product
+from layers.frozen_linear import Matrix, give_matrices, is_dense, is_recast, linear, matrix
 from layers.prefix_attention import BlockedAttention, group, prefix_attention
 
 # Class names of transformers' modules with exactly these formulas; others run as they are.
@@ -68,25 +68,26 @@ class _DenseMLP(torch.autograd.Function):
     """(silu(x·Gᵀ) * x·Uᵀ)·Dᵀ a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, G: torch.Tensor, U: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, G: Matrix, U: Matrix, D: Matrix) -> torch.Tensor:
         kept, out = [], []
-        for rows in _row_blocks(x.flatten(0, -2), G):
-            gate, up = product(rows, G), product(rows, U)
+        for rows in _row_blocks(x.flatten(0, -2), G.weight):
+            gate, up = G.forward(rows), U.forward(rows)
             if ctx.needs_input_grad[0]:
                 kept += gate, up
-                out.append(product(F.silu(gate).mul_(up), D))
+                out.append(D.forward(F.silu(gate).mul_(up)))
             else:
-                out.append(product(F.silu(gate, inplace=True).mul_(up), D))
-        ctx.save_for_backward(G, U, D, *kept)
+                out.append(D.forward(F.silu(gate, inplace=True).mul_(up)))
+        ctx.save_for_backward(*kept)
+        ctx.matrices = G, U, D
         return _joined(out, x.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        G, U, D, *kept = ctx.saved_tensors
+        kept, (G, U, D) = ctx.saved_tensors, ctx.matrices
         out = []
-        for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G)):
-            gate, up = _gate_gradients(*kept[2 * i : 2 * i + 2], product(rows, D.t()))
-            out.append(product(gate, G.t()).add_(product(up, U.t())))
+        for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G.weight)):
+            gate, up = _gate_gradients(*kept[2 * i : 2 * i + 2], D.backward(rows))
+            out.append(G.backward(gate).add_(U.backward(up)))
         return _joined(out, gradient.shape), None, None, None
 
 
@@ -134,6 +135,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tens
 
 def make_lean(model: nn.Module, active: Callable[[], bool]) -> None:
     """Give the modules of `model` that have a lean form a forward that uses it while `active()` holds."""
+    give_matrices(model)
     for module in model.modules():
         name = type(module).__name__
         if name in RMS_NORMS:
@@ -161,7 +163,7 @@ def _mlp_forward(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if no_bias and is_dense(gate, up, down):
-            return _DenseMLP.apply(x, gate.weight, up.weight, down.weight)
+            return _DenseMLP.apply(x, matrix(gate), matrix(up), matrix(down))
         return down(_GatedSiLU.apply(gate(x), up(x)))
 
     return forward

@@ -12,7 +12,7 @@ import layers.frozen_linear as frozen_linear
 import layers.lean as lean
 import layers.prefix_attention as prefix_attention
 from layers.dropout_attention import DropoutAttention
-from layers.frozen_linear import linear, product
+from layers.frozen_linear import Matrix, give_matrices, linear, product
 from layers.prefix_attention import ATTENTION, BlockedAttention, additive_mask
 from layers.prefix_cache import PrefixCache, PrefixStored
 
@@ -131,6 +131,34 @@ def test_products_with_views_and_without_rows() -> None:
     wide, matrix = torch.randn(9, 70), torch.randn(40, 24)
     torch.testing.assert_close(product(wide[:, 5:45], matrix.t()), wide[:, 5:45] @ matrix)
     assert product(wide[:0, :40], matrix.t()).shape == (0, 24)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_matrix_from_both_sides(packs: bool) -> None:
+    """First used in inference mode, then with gradients; rows that are a slice, and no row at all."""
+    torch.manual_seed(4)
+    layer = nn.Linear(40, 24).requires_grad_(False)
+    matrix, rows = Matrix(layer, packs), torch.randn(9, 70)[:, 5:45]
+    with torch.inference_mode():
+        torch.testing.assert_close(matrix.forward(rows, layer.bias), layer(rows))
+        torch.testing.assert_close(matrix.backward(layer(rows)), layer(rows) @ layer.weight)
+    assert len(matrix._packed) == (2 if packs and frozen_linear.REORDER else 0)
+    assert matrix.forward(rows[:0]).shape == (0, 24) and matrix.backward(layer(rows)[:0]).shape == (0, 40)
+    layer.frozen_matrix, x = matrix, rows.clone().requires_grad_()
+    linear(layer, x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * layer(rows) @ layer.weight)
+    double = rows.double()
+    torch.testing.assert_close(matrix.forward(double.float()), (double @ layer.weight.double().t()).float())
+
+
+def test_only_small_models_keep_layouts(monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    size = 2 * 64 * 4
+    for limit, packs in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(frozen_linear, "PACKED_BYTES", limit)
+        give_matrices(model)
+        linear(model[0], torch.randn(5, 8))
+        assert bool(model[0].frozen_matrix._packed) == bool(packs and frozen_linear.REORDER)
 
 
 @pytest.mark.parametrize("with_onednn", [True, False])
