@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layers.backbone_files import BackboneInfo
 from layers.errors import InputError
+from layers.frozen_linear import give_matrices
 from layers.lean import make_lean
 from layers.prefix_attention import ATTENTION, additive_mask, prefix_attention
 from layers.prefix_cache import PrefixCache, PrefixStored
@@ -66,8 +67,11 @@ class Backbone:
         self.model.requires_grad_(False).eval()
         self.embeddings = self.model.get_input_embeddings().weight  # (V, D)
         config = self.model.config
+        self._recompute = recompute
         if recompute:
             _recompute_layers(self.model)
+        else:  # who recomputes is short of memory
+            give_matrices(self.model)
         make_lean(self.model, lambda: config._attn_implementation == ATTENTION)
         self.groups = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -185,6 +189,8 @@ class Backbone:
         """Move to another device; what was computed on the old one is forgotten."""
         self.model.to(device)
         self.embeddings = self.model.get_input_embeddings().weight
+        if not self._recompute:
+            give_matrices(self.model)
         self._cache, self._opening = PrefixCache(self.model.config.num_hidden_layers), []
         return self
 

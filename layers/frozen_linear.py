@@ -48,12 +48,14 @@ class Matrix:
     """The frozen matrix of a linear layer, multiplied from both sides. No gradient.
 
     Made with `packs`, it keeps oneDNN's layouts from its first products on: a few per cent of the time
-    of a small language model for its weights once more in each direction.
+    of a small language model for its weights once more in each direction. A weight that has been
+    changed or replaced since is laid out anew.
     """
 
     def __init__(self, layer: nn.Linear, packs: bool = False):
         self._layer, self._packs = layer, packs
         self._packed: dict[bool, torch.Tensor] = {}  # whether transposed -> the layout
+        self._source: tuple[torch.Tensor, int] | None = None  # the weight laid out, and its version
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,18 +70,24 @@ class Matrix:
         return self._product(gradient, self.weight.t(), None, transposed=True)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool):
-        if not (self._packs and REORDER and _is_onednn(x, weight)):
+        whole = self.weight
+        if not (self._packs and REORDER and _is_onednn(x, weight)) or whole.is_inference():
             return product(x, weight, bias)
+        if self._source is None or self._source[0] is not whole or self._source[1] != whole._version:
+            self._packed, self._source = {}, (whole, whole._version)
         if transposed not in self._packed:
-            # One made in inference mode could not be used by a training step later.
+            # They outlive an evaluation, so they are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 self._packed[transposed] = REORDER(weight.detach().contiguous(), PACKED_ROWS)
         return ONEDNN(x, self._packed[transposed], bias, "none", [], "")
 
 
 def give_matrices(model: nn.Module) -> None:
-    """Let the plain linear layers of a frozen model keep oneDNN's layouts, where they are small."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    """Let the plain linear layers of a frozen model keep oneDNN's layouts, where they are small.
+
+    Layouts made before are dropped.
+    """
+    layers = [m for m in model.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
     packs = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
     for layer in layers:
         layer.frozen_matrix = Matrix(layer, packs)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.frozen_linear import Matrix, give_matrices, is_dense, is_recast, linear, matrix
+from layers.frozen_linear import Matrix, is_dense, is_recast, linear, matrix
 from layers.prefix_attention import BlockedAttention, group, prefix_attention
 
 # Class names of transformers' modules with exactly these formulas; others run as they are.
@@ -135,7 +135,6 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tens
 
 def make_lean(model: nn.Module, active: Callable[[], bool]) -> None:
     """Give the modules of `model` that have a lean form a forward that uses it while `active()` holds."""
-    give_matrices(model)
     for module in model.modules():
         name = type(module).__name__
         if name in RMS_NORMS:

@@ -223,7 +223,7 @@ def measure_peak(args, flags) -> dict:
 
 
 def measure_evaluation(args, flags) -> dict:
-    """Seconds a batch in a process that has only evaluated, as one that forecasts from a checkpoint has.
+    """Seconds a batch in a process that has only evaluated, as the test of a checkpoint has.
 
     Where no training step has grown the heap, the allocator may hand each batch's memory back to the
     system and have it cleared again; this costs the variant more that holds more.

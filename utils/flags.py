@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from layers.errors import InputError
@@ -271,6 +272,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         parser.error(_stray(parser, unknown[0]))
     missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
+    if missing and args.checkpoint and not Path(args.checkpoint).exists():
+        # The flags would have come from it.
+        parser.error(f"--checkpoint {args.checkpoint}: found no such file or folder, need a run's folder or its checkpoint")
     if missing:
         others = f" (missing too: {', '.join(missing[1:])})" if missing[1:] else ""
         parser.error(f"{missing[0]}: found nothing, need a value{others}")

@@ -1,5 +1,6 @@
 """The training loop: epochs, their lines, the best checkpoint, early stopping."""
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -126,7 +127,8 @@ def train_epoch(run: Run, clock: Clock) -> float:
     model.train()
     clock.since, clock.steps = time.perf_counter(), 0
     with progress_bar(total, progress.iteration) as bar:
-        for batch in loader:
+        # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
+        for batch in itertools.islice(loader, total - progress.iteration):
             step = (progress.epoch - 1) * total + progress.iteration
             rate = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
             for group in run.optimizer.param_groups:
@@ -147,8 +149,6 @@ def train_epoch(run: Run, clock: Clock) -> float:
                 if run.journal:
                     run.journal.flush()
             run.saver.after_iteration()
-            if progress.iteration == total:
-                break
     run.guard.settle()
     loss_sum = run.accelerator.reduce(progress.loss_sum.to(run.accelerator.device), reduction="mean")
     return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")

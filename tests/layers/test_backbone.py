@@ -12,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from layers.backbone import Backbone
 from layers.backbone_files import _window, find_backbone
 from layers.errors import InputError
+from layers.frozen_linear import REORDER
 from scripts.make_backbone import make_backbone
 
 INDEX = "model.safetensors.index.json"
@@ -196,3 +197,20 @@ def test_identity_stays_with_the_weights(backbones, copy: Path, tmp_path: Path) 
 )
 def test_sliding_window_of_a_configuration(config, window: int | None) -> None:
     assert _window(config) == window
+
+
+@pytest.mark.skipif(REORDER is None, reason="this PyTorch has no oneDNN layouts")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_fast_path_keeps_layouts_and_the_plain_path_none(backbones, recompute: bool) -> None:
+    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2, recompute=recompute)
+    ids, patches = torch.ones(2, 4, dtype=torch.long), torch.randn(2, 5, backbone.hidden_size, requires_grad=True)
+
+    def layouts() -> int:
+        given = [getattr(m, "frozen_matrix", None) for m in backbone.model.modules()]
+        return sum(len(matrix._packed) for matrix in given if matrix)
+
+    for run, expected in ((backbone.plain, 0), (backbone.fast, 0 if recompute else 2 * 2 * 7)):
+        run([1, 2], ids, torch.tensor([4, 3]), patches).sum().backward()
+        assert layouts() == expected
+    backbone.to(torch.device("cpu"))
+    assert layouts() == 0

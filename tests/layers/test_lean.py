@@ -147,8 +147,18 @@ def test_matrix_from_both_sides(packs: bool) -> None:
     layer.frozen_matrix, x = matrix, rows.clone().requires_grad_()
     linear(layer, x).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * layer(rows) @ layer.weight)
-    double = rows.double()
-    torch.testing.assert_close(matrix.forward(double.float()), (double @ layer.weight.double().t()).float())
+    layer.weight.mul_(2)
+    torch.testing.assert_close(matrix.forward(rows), rows @ layer.weight.t())
+    layer.weight = nn.Parameter(torch.randn(24, 40), requires_grad=False)
+    torch.testing.assert_close(matrix.backward(rows[:, :24]), rows[:, :24] @ layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_number_types_keep_no_layouts(dtype: torch.dtype) -> None:
+    layer = nn.Linear(40, 24, bias=False, dtype=dtype).requires_grad_(False)
+    matrix, x = Matrix(layer, packs=True), torch.randn(9, 40, dtype=dtype)
+    torch.testing.assert_close(matrix.forward(x), layer(x))
+    assert not matrix._packed
 
 
 def test_only_small_models_keep_layouts(monkeypatch) -> None:

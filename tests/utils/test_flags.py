@@ -150,6 +150,11 @@ def test_what_else_can_be_wrong(extra: str, expected: str, capsys: pytest.Captur
     assert error_of([*GUIDE, *extra.split()], capsys).startswith(expected)
 
 
+def test_a_checkpoint_that_is_not_there_is_named_before_the_flags_it_would_give(capsys) -> None:
+    line = error_of(["--is_training", "0", "--do_predict", "--checkpoint", "no/such"], capsys)
+    assert line.startswith("--checkpoint no/such: found no such file or folder")
+
+
 def test_missing_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--task_name: found nothing" in error_of([], capsys)
     given = "--task_name long_term_forecast --is_training 1 --model TimeLLM --data ETTh1"

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
 from utils.checkpoint import read_checkpoint
 from utils.flags import parse_flags
-from utils.interrupt import Interrupts
+from utils.interrupt import Interrupted, Interrupts
 
 LOSS = r"\d+\.\d{4}"
 # cli.md's lines of one epoch of 11 iterations with --log_every 4
@@ -264,6 +266,27 @@ def test_first_update_is_the_optimizers(argv, capsys, tmp_path: Path, optimizer:
     name = "output_projection.linear.weight"
     kept = before[name] * (1 - 1e-2 * 1e-2) if optimizer.startswith("adamw") else before[name]
     torch.testing.assert_close((after[name] - kept).abs(), torch.full_like(kept, 1e-2), rtol=1e-3, atol=1e-5)
+
+
+def test_eight_bit_states_go_through_a_resume(argv, capsys, monkeypatch, tmp_path: Path) -> None:
+    """Stopped in the evaluation behind an epoch that --max_iters ended early; then the same to the end."""
+    words = argv(max_iters=3, train_epochs=2, optimizer="adamw8bit", prototypes="direct", resume=True)
+    whole = argv(max_iters=3, train_epochs=2, optimizer="adamw8bit", prototypes="direct", checkpoints=tmp_path / "whole")
+    expected = train(whole, capsys)
+
+    def interrupted(run, split, consume=None):
+        states = {s["state1"].dtype for s in run.optimizer.state.values() if s["state1"].numel() >= 4096}
+        assert states == {torch.uint8}
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run, split, consume)
+
+    evaluate = utils.train.Run.evaluate
+    with monkeypatch.context() as patch, Interrupts() as interrupts, pytest.raises(Interrupted):
+        patch.setattr(utils.train.Run, "evaluate", interrupted)
+        utils.run.main(parse_flags(words), interrupts)
+    found = train(words, capsys)
+    assert any("Going on from" in line and "iteration 3" in line for line in found)
+    assert figures(found) == figures(expected)
 
 
 def test_mixed_precision_on_the_cpu(argv, capsys, tmp_path: Path) -> None:
