@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from layers.errors import InputError
 from utils.errors import RunError
 from utils.flags import parse_flags
-from utils.interrupt import Interrupted, Interrupts
+from utils.saving.interrupt import Interrupted, Interrupts
 
 
 def main(argv: Sequence[str]) -> int:

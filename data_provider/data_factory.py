@@ -1,76 +1,101 @@
-"""From the command line's flags to datasets and batches."""
+"""The door to the data: from a run's flags to its series, datasets and loaders."""
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from data_provider.data_loader import Series, WindowDataset, load_series
+from data_provider.batches import WindowCollate
+from data_provider.data_loader import SplitSeries, WindowDataset, load_series
 from data_provider.sampler import EpochBatches
-from layers.errors import InputError
+from layers.errors import input_error
+from layers.prompt import PromptEncoder
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def series_from_args(args: Namespace) -> Series:
-    """The series that the flags describe."""
-    names = (
-        "data",
-        "root_path",
-        "data_path",
-        "features",
-        "target",
-        "freq",
-        "embed",
-        "percent",
-        "seq_len",
-        "label_len",
-        "pred_len",
-        "fill_missing",
-    )
-    # An older run's record, and a caller's own namespace, may lack a newer flag: that is its default.
-    return load_series(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+def data_provider(
+    args: Namespace,
+    flag: str,
+    series: SplitSeries | None = None,
+    encoder: PromptEncoder | None = None,
+    rank: int = 0,
+    world: int = 1,
+    seed: int | None = None,
+    pin: bool = False,
+) -> tuple[WindowDataset, DataLoader]:
+    """Dataset and loader of "train", "val" or "test"; the loader yields `data_provider.batches.Batch`.
+
+    Each batch unpacks into batch_x `[B, T, N]`, batch_y `[B, label_len + H, N]`, batch_x_mark `[B, T, F]` and
+    batch_y_mark `[B, label_len + H, F]`, all float32, the values standardised.
+
+    Args:
+        args: the run's flags.
+        series: what `series_from_args` made of them, where it has been read already.
+        encoder: makes the prompts in the loader's workers; None: the batches have none.
+        rank, world, seed: see `epoch_batches`.
+        pin: give the batches page-locked memory, from which they go to a GPU faster.
+
+    Raises:
+        InputError: see `load_series` and `epoch_batches`.
+    """
+    series = series_from_args(args) if series is None else series
+    dataset = series.windows(flag)
+    batches = epoch_batches(args, dataset, flag, rank, world, seed)
+    collate = WindowCollate(series.pred_len, series.target_index, encoder)
+    return dataset, make_loader(dataset, batches, args.num_workers, collate, pin)
+
+
+def series_from_args(args: Namespace) -> SplitSeries:
+    """The series that the flags describe.
+
+    Raises:
+        InputError: see `load_series`.
+    """
+    return load_series(**series_flags(args))
+
+
+def series_flags(args: Namespace) -> dict[str, Any]:
+    """The flags that `load_series` takes, which are its parameters.
+
+    An older run's record, and a caller's own namespace, may lack a newer flag: that is left at its default.
+    """
+    return {name: getattr(args, name) for name in inspect.signature(load_series).parameters if hasattr(args, name)}
 
 
 def epoch_batches(
-    args: Namespace, dataset: WindowDataset, flag: str, rank: int = 0, world: int = 1
+    args: Namespace, dataset: WindowDataset, flag: str, rank: int = 0, world: int = 1, seed: int | None = None
 ) -> EpochBatches:
     """Training: shuffled with the seed, short last batch dropped. Otherwise in order, nothing dropped.
+
+    Args:
+        rank, world: the batches of process `rank` among `world` processes.
+        seed: of the order; None: `--seed`.
 
     Raises:
         InputError: fewer training windows than one batch for each rank.
     """
     train = flag == "train"
     size = args.batch_size if train else args.eval_batch_size
-    name = "batch_size" if train else "eval_batch_size"
     if size < 1:
-        raise InputError(f"--{name} {size}: at least 1 is needed")
+        raise input_error("--batch_size" if train else "--eval_batch_size", size, "a whole number of at least 1")
     if train and len(dataset) < size * world:
         ranks = f" on each of {world} processes" if world > 1 else ""
-        raise InputError(
-            f"--batch_size {size}{ranks}: there are {len(dataset)} training windows;"
-            f" at most {len(dataset) // world} is needed"
-        )
-    return EpochBatches(len(dataset), size, args.seed, shuffle=train, drop_last=train, rank=rank, world=world)
-
-
-def data_provider(args: Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
-    """Dataset and loader of "train", "val" or "test" for the parsed flags.
-
-    Raises:
-        InputError: see `load_series` and `epoch_batches`.
-    """
-    dataset = series_from_args(args).windows(flag)
-    return dataset, make_loader(dataset, epoch_batches(args, dataset, flag), args.num_workers)
+        most = f"at most {len(dataset) // world}"
+        raise input_error("--batch_size", f"{size}{ranks}", f"{most}, for {len(dataset)} training windows")
+    seed = args.seed if seed is None else seed
+    return EpochBatches(len(dataset), size, seed, shuffle=train, drop_last=train, rank=rank, world=world)
 
 
 def make_loader(
-    dataset: WindowDataset,
+    dataset: Dataset,
     batches: EpochBatches,
     num_workers: int,
     collate: Callable | None = None,

@@ -1,7 +1,8 @@
-"""From a CSV file to windows: one series, one window dataset for every file."""
+"""A series in its own units with the scale that training gave it, and its windows: one dataset for every file."""
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 
-from data_provider.describe import frequency
+from data_provider.description import frequency, step_words
 from data_provider.splits import Splits, find_csv, split_rows
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
-from data_provider.timefeatures import time_marks
-from layers.errors import InputError
+from data_provider.timefeatures import frequency_key, time_marks
+from data_provider.timestamps import future_dates, infer_step
+from layers.errors import input_error
 
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
@@ -53,7 +55,7 @@ class WindowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index."""
         if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+            raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
         x, y = slice(index, now), slice(now - self.label_len, now + self.pred_len)
         return {
@@ -69,26 +71,77 @@ class WindowDataset(Dataset):
         return self.dates[index], self.dates[index + self.seq_len]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Series:
-    """A file, split and standardised, ready to be cut into windows."""
+    """A file's columns in their own units, and the mean and deviation that standardise them."""
 
-    data: str  # the name given with --data
     path: Path
     dates: pd.DatetimeIndex  # [rows], of the whole file
     columns: list[str]  # [N], those that are read
-    values: np.ndarray  # [rows, N] float32, standardised
-    marks: np.ndarray  # [rows, F] float32
-    scaler: StandardScaler  # fitted on the training rows; mean_ and scale_ are [N] float64
+    own: np.ndarray  # [rows, N] float64, in the columns' own units
+    mean: np.ndarray  # [N] float64, of the training rows
+    deviation: np.ndarray  # [N] float64
+    target: str | None  # the column that S and MS forecast, given or chosen
+    target_index: int | None  # MS: the one of the columns that is forecast
+    synthetic: bool  # made by scripts/get_data.py, not measured
+    filled: int = 0  # cells that were empty in the file
+
+    @property
+    def forecast_slice(self) -> slice:
+        """The columns that are forecast, as places among those that are read."""
+        return slice(None) if self.target_index is None else slice(self.target_index, self.target_index + 1)
+
+    @property
+    def forecast_columns(self) -> list[str]:
+        """The names of the columns that are forecast."""
+        return self.columns[self.forecast_slice]
+
+    @cached_property
+    def step(self) -> pd.offsets.BaseOffset | None:
+        """The step between rows, see `infer_step`."""
+        return infer_step(self.dates)
+
+    @property
+    def step_words(self) -> str:
+        """The step for people: "15 minutes", "irregular"."""
+        return step_words(self.step)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """Standardised `[rows, N]`: in float64, then rounded to float32."""
+        return ((self.own - self.mean) / self.deviation).astype(np.float32)
+
+    def to_own_units(self, standardised: np.ndarray) -> np.ndarray:
+        """Values of the forecast columns `[..., N]` on the standardised scale -> float64 in their own units."""
+        kept = self.forecast_slice
+        return standardised.astype(np.float64) * self.deviation[kept] + self.mean[kept]
+
+    def future_dates(self, n: int) -> pd.DatetimeIndex:
+        """The n timestamps `[n]` that follow the last row.
+
+        Raises:
+            InputError: the rows have no common step.
+        """
+        return future_dates(self.dates, n, self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSeries(Series):
+    """A series that is split, ready to be cut into windows."""
+
+    data: str  # the name given with --data
+    freq: str | None  # for the time marks; None: that of the step
+    embed: str  # the kind of time marks
     splits: Splits
-    target_index: int | None  # MS: the column that counts
     seq_len: int
     label_len: int
     pred_len: int
-    synthetic: bool  # made by scripts/get_data.py, not measured
-    target: str | None = None  # the column that S and MS forecast, given or chosen
-    filled: int = 0  # cells that were empty in the file
-    mark: str = ""  # of the training rows, see data_mark
+    fingerprint: str  # of the training rows, see the function of that name
+
+    @cached_property
+    def marks(self) -> np.ndarray:
+        """Time marks `[rows, F]` float32."""
+        return time_marks(self.dates, self.freq or frequency(self.step), self.embed)
 
     def windows(self, flag: str) -> WindowDataset:
         """The windows of "train", "val" or "test"."""
@@ -117,7 +170,7 @@ def load_series(
     label_len: int = 48,
     pred_len: int = 96,
     fill_missing: str | None = None,
-) -> Series:
+) -> SplitSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
     `target` None is the column OT where there is one, else the last; `freq` None is read off the timestamps.
@@ -127,76 +180,98 @@ def load_series(
     """
     _check_lengths(seq_len, label_len, pred_len)
     table = read_table(find_csv(root_path, data_path), fill_missing)
-    if target is None:
-        target = "OT" if "OT" in table.columns else table.columns[-1]
-    columns, chosen, target_index = _choose_columns(table, features, target)
+    chosen, target = _choose_columns(table, features, target)
+    columns = [table.columns[place] for place in chosen]
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
-    scaler, values = _standardise(table.path, columns, table.values[:, chosen], splits.train)
-    return Series(
-        data=data,
+    own = table.values[:, chosen]
+    _check_size(table.path, columns, own, 1e150, "as it is")  # squares of more overflow float64
+    scaler = StandardScaler().fit(own[: splits.train])
+    _check_size(table.path, columns, scaler.transform(own), LARGEST_STANDARDISED, "in deviations of the training rows")
+    if freq:
+        frequency_key(freq)  # an unknown one is refused here, not where the marks are made
+    return SplitSeries(
         path=table.path,
-        mark=data_mark(table.values[: splits.train, chosen]),
         dates=table.dates,
         columns=columns,
-        values=values,
-        marks=time_marks(table.dates, freq or frequency(table.dates), embed),
-        scaler=scaler,
+        own=own,
+        mean=scaler.mean_,
+        deviation=scaler.scale_,
+        target=target,
+        target_index=columns.index(target) if features == "MS" else None,
+        synthetic=is_synthetic(table.path),
+        filled=table.filled,
+        data=data,
+        freq=freq,
+        embed=embed,
         splits=splits,
-        target_index=target_index,
         seq_len=seq_len,
         label_len=label_len,
         pred_len=pred_len,
-        synthetic=is_synthetic(table.path),
+        fingerprint=fingerprint(own[: splits.train]),
+    )
+
+
+def own_scale(table: Table, features: str, target: str | None) -> Series:
+    """The columns of a file that are forecast, on the file's own scale, for one that no training saw:
+    the mean and deviation of all its rows.
+
+    Args:
+        features, target: as the flags of the same names.
+
+    Raises:
+        InputError: an unknown kind of features, or no such column.
+    """
+    chosen, target = _choose_columns(table, "S" if features == "MS" else features, target)
+    own = table.values[:, chosen]
+    deviation = own.std(axis=0)
+    return Series(
+        path=table.path,
+        dates=table.dates,
+        columns=[table.columns[place] for place in chosen],
+        own=own,
+        mean=own.mean(axis=0),
+        deviation=np.where(deviation > 0, deviation, 1.0),
         target=target,
+        target_index=None,  # it is the only column that is left
+        synthetic=is_synthetic(table.path),
         filled=table.filled,
     )
+
+
+def fingerprint(values: np.ndarray) -> str:
+    """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
 
 
 def _check_lengths(seq_len: int, label_len: int, pred_len: int) -> None:
     for name, value in (("seq_len", seq_len), ("pred_len", pred_len)):
         if value < 1:
-            raise InputError(f"--{name} {value}: at least 1 is needed")
+            raise input_error(f"--{name}", value, "a whole number of at least 1")
     if not 0 <= label_len <= seq_len:
-        raise InputError(f"--label_len {label_len}: from 0 to --seq_len {seq_len} is needed")
+        raise input_error("--label_len", label_len, f"a whole number from 0 to --seq_len {seq_len}")
 
 
-def data_mark(values: np.ndarray) -> str:
-    """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
-    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
+def _choose_columns(table: Table, features: str, target: str | None) -> tuple[list[int], str]:
+    """Places of the columns that are read, and the target: the one given, else OT, else the last.
 
-
-def _choose_columns(table: Table, features: str, target: str) -> tuple[list[str], list[int], int | None]:
-    """Names and positions of the columns that are read, and the target's place among them (MS)."""
+    With M the target is a name that nothing looks up.
+    """
     if features not in ("M", "S", "MS"):
-        raise InputError(f"--features {features}: unknown; needed is M, S or MS")
-    if features == "M":
-        return table.columns, list(range(len(table.columns))), None
-    if target not in table.columns:
-        raise InputError(
-            f"--target {target}: no such column in {table.path}; needed is one of {', '.join(table.columns)}"
-        )
-    place = table.columns.index(target)
-    if features == "S":
-        return [target], [place], None
-    return table.columns, list(range(len(table.columns))), place
-
-
-def _standardise(
-    path: Path, columns: list[str], values: np.ndarray, train: int
-) -> tuple[StandardScaler, np.ndarray]:
-    """Standardise in float64 with the training rows' mean and deviation, then go to float32 `[rows, N]`."""
-    _check_size(path, columns, values, 1e150, "as it is")  # squares of more overflow float64
-    scaler = StandardScaler().fit(values[:train])
-    standardised = scaler.transform(values)
-    _check_size(path, columns, standardised, LARGEST_STANDARDISED, "in deviations of the training rows")
-    return scaler, standardised.astype(np.float32)
+        raise input_error("--features", repr(features), "one of M, S, MS")
+    if target is None:
+        target = "OT" if "OT" in table.columns else table.columns[-1]
+    if features != "M" and target not in table.columns:
+        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {', '.join(table.columns)}")
+    return [table.columns.index(target)] if features == "S" else list(range(len(table.columns))), target
 
 
 def _check_size(path: Path, columns: list[str], values: np.ndarray, limit: float, scale: str) -> None:
+    """Raise InputError for a value `[rows, N]` that is too large to compute with."""
     large = np.argwhere(np.abs(values) > limit)
     if large.size:
         row, column = large[0]
-        raise InputError(
-            f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}:"
-            f" {values[row, column]:.3g} {scale} is too large to compute with; at most {limit:.0e} is needed"
+        raise input_error(
+            f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}",
+            f"{values[row, column]:.3g} {scale}, too large to compute with",
+            f"at most {limit:.0e}",
         )

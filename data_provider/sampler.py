@@ -11,7 +11,7 @@ class EpochBatches(Sampler[list[int]]):
     """Batch sampler whose order depends on (seed, epoch) and on nothing else.
 
     So the order of epoch e is drawn without drawing earlier ones, and a run
-    that stopped in it goes on at batch k with `set_epoch(e, skip=k)`.
+    that stopped in it resumes at batch k with `set_epoch(e, skip=k)`.
 
     Ranks of a process group take every `world`-th batch. With `drop_last` all
     have the same number of batches. Without it nothing is dropped or repeated,
@@ -34,8 +34,8 @@ class EpochBatches(Sampler[list[int]]):
     ):
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(
-                f"batch_size {batch_size}, rank {rank}, world {world}:"
-                " needed are batch_size >= 1 and 0 <= rank < world"
+                f"EpochBatches: got batch_size {batch_size}, rank {rank}, world {world},"
+                " expected batch_size >= 1 and 0 <= rank < world"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last

@@ -1,18 +1,38 @@
-"""Which rows train, validate and test, and where the file with them lies."""
+"""The data sets by name, which rows of theirs train, validate and test, and where a file lies.
+
+Only the standard library is imported here, so that the command line can name the data sets before torch is loaded.
+"""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from layers.errors import InputError
+from layers.errors import input_error
 
 FLAGS = ("train", "val", "test")
 _MONTH = 30 * 24  # hours
-_ETT_HOURS = (12 * _MONTH, 4 * _MONTH, 4 * _MONTH)
-# Rows of train, validation and test by the name of the data set (spec: 12/4/4 months of 30 days).
-ETT_ROWS = {
-    name: tuple(per_hour * rows for rows in _ETT_HOURS)
-    for name, per_hour in (("ETTh1", 1), ("ETTh2", 1), ("ETTm1", 4), ("ETTm2", 4))
+_HOURLY = (12 * _MONTH, 4 * _MONTH, 4 * _MONTH)
+_QUARTER_HOURLY = (4 * 12 * _MONTH, 4 * 4 * _MONTH, 4 * 4 * _MONTH)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A name for `--data`: how its file is split, and what else it stands for."""
+
+    borders: tuple[int, int, int] | None = None  # rows of train, val and test; None: 70 %, 10 % and 20 % of the file
+    read_as: str | None = None  # the data set as which it is read; published scripts pass the name
+
+
+# A new data set is a row here; a file of that name with .csv is its default --data_path.
+DATASETS = {
+    "ETTh1": DataSet(_HOURLY),
+    "ETTh2": DataSet(_HOURLY),
+    "ETTm1": DataSet(_QUARTER_HOURLY),
+    "ETTm2": DataSet(_QUARTER_HOURLY),
+    "custom": DataSet(),
+    "ECL": DataSet(read_as="custom"),
+    "Traffic": DataSet(read_as="custom"),
+    "Weather": DataSet(read_as="custom"),
 }
 
 
@@ -41,22 +61,26 @@ def split_rows(data: str, rows: int, seq_len: int, pred_len: int, percent: int, 
 
     Raises:
         InputError: unknown name, a percentage outside 1..100, fewer rows than
-            the ETT borders need, or a split too short for one window.
+            the data set's fixed borders take, or a split too short for one window.
     """
     if not 1 <= percent <= 100:
-        raise InputError(f"--percent {percent}: a whole number from 1 to 100 is needed")
-    if data in ETT_ROWS:
-        train, val, test = ETT_ROWS[data]
-        if rows < train + val + test:
-            raise InputError(
-                f"--data {data}: {path} has {rows} rows, its fixed borders need {train + val + test}"
-                f" ({train} + {val} + {test}); use --data custom for another file"
-            )
-    elif data == "custom":
+        raise input_error("--percent", percent, "a whole number from 1 to 100")
+    if data not in DATASETS:
+        raise input_error("--data", repr(data), f"one of {', '.join(DATASETS)}")
+    borders = DATASETS[DATASETS[data].read_as or data].borders
+    if borders is None:
         train, test = int(0.7 * rows), int(0.2 * rows)
         val = rows - train - test
     else:
-        raise InputError(f"--data {data}: unknown; needed is one of {', '.join((*ETT_ROWS, 'custom'))}")
+        train, val, test = borders
+        if rows < sum(borders):
+            parts = " + ".join(map(str, borders))
+            raise input_error(
+                f"--data {data}",
+                f"{path} with {rows} rows",
+                f"at least {sum(borders)} ({parts}), its fixed borders",
+                "use --data custom for another file",
+            )
     splits = Splits(train, val, test, max((train - seq_len) * percent // 100, 0) + seq_len)
     _check_lengths(splits, seq_len, pred_len, percent, path)
     return splits
@@ -66,18 +90,19 @@ def _check_lengths(splits: Splits, seq_len: int, pred_len: int, percent: int, pa
     """Every split must hold one window of seq_len + pred_len rows."""
     train_rows = min(splits.few_shot, splits.train)
     have = {"train": train_rows, "val": splits.val + seq_len, "test": splits.test + seq_len}
-    need = seq_len + pred_len
-    short = [flag for flag in FLAGS if have[flag] < need]
+    window = seq_len + pred_len
+    short = [flag for flag in FLAGS if have[flag] < window]
     if not short:
         return
     flag = short[0]
     own = train_rows if flag == "train" else getattr(splits, flag)
     shot = f" (--percent {percent} of {splits.train})" if flag == "train" and percent < 100 else ""
-    back = "" if flag == "train" else f" beside the {seq_len} rows before it"
-    raise InputError(
-        f"--seq_len {seq_len} --pred_len {pred_len}: the {flag} split of {path} has {own} rows{shot},"
-        f" needed are {need if flag == 'train' else pred_len}{back};"
-        f" {_longest(splits, seq_len, pred_len, percent)}"
+    least = f"{window}" if flag == "train" else f"{pred_len} beside the {seq_len} rows before it"
+    raise input_error(
+        f"--seq_len {seq_len} --pred_len {pred_len}",
+        f"{own} rows{shot} in the {flag} split of {path}",
+        f"at least {least}",
+        _longest(splits, seq_len, pred_len, percent),
     )
 
 
@@ -96,11 +121,7 @@ def _longest(splits: Splits, seq_len: int, pred_len: int, percent: int) -> str:
         options.append(f"--seq_len {longest_seq(pred_len)} with --pred_len {pred_len}")
     if not options and most >= 1 and longest_seq(most) >= 1:
         options.append(f"--seq_len {longest_seq(most)} with --pred_len {most}")
-    return (
-        f"the longest that fit: {' or '.join(options)}"
-        if options
-        else "no lengths fit: the file needs more rows"
-    )
+    return f"the longest that fit: {' or '.join(options)}" if options else "no lengths fit: the file has too few rows"
 
 
 def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
@@ -112,17 +133,22 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
     Raises:
         InputError: in none of these places; they are named.
     """
-    roots = [Path(root_path)]
-    if os.environ.get("TIMELLM_DATA"):
-        roots.append(Path(os.environ["TIMELLM_DATA"]))
-    places = list(
-        dict.fromkeys(place for root in roots for place in (root / data_path, root / "ETT-small" / data_path))
-    )
+    places = csv_places(root_path, data_path)
     for place in places:
         if place.is_file():
             return place
-    looked = ", ".join(str(place) for place in places)
-    raise InputError(
-        f"--root_path {root_path} --data_path {data_path}: no such file (looked for {looked});"
-        " the ETT files come with: python scripts/get_data.py"
+    raise input_error(
+        f"--root_path {root_path} --data_path {data_path}",
+        "no such file",
+        f"one of {', '.join(map(str, places))}",
+        "the ETT files come with: python scripts/get_data.py",
     )
+
+
+def csv_places(root_path: str | Path, data_path: str | Path) -> list[Path]:
+    """Where `find_csv` looks, in this order."""
+    roots = [Path(root_path)]
+    if os.environ.get("TIMELLM_DATA"):
+        roots.append(Path(os.environ["TIMELLM_DATA"]))
+    places = (place for root in roots for place in (root / data_path, root / "ETT-small" / data_path))
+    return list(dict.fromkeys(places))

@@ -2,20 +2,22 @@
 
 Everything that can be wrong with such a file is found here, once, and named
 by file, line and column, so that the rest of the program can trust a Table.
+Empty cells are an error too, or filled from the rows around them (`--fill_missing`).
 """
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from data_provider.fill import FILLS, fill_empty
 from data_provider.timestamps import read_timestamps
-from layers.errors import InputError
+from layers.errors import input_error
 
 FIRST_ROW_LINE = 2  # line 1 of the file is the header
+FILLS = ("linear", "ffill")
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,12 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
     text = _read_text(path)
     frame = _parse(path, text)
     if "date" not in frame.columns:
-        raise InputError(
-            f"{path}: no column 'date'; found {list(frame.columns)};"
-            " a comma-separated file with a 'date' column is needed"
-        )
+        raise input_error(path, f"the columns {list(frame.columns)}", "a comma-separated file with a column 'date'")
     columns = [name for name in frame.columns if name != "date"]
     if not columns:
-        raise InputError(f"{path}: no column beside 'date'; at least one column of numbers is needed")
+        raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if frame.empty:
-        raise InputError(f"{path}: only a header and no rows; rows of numbers are needed")
+        raise input_error(path, "only a header and no rows", "rows of numbers")
     values = np.column_stack([_numbers(path, frame[name], fill) for name in columns])
     dates = read_timestamps(frame["date"], str(path), FIRST_ROW_LINE)
     _check_order(path, frame["date"], dates, values)
@@ -67,46 +66,41 @@ def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a CSV file is needed") from None
+        raise input_error(path, "no such file", "a CSV file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); a CSV file is needed") from None
+        raise input_error(path, f"an unreadable file ({error.strerror})", "a CSV file") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     if not text.strip():
-        raise InputError(f"{path}: the file is empty; a header line and rows of numbers are needed")
+        raise input_error(path, "an empty file", "a header line and rows of numbers")
     return text
 
 
 def _parse(path: Path, text: str) -> pd.DataFrame:
     """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
     if not text.splitlines()[0].strip():
-        raise InputError(f"{path}: row 1 is empty; the header is needed there")
+        raise input_error(f"{path}: row 1", "an empty line", "the header")
     header = _read_csv(path, text, "the same number of", header=None, nrows=1, dtype=str).iloc[0]
     if header.isna().any():
         place = int(np.flatnonzero(header.isna())[0]) + 1
-        raise InputError(
-            f"{path}: row 1: column {place} has no name; each column needs one (or remove the column)"
-        )
+        raise input_error(f"{path}: row 1, column {place}", "no name", "one for each column", "or remove the column")
     # Blank lines stay, so that a row's place tells its line in the file.
     frame = _read_csv(path, text, len(header), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
-        raise InputError(
-            f"{path}: row {FIRST_ROW_LINE} has more cells than the header;"
-            f" every row needs {len(header)} cells"
-        )
+        raise input_error(f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", f"{len(header)} cells in every row")
     filled = np.flatnonzero(frame.notna().any(axis=1))
     return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
 
 
-def _read_csv(path: Path, text: str, cells: int | str, **options: object) -> pd.DataFrame:
-    """pandas' reader; a table that it refuses is an InputError, which says how many cells a row needs."""
+def _read_csv(path: Path, text: str, cells: int | str, **options: Any) -> pd.DataFrame:
+    """pandas' reader; a table that it refuses is an InputError, which says how many cells a row has to have."""
     try:
         return pd.read_csv(io.StringIO(text), **options)
     except pd.errors.ParserError as error:
         found = " ".join(str(error).split())
-        raise InputError(f"{path}: not a regular table: {found}; every row needs {cells} cells") from None
+        raise input_error(path, f"no regular table ({found})", f"{cells} cells in every row") from None
 
 
 def _numbers(path: Path, cells: pd.Series, fill: str | None) -> np.ndarray:
@@ -123,11 +117,31 @@ def _numbers(path: Path, cells: pd.Series, fill: str | None) -> np.ndarray:
     if bad.size:
         cell = cells.iloc[bad[0]]
         found = "an empty cell (or NaN)" if pd.isna(cell) else repr(str(cell))
-        raise InputError(
-            f"{path}: row {bad[0] + FIRST_ROW_LINE}, column {cells.name!r}: found {found}, a number is needed"
-            f" ({bad.size} such cell{'s' if bad.size > 1 else ''} in this column){_offer(cells, bad, fill)}"
+        raise input_error(
+            f"{path}: row {bad[0] + FIRST_ROW_LINE}, column {cells.name!r}",
+            f"{found} ({bad.size} such cell{'s' if bad.size > 1 else ''} in this column)",
+            "a number",
+            _offer(cells, bad, fill),
         )
     return numbers
+
+
+def fill_empty(numbers: np.ndarray, how: str) -> np.ndarray:
+    """Replace the NaN of a column `[rows]`; without any, or with nothing but NaN, it comes back as it is.
+
+    Args:
+        how: "linear" draws a line, row by row, between the values before and after a gap (so a filled
+            cell knows the value that follows it); at either end the nearest value is repeated.
+            "ffill" repeats the last value before the gap; empty cells at the start stay empty.
+    """
+    known = np.flatnonzero(~np.isnan(numbers))
+    if known.size in (0, numbers.size):
+        return numbers
+    rows = np.arange(numbers.size)
+    if how == "linear":
+        return np.interp(rows, known, numbers[known])
+    last = np.searchsorted(known, rows, side="right") - 1  # the last known row at or before each row
+    return np.where(last >= 0, numbers[known[np.maximum(last, 0)]], np.nan)
 
 
 def _offer(cells: pd.Series, bad: np.ndarray, fill: str | None) -> str:
@@ -135,8 +149,8 @@ def _offer(cells: pd.Series, bad: np.ndarray, fill: str | None) -> str:
     if cells.iloc[bad].notna().any() or cells.isna().all():
         return ""  # filling would not help
     if fill is None:
-        return f"; --fill_missing {' or '.join(FILLS)} fills empty cells"
-    return f"; --fill_missing {fill} has no value to fill it with, linear takes the one below"
+        return f"--fill_missing {' or '.join(FILLS)} fills empty cells"
+    return f"--fill_missing {fill} has no value to fill it with, linear takes the one below"
 
 
 def _check_order(path: Path, cells: pd.Series, dates: pd.DatetimeIndex, values: np.ndarray) -> None:
@@ -151,7 +165,8 @@ def _check_order(path: Path, cells: pd.Series, dates: pd.DatetimeIndex, values: 
     if bad.size:
         at = bad[0] + 1
         what = "is earlier than" if steps[bad[0]] < 0 else "repeats, with other values,"
-        raise InputError(
-            f"{path}: row {at + FIRST_ROW_LINE}, column 'date': {cells.iloc[at]!r} {what} the row above"
-            f" ({cells.iloc[at - 1]!r}); timestamps must increase"
+        raise input_error(
+            f"{path}: row {at + FIRST_ROW_LINE}, column 'date'",
+            f"{cells.iloc[at]!r}, which {what} the row above ({cells.iloc[at - 1]!r})",
+            "timestamps that increase",
         )

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from layers.errors import InputError
+from layers.errors import input_error
 
 # Calendar fields as (name, function of the index, lowest value, highest value).
 _FIELDS = {
@@ -52,10 +52,10 @@ def frequency_key(freq: str) -> str:
     except (ValueError, OverflowError):
         if name in _ALIASES:
             return _ALIASES[name]
-    raise InputError(f"--freq {freq!r}: unknown; needed is one of s, t (or min, 15min), h, d, b, w, m, q, a")
+    raise input_error("--freq", repr(freq), "one of s, t (or min, 15min), h, d, b, w, m, q, a")
 
 
-def _nearest(offset: pd.DateOffset) -> str:
+def _nearest(offset: pd.offsets.BaseOffset) -> str:
     """The row of the table for the unit that an offset counts."""
     if isinstance(offset, pd.offsets.BusinessDay):  # CustomBusinessDay is one
         return "b"

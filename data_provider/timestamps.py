@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from layers.errors import InputError
+from layers.errors import input_error
 
 # Written forms beside ISO 8601. Month-first comes first, as pandas has it;
 # a file whose timestamps would not increase under it is read day-first.
@@ -43,9 +43,8 @@ def read_timestamps(cells: pd.Series, source: str, first_line: int) -> pd.Dateti
     if unread.size:
         cell = cells.iloc[unread[0]]
         found = "an empty cell" if pd.isna(cell) else repr(cell)
-        raise InputError(
-            f"{source}: row {unread[0] + first_line}, column 'date': found {found},"
-            " a timestamp such as 2016-07-01 00:00:00 is needed"
+        raise input_error(
+            f"{source}: row {unread[0] + first_line}, column 'date'", found, "a timestamp such as 2016-07-01 00:00:00"
         )
     return best
 
@@ -65,12 +64,12 @@ def _best_form(text: pd.Series, best: pd.DatetimeIndex) -> pd.DatetimeIndex:
         read = _parse(text, day + time)
         if read.notna().all() and read.is_monotonic_increasing:
             return read
-        if read.notna().sum() > best.notna().sum():
+        if np.count_nonzero(read.notna()) > np.count_nonzero(best.notna()):
             best = read
     return best
 
 
-def infer_step(dates: pd.DatetimeIndex) -> pd.DateOffset | None:
+def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     """The step between rows, a few gaps and repeats aside.
 
     Returns:
@@ -101,7 +100,7 @@ def _skips_weekends(dates: pd.DatetimeIndex) -> bool:
     return dates.day_of_week.max() < 5 and (dates[-1] - dates[0]).days >= 5
 
 
-def _month_step(dates: pd.DatetimeIndex) -> pd.DateOffset | None:
+def _month_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     """The step in whole months, where every row keeps to one rule for its day."""
     dates = dates.unique()
     steps, counts = np.unique(np.diff(dates.year * 12 + dates.month), return_counts=True)
@@ -116,17 +115,19 @@ def _month_step(dates: pd.DatetimeIndex) -> pd.DateOffset | None:
     return pd.DateOffset(months=step, day=day) if kept else None
 
 
-def future_dates(dates: pd.DatetimeIndex, n: int) -> pd.DatetimeIndex:
+def future_dates(dates: pd.DatetimeIndex, n: int, step: pd.offsets.BaseOffset | None = None) -> pd.DatetimeIndex:
     """The n timestamps `[n]` that follow the last of `dates` at the data's own step.
+
+    Args:
+        step: that of the dates, where it has been inferred already.
 
     Raises:
         InputError: no step is common to half of the rows.
     """
-    step = infer_step(dates)
+    step = infer_step(dates) if step is None else step
     if step is None:
-        raise InputError(
-            "column 'date': the timestamps have no common step;"
-            " evenly spaced rows are needed to continue them"
+        raise input_error(
+            "column 'date'", "timestamps with no common step", "evenly spaced rows, which alone can be continued"
         )
     following, current = [], dates[-1]
     for _ in range(n):

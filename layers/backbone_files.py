@@ -1,4 +1,4 @@
-"""Finding a language model's folder and reading what it says of itself, without its weights.
+"""The language model's folder: found, checked and read for what it says of itself, without its weights.
 
 What differs between the language models stands in `FAMILIES`; everything else is the same for all.
 """
@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
-from layers.errors import InputError
+from layers.errors import InputError, input_error
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +32,7 @@ FAMILIES = {
     "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
     "LLAMA": Family("llama", "huggyllama/llama-7b"),
     "GPT2": Family("gpt2", "openai-community/gpt2"),
-    "BERT": Family(
-        "bert", "google-bert/bert-base-uncased", causal=False, options=(("add_pooling_layer", False),)
-    ),
+    "BERT": Family("bert", "google-bert/bert-base-uncased", causal=False, options=(("add_pooling_layer", False),)),
     "AUTO": Family("", "", causal=None),
 }
 
@@ -56,7 +54,7 @@ class BackboneInfo:
 
 
 def find_backbone(name: str, path: str | None) -> BackboneInfo:
-    """Find a language model's folder and read its shape; no weight is read.
+    """Find a language model's folder and check it; no weight is read.
 
     Args:
         name: a key of FAMILIES (`--llm_model`).
@@ -67,27 +65,10 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     """
     family = FAMILIES[name]
     folder = _local_folder(family, path)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(
-            f"--llm_model_path {folder}: config.json cannot be used ({_first_line(error)})"
-        ) from error
-    if not config.model_type.startswith(family.model_type):
-        raise InputError(
-            f"--llm_model {name}: found a model of type {config.model_type} in {folder}, "
-            f"need {family.model_type}; name its own family ({', '.join(FAMILIES)})"
-        )
-    sizes = [getattr(config, name, None) for name in ("hidden_size", "vocab_size", "num_hidden_layers")]
-    nested = config.is_encoder_decoder or config.get_text_config() is not config
-    if nested or not all(isinstance(size, int) for size in sizes):
-        raise InputError(
-            f"--llm_model_path {folder}: found a model of type {config.model_type}, "
-            "need a text-only language model (decoder or encoder)"
-        )
+    config = _read_config(name, family, folder)
     shards = _weight_files(folder, family)
     if not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"--llm_model_path {folder}: found no tokenizer_config.json; a tokenizer is needed")
+        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     # GPT2 names its positions differently; the attribute map of its config knows both names.
     positions = getattr(config, "max_position_embeddings", None) or 2**31
     return BackboneInfo(
@@ -110,6 +91,31 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     )
 
 
+def _read_config(name: str, family: Family, folder: Path) -> transformers.PreTrainedConfig:
+    """A folder's configuration.
+
+    Raises:
+        InputError: it cannot be read, is of another family than `name`, or not that of a language model of text.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise _unusable(folder, f"a config.json that cannot be used ({_first_line(error)})", "a readable one") from error
+    if not config.model_type.startswith(family.model_type):
+        raise input_error(
+            f"--llm_model {name}",
+            f"a model of type {config.model_type} in {folder}",
+            family.model_type,
+            f"name its own family ({', '.join(FAMILIES)})",
+        )
+    sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
+    nested = config.is_encoder_decoder or config.get_text_config() is not config
+    if nested or not all(isinstance(size, int) for size in sizes):
+        expected = "a text-only language model (decoder or encoder)"
+        raise _unusable(folder, f"a model of type {config.model_type}", expected)
+    return config
+
+
 def _load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     """A folder's tokenizer.
 
@@ -121,18 +127,18 @@ def _load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust reader raises plain Exceptions
-        raise InputError(f"--llm_model_path {folder}: the tokenizer cannot be used ({_first_line(error)})") from error
+        raise _unusable(folder, f"a tokenizer that cannot be used ({_first_line(error)})", "a readable one") from error
     if not usable:
-        raise InputError(f"--llm_model_path {folder}: found a tokenizer without a vocabulary; need tokenizer.json")
+        raise _unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
     return tokenizer
 
 
-def _is_causal(config) -> bool:
+def _is_causal(config: transformers.PreTrainedConfig) -> bool:
     """Whether a configuration is that of a decoder, by the names of its architectures."""
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
-def _window(config) -> int | None:
+def _window(config: transformers.PreTrainedConfig) -> int | None:
     """The sliding window of a configuration's attention, if any of its layers has one."""
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
@@ -145,15 +151,13 @@ def _local_folder(family: Family, path: str | None) -> Path:
     default = ROOT / "base_models" / family.hub_id.split("/")[-1]
     if path is None and default.is_dir():
         return default
-    hub_id, place = path or family.hub_id, default
+    hub_id, place = path or family.hub_id, str(default)
     if path is None or _looks_like_hub_id(path):
-        place = ROOT / "base_models" / hub_id.split("/")[-1]
+        place = str(ROOT / "base_models" / hub_id.split("/")[-1])
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(
-                snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-            )
+            return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
         except Exception as error:  # the hub client raises dozens of types; each means: not to be had
             reason = _first_line(error)
     else:
@@ -161,10 +165,8 @@ def _local_folder(family: Family, path: str | None) -> Path:
         if not hub_id:
             hub_id, place = "<hub id>", path
     looked = default if path is None else path
-    raise InputError(
-        f"--llm_model_path: found no weights in {looked} ({reason}); fetch them with: "
-        f"hf download {hub_id} --local-dir {place}"
-    )
+    fetch = f"fetch them with: hf download {hub_id} --local-dir {place}"
+    raise input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", fetch)
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -182,18 +184,16 @@ def _weight_files(folder: Path, family: Family) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"--llm_model_path {folder}: {index.name} cannot be read ({error!r})") from error
+            raise _unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
     else:
         names = sorted(p.name for p in folder.glob("*.safetensors"))
     if any(Path(name).name != name for name in names):
-        raise InputError(f"--llm_model_path {folder}: {index.name} names a file outside of the folder")
+        raise _unusable(folder, f"{index.name} that names a file outside of the folder", "names of files in it")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        found = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise InputError(
-            f"--llm_model_path {folder}: found {found}; safetensors weights are needed (others are not "
-            f"loaded): hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
-        )
+        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
+        got = f"no {missing[0]}" if missing else "no *.safetensors file"
+        raise _unusable(folder, got, "safetensors weights (others are not loaded)", fetch)
     return [folder / name for name in names]
 
 
@@ -211,8 +211,8 @@ def _fingerprint(folder: Path, shards: list[Path]) -> str:
             file.seek(max(0, size - 65536))
             digest.update(file.read())
         if size != 8 + length + _data_bytes(header):
-            raise InputError(
-                f"--llm_model_path {folder}: {shard.name} is cut short or damaged ({size:,} bytes); fetch it again"
+            raise _unusable(
+                folder, f"{shard.name} cut short or damaged ({size:,} bytes)", "the whole file", "fetch it again"
             )
     return digest.hexdigest()
 
@@ -224,6 +224,10 @@ def _data_bytes(header: bytes) -> int:
         return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return -1
+
+
+def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
+    return input_error(f"--llm_model_path {folder}", got, expected, hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,22 @@
-"""The one exception for what a user can mend: a flag, a file, a folder."""
+"""The one exception for what a user can mend, and the one form that its message has."""
 
 
 class InputError(ValueError):
-    """A flag, file or folder that cannot be used; the message is one line.
+    """A flag, file or folder that cannot be used; the message is one line, made by `input_error`.
 
-    The line names the flag or file, what was found and what is needed.
     ``run_main.py`` prints it without a traceback and exits with code 2.
     """
+
+
+def input_error(what: object, got: object, expected: object, hint: str = "") -> InputError:
+    """The error to raise: ``--features: got 'X', expected one of M, S, MS; hint``.
+
+    Args:
+        what: the flag with its dashes, or the file (with row and column where they are known).
+        got: what was found there.
+        expected: what would have been right.
+        hint: what to do about it, where that is not plain.
+    """
+    line = f"{what}: got {got}, expected {expected}" + (f"; {hint}" if hint else "")
+    # Names of flags, files and columns may hold a line break.
+    return InputError("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))

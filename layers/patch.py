@@ -14,9 +14,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, patch_len: int, d_model: int):
         super().__init__()
-        self.tokenConv = nn.Conv1d(
-            patch_len, d_model, kernel_size=3, padding=1, padding_mode="circular", bias=False
-        )
+        self.tokenConv = nn.Conv1d(patch_len, d_model, kernel_size=3, padding=1, padding_mode="circular", bias=False)
         nn.init.kaiming_normal_(self.tokenConv.weight, mode="fan_in", nonlinearity="leaky_relu")
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

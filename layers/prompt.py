@@ -6,15 +6,42 @@ it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from layers.errors import InputError
+from layers.errors import input_error
 from layers.norm import instance_norm
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
+
+
+class Prompts(NamedTuple):
+    """The prompts of M sequences, behind the opening that they share."""
+
+    ids: torch.Tensor  # (M, n) token ids, right-padded
+    length: torch.Tensor  # (M,) how many of them count
+
+    def to(self, device: torch.device) -> "Prompts":
+        return Prompts(self.ids.to(device, non_blocking=True), self.length.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Prompts":
+        return Prompts(self.ids.pin_memory(), self.length.pin_memory())
+
+    def rows(self, start: int, stop: int) -> "Prompts":
+        """The prompts of sequences `start` up to `stop`."""
+        return Prompts(self.ids[start:stop], self.length[start:stop])
+
+
+def pad_prompts(ids: list[list[int]]) -> Prompts:
+    """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
+    length = torch.tensor([len(row) for row in ids])
+    padded = torch.zeros(len(ids), int(length.max()), dtype=torch.long)
+    for row, tokens in zip(padded, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return Prompts(padded, length)
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,7 @@ class PromptEncoder:
 
     def _fit(self, template: PromptTemplate, limit: int) -> PromptTemplate:
         """Cut words off the description's end until the longest prompt has at most `limit` tokens."""
+
         def tokens(words: list[str]) -> int:
             cut = PromptTemplate(" ".join(words), template.seq_len, template.pred_len, template.decimals)
             return max(map(len, self._ids([cut.opening() + s for s in self._samples(cut)], special=True)))
@@ -133,10 +161,11 @@ class PromptEncoder:
         if tokens(words) <= limit:
             return template
         if tokens([]) > limit:
-            raise InputError(
-                f"--seq_len {template.seq_len}: {limit} positions of the language model are left for the "
-                f"prompt, whose statistics alone need {tokens([])}; take a shorter --seq_len, a larger "
-                "--stride or a language model with more positions"
+            raise input_error(
+                f"--seq_len {template.seq_len}",
+                f"{limit} positions of the language model that are left for the prompt",
+                f"at least {tokens([])}, which its statistics alone take",
+                "choose a shorter --seq_len, a larger --stride or a language model with more positions",
             )
         keep, over = 0, len(words)  # tokens(words[:keep]) fits, tokens(words[:over]) does not
         while over - keep > 1:
@@ -152,12 +181,3 @@ class PromptEncoder:
         whole = self._ids([opening + s for s in samples], special=True)
         split = [shared + ids for ids in self._ids(samples, special=False)]
         return shared if whole == split else []
-
-
-def pad_prompts(ids: list[list[int]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
-    length = torch.tensor([len(row) for row in ids])
-    padded = torch.full((len(ids), int(length.max())), pad_id)
-    for row, tokens in zip(padded, ids, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    return padded, length

@@ -1,18 +1,20 @@
 """Floating-point operations of a training step on the fast path, and the machine's rate for them."""
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
 
-from layers.frozen_linear import Matrix, product
+from data_provider.batches import Batch, Sequences
+from layers.fast.linear import FrozenWeight, product
 from models.TimeLLM import PROTOTYPES, Model
-from utils.batches import Batch
 
 
 def linear_values(module: nn.Module) -> int:
     """Values of all matrices in a module; a 4-bit layer counts by its true shape, GPT2's Conv1D as a Linear."""
     total = 0
+    part: Any
     for part in module.modules():
         if isinstance(part, nn.Linear):
             total += part.in_features * part.out_features
@@ -21,13 +23,14 @@ def linear_values(module: nn.Module) -> int:
     return total
 
 
-def training_step_flops(model: Model, batch: Batch) -> int:
+def training_step_flops(model: Model, batch: Batch | Sequences) -> int:
     """Operations that the step cannot do without; a product of m x k and k x n counts 2*m*k*n.
 
     The terms stand in scripts/BENCHMARK.md.
     """
     backbone = model.backbone
     config = backbone.model.config
+    assert batch.prompts is not None, "the loader has made no prompts"
     M, n = batch.prompts.ids.shape
     P0, f = len(model.prompts.opening_ids), model.d_ff
     L = model.output_projection.linear.in_features // f
@@ -57,8 +60,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     """Operations a second of a square matrix product, the best of fifteen: five of each way that a step uses."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    layer = nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    packed = Matrix(layer, packs=True)
+    packed = FrozenWeight(b, prepacked=True)
     packed.forward(a)
     best = float("inf")
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Get the ETT data sets: from this folder, from $TIMELLM_DATA, from their public repository.
+"""The ETT data sets: from this folder, from $TIMELLM_DATA, else from their public repository.
 
 Without a network a synthetic series in the same format is written instead,
 under a name of its own. The last lines printed are `data: PATH`, one for each
@@ -42,9 +42,7 @@ def get(name: str, out: Path, offline: bool) -> Path:
         if _checksum(path.read_bytes()) == SHA256[name]:
             print(f"{name}: {path} is there, SHA-256 right")
         else:
-            print(
-                f"{name}: WARNING {path} is there with another SHA-256 than the public file's; kept as it is"
-            )
+            print(f"{name}: WARNING {path} is there with another SHA-256 than the public file's; kept as it is")
         return path
     content = _from_folder(name)
     if content is None and not offline:
@@ -54,9 +52,7 @@ def get(name: str, out: Path, offline: bool) -> Path:
         print(f"{name}: written to {path}, SHA-256 right")
         return path
     path = write_synthetic(name, out / "synthetic")
-    print(
-        f"{name}: !!! {path} IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name} !!!"
-    )
+    print(f"{name}: !!! {path} IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name} !!!")
     return path
 
 
@@ -81,10 +77,7 @@ def _from_network(name: str) -> bytes | None:
         print(f"{name}: no download ({error})")
         return None
     if _checksum(content) != SHA256[name]:
-        print(
-            f"{name}: WARNING the download has SHA-256 {_checksum(content)},"
-            f" {SHA256[name]} is needed; not used"
-        )
+        print(f"{name}: WARNING the download: got SHA-256 {_checksum(content)}, expected {SHA256[name]}; not used")
         return None
     return content
 
@@ -135,15 +128,11 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--name", nargs="+", choices=list(SHA256), default=list(SHA256), help="data sets (default: all four)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)")
     parser.add_argument("--offline", action="store_true", help="do not try to download")
     options = parser.parse_args(arguments)
     for path in [get(name, options.out, options.offline) for name in options.name]:

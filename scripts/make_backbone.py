@@ -1,4 +1,4 @@
-"""Write a randomly initialised language model in the on-disk format of the Hugging Face hub.
+"""Language models with random weights, written in the on-disk format of the Hugging Face hub.
 
     python scripts/make_backbone.py --preset tiny --out base_models/tiny
 
@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import PretrainedConfig as Config
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from layers.errors import InputError  # noqa: E402
+from layers.errors import InputError, input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
 
 PROMPT_BANK = REPO / "dataset" / "prompt_bank"
@@ -67,7 +68,7 @@ class Family:
     and `strip` is the module prefix that the family's files on the hub leave out of the tensor names.
     """
 
-    config: type[Config]
+    config: Callable[..., Config]
     model: type[transformers.PreTrainedModel]
     positions: int
     special: dict[str, str]
@@ -128,12 +129,10 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    options = {"vocab_size": MAX_VOCAB, "initial_alphabet": byte_level.alphabet(), "show_progress": False}
-    tokenizer.train_from_iterator(training_texts(), trainers.BpeTrainer(**options))
+    trainer = trainers.BpeTrainer(vocab_size=MAX_VOCAB, initial_alphabet=byte_level.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(training_texts(), trainer)
     # Added after training, so that they follow the vocabulary as in Qwen2.5, Llama 3 and GPT-2.
     tokenizer.add_special_tokens(list(dict.fromkeys(family.special.values())))
     added = [(word, tokenizer.token_to_id(word)) for word in family.template.split() if word != "$A"]
@@ -149,7 +148,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the two tokenizer files unchanged. Raises InputError where `source` lacks one."""
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
-            raise InputError(f"--tokenizer: no {name} in {source}, a fast tokenizer's folder needed")
+            raise input_error("--tokenizer", f"no {name} in {source}", "the folder of a fast tokenizer")
         shutil.copyfile(source / name, folder / name)
 
 
@@ -163,7 +162,8 @@ def read_tokenizer(folder: Path) -> tuple[int, dict[str, int | None]]:
             token = settings.get(role)
             special[f"{role}_id"] = ids.get(token["content"] if isinstance(token, dict) else token)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--tokenizer: {' or '.join(TOKENIZER_FILES)} cannot be read ({error!r})") from error
+        got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
+        raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
     return max(ids.values()) + 1, special
 
 
@@ -174,7 +174,7 @@ def build_config(preset: str, layers: int, family: str, tokens: int, special: di
     """
     shape, kind = PRESETS[preset], FAMILIES[family]
     if shape.vocab and tokens > shape.vocab:
-        raise InputError(f"--tokenizer: {tokens} token ids found, at most {shape.vocab} fit {preset}")
+        raise input_error("--tokenizer", f"{tokens} token ids", f"at most {shape.vocab}, which fit {preset}")
     rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
     return kind.config(
         architectures=[kind.model.__name__], dtype=shape.dtype,
@@ -205,7 +205,8 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
     """Split tensors (name → bytes) in order into two or more shards of at most MAX_SHARD_BYTES."""
     limit = min(MAX_SHARD_BYTES, sum(sizes.values()) // 2)
-    shards, filled = [], limit + 1
+    shards: list[list[str]] = []
+    filled = limit + 1
     for name, size in sizes.items():
         if filled + size > limit:
             shards.append([])
@@ -220,8 +221,8 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], dtype: torch.dtyp
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
-        raise InputError(f"--out: the weights take {total:,} bytes, {free:,} are free in {folder.parent}")
-    shards, weight_map = plan_shards(sizes), {}
+        raise input_error("--out", f"{free:,} free bytes in {folder.parent}", f"{total:,} for the weights")
+    shards, weight_map = plan_shards(sizes), dict[str, str]()
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: random_tensor(name, shapes[name], dtype, seed) for name in names}
@@ -236,14 +237,13 @@ def check_request(out: Path, preset: str, layers: int | None, family: str) -> No
     """Raise InputError for what cannot be built, before anything is written."""
     for flag, value, known in (("--preset", preset, PRESETS), ("--family", family, FAMILIES)):
         if value not in known:
-            raise InputError(f"{flag}: {value!r} found, one of {', '.join(known)} needed")
+            raise input_error(flag, repr(value), f"one of {', '.join(known)}")
     if family not in PRESETS[preset].families:
-        needed = " or ".join(PRESETS[preset].families)
-        raise InputError(f"--family: {family!r} found, {needed} needed for {preset}")
+        raise input_error("--family", repr(family), f"{' or '.join(PRESETS[preset].families)} for {preset}")
     if layers is not None and layers < 1:
-        raise InputError(f"--layers: {layers} found, 1 or more needed")
+        raise input_error("--layers", layers, "1 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out: {out} holds data already, a new or empty folder needed")
+        raise input_error("--out", f"{out}, which holds data already", "a new or empty folder")
 
 
 def make_backbone(
@@ -275,7 +275,7 @@ def make_backbone(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make_backbone.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("--preset", required=True, choices=PRESETS)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new or empty folder")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers (default: the preset's)")
@@ -286,7 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder = make_backbone(args.out, args.preset, args.layers, args.family, args.tokenizer, args.seed)
     except (InputError, OSError) as error:
-        print(f"make_backbone: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            error = input_error("--out", f"{args.out}, where no writing is ({error})", "a folder that can be written")
+        print(f"make_backbone.py: error: {error}", file=sys.stderr)
         return 2
     size = json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]
     print(f"{folder}: {size['total_parameters']:,} parameters, {size['total_size']:,} bytes of weights")

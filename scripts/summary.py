@@ -1,4 +1,4 @@
-"""One table over all runs in a folder.
+"""Summary of all runs in a folder: one table.
 
     python scripts/summary.py checkpoints/
     python scripts/summary.py checkpoints/ --sort mae --csv runs.csv
@@ -13,45 +13,57 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from utils.journal import HISTORY, read_rows, write_rows  # noqa: E402
+from layers.errors import InputError, input_error  # noqa: E402
+from utils.errors import StorageError  # noqa: E402
+from utils.flags import FLAGS  # noqa: E402
+from utils.results.journal import HISTORY, read_rows, write_rows  # noqa: E402
 
-# Flags that say where things lie or how fast, not what was tried.
-LEFT_OUT = {
-    "num_workers", "root_path", "checkpoints", "checkpoint", "eval_batch_size", "is_training", "prompt_text",
-    "resume", "save_steps", "log_every", "do_predict", "predict_path", "predict_steps", "save_predictions",
-    "plots", "tensorboard", "max_sequences", "grad_checkpoint",
-}  # fmt: skip
+RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
 FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "minutes", "memory_gib")
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
 
 
 def main(argv: list[str]) -> int:
     """Print the table; return the exit code."""
-    parser = argparse.ArgumentParser(prog="summary.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="summary.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), help="folder of the runs' folders")
     parser.add_argument("--sort", default="mse", metavar="COLUMN", help="column to sort by (default: mse)")
     parser.add_argument("--reverse", action="store_true", help="largest first")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
     args = parser.parse_args(argv)
-    if not args.folder.is_dir():
-        parser.exit(2, f"summary.py: error: {args.folder}: found no such folder, need the one with the runs' folders\n")
-    runs = list(read_runs(args.folder))
-    if not runs:
-        parser.exit(2, f"summary.py: error: {args.folder}: found no runs in it (folders with checkpoint.json)\n")
-    columns = [*differing(runs), *FIGURES, "run"]
-    if args.sort not in columns:
-        parser.exit(2, f"summary.py: error: --sort: found {args.sort}, need one of {', '.join(columns)}\n")
-    rows = [{name: (run | run["flags"]).get(name) for name in columns} for run in runs]
-    rows.sort(key=lambda row: _order(row[args.sort]), reverse=args.reverse)
-    print(table(columns, rows))
-    if args.csv:
-        write_rows(args.csv, columns, rows)
-        print(f"Written: {args.csv}")
+    try:
+        summarise(args.folder, args.sort, args.reverse, args.csv)
+    except (InputError, StorageError) as error:
+        print(f"summary.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def summarise(folder: Path, sort: str, reverse: bool, csv: Path | None) -> None:
+    """Print the table of the runs below `folder`, sorted by a column; write it to `csv` too.
+
+    Raises:
+        InputError: no runs there, or no such column.
+        StorageError: the CSV cannot be written.
+    """
+    runs = list(read_runs(folder))
+    if not runs:
+        got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
+        raise input_error(folder, got, "a folder with the runs' folders")
+    columns = [*differing(runs), *FIGURES, "run"]
+    if sort not in columns:
+        raise input_error("--sort", repr(sort), f"one of {', '.join(columns)}")
+    rows = [{name: (run | run["flags"]).get(name) for name in columns} for run in runs]
+    rows.sort(key=lambda row: _order(row[sort]), reverse=reverse)
+    print(table(columns, rows))
+    if csv:
+        write_rows(csv, columns, rows)
+        print(f"Written: {csv}")
 
 
 def read_runs(folder: Path) -> Iterator[dict]:
@@ -59,17 +71,17 @@ def read_runs(folder: Path) -> Iterator[dict]:
 
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
-    for record in sorted(folder.rglob("checkpoint.json")):
+    for record in sorted(folder.rglob(RECORD)):
         flags = _read(record).get("flags", {})
         yield _run(folder, record.parent, flags, _read(record).get("epoch"))
-        for metrics in sorted(record.parent.glob("on_*/metrics.json")):
+        for metrics in sorted(record.parent.glob(f"on_*/{METRICS}")):
             tested = {name: value for name, value in _read(metrics).get("flags", {}).items() if value is not None}
             yield _run(folder, metrics.parent, flags | tested, None)
 
 
 def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
-    history, metrics = read_rows(folder / HISTORY), _read(folder / "metrics.json")
-    found = {"run": str(folder.relative_to(root)), "flags": flags, "best_epoch": best_epoch}
+    history, metrics = read_rows(folder / HISTORY), _read(folder / METRICS)
+    found: dict[str, Any] = {"run": str(folder.relative_to(root)), "flags": flags, "best_epoch": best_epoch}
     found |= {name: metrics.get("test", {}).get(name) for name in ("mse", "mae")}
     found["memory_gib"] = metrics.get("peak_memory_gib")
     if history:
@@ -89,7 +101,10 @@ def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
 def _read(path: Path) -> dict:
     """A JSON file; an absent one is empty, and so is a damaged one, with a warning."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError("no JSON object")
+        return held
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -98,9 +113,10 @@ def _read(path: Path) -> dict:
 
 
 def differing(runs: list[dict]) -> list[str]:
-    """Names of the flags in which the runs differ."""
+    """Names of the flags in which the runs differ, of those that say what was tried."""
     names = dict.fromkeys(name for run in runs for name in run["flags"])
-    kept = [name for name in names if name not in LEFT_OUT]
+    left_out = {flag.name for flag in FLAGS if not flag.role.tried}
+    kept = [name for name in names if name not in left_out]
     return [name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs}) > 1]
 
 

@@ -2,7 +2,7 @@
 
     python scripts/zero_shot.py --source ETTh1 --target ETTh2 --llm_layers 6 --load_in_4bit
 
-For each horizon a model is trained on the source (a run that is there already goes on, or is only tested,
+For each horizon a model is trained on the source (a run that is there already resumes, or is only tested,
 if it has the same flags) and tested on the target without seeing a row of it in training. All other
 flags go to run_main.py. The table has beside it what simple forecasts reach on the target; the ridge
 regression there was fitted on the target.
@@ -17,30 +17,33 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
+from data_provider.splits import DATASETS  # noqa: E402
 from utils.flags import parse_flags, run_name  # noqa: E402
 
-ETT = ("ETTh1", "ETTh2", "ETTm1", "ETTm2")
 COLUMNS = ("zero-shot", "source", "last 24 h", "ridge")
+Errors = tuple[float, float] | None  # MSE and MAE; None: the data have no season to repeat
 
 
 def main(argv: list[str]) -> int:
     """Train and test what is missing, print the table; return the exit code."""
-    parser = argparse.ArgumentParser(prog="zero_shot.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--source", choices=ETT, default="ETTh1", help="train on this (default: ETTh1)")
-    parser.add_argument("--target", choices=ETT, default="ETTh2", help="test on this (default: ETTh2)")
+    parser = argparse.ArgumentParser(prog="zero_shot.py", description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    named = [name for name in DATASETS if DATASETS[name].borders]
+    parser.add_argument("--source", choices=named, default="ETTh1", help="train on this (default: ETTh1)")
+    parser.add_argument("--target", choices=named, default="ETTh2", help="test on this (default: ETTh2)")
     parser.add_argument("--horizons", type=int, nargs="+", default=[96, 192, 336, 720], metavar="H",
                         help="values of --pred_len (default: 96 192 336 720)")  # fmt: skip
     args, others = parser.parse_known_args(argv)
     rows = {}
     for horizon in args.horizons:
-        rows[horizon] = measure(args.source, args.target, horizon, others)
-        if rows[horizon] is None:
+        errors = measure(args.source, args.target, horizon, others)
+        if errors is None:
             return 1
+        rows[horizon] = errors
     print(table(args.source, args.target, rows))
     return 0
 
 
-def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[str, tuple[float, float]] | None:
+def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[str, Errors] | None:
     """(MSE, MAE) by column for one horizon; None where a run failed."""
     flags = [
         *("--task_name", "long_term_forecast", "--model", "TimeLLM", "--model_id", f"{source}_zeroshot"),
@@ -65,10 +68,10 @@ def _run(flags: list[str]) -> int:
     return subprocess.run([sys.executable, "run_main.py", *flags], cwd=REPO).returncode
 
 
-def table(source: str, target: str, rows: dict[int, dict]) -> str:
+def table(source: str, target: str, rows: dict[int, dict[str, Errors]]) -> str:
     """A row a horizon, and their mean."""
     heads = {"zero-shot": f"{source}->{target}", "source": f"{source} itself", "last 24 h": "repeat 24 h", "ridge": "ridge"}
-    every = dict(rows)
+    every = {str(horizon): row for horizon, row in rows.items()}
     if len(rows) > 1:
         every["mean"] = {name: _mean([row[name] for row in rows.values()]) for name in COLUMNS}
     lines = ["", f"Trained on {source}, tested on {target} (MSE MAE, standardised scale, lower is better)", ""]
@@ -78,14 +81,16 @@ def table(source: str, target: str, rows: dict[int, dict]) -> str:
     return "\n".join(lines)
 
 
-def _mean(pairs: list) -> tuple[float, float] | None:
-    if None in pairs:
+def _mean(rows: list[Errors]) -> Errors:
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows):
         return None
-    return tuple(sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    mse, mae = (sum(values) / len(known) for values in zip(*known, strict=True))
+    return mse, mae
 
 
-def _pair(figures: tuple[float, float] | None) -> str:
-    return "-" if figures is None else f"{figures[0]:.3f} {figures[1]:.3f}"
+def _pair(errors: Errors) -> str:
+    return "-" if errors is None else f"{errors[0]:.3f} {errors[1]:.3f}"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data_provider.batches import Batch, WindowCollate
 from models.TimeLLM import Model
-from utils.batches import Batch, SequenceCollate
 from utils.flags import parse_flags, run_name
 
 COLUMNS = ("load", "flow", "OT")
@@ -85,8 +85,8 @@ def make_batch(model: Model, x: torch.Tensor, seed: int = 0) -> Batch:
     """Windows `[B, T, N]` with random truths, as the loader hands them over."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(x.shape[0], model.pred_len, x.shape[2], generator=generator)
-    items = [{"x": x[i], "y": y[i], "index": i} for i in range(len(x))]
-    return SequenceCollate(model.prompts, model.pred_len, None)(items)
+    items = [{"x": x[i], "y": y[i], "x_mark": x[i, :, :1], "y_mark": y[i, :, :1], "index": i} for i in range(len(x))]
+    return WindowCollate(model.pred_len, None, model.prompts)(items)
 
 
 def random_windows(

@@ -1,5 +1,6 @@
 """Whatever a CSV holds: a series, or one line that says what is wrong; never a traceback."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def check(folder: Path, content: bytes, **flags) -> None:
         series = load_series("custom", folder, "x.csv", seq_len=8, label_len=2, pred_len=3, **flags)
     except InputError as error:
         assert len(str(error).splitlines()) == 1, repr(str(error))
+        assert re.fullmatch(".+: got .+, expected .+", str(error), re.DOTALL), str(error)
     else:
         assert np.isfinite(series.values).all() and np.isfinite(series.marks).all()
         assert len(series.windows("train")) > 0

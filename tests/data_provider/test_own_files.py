@@ -1,13 +1,23 @@
 """A user's own file: what is read off it, and its empty cells."""
 
+from argparse import Namespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from data_provider.data_loader import load_series
-from data_provider.describe import frequency, make_description, step_words
-from data_provider.fill import fill_empty
-from data_provider.table import read_table
+from data_provider.description import (
+    DEFAULT_DESCRIPTION,
+    PROMPT_BANK,
+    bank_file,
+    dataset_description,
+    frequency,
+    make_description,
+    step_words,
+)
+from data_provider.table import fill_empty, read_table
+from data_provider.timestamps import infer_step
 from layers.errors import InputError
 from tests.realdata import real_data
 
@@ -25,6 +35,7 @@ NAN = np.nan
 def test_step_and_frequency(freq, words, key):
     dates = pd.date_range("2019-01-01", periods=60, freq=freq)
     assert step_words(dates) == words and frequency(dates) == key
+    assert step_words(infer_step(dates)) == words and frequency(infer_step(dates)) == key
 
 
 def test_irregular_rows_have_no_step():
@@ -40,6 +51,28 @@ def test_description_says_names_ranges_step_and_length():
     assert "sales from 0 to 20, price from 1.5 to 3." in text
     many = make_description(pd.date_range("2020", periods=9, freq="h"), [f"c{i}" for i in range(30)], *np.zeros((2, 30)))
     assert "c7 from 0 to 0 and 22 more." in many and "c8" not in many
+
+
+def test_whose_description_a_run_takes():
+    args = Namespace(data="custom", data_path="mine.csv", prompt_domain=0)
+    assert dataset_description(args) == DEFAULT_DESCRIPTION and bank_file(args) is None
+    args.data = "ETTm2"
+    assert bank_file(args) == PROMPT_BANK / "ETT.txt" and dataset_description(args) == DEFAULT_DESCRIPTION
+    args.prompt_domain = 1
+    assert dataset_description(args).startswith("The Electricity Transformer Temperature")
+    assert "\n" not in dataset_description(args)
+    args.data, args.data_path, args.prompt_domain = "custom", "folder/ETT.csv", 0
+    assert dataset_description(args).startswith("The Electricity")  # a custom file's own text needs no asking for
+    args.prompt_text = "in  my\nwords"
+    assert dataset_description(args) == "in my words"
+
+
+def test_a_description_that_is_not_in_the_bank():
+    args = Namespace(data="custom", data_path="mine.csv", prompt_domain=1, prompt_text=None)
+    with pytest.raises(InputError, match="--prompt_domain: got 1, expected a file mine.txt in .*prompt_bank; write it or"):
+        dataset_description(args)
+    args.checkpoint = "runs/other"  # then the flag was inherited, and told of the training's data
+    assert dataset_description(args) == DEFAULT_DESCRIPTION
 
 
 @pytest.mark.parametrize(
@@ -61,7 +94,7 @@ def write(path, text):
 
 def test_empty_cells_are_named_and_filled(tmp_path):
     file = write(tmp_path / "a.csv", "date,x,y\n2020-01-01,1,5\n2020-01-02,,5\n2020-01-03,3,\n")
-    with pytest.raises(InputError, match="row 3, column 'x': found an empty cell.*--fill_missing linear or ffill"):
+    with pytest.raises(InputError, match="row 3, column 'x': got an empty cell.*; --fill_missing linear or ffill"):
         read_table(file)
     table = read_table(file, "linear")
     assert table.filled == 2 and table.values.tolist() == [[1, 5], [2, 5], [3, 5]]
@@ -71,10 +104,10 @@ def test_empty_cells_are_named_and_filled(tmp_path):
 def test_what_filling_cannot_mend_stays_an_error(tmp_path):
     with pytest.raises(InputError, match="row 2.*ffill has no value"):
         read_table(write(tmp_path / "a.csv", "date,x\n2020-01-01,\n2020-01-02,2\n"), "ffill")
-    with pytest.raises(InputError, match="found 'bad', a number is needed") as error:
+    with pytest.raises(InputError, match="got 'bad' .*, expected a number$") as error:
         read_table(write(tmp_path / "b.csv", "date,x\n2020-01-01,1\n2020-01-02,bad\n2020-01-03,\n"), "linear")
     assert "fill_missing" not in str(error.value)
-    with pytest.raises(InputError, match="found an empty cell"):
+    with pytest.raises(InputError, match="got an empty cell"):
         read_table(write(tmp_path / "c.csv", "date,x,y\n2020-01-01,1,\n2020-01-02,1,\n"), "linear")
 
 
@@ -101,4 +134,4 @@ def test_short_files_say_the_longest_lengths(tmp_path, freq, rows):
 
 def test_weather_is_read_whole():
     series = load_series("custom", real_data("weather").parent, "weather.csv", target=None, freq=None)
-    assert len(series.columns) == 21 and series.target == "OT" and step_words(series.dates) == "10 minutes"
+    assert len(series.columns) == 21 and series.target == "OT" and series.step_words == "10 minutes"

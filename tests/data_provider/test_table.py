@@ -55,30 +55,36 @@ def test_weather_as_distributed():
 
 HEAD = "date,x,y\n2020-01-01,1,2\n"
 BAD = {
-    "text": (HEAD + "2020-01-02,1,oops\n2020-01-03,1,2\n", "row 3, column 'y': found 'oops'"),
-    "empty cell": (HEAD + "2020-01-02,1,2\n2020-01-03,,2\n", "row 4, column 'x': found an empty cell"),
-    "NaN": (HEAD + "2020-01-02,NaN,2\n", "row 3, column 'x': found an empty cell (or NaN)"),
-    "infinite": (HEAD + "2020-01-02,1,inf\n", "row 3, column 'y': found 'inf'"),
-    "too large": (HEAD + "2020-01-02,1,1e400\n", "row 3, column 'y': found 'inf'"),
-    "truth values": ("date,x\n2020-01-01,True\n2020-01-02,False\n", "row 2, column 'x': found 'True'"),
-    "blank line inside": (HEAD + "\n2020-01-02,1,2\n", "row 3, column 'x': found an empty cell"),
-    "timestamp": (HEAD + "2020-01-02,1,2\nyesterday,1,2\n", "row 4, column 'date': found 'yesterday'"),
-    "word pandas knows": (HEAD + "now,1,2\n", "row 3, column 'date': found 'now'"),
-    "no such day": (HEAD + "2020-02-30,1,2\n", "row 3, column 'date': found '2020-02-30'"),
-    "timestamp missing": (HEAD + ",1,2\n", "row 3, column 'date': found an empty cell"),
+    "text": (HEAD + "2020-01-02,1,oops\n2020-01-03,1,2\n", "row 3, column 'y': got 'oops'"),
+    "empty cell": (HEAD + "2020-01-02,1,2\n2020-01-03,,2\n", "row 4, column 'x': got an empty cell"),
+    "NaN": (HEAD + "2020-01-02,NaN,2\n", "row 3, column 'x': got an empty cell (or NaN)"),
+    "infinite": (HEAD + "2020-01-02,1,inf\n", "row 3, column 'y': got 'inf'"),
+    "too large": (HEAD + "2020-01-02,1,1e400\n", "row 3, column 'y': got 'inf'"),
+    "truth values": ("date,x\n2020-01-01,True\n2020-01-02,False\n", "row 2, column 'x': got 'True'"),
+    "blank line inside": (HEAD + "\n2020-01-02,1,2\n", "row 3, column 'x': got an empty cell"),
+    "timestamp": (HEAD + "2020-01-02,1,2\nyesterday,1,2\n", "row 4, column 'date': got 'yesterday'"),
+    "word pandas knows": (HEAD + "now,1,2\n", "row 3, column 'date': got 'now'"),
+    "no such day": (HEAD + "2020-02-30,1,2\n", "row 3, column 'date': got '2020-02-30'"),
+    "timestamp missing": (HEAD + ",1,2\n", "row 3, column 'date': got an empty cell"),
     "backwards": (
         HEAD + "2020-01-03,1,2\n2020-01-02,1,2\n",
-        "row 4, column 'date': '2020-01-02' is earlier than",
+        "got '2020-01-02', which is earlier than the row above ('2020-01-03'), expected timestamps that increase",
     ),
-    "repeated": (HEAD + "2020-01-01,1,3\n", "row 3, column 'date': '2020-01-01' repeats"),
-    "no date": ("time,x\n2020-01-01,1\n", "no column 'date'; found ['time', 'x']"),
-    "only dates": ("date\n2020-01-01\n", "no column beside 'date'"),
-    "empty": ("", "the file is empty"),
-    "blank": ("\r\n \n", "the file is empty"),
-    "header only": ("date,x\n", "only a header"),
-    "nameless column": ("date,x,\n2020-01-01,1,2\n", "column 3 has no name"),
+    "repeated": (HEAD + "2020-01-01,1,3\n", "row 3, column 'date': got '2020-01-01', which repeats"),
+    "no date": (
+        "time,x\n2020-01-01,1\n",
+        "got the columns ['time', 'x'], expected a comma-separated file with a column 'date'",
+    ),
+    "only dates": ("date\n2020-01-01\n", "got no column beside 'date', expected"),
+    "empty": ("", "got an empty file, expected"),
+    "blank": ("\r\n \n", "got an empty file, expected"),
+    "header only": ("date,x\n", "got only a header and no rows, expected"),
+    "nameless column": ("date,x,\n2020-01-01,1,2\n", "row 1, column 3: got no name, expected one for each column"),
     "cell too many": (HEAD + "2020-01-02,1,2,3\n", "line 3"),
-    "cell too many in each": ("date,x\n2020-01-01,1,2\n2020-01-02,1,2\n", "every row needs 2 cells"),
+    "cell too many in each": (
+        "date,x\n2020-01-01,1,2\n2020-01-02,1,2\n",
+        "row 2: got more cells than the header, expected 2 cells in every row",
+    ),
 }
 
 
@@ -92,9 +98,9 @@ def test_bad_file(tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="got no such file, expected a CSV file"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="got an unreadable file .*, expected a CSV file"):
         read_table(tmp_path)
 
 

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from layers.backbone import Backbone
+from layers.backbone import Backbone, Recomputed, require_bitsandbytes
 from layers.backbone_files import _window, find_backbone
 from layers.errors import InputError
-from layers.frozen_linear import REORDER
 from scripts.make_backbone import make_backbone
 
 INDEX = "model.safetensors.index.json"
@@ -33,11 +32,7 @@ def refused(folder: Path | str, name: str = "QWEN") -> str:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for shard in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(shard).items()
-    }
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +104,8 @@ def test_a_relative_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("kind", ["t5", "clip", "llava", "vit"])
 def test_only_language_models_of_text_alone(copy: Path, kind: str) -> None:
     (copy / "config.json").write_text(json.dumps({"model_type": kind}))
-    need = "need a text-only language model (decoder or encoder)"
-    assert refused(copy, "AUTO") == f"--llm_model_path {copy}: found a model of type {kind}, {need}"
+    expected = "expected a text-only language model (decoder or encoder)"
+    assert refused(copy, "AUTO") == f"--llm_model_path {copy}: got a model of type {kind}, {expected}"
 
 
 def test_only_bin_weights(copy: Path) -> None:
@@ -134,7 +129,7 @@ def test_index_that_names_a_file_outside(copy: Path, outside: str) -> None:
     index["weight_map"]["model.norm.weight"] = outside
     (copy / INDEX).write_text(json.dumps(index))
     shutil.copy(next(copy.glob("*.safetensors")), copy.parent / "stolen.safetensors")
-    assert f"{INDEX} names a file outside of the folder" in refused(copy)
+    assert f"{INDEX} that names a file outside of the folder" in refused(copy)
 
 
 def test_wrong_family(backbones) -> None:
@@ -146,11 +141,11 @@ def test_unreadable_configuration_or_no_tokenizer(copy: Path) -> None:
     (copy / "tokenizer_config.json").unlink()
     assert "no tokenizer_config.json" in refused(copy)
     (copy / "config.json").write_text("{}")
-    assert "config.json cannot be used" in refused(copy)
+    assert "got a config.json that cannot be used" in refused(copy)
 
 
 def test_more_layers_than_there_are(backbones) -> None:
-    with pytest.raises(InputError, match="--llm_layers: found 3, need at most 2"):
+    with pytest.raises(InputError, match="--llm_layers: got 3, expected at most 2, all that "):
         Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 3)
 
 
@@ -163,7 +158,7 @@ def test_tensor_missing_in_the_shards(copy: Path) -> None:
     index = json.loads((copy / INDEX).read_text())
     del index["weight_map"][name]
     (copy / INDEX).write_text(json.dumps(index))
-    with pytest.raises(InputError, match="found no weights for .*layers.0.mlp.up_proj.weight"):
+    with pytest.raises(InputError, match="got no weights for .*layers.0.mlp.up_proj.weight"):
         Backbone(find_backbone("QWEN", str(copy)), 1)
 
 
@@ -199,18 +194,28 @@ def test_sliding_window_of_a_configuration(config, window: int | None) -> None:
     assert _window(config) == window
 
 
-@pytest.mark.skipif(REORDER is None, reason="this PyTorch has no oneDNN layouts")
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_fast_path_keeps_layouts_and_the_plain_path_none(backbones, recompute: bool) -> None:
-    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2, recompute=recompute)
-    ids, patches = torch.ones(2, 4, dtype=torch.long), torch.randn(2, 5, backbone.hidden_size, requires_grad=True)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+def test_plain_attention_is_an_attribute(load, family: str) -> None:
+    assert load(family).plain_attention == "sdpa"
 
-    def layouts() -> int:
-        given = [getattr(m, "frozen_matrix", None) for m in backbone.model.modules()]
-        return sum(len(matrix._packed) for matrix in given if matrix)
 
-    for run, expected in ((backbone.plain, 0), (backbone.fast, 0 if recompute else 2 * 2 * 7)):
-        run([1, 2], ids, torch.tensor([4, 3]), patches).sum().backward()
-        assert layouts() == expected
-    backbone.to(torch.device("cpu"))
-    assert layouts() == 0
+def test_recomputed_layers_stand_for_the_layers(backbones) -> None:
+    """What a model reads off its layers is still there; what is no layer's attribute is not."""
+    layer = torch.nn.Linear(3, 3)
+    layer.attention_type = "full_attention"
+    recomputed = Recomputed(layer)
+    assert recomputed.attention_type == "full_attention" and recomputed.weight is layer.weight
+    with pytest.raises(AttributeError):
+        _ = recomputed.nothing
+    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2, recompute=True)
+    assert backbone.recompute and all(isinstance(layer, Recomputed) for layer in backbone.model.layers)
+    assert [layer.self_attn.layer_idx for layer in backbone.model.layers] == [0, 1]
+
+
+def test_bitsandbytes_is_asked_for_by_the_flag(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        require_bitsandbytes("load_in_4bit")
+    assert str(caught.value) == (
+        "--load_in_4bit: got no bitsandbytes, expected an installed one; install it with: pip install bitsandbytes"
+    )

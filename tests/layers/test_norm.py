@@ -12,9 +12,7 @@ def test_against_numpy() -> None:
     spread = np.sqrt(x.var(axis=1, ddof=0, keepdims=True) + 1e-5)
     np.testing.assert_allclose(mean.numpy(), x.mean(axis=1, keepdims=True), rtol=1e-12)
     np.testing.assert_allclose(deviation.numpy(), spread, rtol=1e-12)
-    np.testing.assert_allclose(
-        z.numpy(), (x - x.mean(axis=1, keepdims=True)) / spread, rtol=1e-10, atol=1e-12
-    )
+    np.testing.assert_allclose(z.numpy(), (x - x.mean(axis=1, keepdims=True)) / spread, rtol=1e-10, atol=1e-12)
 
 
 def test_a_constant_series_becomes_zeros() -> None:

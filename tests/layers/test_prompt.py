@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layers.errors import InputError
 from layers.norm import instance_norm
-from layers.prompt import PromptEncoder, PromptTemplate, describe_series, pad_prompts, top_lags
+from layers.prompt import PromptEncoder, Prompts, PromptTemplate, describe_series, pad_prompts, top_lags
 
 TEMPLATE = PromptTemplate("Hourly load of a town.", seq_len=8, pred_len=24)
 # As model.md has it; the lags by hand: correlations 9.25 at 0, 3.55 at 3 and 5, 2.0 at 2 and 6.
@@ -73,9 +73,7 @@ def test_figures_against_torch(steps: int) -> None:
 def test_lags_against_a_sum_written_out(steps: int) -> None:
     z = random_series(10, steps, seed=1)
     for series, lags in zip(z.astype(np.float64), top_lags(z), strict=True):
-        correlation = [
-            sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)
-        ]
+        correlation = [sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)]
         assert len(set(lags)) == 5
         np.testing.assert_allclose([correlation[lag] for lag in lags], sorted(correlation)[:-6:-1], rtol=1e-9)
         for first, second in zip(lags, lags[1:], strict=False):
@@ -121,9 +119,7 @@ def test_falls_back_where_the_opening_does_not_split() -> None:
     assert encoder.encode(texts) == [tokenizer(TEMPLATE.opening() + text)["input_ids"] for text in texts]
 
 
-@pytest.mark.parametrize(
-    ("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)]
-)
+@pytest.mark.parametrize(("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)])
 def test_the_description_is_cut_and_never_the_statistics(backbones, family: str, limit: int) -> None:
     tokenizer = tokenizer_of(backbones, family)
     template = PromptTemplate(LONG, seq_len=512, pred_len=96)
@@ -132,9 +128,7 @@ def test_the_description_is_cut_and_never_the_statistics(backbones, family: str,
     assert kept and LONG.startswith(kept) and len(kept) < len(LONG)
     z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
     lengths = []
-    for text, ids in zip(
-        describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True
-    ):
+    for text, ids in zip(describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True):
         whole = encoder.opening_ids + ids
         cut = PromptTemplate(kept, 512, 96).opening() + text
         assert tokenizer.decode(whole, skip_special_tokens=True) == cut
@@ -149,11 +143,18 @@ def test_a_description_that_fits_is_kept(backbones) -> None:
 
 
 def test_no_room_for_the_statistics(backbones) -> None:
-    with pytest.raises(InputError, match="--seq_len 512: 60 positions") as caught:
+    with pytest.raises(InputError, match="--seq_len 512: got 60 positions") as caught:
         PromptEncoder(tokenizer_of(backbones, "bert"), PromptTemplate("d", 512, 96), 60)
     assert "\n" not in str(caught.value)
 
 
 def test_padding_is_on_the_right() -> None:
-    ids, length = pad_prompts([[5, 6, 7], [8]])
-    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and length.tolist() == [3, 1]
+    prompts = pad_prompts([[5, 6, 7], [8]])
+    assert isinstance(prompts, Prompts) and prompts.ids.dtype == prompts.length.dtype == torch.int64
+    assert prompts.ids.tolist() == [[5, 6, 7], [8, 0, 0]] and prompts.length.tolist() == [3, 1]
+
+
+def test_rows_of_prompts() -> None:
+    prompts = pad_prompts([[5, 6, 7], [8], [9, 1]])
+    ids, length = prompts.to(torch.device("cpu")).rows(1, 3)
+    assert ids.tolist() == [[8, 0, 0], [9, 1, 0]] and length.tolist() == [1, 2]

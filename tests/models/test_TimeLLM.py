@@ -1,6 +1,8 @@
 """The model as a whole: what is trained, what stays frozen, and its figures against plain tensor algebra."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from layers.backbone_files import BackboneInfo
+from data_provider.description import DEFAULT_DESCRIPTION
+from layers.backbone import Backbone
+from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import InputError
+from layers.fast import FastPath, cross_attention
 from layers.norm import instance_norm
-from models.TimeLLM import DEFAULT_DESCRIPTION, Model, describe
+from models.TimeLLM import Model
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, make_batch, random_windows, small_model
 from utils.flags import parse_flags
-from utils.step import build_optimizer, gradients
+from utils.training.step import build_optimizer
+from utils.training.train import forward_backward
 
 PROJECTIONS = [
     f"reprogramming_layer.{name}_projection.{kind}"
@@ -24,9 +30,13 @@ PROJECTIONS = [
     for kind in ("weight", "bias")
 ]
 TRAINED = [
-    "patch_embedding.value_embedding.tokenConv.weight", "mapping_layer.weight", "mapping_layer.bias",
-    *PROJECTIONS, "output_projection.linear.weight", "output_projection.linear.bias",
-]  # fmt: skip
+    "patch_embedding.value_embedding.tokenConv.weight",
+    "mapping_layer.weight",
+    "mapping_layer.bias",
+    *PROJECTIONS,
+    "output_projection.linear.weight",
+    "output_projection.linear.bias",
+]
 
 
 @pytest.fixture
@@ -39,11 +49,11 @@ def backbone_bytes(model: Model) -> dict[str, bytes]:
 
 
 def train_steps(model: Model, steps: int = 3) -> None:
-    batch = make_batch(model, random_windows())
+    batch = make_batch(model, random_windows()).sequences()
     optimizer = build_optimizer("adam", model, 1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        gradients(model, batch, Accelerator(cpu=True))
+        forward_backward(model, batch, Accelerator(cpu=True))
         optimizer.step()
 
 
@@ -63,8 +73,8 @@ def test_backbone_keeps_its_bytes_and_its_eval_mode(model) -> None:
     before = backbone_bytes(model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    for fast in (True, False):
-        model.fast_path = fast
+    for language_model in (model.language_model, model.backbone.plain):
+        model.language_model = language_model
         train_steps(model)
     assert backbone_bytes(model) == before
     assert not any(module.training for module in model.backbone.model.modules())
@@ -74,11 +84,11 @@ def test_backbone_keeps_its_bytes_and_its_eval_mode(model) -> None:
 
 
 def test_dropout_in_training_mode_only(model) -> None:
-    batch = make_batch(model, random_windows())
+    batch = make_batch(model, random_windows()).sequences()
 
     def forecast() -> torch.Tensor:
         with torch.no_grad():
-            return model.forecast(batch.x, batch.prompts, model.text_prototypes())
+            return model.forecast(batch.x, batch.prompts, model.shared())
 
     assert torch.equal(forecast(), forecast())
     model.train()
@@ -115,23 +125,83 @@ def test_mapping_and_shapes_need_no_weights(load, tmp_path: Path) -> None:
     assert shapes == {name: tensor.shape for name, tensor in full.state_dict().items()}
 
 
-def test_description(tmp_path: Path) -> None:
-    args = parse_flags(command_line(tmp_path, tmp_path))
-    assert describe(args) == DEFAULT_DESCRIPTION
-    args.prompt_domain, args.data = 1, "ETTm2"
-    assert describe(args).startswith("The Electricity Transformer Temperature") and "\n" not in describe(args)
-    args.data, args.data_path = "custom", "mine.csv"
-    with pytest.raises(InputError, match="--prompt_domain 1: found no mine.txt"):
-        describe(args)
+def test_the_prompt_has_the_description_of_the_data(load, tmp_path: Path) -> None:
+    def description(**flags: object) -> str:
+        return small_model(tmp_path, load("qwen2"), llm_layers=2, **flags).prompts.template.description
+
+    assert description() == DEFAULT_DESCRIPTION
+    assert description(prompt_text="Load of\n a town.") == "Load of a town."
+    assert description(prompt_domain=1, data="ETTm2", data_path="ETTm2.csv").startswith("The Electricity Transformer")
+    with pytest.raises(InputError, match="--prompt_domain.* 1.*mine.txt"):
+        description(prompt_domain=1, data_path="mine.csv")
+
+
+def test_an_encoder_that_was_fitted_before_is_taken(model, tmp_path: Path) -> None:
+    args = parse_flags(command_line(tmp_path, model.backbone.info.folder, llm_layers=2))
+    assert Model(args, model.backbone, model.prompts).prompts is model.prompts
+
+
+def test_the_language_model_is_loaded_where_none_is_given(backbones, tmp_path: Path) -> None:
+    args = parse_flags(command_line(tmp_path, backbones["qwen2"], llm_layers=2))
+    model = Model(args).float()
+    assert model(random_windows(2)).shape == (2, PRED_LEN, 2) and model.backbone.device.type == "cpu"
+
+
+def test_the_language_model_is_chosen_once(load, tmp_path: Path) -> None:
+    fast, plain = (small_model(tmp_path, load("qwen2"), llm_layers=2, fast_path=path) for path in ("auto", "plain"))
+    assert fast.fast_path and isinstance(fast.language_model, FastPath)
+    assert not plain.fast_path and plain.language_model == load("qwen2").plain
+    for model in (fast, plain):
+        assert model.reprogramming_layer.attend is cross_attention
+        chosen = model.language_model
+        model(random_windows(2))
+        assert model.train().float().language_model is chosen
+        with pytest.raises(AttributeError):
+            model.fast_path = False
+
+
+def test_the_language_model_moves_along(backbones, tmp_path: Path) -> None:
+    """To another device, with a fast path of its own there; a change of number types is the trained parts' alone."""
+    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2)
+    model = small_model(tmp_path, backbone, llm_layers=2)
+    chosen = model.language_model
+    assert model.double().backbone.dtype == torch.float32 and model.language_model is chosen
+    model.to("meta")
+    assert model.backbone.device.type == "meta" and model.language_model is not chosen
+    twin = model.language_model.model
+    tensors = [*twin.parameters(), *twin.buffers()]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert set(map(id, tensors)) == set(map(id, [*backbone.model.parameters(), *backbone.model.buffers()]))
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_nothing_outlives_its_last_reference(backbones, tmp_path: Path, family: str, path: str) -> None:
+    """No cycles: the memory of one run is free before the next loads its model."""
+    name = {"qwen2": "QWEN", "gpt2": "GPT2"}[family]
+    backbone = Backbone(find_backbone(name, str(backbones[family])), 2)
+    model = small_model(tmp_path, backbone, llm_model=name, llm_layers=2, fast_path=path)
+    train_steps(model, 1)
+    held = [model, backbone, backbone.model, *model.parameters(), *backbone.model.parameters()]
+    if path == "auto":
+        held += [model.language_model, model.language_model.model]
+    watched = [weakref.ref(each) for each in held]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, backbone, held
+        assert not [ref() for ref in watched if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "BERT"), ("gpt2", "GPT2")])
-def test_few_positions(load, tmp_path: Path, monkeypatch, family: str, name: str) -> None:
+def test_few_positions(load, tmp_path: Path, family: str, name: str) -> None:
     """With a description far too long, prompt and patches fit into 512 and 1024 positions."""
-    monkeypatch.setattr("models.TimeLLM.DEFAULT_DESCRIPTION", "A word or two. " * 500)
-    model = small_model(tmp_path, load(family), llm_model=name, seq_len=512, llm_layers=2)
+    text = "A word or two. " * 500
+    model = small_model(tmp_path, load(family), llm_model=name, seq_len=512, llm_layers=2, prompt_text=text)
     x = random_windows(2, seq_len=512)
-    batch = make_batch(model, x)
+    batch = make_batch(model, x).sequences()
     tokens = len(model.prompts.opening_ids) + int(batch.prompts.length.max()) + 64
     positions = load(family).info.max_positions
     assert positions - 40 < tokens <= positions
@@ -164,11 +234,7 @@ def qwen2(folder: Path, inputs: torch.Tensor) -> torch.Tensor:
     n, width = len(inputs), config["hidden_size"] // heads
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return (
-            x
-            / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
-            * w[f"model.{name}.weight"]
-        )
+        return x / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * w[f"model.{name}.weight"]
 
     theta = config["rope_parameters"]["rope_theta"]
     angle = torch.arange(n)[:, None].double() / theta ** (torch.arange(0, width, 2).double() / width)
@@ -214,9 +280,7 @@ def forecast(folder: Path, trained: dict[str, torch.Tensor], z: torch.Tensor) ->
     patches = torch.stack([padded[i * 8 : i * 8 + 16] for i in range((SEQ_LEN - 16) // 8 + 2)])  # (L, P)
     L = len(patches)
     kernel = t["patch_embedding.value_embedding.tokenConv.weight"]  # (d, P, 3)
-    tokens = torch.stack(
-        [sum(kernel[:, :, j] @ patches[(i + j - 1) % L] for j in range(3)) for i in range(L)]
-    )
+    tokens = torch.stack([sum(kernel[:, :, j] @ patches[(i + j - 1) % L] for j in range(3)) for i in range(L)])
 
     prototypes = t["mapping_layer.weight"] @ E + t["mapping_layer.bias"][:, None]  # (K, D)
 
@@ -232,9 +296,9 @@ def forecast(folder: Path, trained: dict[str, torch.Tensor], z: torch.Tensor) ->
     return t["output_projection.linear.weight"] @ hidden.T.flatten() + t["output_projection.linear.bias"]
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-def test_against_plain_tensor_algebra(model, fast: bool) -> None:
-    model.fast_path = fast
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_against_plain_tensor_algebra(load, tmp_path: Path, path: str) -> None:
+    model = small_model(tmp_path, load("qwen2"), llm_layers=2, fast_path=path)
     x = random_windows(2, seed=5)[1:]  # (1, T, N)
     x[..., 0] = x[..., 0] * 1000 + 20
     # Step 1 has a test of its own; its last bit would show in the digits of the prompt.

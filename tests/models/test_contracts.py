@@ -8,10 +8,11 @@ from accelerate import Accelerator
 
 from layers.backbone import Backbone
 from layers.backbone_files import find_backbone
+from layers.fast import FastPath
 from layers.prompt import PromptEncoder
 from tests.layers.test_prompt import joining_tokenizer
 from tests.small_run import make_batch, random_windows, small_model
-from utils.step import gradients
+from utils.training.train import forward_backward
 
 CAUSAL = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2"}
 NAMES = CAUSAL | {"bert": "BERT"}
@@ -33,29 +34,26 @@ def series_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return max(difference(x, y) for x, y in zip(a.mT.flatten(0, -2), b.mT.flatten(0, -2), strict=True))
 
 
-def outputs_and_gradients(
-    model, batch, max_sequences: int = 0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def outputs_and_gradients(model, batch, max_sequences: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Forecasts `[M, H]` and the gradient of every trained tensor, without dropout."""
     model.eval()
     model.zero_grad()
-    gradients(model, batch, Accelerator(cpu=True), max_sequences)
+    forward_backward(model, batch, Accelerator(cpu=True), max_sequences)
     with torch.no_grad():
-        out = model.forecast(batch.x, batch.prompts, model.text_prototypes())
+        out = model.forecast(batch.x, batch.prompts, model.shared())
     return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def assert_paths_agree(model, batch, tolerance: float) -> None:
-    model.fast_path = False
+    fast_path, model.language_model = model.language_model, model.backbone.plain
+    assert isinstance(fast_path, FastPath)
     plain, plain_gradients = outputs_and_gradients(model, batch)
-    model.fast_path = True
+    model.language_model = fast_path
     fast, fast_gradients = outputs_and_gradients(model, batch)
     assert series_difference(fast.mT, plain.mT) < tolerance
     assert len(plain_gradients) == 13 - ("prototypes" in plain_gradients)
     for name, gradient in plain_gradients.items():
-        if (
-            name == "reprogramming_layer.key_projection.bias"
-        ):  # zero by construction: softmax is shift-invariant
+        if name == "reprogramming_layer.key_projection.bias":  # zero by construction: softmax is shift-invariant
             assert (gradient == 0).all() and (fast_gradients[name] == 0).all()
             continue
         assert gradient.abs().max() > 0, name
@@ -69,22 +67,18 @@ def assert_paths_agree(model, batch, tolerance: float) -> None:
 def test_fast_equals_plain(load, tmp_path, family: str, four_bit: bool) -> None:
     model = model_of(load, tmp_path, family, four_bit)
     assert model.fast_path and model.prompts.opening_ids
-    batch = make_batch(model, random_windows())
+    batch = make_batch(model, random_windows()).sequences()
     assert len(set(batch.prompts.length.tolist())) > 2  # prompts of different lengths
     assert_paths_agree(model, batch, BFLOAT16 if four_bit else FLOAT32)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-@pytest.mark.parametrize(
-    ("family", "four_bit"), [(f, b) for b in (False, True) for f in NAMES if not (f == "bert" and b)]
-)
-def test_a_window_alone_equals_itself_in_a_batch(
-    load, tmp_path, family: str, four_bit: bool, fast: bool
-) -> None:
+@pytest.mark.parametrize(("family", "four_bit"), [(f, b) for b in (False, True) for f in NAMES if not (f == "bert" and b)])
+def test_a_window_alone_equals_itself_in_a_batch(load, tmp_path, family: str, four_bit: bool, fast: bool) -> None:
     if fast and family == "bert":
         pytest.skip("a bidirectional backbone has no fast path")
-    model = model_of(load, tmp_path, family, four_bit)
-    model.fast_path = fast
+    model = model_of(load, tmp_path, family, four_bit, fast_path="auto" if fast else "plain")
+    assert model.fast_path == fast
     x = random_windows(4)
     tolerance = BFLOAT16 if four_bit else FLOAT32
     with torch.no_grad():
@@ -109,20 +103,20 @@ def test_channels_are_forecast_in_their_place(load, tmp_path) -> None:
 def test_prompt_and_position_count(load, tmp_path) -> None:
     """The tests above could not fail if the forecast did not look at the prompt, or at positions."""
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows())
+    batch = make_batch(model, random_windows()).sequences()
     with torch.no_grad():
-        prototypes = model.text_prototypes()
-        out = model.forecast(batch.x, batch.prompts, prototypes)
+        shared = model.shared()
+        out = model.forecast(batch.x, batch.prompts, shared)
         turned = batch.prompts._replace(ids=batch.prompts.ids.flip(0), length=batch.prompts.length.flip(0))
-        assert difference(model.forecast(batch.x, turned, prototypes), out) > 1e-3
+        assert difference(model.forecast(batch.x, turned, shared), out) > 1e-3
         shorter = batch.prompts._replace(length=batch.prompts.length - 1)
-        assert difference(model.forecast(batch.x, shorter, prototypes), out) > 1e-4
+        assert difference(model.forecast(batch.x, shorter, shared), out) > 1e-4
 
 
 def test_bert_is_bidirectional_and_takes_the_plain_path(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "bert")
     assert not model.fast_path
-    _, found = outputs_and_gradients(model, make_batch(model, random_windows()))
+    _, found = outputs_and_gradients(model, make_batch(model, random_windows()).sequences())
     zero = {name for name, gradient in found.items() if gradient.abs().max() == 0}
     assert zero == {"reprogramming_layer.key_projection.bias"}
     embeddings = torch.randn(1, 5, model.backbone.hidden_size)
@@ -149,24 +143,43 @@ def test_paths_agree_without_a_shared_opening(backbones, tmp_path) -> None:
     model = small_model(tmp_path, Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2))
     model.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     assert model.prompts.opening_ids == []
-    assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
+    assert_paths_agree(model, make_batch(model, random_windows(2)).sequences(), FLOAT32)
+
+
+def test_two_paths_are_two_models_with_the_same_weights(load, tmp_path) -> None:
+    fast, plain = (model_of(load, tmp_path, "qwen2", fast_path=path) for path in ("auto", "plain"))
+    plain.load_state_dict({name: tensor + 0.01 for name, tensor in fast.state_dict().items()})
+    x = random_windows()
+    with torch.no_grad():
+        assert series_difference(plain(x), fast(x)) > 1e-3
+        plain.load_state_dict(fast.state_dict())
+        assert series_difference(plain(x), fast(x)) < FLOAT32
+
+
+def test_models_that_share_a_backbone_do_not_meet(load, tmp_path) -> None:
+    """Each has a fast path of its own, with the opening of its own prompt."""
+    models = [model_of(load, tmp_path, "qwen2", pred_len=horizon) for horizon in (8, 9)]
+    x = random_windows(2)
+    with torch.no_grad():
+        expected = [model(x) for model in models]
+        assert all(torch.equal(model(x), right) for model, right in zip(models * 2, expected * 2, strict=True))
 
 
 def test_the_opening_may_change_between_two_models(load, tmp_path) -> None:
-    """The prompt's cached opening belongs to the text, not to the backbone that two models share."""
+    """The cached opening belongs to the text, not to the fast path that two models share."""
+    language_model = FastPath(load("qwen2"))
     for horizon in (8, 9, 8):
         model = model_of(load, tmp_path, "qwen2", pred_len=horizon)
-        assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
+        model.language_model = language_model
+        assert_paths_agree(model, make_batch(model, random_windows(2)).sequences(), FLOAT32)
 
 
-@pytest.mark.parametrize(
-    "failing_pass",
-    [1, 2, 3],
-)
+@pytest.mark.parametrize("failing_pass", [1, 2, 3])
 def test_a_pass_that_ran_out_of_memory_leaves_nothing_behind(backbones, tmp_path, failing_pass: int) -> None:
     """Batches are tried again in smaller parts: what the first try began must not be taken for finished."""
     backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2)
     models = [small_model(tmp_path, backbone, pred_len=horizon) for horizon in (8, 9)]
+    models[1].language_model = models[0].language_model
     x = random_windows(2)
     with torch.no_grad():
         expected = [model(x) for model in models]
@@ -177,7 +190,7 @@ def test_a_pass_that_ran_out_of_memory_leaves_nothing_behind(backbones, tmp_path
             if next(passes, 4) == failing_pass:
                 raise RuntimeError("out of memory")
 
-        hook = backbone.model.layers[1].register_forward_pre_hook(out_of_memory)
+        hook = models[0].language_model.model.layers[1].register_forward_pre_hook(out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             models[1](x)
         hook.remove()
@@ -188,20 +201,21 @@ def test_a_pass_that_ran_out_of_memory_leaves_nothing_behind(backbones, tmp_path
 def test_an_empty_opening_may_follow_another(backbones, tmp_path) -> None:
     backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2)
     model, other = small_model(tmp_path, backbone), small_model(tmp_path, backbone)
+    other.language_model = model.language_model
     other.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     for each in (model, other, model):
-        assert_paths_agree(each, make_batch(each, random_windows(2)), FLOAT32)
+        assert_paths_agree(each, make_batch(each, random_windows(2)).sequences(), FLOAT32)
 
 
 def test_paths_agree_with_direct_prototypes(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2", prototypes="direct")
-    assert_paths_agree(model, make_batch(model, random_windows()), FLOAT32)
+    assert_paths_agree(model, make_batch(model, random_windows()).sequences(), FLOAT32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 5, 100])
 def test_batches_in_parts_have_the_same_gradients(load, tmp_path, parts: int) -> None:
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows(3))  # 6 sequences
+    batch = make_batch(model, random_windows(3)).sequences()  # 6 sequences
     _, whole = outputs_and_gradients(model, batch)
     _, summed = outputs_and_gradients(model, batch, max_sequences=parts)
     for name, gradient in whole.items():
@@ -209,14 +223,15 @@ def test_batches_in_parts_have_the_same_gradients(load, tmp_path, parts: int) ->
             assert difference(summed[name], gradient) < FLOAT32, name
 
 
+@pytest.mark.parametrize("path", ["auto", "plain"])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, family: str) -> None:
+def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, family: str, path: str) -> None:
     """And keep less: what automatic differentiation holds for the backward pass is counted."""
     kept, results = [], []
     recomputing = Backbone(find_backbone(CAUSAL[family], str(backbones[family])), 2, recompute=True)
     for backbone in (load(family), recomputing):
-        model = small_model(tmp_path, backbone, llm_model=CAUSAL[family], llm_layers=2)
-        batch, held = make_batch(model, random_windows(2)), []
+        model = small_model(tmp_path, backbone, llm_model=CAUSAL[family], llm_layers=2, fast_path=path)
+        batch, held = make_batch(model, random_windows(2)).sequences(), []
 
         def count(tensor: torch.Tensor, held: list[int] = held) -> torch.Tensor:
             held.append(tensor.nbytes)
@@ -234,11 +249,11 @@ def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, fa
 
 def test_loss_is_the_mean_squared_error_and_gradients_are_its_own(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows())
-    loss = gradients(model, batch, Accelerator(cpu=True))
+    batch = make_batch(model, random_windows()).sequences()
+    loss = forward_backward(model, batch, Accelerator(cpu=True))
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    expected = (model.forecast(batch.x, batch.prompts, model.text_prototypes()) - batch.y).square().mean()
+    expected = (model.forecast(batch.x, batch.prompts, model.shared()) - batch.y).square().mean()
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():

@@ -28,9 +28,7 @@ def get_data():
 
 def run(folder, *arguments, data=None):
     """The script's printed lines, run from another folder."""
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("TIMELLM_DATA", "PYTHONPATH")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("TIMELLM_DATA", "PYTHONPATH")}
     if data is not None:
         environment["TIMELLM_DATA"] = str(data)
     command = [sys.executable, str(SCRIPT), "--offline", "--out", "out", *arguments]
@@ -87,11 +85,7 @@ def test_a_changed_file_is_kept_and_reported(tmp_path):
     own.parent.mkdir(parents=True)
     own.write_text("date,x\n2020-01-01,1\n")
     lines = run(tmp_path, "--name", "ETTh1")
-    assert (
-        "WARNING" in lines[0]
-        and "another SHA-256" in lines[0]
-        and lines[-1] == "data: out/ETT-small/ETTh1.csv"
-    )
+    assert "WARNING" in lines[0] and "another SHA-256" in lines[0] and lines[-1] == "data: out/ETT-small/ETTh1.csv"
     assert own.read_text() == "date,x\n2020-01-01,1\n"
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 import layers.backbone
 import run_main
 from tests.small_run import ROWS, command_line, run_folder, write_csv
+from utils.checks import check_model, outline
+from utils.flags import parse_flags
+from utils.saving.checkpoint import shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +53,9 @@ def refuse(no_weights, tmp_path: Path, capsys):
         assert (code, out) == (2, "")
         assert err.startswith("run_main.py: error: ") and err.count("\n") == 1 and err.endswith("\n")
         assert not run_folder(command_line(tmp_path, no_weights)).exists()
-        return err.removeprefix("run_main.py: error: ").rstrip("\n")
+        line = err.removeprefix("run_main.py: error: ").rstrip("\n")
+        assert re.fullmatch(r"\S.*?: got .+, expected .+", line), line
+        return line
 
     return refused
 
@@ -67,17 +73,18 @@ def test_the_guard_itself(no_weights, tmp_path: Path) -> None:
         ({"d_model": 0}, ["--d_model", "'0'"]),
         ({"llm_model": "MISTRAL"}, ["--llm_model", "'MISTRAL'", "QWEN"]),
         ({"data_path": "missing.csv"}, ["--data_path", "missing.csv", "no such file"]),
-        ({"features": "S", "target": "heat"}, ["--target heat", "load, flow, OT"]),
-        ({"features": "MS", "target": "heat"}, ["--target heat", "load, flow, OT"]),
+        ({"data_path": "two\nlines.csv"}, ["--data_path", "two\\nlines.csv", "no such file"]),
+        ({"features": "S", "target": "heat"}, ["--target", "'heat'", "load, flow, OT"]),
+        ({"features": "MS", "target": "heat"}, ["--target", "'heat'", "load, flow, OT"]),
         ({"seq_len": 12}, ["--seq_len", "12", "patch", "16"]),
         ({"seq_len": 217, "label_len": 0}, ["--seq_len 217", "train", "224", "series.csv"]),
         ({"pred_len": 33}, ["--pred_len 33", "val", "32"]),
         ({"seq_len": 32, "pred_len": 65}, ["--pred_len 65", "val"]),
         ({"percent": 1}, ["--percent 1", "train"]),
-        ({"batch_size": 186}, ["--batch_size 186", "185"]),
-        ({"enc_in": 7}, ["--enc_in", "7", "need 3"]),
-        ({"enc_in": 3, "features": "S"}, ["--enc_in", "3", "need 1"]),
-        ({"llm_dim": 2048}, ["--llm_dim", "2048", "need 128"]),
+        ({"batch_size": 186}, ["--batch_size", "186", "185"]),
+        ({"enc_in": 7}, ["--enc_in", "7", "expected 3"]),
+        ({"enc_in": 3, "features": "S"}, ["--enc_in", "3", "expected 1"]),
+        ({"llm_dim": 2048}, ["--llm_dim", "2048", "expected 128"]),
         ({"llm_layers": 3}, ["--llm_layers", "3", "at most 2"]),
         ({"d_ff": 129}, ["--d_ff", "129", "128"]),
         ({"llm_model": "LLAMA"}, ["--llm_model LLAMA", "qwen2"]),
@@ -157,14 +164,12 @@ def test_files(refuse, tmp_path: Path, change, words: list[str]) -> None:
 
 def test_checkpoint_of_another_shape(refuse, no_weights, tmp_path: Path) -> None:
     """Seen in the header alone: the tensors themselves are cut off."""
-    from utils.flags import parse_flags
-    from utils.run import check, trained_shapes
-
     args = parse_flags(command_line(tmp_path, no_weights))
-    _, info, _ = check(args, tmp_path)
-    shapes = trained_shapes(args, info)
+    shapes = shapes_of(outline(args, check_model(args)))
     file = tmp_path / "checkpoint.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
     for flags, name in (
         ({"pred_len": 9}, "output_projection"), ({"d_model": 16}, "tokenConv"),
         ({"n_heads": 4}, "reprogramming_layer"),
@@ -232,6 +237,4 @@ def test_as_a_program(backbones, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.count("\n") == 1 and run.stderr.startswith(
-        "run_main.py: error: --enc_in: found 320, need 3"
-    )
+    assert run.stderr.count("\n") == 1 and run.stderr.startswith("run_main.py: error: --enc_in: got 320, expected 3")

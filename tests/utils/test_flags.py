@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.flags import build_parser, clean_name, parse_flags, run_name
+from utils.flags import FLAGS, clean_name, parse_flags, run_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,71 +106,115 @@ BAD_VALUES = [
     ("--optimizer", "sgd"), ("--loss", "MAE"), ("--lradj", "type2"), ("--pct_start", "0"),
     ("--pct_start", "1"), ("--max_sequences", "-1"), ("--max_iters", "-1"), ("--save_steps", "-1"),
     ("--log_every", "0"), ("--model_id", " "), ("--fill_missing", "zero"), ("--predict_steps", "0"),
-    ("--save_predictions", "all"), ("--plots", "2"),
+    ("--save_predictions", "all"), ("--plots", "2"), ("--torch_checkpoint", "2"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("flag", "value"), BAD_VALUES)
 def test_bad_value_is_named(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_of([*GUIDE, flag, value], capsys)
-    assert line.startswith(f"{flag}: found {value!r}, need ")
+    assert line.startswith(f"{flag}: got {value!r}, expected ")
+
+
+PATHS = ["--root_path", "--data_path", "--llm_model_path", "--checkpoints", "--checkpoint", "--predict_path"]
+
+
+@pytest.mark.parametrize("value", ["", " ", "x" * 256, "x/" * 2000, "a\ud800", "a\0b"])
+@pytest.mark.parametrize("flag", PATHS)
+def test_a_path_that_no_file_system_takes(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of([*GUIDE, "--is_training", "0", flag, value], capsys)
+    assert line.startswith(f"{flag}: got {value!r}, expected a ")
 
 
 def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
     takes_any_text = {
-        "--model_comment", "--des", "--root_path", "--data_path", "--target", "--loader",
-        "--seasonal_patterns", "--activation", "--llm_model_path", "--checkpoints", "--checkpoint",
-        "--prompt_text", "--predict_path",
+        "--model_comment", "--des", "--target", "--loader", "--seasonal_patterns", "--activation", "--prompt_text",
     }  # fmt: skip
     same_kind_as_one_tried = {
         "--dec_in", "--c_out", "--e_layers", "--d_layers", "--factor", "--moving_avg", "--align_epochs",
         "--output_attention", "--use_amp", "--grad_checkpoint", "--resume", "--do_predict", "--tensorboard",
     }  # fmt: skip
-    flags = {action.option_strings[-1] for action in build_parser()._actions} - {"--help"}
-    assert flags == {flag for flag, _ in BAD_VALUES} | takes_any_text | same_kind_as_one_tried
+    assert {f"--{flag.name}" for flag in FLAGS} == {flag for flag, _ in BAD_VALUES} | set(
+        PATHS
+    ) | takes_any_text | same_kind_as_one_tried
 
 
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("--seq_len 10", "--seq_len: found 10, shorter than a patch, need --patch_len 16 or more"),
-        ("--label_len 513", "--label_len: found 513, need at most --seq_len 512"),
-        ("--data custom --data_path", "--data_path: found no value right after it, need a file name"),
-        ("--label_len --pred_len 48 96", "--label_len: found no value right after it, need a whole number"),
-        ("--bacth_size 4", "--bacth_size: found an unknown flag, need perhaps --batch_size"),
-        ("--batch 4", "--batch: found an unknown flag"),
-        ("--qqqqqqqq=4", "--qqqqqqqq: found an unknown flag, need one that --help lists"),
-        ("--seq_len 96 97", "'97': found a value without a flag"),
-        ("--checkpoint somewhere", "--checkpoint: found with --is_training 1, need --is_training 0"),
-        ("--do_predict --predict_path x", "--predict_path: found with --is_training 1, need --is_training 0"),
-        (f"--des {'x' * 300}", "--model_id, --model_comment, --des: found"),
+        ("--seq_len 10", "--seq_len: got 10, shorter than a patch, expected --patch_len 16 or more"),
+        ("--label_len 513", "--label_len: got 513, expected at most --seq_len 512"),
+        ("--data custom --data_path", "--data_path: got no value right after it, expected a file name"),
+        ("--label_len --pred_len 48 96", "--label_len: got no value right after it, expected a whole number"),
+        ("--bacth_size 4", "--bacth_size: got an unknown flag, expected perhaps --batch_size"),
+        ("--batch 4", "--batch: got an unknown flag"),
+        ("--qqqqqqqq=4", "--qqqqqqqq: got an unknown flag, expected one that --help lists"),
+        ("--seq_len 96 97", "'97': got a value without a flag"),
+        ("--checkpoint somewhere", "--checkpoint: got it with --is_training 1, expected --is_training 0"),
+        ("--do_predict --predict_path x", "--predict_path: got it with --is_training 1, expected --is_training 0"),
+        (f"--des {'x' * 300}", "--model_id, --model_comment, --des: got 'xxxxxxxxxxxxxxxxxxxx'... in a run name of "),
+        ("--help=x", "--help: got a value, expected none"),
+        ("-hx", "--help: got a value, expected none"),
+        ("--seed=--", "--seed: got '--', expected a whole number from 0 to 4294967295"),
+        ("--seed --", "--seed: got no value right after it, expected a whole number from 0 to 4294967295"),
+        ("--load_in_4bit=--", "--load_in_4bit: got '--', expected nothing, or True or False"),
+        ("--des=--", "--des: got '--', expected some text"),
+        ("--", "--: got an unknown flag, expected "),
+        ("-device\n", "-device\\n: got an unknown flag, expected perhaps --device"),
     ],
 )
 def test_what_else_can_be_wrong(extra: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert error_of([*GUIDE, *extra.split()], capsys).startswith(expected)
+    assert error_of([*GUIDE, *extra.split(" ")], capsys).startswith(expected)
+
+
+ODD = [
+    "", "-", "--", "---", "=", "-h", "-h=", "-1", "1e400", "9" * 5000, "nan", "x", "\n", "\x1b[2J", "\ud800", "%(prog)s",
+    "@file", "--seed", "--help", "None", "[]", " 5 ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_words_end_in_a_traceback(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    chance = random.Random(seed)
+    names = [flag.name for flag in FLAGS] + ["help", "unheard_of"]
+    for _ in range(300):
+        words = list(REQUIRED)
+        for _ in range(chance.randint(1, 3)):
+            name, odd, place = chance.choice(names), chance.choice(ODD), chance.randrange(len(words) + 1)
+            forms = [[f"--{name}={odd}"], [f"--{name}", odd], [odd], [f"-{name}{odd}"], [f"--{name}{odd}"]]
+            words[place:place] = chance.choice(forms)
+        try:
+            parse_flags(words)
+        except SystemExit as stop:
+            out, err = capsys.readouterr()
+            if stop.code == 0:  # -h stood among them
+                assert out and not err
+                continue
+            assert (stop.code, out) == (2, ""), words
+            assert err.startswith("run_main.py: error: ") and err.count("\n") == 1 and err[:-1].isprintable(), words
 
 
 def test_a_checkpoint_that_is_not_there_is_named_before_the_flags_it_would_give(capsys) -> None:
     line = error_of(["--is_training", "0", "--do_predict", "--checkpoint", "no/such"], capsys)
-    assert line.startswith("--checkpoint no/such: found no such file or folder")
+    assert line.startswith("--checkpoint no/such: got no such file or folder")
 
 
 def test_missing_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--task_name: found nothing" in error_of([], capsys)
+    assert "--task_name: got nothing" in error_of([], capsys)
     given = "--task_name long_term_forecast --is_training 1 --model TimeLLM --data ETTh1"
     line = error_of(given.split(), capsys)
-    assert line.startswith("--model_id: found nothing") and "--model_comment" in line
+    assert line.startswith("--model_id: got nothing") and "--model_comment" in line
 
 
 def test_other_families_need_a_path(capsys: pytest.CaptureFixture[str]) -> None:
-    assert error_of([*REQUIRED, "--llm_model", "GPT2"], capsys).startswith("--llm_model_path: found nothing")
+    assert error_of([*REQUIRED, "--llm_model", "GPT2"], capsys).startswith("--llm_model_path: got nothing")
     assert parse_flags([*REQUIRED, "--llm_model", "gpt2", "--llm_model_path", "x"]).llm_model == "GPT2"
 
 
 def test_defaults_that_follow_from_other_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_flags([*REQUIRED, "--seq_len", "24"]).label_len == 24
     assert parse_flags([*REQUIRED, "--data", "ETTm2"]).data_path == "ETTm2.csv"
-    assert error_of([*REQUIRED, "--data", "custom"], capsys).startswith("--data_path: found nothing")
+    assert error_of([*REQUIRED, "--data", "custom"], capsys).startswith("--data_path: got nothing, expected the CSV's name")
 
 
 def test_run_name() -> None:
@@ -226,5 +270,5 @@ def test_wrong_flag_answers_before_torch_is_loaded() -> None:
         "    sys.exit(stop.code)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    need = "need a whole number of at least 5"
-    assert (run.returncode, run.stderr) == (2, f"run_main.py: error: --seq_len: found 'x', {need}\n")
+    expected = "run_main.py: error: --seq_len: got 'x', expected a whole number of at least 5\n"
+    assert (run.returncode, run.stderr) == (2, expected)

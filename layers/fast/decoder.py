@@ -1,0 +1,237 @@
+"""The decoder's twin: other modules around the same tensors, that do and keep only what a frozen layer's gradient needs.
+
+A weight that is not trained needs no copy of its input. Automatic differentiation of transformers'
+modules keeps, for a patch token, three widths of RMSNorm intermediates and three of the feed-forward
+block; here it is the norm's input (which lies in the residual stream anyway) and two of the block.
+Queries and keys are rotated on their way into the order in which attention reads them. The results are
+those of the modules replaced.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from layers.fast.attention import ATTENTION, BlockedAttention, group, prefix_attention
+from layers.fast.linear import FrozenLinear, FrozenWeight, is_recast
+
+# Class names of transformers' modules with exactly these formulas; others run as they are.
+RMS_NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
+GATED_MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
+ROTARY_ATTENTIONS = {"Qwen2Attention", "LlamaAttention", "MistralAttention"}
+
+# On the CPU a feed-forward block runs a few rows at a time, so that what lies between its products
+# stays in the processor's cache.
+CACHED_BYTES, FEWEST_ROWS = 16 * 2**20, 256
+
+
+def make_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A decoder of the same tensors, whose attention is `prefix_attention` and whose modules are lean where they can be.
+
+    Modules and configuration are copies, so nothing that is set or run here shows in `model`. Moving `model` to
+    another device moves its parameters alone: then make another twin.
+    """
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [module.quant_state for module in model.modules() if hasattr(module, "quant_state")]  # bitsandbytes
+    twin = copy.deepcopy(model, {id(kept): kept for kept in shared})
+    twin.config._attn_implementation = ATTENTION
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            setattr(parent, name, _lean(child, twin.config))
+    return twin.eval()
+
+
+def _lean(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """The module of ours that computes what `module` does, where there is one; else `module`."""
+    name = type(module).__name__
+    if name in RMS_NORMS:
+        return LeanRMSNorm(module)
+    if name in GATED_MLPS and config.hidden_act == "silu":
+        return LeanMLP(module)
+    if name in ROTARY_ATTENTIONS:
+        return LeanAttention(module)
+    return module
+
+
+class LeanRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` -> `[..., D]`."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm, keeping its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        scale = torch.rsqrt(square / x.shape[-1] + eps)  # (..., 1)
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, scale, weight = ctx.saved_tensors
+        wide = x.float()
+        inner = (gradient * weight).float()
+        along = torch.linalg.vecdot(inner, wide).unsqueeze(-1) * scale.pow(3) / -x.shape[-1]  # (..., 1)
+        return (inner * scale).addcmul_(wide, along).to(x.dtype), None, None
+
+
+class LeanMLP(nn.Module):
+    """The gated feed-forward block (silu(x·Gᵀ) * x·Uᵀ)·Dᵀ."""
+
+    def __init__(self, mlp: Any):
+        super().__init__()
+        layers = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+            layers = [FrozenLinear(layer) for layer in layers]
+        self.gate_proj, self.up_proj, self.down_proj = layers
+        self.frozen = [layer.frozen for layer in layers if isinstance(layer, FrozenLinear)]  # none: 4-bit, or biased
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` -> `[..., D]`."""
+        if self.frozen and not is_recast(self.frozen[0].weight):
+            return _DenseMLP.apply(x, *self.frozen)
+        return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor):
+    """Gradients of gate and up, from that of silu(gate) * up."""
+    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up, keeping the two inputs alone."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        gate, up = ctx.saved_tensors
+        return _gate_gradients(gate, up, gradient)
+
+
+class _DenseMLP(torch.autograd.Function):
+    """The whole block a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, G: FrozenWeight, U: FrozenWeight, D: FrozenWeight) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        out = []
+        for rows in _row_blocks(x.flatten(0, -2), G.weight):
+            gate, up = G.forward(rows), U.forward(rows)
+            if ctx.needs_input_grad[0]:
+                kept += gate, up
+                out.append(D.forward(F.silu(gate).mul_(up)))
+            else:
+                out.append(D.forward(F.silu(gate, inplace=True).mul_(up)))
+        ctx.save_for_backward(*kept)
+        ctx.weights = G, U, D
+        return _joined(out, x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        kept, (G, U, D) = ctx.saved_tensors, ctx.weights
+        out = []
+        for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G.weight)):
+            gate, up = _gate_gradients(kept[2 * i], kept[2 * i + 1], D.backward(rows))
+            out.append(G.backward(gate).add_(U.backward(up)))
+        return _joined(out, gradient.shape), None, None, None
+
+
+def _row_blocks(x: torch.Tensor, G: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cut `[R, D]` into blocks of rows; on other devices than the CPU, one block."""
+    if x.device.type != "cpu":
+        return iter([x])
+    rows = max(FEWEST_ROWS, CACHED_BYTES // (G.shape[0] * G.element_size()))
+    blocks = max(1, round(len(x) / rows))
+    return iter(x.chunk(blocks))
+
+
+def _joined(blocks: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(shape)
+
+
+class LeanAttention(nn.Module):
+    """Rotary self-attention over the prompt's cached keys and values, with grouped queries."""
+
+    def __init__(self, attention: Any):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, FrozenLinear.of(getattr(attention, name)))
+        self.own = attention  # transformers' module: the projections, and what runs under autocast
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **rest):
+        """`[M, n, D]` -> `[M, n, D]` and None, as transformers' attention modules have it.
+
+        Args:
+            position_embeddings: cos and sin, each `[M or 1, n, e]`.
+            attention_mask: additive, `[M or 1, 1, g*n, S]`.
+            past_key_values: a `PrefixCache`.
+        """
+        own = self.own
+        if is_recast(hidden_states):
+            return own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **rest,
+            )
+        heads = (*hidden_states.shape[:-1], -1, own.head_dim)  # M, n, heads, e
+        key = _Rotate.apply(own.k_proj(hidden_states).view(heads), *position_embeddings)
+        value = own.v_proj(hidden_states).view(heads).transpose(1, 2)
+        # The last layer's prefix leaves here, before its queries.
+        keys, values = past_key_values.update(key, value, own.layer_idx)
+        query = _Rotate.apply(own.q_proj(hidden_states).view(heads), *position_embeddings)
+        if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
+            grouped, held = group(query, key.shape[1]), (keys.detach(), values.detach())
+            mixed = BlockedAttention.apply(grouped, key, value, *held, attention_mask, own.scaling)
+            mixed = mixed.view(query.shape).transpose(1, 2)  # (M, n, h, e)
+        else:
+            mixed, _ = prefix_attention(own, query, keys, values, attention_mask, own.scaling)
+        return own.o_proj(mixed.flatten(2)), None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary position embedding, and the order that attention reads: `[M, n, h, e]` -> `[M, h, n, e]`."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """cos, sin: `[M or 1, n, e]`, whose halves along the last axis are equal. The result is contiguous."""
+        ctx.save_for_backward(cos, sin)
+        M, n, h, e = x.shape
+        return apply_rotary(x.transpose(1, 2), cos, sin, out=x.new_empty(M, h, n, e))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        cos, sin = ctx.saved_tensors
+        M, h, n, e = gradient.shape
+        out = gradient.new_empty(M, n, h, e)
+        apply_rotary(gradient, cos, -sin, out=out.transpose(1, 2))
+        return out, None, None
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + e/2) of x `[M, h, n, e]` by its angle, into `out`."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    (a, b), (left, right) = x.split(half, -1), out.split(half, -1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return out

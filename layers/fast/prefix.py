@@ -1,0 +1,181 @@
+"""The pass of the patches over a frozen prefix, and the cache that holds the prefix's keys and values.
+
+The picture of the slots `[opening | statistics | patches]` stands in `layers.fast`.
+Shapes: M sequences, L patches, D the decoder's width, P0 tokens of the opening, n of the longest statistics;
+kv key-value heads of width e, g query heads for each.
+"""
+
+import contextlib
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from layers.backbone import Backbone
+from layers.fast.attention import additive_mask
+from layers.fast.decoder import make_twin
+from layers.fast.linear import prepack_weights
+
+BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
+
+
+class FastPath:
+    """Runs prompts without gradient and patches with it, called as `Backbone.plain` is.
+
+    It holds a twin of the backbone's modules around the same tensors, and the keys and values of the last
+    opening. Made for the device where the backbone is: when that has moved, make another.
+
+    Attributes:
+        model: the twin.
+    """
+
+    def __init__(self, backbone: Backbone):
+        self.model = make_twin(backbone.model)
+        if not backbone.recompute:  # who recomputes is short of memory
+            prepack_weights(self.model)
+        self._groups, self._dtype = backbone.groups, backbone.dtype
+        self._cache = PrefixCache(self.model.config.num_hidden_layers)
+        self._opening: list[int] | None = []  # whose keys and values the cache holds
+
+    def __call__(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """The last hidden states `[M, L, D]` at the patches, in the patches' type.
+
+        Args:
+            opening: token ids that every sequence starts with.
+            ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count.
+            patches: `[M, L, D]`.
+        """
+        (_, L, _), n, P0 = patches.shape, ids.shape[1], len(opening)
+        slots = P0 + n + L
+        with torch.no_grad():
+            self._hold_opening(opening, ids.device)
+            row = torch.arange(n, device=ids.device)
+            # Padding comes last, so causality alone hides it from the real tokens.
+            visible = torch.arange(P0 + n, device=ids.device)[None, None] <= P0 + row[None, :, None]
+            self._cache.place(P0, slots)
+            self._store(ids, visible, (P0 + row)[None])
+            slot = torch.arange(slots, device=ids.device)[None, None]
+            step = torch.arange(L, device=ids.device)[None, :, None]
+            prompt = slot < P0 + length[:, None, None]
+            earlier = (slot >= P0 + n) & (slot <= P0 + n + step)
+            mask = additive_mask(prompt | earlier, self._groups, self._dtype)  # (M, 1, g*L, slots)
+        self._cache.place(P0 + n, slots)
+        positions = P0 + length[:, None] + torch.arange(L, device=ids.device)  # (M, L)
+        return self._run(patches.to(self._dtype), mask, positions).to(patches.dtype)
+
+    def _hold_opening(self, opening: list[int], device: torch.device) -> None:
+        """Compute the opening's keys and values, unless the cache holds them."""
+        if opening == self._opening:
+            return
+        self._cache.store_opening()
+        self._opening = None  # until all of it is there: the pass may run out of memory
+        with torch.inference_mode(False), torch.no_grad():
+            ids = torch.tensor([opening], dtype=torch.long, device=device)
+            row = torch.arange(len(opening), device=device)
+            if opening:
+                self._store(ids, row[None, None] <= row[None, :, None], row[None])
+        self._opening = list(opening)
+
+    def _store(self, ids: torch.Tensor, visible: torch.Tensor, positions: torch.Tensor) -> None:
+        """Run the prefix tokens `[M, n]` as far as their last keys and values, which the cache keeps."""
+        mask = additive_mask(visible, self._groups, self._dtype)
+        with contextlib.suppress(PrefixStored):
+            self._run(self.model.get_input_embeddings()(ids), mask, positions)
+
+    def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache."""
+        return self.model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=False,
+        ).last_hidden_state
+
+
+class PrefixStored(Exception):
+    """The last layer's keys and values of the prefix are stored; nothing after them is needed."""
+
+
+class PrefixCache(DynamicCache):
+    """The cache that transformers' attention layers call `update` on."""
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self._layers = [_Layer() for _ in range(layers)]
+        self._start = 0  # slot where the next tokens go
+        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the opening
+
+    def store_opening(self) -> None:
+        """The tokens of the next forward pass are the opening; what was held is dropped."""
+        self._layers = [_Layer() for _ in self._layers]
+        self._start = self._slots = 0
+
+    def place(self, start: int, slots: int) -> None:
+        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all."""
+        self._start, self._slots = start, slots
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """New keys and values `[M, kv, n, e]` -> those of all slots up to theirs.
+
+        Raises:
+            PrefixStored: the tokens are a prefix and this is the last layer. Its attention and what
+                follows would be thrown away; leaving here works for every language model alike.
+        """
+        layer = self._layers[layer_idx]
+        if not self._slots:
+            layer.opening = (key_states, value_states)
+            keys_values = layer.opening
+        else:
+            layer.reserve(key_states, key_states.shape[0], self._slots)
+            # The buffer goes in inside a list: autograd must see it as storage, not as an input.
+            keys_values = tuple(
+                _Append.apply(new, [buffer], self._start)
+                for new, buffer in zip((key_states, value_states), layer.buffers, strict=True)
+            )
+        is_prefix = not self._slots or self._start + key_states.shape[2] < self._slots
+        if is_prefix and layer_idx == len(self._layers) - 1:
+            raise PrefixStored
+        return keys_values
+
+
+class _Layer:
+    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the opening's `[1, kv, P0, e]`."""
+
+    def __init__(self):
+        self.opening: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def reserve(self, like: torch.Tensor, sequences: int, slots: int) -> None:
+        """Make the buffers hold `sequences` x `slots`, the opening in front."""
+        if self.buffers is not None:
+            held = self.buffers[0]
+            if held.shape[0] >= sequences and held.shape[2] >= slots and held.dtype == like.dtype:
+                return
+            sequences, slots = max(sequences, held.shape[0]), max(slots, held.shape[2])
+            del held
+            self.buffers = None  # freed before the larger ones are made
+        slots = -(-slots // BLOCK) * BLOCK
+        _, heads, _, width = like.shape
+        # A buffer made in inference mode could not be used by a training step later.
+        with torch.inference_mode(False), torch.no_grad():
+            keys, values = (like.new_empty(sequences, heads, slots, width) for _ in range(2))
+            self.buffers = keys, values
+            if self.opening is not None:
+                for buffer, opening in zip(self.buffers, self.opening, strict=True):
+                    buffer[:, :, : opening.shape[2]] = opening
+
+
+class _Append(torch.autograd.Function):
+    """Write new keys (or values) behind the frozen ones and return all: `[M, kv, start + n, e]`."""
+
+    @staticmethod
+    def forward(ctx, new: torch.Tensor, buffer: list[torch.Tensor], start: int) -> torch.Tensor:
+        ctx.start = start
+        stop = start + new.shape[2]
+        held = buffer[0][: new.shape[0], :, :stop]
+        held[:, :, start:] = new
+        return held.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient[:, :, ctx.start :], None, None  # nothing flows into the frozen prefix

@@ -1,0 +1,172 @@
+"""The house: which room may import which, what stands in one place alone, and what every flag's role makes of it."""
+
+import ast
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from tests.realdata import ROOT
+from utils import flags
+from utils.flags import FLAGS, Role, parse_flags, recorded, resumed, run_name
+
+# A room imports those below it and its own.
+ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
+# Within utils: what is above imports what is below.
+FLOORS = [
+    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.plots", "utils.results.test_pass",
+    "utils.results.comparison", "utils.results.baselines", "utils.training.train", "utils.training.evaluate",
+    "utils.training.memory", "utils.training.session", "utils.training.step", "utils.results.journal",
+    "utils.results.predictions", "utils.results.metrics", "utils.results.log", "utils.training.schedule",
+    "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint", "utils.saving.state",
+    "utils.saving.interrupt", "utils.flags", "utils.kinds", "utils.saving.record", "utils.saving.tensors",
+    "utils.saving.files", "utils.errors",
+]  # fmt: skip
+NAMES = {flag.name for flag in FLAGS}
+
+
+def program() -> dict[str, ast.Module]:
+    """Module name -> its syntax tree, for all of the program that is no script."""
+    files = [ROOT / "run_main.py", *(file for room in ROOMS[1:] for file in (ROOT / room).rglob("*.py"))]
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): ast.parse(file.read_text("utf-8")) for name, file in modules.items()}
+
+
+PROGRAM = program()
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """The modules that a tree imports, at any depth; `from utils import checks` counts as utils.checks."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in PROGRAM else node.module for a in node.names}
+    return found
+
+
+def test_imports_run_downward() -> None:
+    for name, tree in PROGRAM.items():
+        room = ROOMS.index(name.split(".")[0])
+        for imported in imports(tree):
+            other = imported.split(".")[0]
+            assert other not in ROOMS or ROOMS.index(other) >= room, f"{name} imports {imported}"
+
+
+def test_imports_run_downward_within_utils() -> None:
+    assert {n for n in PROGRAM if n.startswith("utils.") and n.split(".")[-1] not in ("training", "saving", "results")} == set(
+        FLOORS
+    )
+    for name in FLOORS:
+        above = {m for m in imports(PROGRAM[name]) if m in FLOORS and FLOORS.index(m) <= FLOORS.index(name)}
+        assert not above, f"{name} imports {above}"
+
+
+def test_the_fast_path_is_imported_where_it_is_chosen_alone() -> None:
+    users = {
+        name
+        for name, tree in PROGRAM.items()
+        if not name.startswith("layers.fast") and any(m.startswith("layers.fast") for m in imports(tree))
+    }
+    assert users == {"models.TimeLLM"}
+
+
+def test_one_helper_makes_the_messages() -> None:
+    for name, tree in PROGRAM.items():
+        makes = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError"]
+        assert not makes or name == "layers.errors", f"{name}, line {makes[0].lineno if makes else 0}"
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                assert not any(words in node.value for words in ("needed is", "is needed", "needed are", ", need ")), name
+
+
+def collections(tree: ast.Module):
+    """Literals that are nothing but text: lists, tuples, sets, and the keys of dicts."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+            parts, least = node.elts, 2
+        elif isinstance(node, ast.Dict):
+            parts, least = [key for key in node.keys if key is not None], 3
+        else:
+            continue
+        words = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        if len(words) == len(parts) >= least:
+            yield node, set(words)
+
+
+def test_no_other_module_holds_a_collection_of_flag_names() -> None:
+    trees = PROGRAM | {file.stem: ast.parse(file.read_text("utf-8")) for file in (ROOT / "scripts").glob("*.py")}
+    for name, tree in trees.items():
+        for node, words in collections(tree):
+            assert name == "utils.flags" or not words <= NAMES, f"{name}, line {node.lineno}: {words}"
+
+
+def test_every_flag_has_a_role() -> None:
+    assert len(NAMES) == len(FLAGS)
+    roles = {id(value): name for name, value in vars(flags).items() if isinstance(value, Role)}
+    for flag in FLAGS:
+        assert id(flag.role) in roles, f"--{flag.name} has no role of the table"
+
+
+def test_a_flag_in_the_runs_name_is_recorded_inherited_and_compared() -> None:
+    for flag in FLAGS:
+        assert not flag.tag or (flag.role.recorded and flag.role.inherited and flag.role.resumed), flag.name
+
+
+GUIDE = (
+    "--task_name long_term_forecast --is_training 1 --model_id a --model_comment b --model TimeLLM --data ETTh1 "
+    "--llm_model_path x"
+).split()
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if not flag.tag], ids=lambda flag: flag.name)
+def test_what_is_no_part_of_the_name_does_not_change_it(flag) -> None:
+    args = parse_flags(GUIDE)
+    assert run_name(Namespace(**vars(args) | {flag.name: "other"}), 0) == run_name(args, 0)
+
+
+# What states and checkpoints of earlier versions hold; a change here makes old runs stop resuming.
+OLD_STATE = {
+    "task_name", "model_id", "model_comment", "model", "seed", "des", "data", "features", "target", "percent", "embed",
+    "seq_len", "label_len", "pred_len", "enc_in", "d_model", "n_heads", "d_ff", "e_layers", "d_layers", "factor", "dropout",
+    "patch_len", "stride", "prompt_domain", "llm_model", "llm_dim", "llm_layers", "load_in_4bit", "prototypes",
+    "prompt_decimals", "batch_size", "learning_rate", "optimizer", "loss", "lradj", "pct_start", "use_amp", "max_iters",
+}  # fmt: skip
+NEVER_RECORDED = {
+    "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
+    "save_predictions", "plots", "tensorboard", "torch_checkpoint",
+}  # fmt: skip
+FIXED = {"llm_layers", "prompt_decimals", "seq_len", "patch_len", "stride", "n_heads", "d_ff", "use_amp"}
+INHERITED_WITH_THE_DATA = {
+    "data", "root_path", "data_path", "target", "freq", "percent", "fill_missing", "prompt_text", "enc_in",
+}  # fmt: skip
+INHERITED = {
+    "task_name", "model_id", "model_comment", "model", "des", "seed", "features", "embed", "num_workers", "seq_len",
+    "label_len", "pred_len", "d_model", "n_heads", "d_ff", "e_layers", "d_layers", "factor", "dropout", "patch_len",
+    "stride", "prompt_domain", "llm_model", "llm_model_path", "llm_dim", "llm_layers", "load_in_4bit", "prototypes",
+    "prompt_decimals", "eval_batch_size", "use_amp",
+}  # fmt: skip
+
+
+def test_roles_make_of_each_flag_what_earlier_versions_did() -> None:
+    args = parse_flags(GUIDE)
+    assert set(resumed(args)) == OLD_STATE and list(resumed(args)) == sorted(OLD_STATE)
+    assert NAMES - set(recorded(args)) == NEVER_RECORDED
+    assert {flag.name for flag in FLAGS if flag.role.fixed} == FIXED
+    assert {flag.name for flag in FLAGS if flag.role.inherited and flag.role.about_data} == INHERITED_WITH_THE_DATA
+    assert {flag.name for flag in FLAGS if flag.role.inherited and not flag.role.about_data} == INHERITED
+
+
+def test_modules_say_what_is_inside_and_fit_a_head() -> None:
+    for name, tree in PROGRAM.items():
+        file = ROOT / (name.replace(".", "/") + ".py")
+        if not file.is_file():
+            continue
+        assert ast.get_docstring(tree), name
+        assert len(file.read_text("utf-8").splitlines()) <= 400, name
+
+
+def test_root_is_the_repository() -> None:
+    assert (ROOT / "run_main.py").is_file() and Path(flags.__file__).is_relative_to(ROOT)

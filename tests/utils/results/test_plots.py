@@ -1,0 +1,58 @@
+"""Pictures: pages for many channels, names that no font can draw, very short runs."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+
+from utils.errors import StorageError
+from utils.results.plots import draw_forecast, draw_losses, draw_steps, draw_windows
+from utils.results.predictions import Predictions
+from utils.results.test_pass import Window
+
+
+@pytest.mark.parametrize(("channels", "pages"), [(1, 1), (7, 1), (21, 3)])
+def test_pages(tmp_path, channels, pages):
+    dates, values = pd.date_range("2020", periods=30, freq="h"), np.random.default_rng(0).random((30, channels))
+    future = (pd.date_range("2020-01-02 06:00", periods=6, freq="h"), values[:6])
+    drawn = draw_forecast(tmp_path, [f"c{i}" for i in range(channels)], (dates, values), future, "1 hour")
+    assert [path.name for path in drawn] == (
+        ["forecast.png"] if pages == 1 else [f"forecast_{page}.png" for page in range(1, pages + 1)]
+    )
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_odd_names_and_one_row_ahead_draw_without_a_warning(tmp_path):
+    dates, values = pd.date_range("2001-01-31", periods=25, freq="ME"), np.arange(25.0)[:, None]
+    window = Window(dates, values[:24], values[24:], values[24:] + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("销量 $a$ of $b", "W/m\ufffd", "x" * 200, "𓀀"):
+            draw_windows(tmp_path, [name], [window] * 2, "1 month")
+        draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
+        draw_steps(tmp_path, {"steps": {"mse": [0.4], "mae": [0.3]}, "all": {"mse": 0.4, "mae": 0.3}}, "1 month")
+
+
+def test_a_file_where_the_pictures_folder_should_be_is_named(tmp_path):
+    (tmp_path / "plots").write_text("mine")
+    with pytest.raises(StorageError, match=r"^plots cannot be written in .* \(File exists\)$"):
+        draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
+
+
+def test_losses_that_are_no_numbers(tmp_path, monkeypatch):
+    marked = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, at, **_: marked.append(at))
+    history = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]
+    draw_losses(tmp_path, history)
+    draw_losses(tmp_path, history[:1])
+    assert marked == [3]
+
+
+def test_dates_with_a_time_zone_are_kept_without_a_warning(tmp_path):
+    predictions = Predictions(tmp_path, 2, 1, ["a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictions.close(pd.date_range("2020-01-01", periods=2, freq="h", tz="UTC"), np.zeros(1), np.ones(1))
+    assert np.load(tmp_path / "predictions.npz")["start"][1] == np.datetime64("2020-01-01T01:00")

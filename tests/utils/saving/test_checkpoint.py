@@ -1,0 +1,180 @@
+"""Checkpoints of older code load; what is no checkpoint is refused in one line and never run."""
+
+import os
+import pickle
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import run_main
+from data_provider.data_factory import series_from_args
+from data_provider.table import read_table
+from layers.errors import InputError
+from tests.small_run import command_line, figures, run_folder, train, write_csv
+from utils.flags import parse_flags
+from utils.saving.checkpoint import Checkpoint
+
+SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
+
+
+@pytest.fixture(scope="module")
+def trained(backbones, tmp_path_factory) -> list[str]:
+    """The command line of a small run that was trained."""
+    words = command_line(tmp_path_factory.mktemp("trained"), backbones["qwen2"], max_iters=4)
+    assert run_main.main(words) == 0
+    return words
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
+
+
+def refused(file: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        Checkpoint.open(file).tensors(SHAPES)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "DeepSpeed", "DataParallel", "half"])
+def test_legacy_checkpoint_gives_the_same_figures(trained, capsys, tmp_path: Path, wrap: str) -> None:
+    test = [*trained, "--is_training", "0"]
+    expected = figures(train(test, capsys))
+    state = load_file(run_folder(trained) / "checkpoint.safetensors")
+    state["llm_model.layers.0.mlp.up_proj.weight"] = torch.randn(4, 4)
+    state["word_embeddings"] = torch.randn(9, 4)
+    if wrap == "half":  # other number types are read as float32
+        state = {name: tensor.double() for name, tensor in state.items()}
+    if wrap == "DataParallel":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"module": state} if wrap == "DeepSpeed" else state, tmp_path / "checkpoint")
+    for place in (tmp_path, tmp_path / "checkpoint"):  # the folder, or the file
+        lines = train([*test, "--checkpoint", str(place)], capsys)
+        assert figures(lines) == expected and not any(line.startswith("WARNING") for line in lines)
+
+
+def test_a_checkpoint_elsewhere_is_used(trained, capsys, tmp_path: Path) -> None:
+    test = [*trained, "--is_training", "0", "--checkpoints", str(tmp_path / "here")]
+    elsewhere = [*test, "--checkpoint", str(run_folder(trained))]
+    assert figures(train(elsewhere, capsys)) == figures(train([*trained, "--is_training", "0"], capsys))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--llm_layers", "2"], "--llm_layers: got 2, expected 1"),
+        (["--prompt_decimals", "2"], "--prompt_decimals: got 2, expected None"),
+        (["--prompt_text", "Loads."], "--prompt_text: got the description 'Loads.', expected 'The data hold"),
+    ],
+)
+@pytest.mark.parametrize("predict", [[], ["--do_predict"]])
+def test_another_model_than_the_trained_one_is_refused(trained, capsys, flags, named, predict) -> None:
+    before = (run_folder(trained) / "metrics.json").read_bytes()
+    assert run_main.main([*trained, "--is_training", "0", *flags, *predict]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"run_main.py: error: {named}") and err.count("\n") == 1
+    assert (run_folder(trained) / "metrics.json").read_bytes() == before
+
+
+def test_the_same_data_are_known_by_content(trained, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(run_folder(trained))
+    path = write_csv(tmp_path / "series.csv")
+    rows = path.read_text().splitlines()
+
+    def trained_on(lines: list[str], features: str) -> bool:
+        """Asked with the table of the file, and with the series that a run reads from it."""
+        path.write_text("\n".join(lines))
+        args = parse_flags([*trained, "--root_path", str(tmp_path), "--features", features])
+        answers = {checkpoint.trained_on(data) for data in (read_table(path), series_from_args(args))}
+        assert len(answers) == 1
+        return answers.pop()
+
+    grown = [*rows, *(f"2030-01-01 00:{minute:02}:00,1,2,3" for minute in range(9))]
+    for features in ("M", "S"):  # S: the series has not all columns, so the file is read once more
+        assert trained_on(rows, features) and trained_on(grown, features)
+        assert not trained_on([rows[0], "2019-12-31 23:00:00,1,2,3", *rows[2:]], features)  # the same name, other values
+        assert not trained_on([rows[0].replace("load", "heat"), *rows[1:]], features)
+        assert not trained_on(rows[:200], features)
+    del checkpoint.record["data"]["mark"]  # older code: the name decides
+    write_csv(tmp_path / "other.csv")
+    assert trained_on(rows[:200], "M") and not checkpoint.trained_on(read_table(tmp_path / "other.csv"))
+
+
+class Malicious:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_malicious_pickle_is_refused_and_not_run(trained, capsys, tmp_path: Path, form: str) -> None:
+    sign = tmp_path / "executed"
+    state = load_file(run_folder(trained) / "checkpoint.safetensors") | {"x": Malicious(f"touch {sign}")}
+    file = tmp_path / "checkpoint"
+    if form == "torch":
+        torch.save(state, file)
+    else:
+        file.write_bytes(pickle.dumps(state))
+    assert run_main.main([*trained, "--is_training", "0", "--checkpoint", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert not sign.exists() and out == ""
+    assert err.count("\n") == 1 and err.startswith("run_main.py: error: --checkpoint ") and str(file) in err
+    os.system(f"touch {sign}")  # noqa: S605 - the command is one that would have left its sign
+    assert sign.exists()
+
+
+def test_other_names_and_shapes(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    save_file(tensors(), file)
+    assert set(Checkpoint.open(file).tensors(SHAPES)) == set(SHAPES)
+    save_file({"a.weight": torch.ones(2, 3)}, file)
+    assert "got no tensor a.bias, expected one" in refused(file)
+    save_file(tensors() | {"b": torch.ones(1)}, file)
+    assert "got the unknown tensor b, expected those of the model: a.weight, a.bias" in refused(file)
+    save_file(tensors() | {"a.weight": torch.ones(3, 2)}, file)
+    assert "got a.weight of shape [3, 2], expected [2, 3]" in refused(file)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "checkpoint"])
+@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * 200])
+def test_damaged_file(tmp_path: Path, name: str, spoil) -> None:
+    file = tmp_path / name
+    if name == "checkpoint":
+        torch.save(tensors(), file)
+    else:
+        save_file(tensors(), file)
+    file.write_bytes(spoil(file.read_bytes()))
+    refused(file)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_flipped_bits_of_a_legacy_file(tmp_path: Path, zipped: bool) -> None:
+    file = tmp_path / "checkpoint"
+    torch.save(tensors(), file, _use_new_zipfile_serialization=zipped)
+    good = file.read_bytes()
+    for place in range(0, len(good), 3):
+        for bit in (1, 32, 128):
+            file.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+            with suppress(InputError):  # anything else fails the test; a changed value cannot be told
+                Checkpoint.open(file).tensors(SHAPES)
+
+
+@pytest.mark.parametrize("held", [[1, 2], {"a": 1}, torch.ones(3), {1: torch.ones(2)}])
+def test_legacy_file_of_something_else(tmp_path: Path, held: object) -> None:
+    torch.save(held, tmp_path / "checkpoint")
+    refused(tmp_path / "checkpoint")
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="got no checkpoint, expected checkpoint.safetensors .* --is_training 1"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "checkpoint").touch()
+    assert Checkpoint.open(tmp_path).file.name == "checkpoint"
+    save_file(tensors(), tmp_path / "checkpoint.safetensors")
+    assert Checkpoint.open(tmp_path).file.name == "checkpoint.safetensors"

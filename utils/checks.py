@@ -1,0 +1,123 @@
+"""Checks: flags set against each other, the device, the data, the backbone and the checkpoint, before a weight is loaded."""
+
+from argparse import Namespace
+
+import torch
+
+from data_provider.data_loader import SplitSeries
+from data_provider.description import bank_file, dataset_description, make_description
+from layers.backbone import require_bitsandbytes
+from layers.backbone_files import BackboneInfo, find_backbone
+from layers.errors import input_error
+from models.TimeLLM import Model
+from utils.flags import check_fixed
+from utils.saving.checkpoint import Checkpoint
+
+
+def check_device(args: Namespace) -> None:
+    """Raises InputError where `--device` asks for a GPU that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        got = "no usable CUDA GPU (torch.cuda.is_available() is False)"
+        raise input_error("--device cuda", got, "one; use auto or cpu")
+
+
+def check_channels(args: Namespace, series: SplitSeries) -> None:
+    """Fill in `enc_in`; raises InputError where it contradicts the data."""
+    args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
+
+
+def check_model(args: Namespace) -> BackboneInfo:
+    """Set the flags against the prompt bank and the backbone; fills in `llm_dim`.
+
+    Raises:
+        InputError: at the first contradiction.
+    """
+    dataset_description(args)
+    info = find_backbone(args.llm_model, args.llm_model_path)
+    args.llm_dim = _agree("llm_dim", args.llm_dim, info.hidden_size, f"hidden size of {info.folder}")
+    if args.llm_layers > info.layers:
+        raise input_error("--llm_layers", args.llm_layers, f"at most {info.layers}, all that {info.folder} has")
+    if args.d_ff > info.hidden_size:
+        raise input_error("--d_ff", args.d_ff, f"at most {info.hidden_size}, the hidden size of {info.folder}")
+    if args.load_in_4bit:
+        require_bitsandbytes("load_in_4bit")
+    if args.optimizer == "adamw8bit":
+        require_bitsandbytes("optimizer adamw8bit")
+    return info
+
+
+def _agree(flag: str, given: int | None, true: int, what: str) -> int:
+    if given not in (None, true):
+        raise input_error(f"--{flag}", given, f"{true}, the {what}", "or leave the flag out")
+    return true
+
+
+def outline(args: Namespace, info: BackboneInfo) -> Model:
+    """The model on the meta device: its shapes and its prompts, without a value.
+
+    Raises:
+        InputError: the prompt does not fit in front of the patches.
+    """
+    with torch.device("meta"):
+        return Model(args, info)
+
+
+def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Model, same_data: bool) -> None:
+    """Set a checkpoint against the model that the flags describe, and the flags against its training's.
+
+    A checkpoint of older code has no record, and its flags are taken to be these.
+
+    Args:
+        model: of which the shapes count.
+        same_data: on other data than the training's another description of them is no contradiction.
+
+    Raises:
+        InputError: at the first contradiction.
+    """
+    checkpoint.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    flags = checkpoint.flags
+    check_fixed(args, flags, checkpoint.file)
+    words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
+    if not (same_data and "prompt_domain" in flags and all(isinstance(word, str) for word in words)):
+        return
+    now, then = dataset_description(args), dataset_description(Namespace(**flags))
+    if now != then:
+        flag = "--prompt_text" if args.prompt_text or flags.get("prompt_text") else "--prompt_domain"
+        got, expected = f"the description {now[:60]!r}", f"{then[:60]!r}, with which {checkpoint.file} was trained"
+        raise input_error(flag, got, expected)
+
+
+def fill_in_prompt(args: Namespace, series: SplitSeries, checkpoint: Checkpoint | None) -> None:
+    """Give `--data custom` a `--prompt_text`, where the user and the prompt bank have none.
+
+    A test takes the text of the training, whatever has come to the file since. Only the columns that
+    are forecast are described, with ranges of the training rows: the prompt says nothing of later rows.
+    """
+    asked = args.prompt_domain and not args.checkpoint  # else it may be the training's
+    if args.data != "custom" or args.prompt_text or asked or bank_file(args):
+        return
+    text = checkpoint.flags.get("prompt_text") if checkpoint else None
+    if checkpoint and isinstance(text, str) and checkpoint.trained_on(series, args.fill_missing):
+        args.prompt_text = text
+        return
+    # From float32 values, as ever: states of earlier runs hold the text that these make.
+    rows = series.to_own_units(series.values[: series.splits.train, series.forecast_slice])
+    args.prompt_text = make_description(series.dates, series.forecast_columns, rows.min(axis=0), rows.max(axis=0))
+
+
+def overview(args: Namespace, series: SplitSeries) -> list[str]:
+    """Lines that say what was read off the file of `--data custom`; none for the named data sets."""
+    if args.data != "custom":
+        return []
+    dates, splits = series.dates, series.splits
+    forecast = {"M": "all columns are forecast"}.get(args.features, f"{series.target} is forecast")
+    lines = [
+        f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {series.step_words}",
+        f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
+        f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
+        f"prompt: {dataset_description(args)}",
+    ]
+    if series.filled:
+        cells = "1 empty cell" if series.filled == 1 else f"{series.filled} empty cells"
+        lines.append(f"{cells} filled (--fill_missing {args.fill_missing})")
+    return lines

@@ -1,0 +1,99 @@
+"""Kinds of flag values: how the words of a command line are read, and what a message says was expected."""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_NAME, LONGEST_PATH = 255, 2000  # bytes; a system call takes 4096, for folder and file together
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a flag's value must be: how it is read (ValueError: it is not) and the words for a message."""
+
+    read: Callable[[str], Any]
+    expected: str
+
+    def __call__(self, text: str) -> Any:
+        try:
+            return self.read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {self.expected}") from None
+
+
+def whole(low: int, high: int | None = None) -> Kind:
+    """A whole number of at least `low`, and at most `high` where that is given."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise ValueError
+        return value
+
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    return Kind(read, f"a whole number {limits}")
+
+
+def real(inside: Callable[[float], bool], expected: str) -> Kind:
+    """A finite number for which `inside` holds."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and inside(value)):
+            raise ValueError
+        return value
+
+    return Kind(read, expected)
+
+
+def one_of(*names: str) -> Kind:
+    """One of some names, in upper or lower case; the value is the name as it stands here."""
+    known = {name.lower(): name for name in names}
+
+    def read(text: str) -> str:
+        if text.lower() not in known:
+            raise ValueError
+        return known[text.lower()]
+
+    return Kind(read, names[0] if len(names) == 1 else "one of " + ", ".join(names))
+
+
+def text_of(expected: str, pattern: str = r"(?s).*\S.*") -> Kind:
+    """Text that `pattern` matches as a whole; the default takes all that is not blank."""
+
+    def read(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return Kind(read, expected)
+
+
+def path_of(expected: str) -> Kind:
+    """A path that the file system can be asked for; whether it is there is not looked at."""
+
+    def read(text: str) -> str:
+        path = os.fsencode(text)  # a ValueError of its own where it cannot be
+        too_long = len(path) > LONGEST_PATH or max(map(len, path.split(b"/"))) > LONGEST_NAME
+        if not text.strip() or too_long or b"\0" in path:
+            raise ValueError
+        return text
+
+    return Kind(read, expected)
+
+
+def _yes_or_no(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError
+    return words[text.lower()]
+
+
+COUNT, COUNT_OR_0, SWITCH = whole(1), whole(0), whole(0, 1)
+TEXT, FOLDER, FILE = text_of("some text"), path_of("a folder"), path_of("a file name")
+FREQUENCY = text_of("a pandas frequency such as h, t, d or 15min", r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*")
+BOOL = Kind(_yes_or_no, "nothing, or True or False")

@@ -1,0 +1,131 @@
+"""Comparison of a run's test error with what simple forecasts reach on the same windows.
+
+The simple forecasts are measured once, with the run's own data and lengths, and kept in its metrics.json.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from data_provider.data_factory import series_from_args
+from data_provider.data_loader import SplitSeries
+from layers.errors import input_error
+from utils.results.baselines import RIDGE, baselines
+from utils.saving.checkpoint import RECORD
+from utils.saving.files import write_json
+
+METRICS = "metrics.json"
+ALIKE = 0.005  # relative difference of two errors below which neither is called the winner
+
+
+def report(folder: Path) -> str:
+    """The table and what it says, as text; writes the baselines into the run's metrics.json.
+
+    Raises:
+        InputError: the folder lacks a record or test figures, or its data are gone.
+    """
+    # A test on other data lies in a folder in the run's, whose record is the checkpoint's.
+    inside = folder.resolve().name.startswith("on_") and not (folder / RECORD).is_file()
+    record, metrics = _read((folder.resolve().parent if inside else folder) / RECORD), _read(folder / METRICS)
+    # Baselines are for the data of the figures, which are not those of training in a zero-shot test.
+    series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
+    found = measured(series, metrics.get("baselines"))
+    if found != metrics.get("baselines"):
+        write_json(folder / METRICS, metrics | {"baselines": found})
+    return table(metrics["test"], found, series.synthetic)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        expected = "the folder of a run that was trained and tested (run_main.py prints it at its end)"
+        raise input_error(path.parent, f"no {path.name}", expected) from None
+    except ValueError as error:
+        raise input_error(path, f"a damaged file ({error})", "JSON") from None
+
+
+def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The baselines of a series' test windows: those `kept`, where they are of the same data and lengths.
+
+    Returns:
+        {"of": what they were measured on, "rows": [{"name", "title", "mse", "mae", "seconds", "detail"}]}
+    """
+    of = {
+        "file": series.path.name,
+        "rows": len(series.dates),
+        "columns": series.columns,
+        "target": None if series.target_index is None else series.columns[series.target_index],
+        "seq_len": series.seq_len,
+        "pred_len": series.pred_len,
+        "train_rows": series.splits.few_shot,
+    }
+    if kept and kept.get("of") == of:
+        return kept
+    return {"of": of, "rows": [dict(vars(row)) for row in baselines(series)]}
+
+
+def table(test: dict, found: dict, synthetic: bool) -> str:
+    """An aligned table, best first, and a sentence about who won.
+
+    Args:
+        test: {"mse", "mae"} of the run on the standardised scale.
+        found: as `measured` returns it.
+    """
+    rows = [("Time-LLM (this run)", test["mse"], test["mae"])]
+    rows += [(row["title"], row["mse"], row["mae"]) for row in found["rows"]]
+    rows.sort(key=lambda row: row[1])
+    width = max(len(row[0]) for row in rows)
+    of = found["of"]
+    lines = [
+        "",
+        f"Test windows of {of['file']}, {of['seq_len']} rows -> {of['pred_len']} rows, standardised scale "
+        "(lower is better):",
+        "",
+        f"  {'':{width}}  {'MSE':>9}  {'MAE':>9}",
+        *(f"  {name:{width}}  {mse:9.4f}  {mae:9.4f}" for name, mse, mae in rows),
+        "",
+        *verdict(test, found["rows"]),
+    ]
+    if synthetic:
+        warning = "SYNTHETIC DATA: this series was generated, not measured."
+        lines += ["", f"*** {warning} ***", "*** The figures say nothing about real data or about the paper's. ***"]
+    return "\n".join(lines)
+
+
+def verdict(test: dict, rows: list[dict]) -> list[str]:
+    """Plain sentences: which simple forecasts beat the run, and which it beats."""
+    mse = test["mse"]
+    better = [row for row in rows if row["mse"] < mse * (1 - ALIKE)]
+    worse = [row for row in rows if row["mse"] > mse * (1 + ALIKE)]
+    equal = [row for row in rows if row not in better and row not in worse]
+    lines = []
+    for row in sorted(better, key=lambda row: row["mse"]):
+        advantage = 100 * (1 - row["mse"] / mse)
+        cost = f", fitted and tested in {row['seconds']:.0f} s," if row["name"] == RIDGE else ""
+        lines.append(
+            f"{_sentence(row['title'])}{cost} beats this run: its MSE is {advantage:.1f} % lower "
+            f"({row['mse']:.4f} against {mse:.4f})."
+        )
+    lines += [
+        f"This run and {_named(row)} are level (MSE {mse:.4f} and {row['mse']:.4f})." for row in equal
+    ]
+    lines += [
+        f"This run beats {_named(row)}: its MSE is {100 * (1 - mse / row['mse']):.1f} % lower "
+        f"({mse:.4f} against {row['mse']:.4f})."
+        for row in sorted(worse, key=lambda row: row["mse"])
+    ]
+    if any(row["name"] == RIDGE for row in better):
+        lines.append("A forecaster that a linear map beats has more training ahead of it, or is not needed here.")
+    return lines
+
+
+def _named(row: dict) -> str:
+    return row["title"].replace("repeat ", "repeating ", 1)
+
+
+def _sentence(title: str) -> str:
+    named = _named({"title": title})
+    return named[0].upper() + named[1:]
+

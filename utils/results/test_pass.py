@@ -1,0 +1,114 @@
+"""Test pass: what it leaves in the run's folder is metrics.json, predictions.npz and pictures."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data_provider.batches import Batch
+from data_provider.data_factory import series_flags
+from utils.results.comparison import METRICS, measured
+from utils.results.log import peak_memory_gib
+from utils.results.metrics import Metrics
+from utils.results.predictions import Predictions
+from utils.saving.files import write_json
+from utils.training.session import Job
+
+SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
+
+
+@dataclass(frozen=True)
+class Window:
+    """A test window for a picture, in the data's own units."""
+
+    dates: pd.DatetimeIndex  # [T + H]
+    history: np.ndarray  # [T, N]
+    true: np.ndarray  # [H, N]
+    pred: np.ndarray  # [H, N]
+
+
+class TestPass:
+    """Takes in the batches of one pass over the test split, and writes what they come to.
+
+    Pass `consume` to `score`, then call `finish`.
+    """
+
+    __test__ = False  # no pytest class
+
+    def __init__(self, job: Job):
+        self.job, self.series, self.folder = job, job.windows, job.folder
+        self.data = self.series.windows("test")
+        self.columns = self.series.forecast_columns
+        kept = self.series.forecast_slice
+        self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
+        accelerator, horizon = job.accelerator, self.series.pred_len
+        self.metrics = Metrics(self.mean, self.deviation, horizon, job.device)
+        self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
+        self.windows: dict[int, Window] = {}
+        self.predictions: Predictions | None = None
+        if job.args.save_predictions:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            main = accelerator.is_main_process
+            self.predictions = Predictions(self.folder, len(self.data), horizon, self.columns, main)
+            accelerator.wait_for_everyone()
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
+        B, N, sequences = len(batch.index), len(self.columns), batch.sequences()
+        pred, true = forecast.view(B, N, -1), sequences.y.view(B, N, -1)  # (B, N, H)
+        self.metrics.add(pred, true)
+        index = batch.index.tolist()
+        if self.predictions is None and not self.shown.intersection(index):
+            return
+        own_pred, own_true, own_x = (self._own(v) for v in (pred, true, sequences.x.view(B, N, -1)))
+        if self.predictions is not None:  # a batch's windows are neighbours: test batches come in order
+            self.predictions.add(index[0], own_pred, own_true)
+        for place, number in enumerate(index):
+            if number in self.shown:
+                dates = self.data.dates[number : number + own_x.shape[1] + own_pred.shape[1]]
+                self.windows[number] = Window(dates, own_x[place], own_true[place], own_pred[place])
+
+    def _own(self, values: torch.Tensor) -> np.ndarray:
+        """Standardised `[B, N, rows]` -> own units `[B, rows, N]`."""
+        return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
+
+    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json and predictions.npz; return the metrics.
+
+        Args:
+            figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
+        """
+        job = self.job
+        self.metrics.reduce(job.accelerator)
+        job.accelerator.wait_for_everyone()  # all have written their windows
+        if not job.accelerator.is_main_process:
+            return figures
+        T, windows = self.series.seq_len, len(self.data)
+        starts = self.data.dates[T : T + windows]
+        memory = peak_memory_gib(job.device)  # before the baselines take theirs
+        metrics = figures | {
+            "peak_memory_gib": memory,
+            "windows": windows,
+            "first_forecast_row": [str(starts[0]), str(starts[-1])],
+            "flags": series_flags(job.args),  # on what data the test was made
+            **self.metrics.result(self.columns),
+        }
+        began = time.perf_counter()
+        metrics["baselines"] = measured(self.series, self._kept())
+        if time.perf_counter() - began > 1:
+            job.log(f"Simple forecasts measured in {time.perf_counter() - began:.0f} s")
+        write_json(self.folder / METRICS, metrics)
+        if self.predictions is not None:
+            self.predictions.close(starts, self.mean, self.deviation)
+        return metrics
+
+    def _kept(self) -> dict[str, Any] | None:
+        """The baselines that an earlier metrics.json holds."""
+        try:
+            return json.loads((self.folder / METRICS).read_text(encoding="utf-8")).get("baselines")
+        except (OSError, ValueError):
+            return None

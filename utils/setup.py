@@ -1,0 +1,227 @@
+"""Set-up of a run: flags made complete and checked, then folder, log, model, loaders and what training needs."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from data_provider.data_factory import data_provider, epoch_batches, series_from_args
+from data_provider.data_loader import Series, SplitSeries
+from layers.backbone import Backbone
+from layers.backbone_files import BackboneInfo
+from layers.errors import input_error
+from models.TimeLLM import Model
+from utils import checks
+from utils.flags import FinalFlags, recorded, run_name
+from utils.results.forecast import read_history
+from utils.results.journal import Journal, tensorboard_writer
+from utils.results.log import RunLog, SilentLog
+from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
+from utils.saving.files import writing
+from utils.saving.folder import Start, open_folder, refuse_links, results_folder
+from utils.saving.interrupt import Interrupts
+from utils.saving.record import TENSORS
+from utils.saving.saver import Saver
+from utils.saving.state import Progress, SavedState, identity, restore
+from utils.training.memory import advice, explain_out_of_memory, fitting_sequences, loading_advice
+from utils.training.session import Job, Training
+from utils.training.step import Guard, build_optimizer
+
+SPLITS = ("train", "val", "test")
+
+
+def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
+    """Make all that a run needs; whatever can be refused is refused here, and from here on its flags are final.
+
+    Args:
+        args: the parsed flags; what follows from the data and the backbone is filled in in a copy of them.
+
+    Raises:
+        InputError: at the first contradiction, before a weight is loaded.
+        RunError: no memory for the model, or the folder cannot be written.
+    """
+    args = Namespace(**vars(args))
+    trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
+    checks.check_device(args)
+    folder = Path(args.checkpoints) / run_name(args, repeat)
+    checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
+    series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
+    info = checks.check_model(args)
+    outline = checks.outline(args, info)
+    for split in _splits(args, series):
+        epoch_batches(args, series.windows(split), split)  # type: ignore[attr-defined]
+    if checkpoint is not None:
+        checks.check_checkpoint(args, checkpoint, outline, same_data)
+        unlike = None if forecasts_only and same_data else series
+        folder = results_folder(args, folder, checkpoint, unlike)
+        if folder.is_dir():
+            refuse_links(folder)
+    args = FinalFlags(args)
+
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+    record = describe_run(args, series, info)
+    start = None
+    if isinstance(series, SplitSeries) and trains:
+        ours = identity(args, series, record["backbone"], accelerator.num_processes)
+        start = open_folder(args, folder, ours, value_count(shapes_of(outline)), accelerator)
+    log = _open_log(args, folder, series, accelerator)
+    # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
+        backbone = Backbone(info, args.llm_layers, accelerator.device, args.load_in_4bit, args.grad_checkpoint)
+        model = Model(args, backbone, outline.prompts).to(accelerator.device)
+    log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
+    job = Job(
+        args=args,
+        folder=folder,
+        log=log,
+        accelerator=accelerator,
+        model=model,
+        series=series,
+        loaders=_loaders(args, series, model, accelerator, args.seed + repeat, log),
+        record=record,
+        interrupts=interrupts,
+        max_sequences=fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences,
+        checkpoint=checkpoint,
+        notes=notes,
+    )
+    if start is not None:
+        job.training = _begin(job, start)
+    if not forecasts_only:
+        interrupts.defer()
+    return job
+
+
+def describe_run(args: Namespace, series: Series, info: BackboneInfo) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    record: dict[str, Any] = {
+        "flags": recorded(args),
+        "backbone": info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit},
+    }
+    if not isinstance(series, SplitSeries):
+        return record
+    return record | {
+        "data": {
+            "file": series.path.name,
+            "rows": len(series.dates),
+            "synthetic": series.synthetic,
+            "step": series.step_words,
+            "mark": {"rows": series.splits.train, "sha256": series.fingerprint},
+        },
+        "columns": series.columns,
+        "target": series.target,
+        "scaler": {"mean": series.mean.tolist(), "deviation": series.deviation.tolist()},
+    }
+
+
+def _read_series(args: Namespace, checkpoint: Checkpoint | None, forecasts_only: bool) -> tuple[Series, bool, list[str]]:
+    """The data; whether they are those of the checkpoint's training; and what is to be said of a forecast's history.
+
+    Fills in `enc_in` and `prompt_text`.
+    """
+    if forecasts_only and checkpoint is not None:
+        return read_history(args, checkpoint)
+    series = series_from_args(args)
+    checks.check_channels(args, series)
+    checks.fill_in_prompt(args, series, checkpoint)
+    same = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
+    return series, same, []
+
+
+def _splits(args: Namespace, series: Series) -> tuple[str, ...]:
+    """The splits that the run goes through; a history that is gone on from has none."""
+    if not isinstance(series, SplitSeries):
+        return ()
+    return SPLITS if args.is_training else ("test",)
+
+
+def _precision(args: Namespace) -> str:
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    return "bf16" if cuda or args.use_amp else "no"
+
+
+def _open_log(args: Namespace, folder: Path, series: Series, accelerator: Accelerator) -> RunLog:
+    """The run's log, with its first lines."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    split = isinstance(series, SplitSeries)
+    name = "train.log" if args.is_training else "test.log" if split else "forecast.log"
+    log = RunLog(folder / name) if accelerator.is_main_process else SilentLog()
+    device = accelerator.device
+    numbered = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else device
+    log(f"Using device: {numbered}")
+    if series.synthetic:
+        log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
+    for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
+        log(line)
+    return log
+
+
+def _loaders(
+    args: Namespace, series: Series, model: Model, accelerator: Accelerator, seed: int, log: RunLog
+) -> dict[str, Any]:
+    """The loaders of the splits that the run goes through."""
+    loaders = {}
+    for split in _splits(args, series):
+        data, loaders[split] = data_provider(
+            args,
+            split,
+            series,  # type: ignore[arg-type]
+            model.prompts,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            seed=seed,
+            pin=accelerator.device.type == "cuda",
+        )
+        log(f"{split} {len(data)}")
+    return loaders
+
+
+def _begin(job: Job, start: Start) -> Training:
+    """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
+
+    Raises:
+        InputError: it is finished, but its checkpoint is gone.
+        RunError: no memory for the state.
+    """
+    args, model, log, accelerator = job.args, job.model, job.log, job.accelerator
+    optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
+    journal = None
+    if accelerator.is_main_process:
+        events = tensorboard_writer(job.folder, log) if args.tensorboard else None
+        journal = Journal(job.folder, job.steps_per_epoch, events)
+    for line in start.lines:
+        log(line)
+    last = start.state.path if start.state else None
+    saver = Saver(job.folder, args, model, optimizer, accelerator, job.interrupts, start.identity, job.record, last)
+    progress = Progress()
+    if start.state is not None:
+        with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
+            progress = restore(start.state, model, optimizer, job.device)
+        saver.mark_saved(progress)
+        if args.max_sequences is None:  # else what is free today would decide
+            job.max_sequences = progress.max_sequences
+        _resume(job, start.state, progress)
+    return Training(optimizer, Guard(model, optimizer, accelerator, log), saver, progress, journal, start.lock)
+
+
+def _resume(job: Job, state: SavedState, progress: Progress) -> None:
+    """Say where the run stands, and see to a checkpoint that the state knows of and that is gone."""
+    args, log = job.args, job.log
+    finished = progress.finished(args.train_epochs, args.patience)
+    lost = progress.best_vali_loss < float("inf") and not (job.folder / TENSORS).is_file()
+    if finished and lost:
+        raise input_error(f"--resume: {job.folder}", f"a finished run without {TENSORS}", "that file; bring it back")
+    if finished:
+        log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
+        return
+    if lost:
+        log(f"WARNING: found no {TENSORS}; that of the next epoch is kept, whatever its validation loss")
+        progress.best_vali_loss = float("inf")
+    log(f"Resuming from {state.path.name}: {state.where()}")

@@ -1,0 +1,91 @@
+"""One evaluation for validation, test and inference."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from data_provider.batches import Batch, Sequences
+from models.TimeLLM import Model
+from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.session import Job
+
+Shared = tuple[torch.Tensor, torch.Tensor]  # what the sequences of a pass share, see models.TimeLLM
+Forecast = Callable[[Sequences, Shared], torch.Tensor]  # -> [M, H] float32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors over all elements of a split, on the standardised scale."""
+
+    mse: float
+    mae: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Model,
+    batches: Iterable[Batch],
+    accelerator: Accelerator,
+    forecast: Forecast,
+    consume: Callable[[Batch, torch.Tensor], None] | None = None,
+) -> Scores:
+    """Forecast every window; sums over elements divided by their count, whatever the batch size.
+
+    Args:
+        batches: each process passes its own share of the windows.
+        forecast: forecasts sequences, in parts where need be.
+        consume: called with each batch and its forecasts `[M, H]`, both on the device.
+    """
+    training = model.training
+    model.eval()
+    shared = model.shared()  # once for the whole evaluation
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        sequences = batch.sequences()
+        forecasts = forecast(sequences, shared)  # (M, H)
+        error = (forecasts - sequences.y).double()
+        totals += torch.stack([error.square().sum(), error.abs().sum(), torch.full_like(totals[2], error.numel())])
+        if consume is not None:
+            consume(batch, forecasts)
+    squared, absolute, count = accelerator.reduce(totals).tolist()
+    model.train(training)
+    return Scores(squared / count, absolute / count)
+
+
+def forecast_in_parts(
+    model: Model, accelerator: Accelerator, sequences: Sequences, shared: Shared, size: int
+) -> torch.Tensor:
+    """Forecasts `[M, H]` float32 of `sequences`, at most `size` of them at once (0: all)."""
+    with accelerator.autocast():
+        parts = sequences.micro_batches(size)
+        return torch.cat([model.forecast(part.x, part.prompts, shared).float() for part in parts])
+
+
+def forecast_within_memory(job: Job, sequences: Sequences, shared: Shared, most: int = 0) -> torch.Tensor:
+    """As `forecast_in_parts`, with as many at once as `job.max_sequences` says, and at most `most` (0: no limit)."""
+
+    def work(size: int) -> torch.Tensor:
+        size = min(size or most, most) if most else size
+        return forecast_in_parts(job.model, job.accelerator, sequences, shared, size)
+
+    return halve_on_out_of_memory(job, min(len(sequences), most or len(sequences)), work)
+
+
+def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:
+    """Score "val" or "test".
+
+    Raises:
+        Interrupted: a signal has come between two batches.
+        RunError: not even one sequence fits into the GPU's memory.
+    """
+    batches: Iterable[Batch] = job.loaders[split]
+    if job.accelerator.num_processes == 1:  # of several, one alone must not leave
+        batches = job.interrupts.between(batches)
+    # Beside the parts, the prototypes take memory.
+    with explain_out_of_memory("an evaluation", lambda: advice(job.args, job.model)):
+        return evaluate(
+            job.model, batches, job.accelerator, lambda part, shared: forecast_within_memory(job, part, shared), consume
+        )

@@ -1,0 +1,143 @@
+"""Memory: how many sequences fit at once, and what is done and said when the GPU has too little."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import psutil
+import torch
+
+from layers.prompt import MAX_PROMPT_TOKENS
+from layers.reprogramming import ATTENTION_DROPOUT
+from models.TimeLLM import PROTOTYPES, Model
+from utils.errors import RunError
+from utils.saving.files import size_text
+from utils.saving.state import random_state, set_random_state
+from utils.training.session import Job
+
+# PyTorch before 2.5 has only the second name.
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+Result = TypeVar("Result")
+
+SHARE = 0.7  # of the free memory; the rest is for what is not counted, and for fragmentation
+OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2}  # of state for each trained value
+# On the CPU larger tensors than this are slower: the C library maps memory for each anew and gives it back.
+# Below FEW sequences the backbone's weights would be read too often.
+LARGEST_TENSOR, FEW = 24 * 2**20, 32
+STATISTICS_TOKENS = 128  # about, with all digits
+
+
+@contextmanager
+def explain_out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None]:
+    """For work that no smaller parts would help: no memory inside becomes a RunError.
+
+    Args:
+        what: the work, as in "CUDA out of memory in ...".
+        advice: gives the words that say what to change.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise RunError(f"CUDA out of memory in {what}; {advice()}") from None
+
+
+def halve_on_out_of_memory(job: Job, sequences: int, work: Callable[[int], Result]) -> Result:
+    """`work(job.max_sequences)`; where CUDA has no memory for it, again with half of them.
+
+    The random generators go back to where they were, so the step is repeated with the same numbers.
+    `job.max_sequences` stays what it has become.
+
+    Args:
+        sequences: how many the work runs in all.
+
+    Raises:
+        RunError: not even one sequence fits.
+    """
+    before = random_state(job.device)
+    while True:
+        try:
+            return work(job.max_sequences)
+        except OutOfMemory:
+            tried = min(job.max_sequences or sequences, sequences)
+            if tried == 1:
+                raise RunError(f"CUDA out of memory with one sequence at a time; {advice(job.args, job.model)}") from None
+        # Here the exception, and with it every tensor of the failed attempt, is gone.
+        job.max_sequences = tried // 2
+        job.model.zero_grad(set_to_none=True)
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        set_random_state(before, job.device)
+        if not job.memory_was_short:
+            job.log(
+                f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
+                f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
+            )
+            job.memory_was_short = True
+
+
+def loading_advice(args: Namespace) -> str:
+    """What to change where there is no model yet whose parts could be counted."""
+    savings = [] if args.load_in_4bit else ["--load_in_4bit"]
+    if args.llm_layers > 1:
+        savings.append(f"--llm_layers {args.llm_layers // 2}")
+    if args.prototypes != "direct":
+        savings.append("--prototypes direct")
+    named = f"change {' or '.join(savings)}, or " if savings else ""
+    return f"{named}end other programs that use the GPU"
+
+
+def advice(args: Namespace, model: Model) -> str:
+    """What to change, the largest saving first."""
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    moments = OPTIMIZER_BYTES[args.optimizer]  # beside 4 of a trained value and 4 of its gradient
+    layers = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters()) - (
+        model.backbone.embeddings.numel() * model.backbone.embeddings.element_size()
+    )
+    savings = {f"--llm_layers {max(args.llm_layers // 2, 1)}": layers / 2}
+    if model.mapping_layer is not None:
+        savings["--prototypes direct"] = model.mapping_layer.weight.numel() * (8 + moments)
+    if args.optimizer != "adamw8bit":
+        savings["--optimizer adamw8bit"] = trained * 6
+    if not args.load_in_4bit:
+        savings["--load_in_4bit"] = layers * 0.7
+    ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
+    named = ", ".join(f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered)
+    return f"change, in order of effect: {named}, a shorter --seq_len; or end other programs that use the GPU"
+
+
+def fitting_sequences(model: Model, args: Namespace) -> int:
+    """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out).
+
+    A power of two, so that the same machine finds the same number in its next run although a little
+    more or less is free: the parts decide how sums are rounded.
+
+    Args:
+        args: the run's flags, of which `is_training`, `optimizer` and `grad_checkpoint` decide.
+    """
+    backbone, head = model.backbone, model.output_projection.linear
+    patches = head.in_features // model.d_ff
+    prompt = min(len(model.prompts.opening_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS)
+    each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
+    heads = model.reprogramming_layer.n_heads
+    if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:
+        each += patches * PROTOTYPES * heads  # which scores were dropped, a byte each
+    each += 8 * patches * heads * model.d_ff * 4  # queries and their attention's results, and gradients
+    free = _free_bytes(backbone.device)
+    if args.is_training:  # gradients and optimizer state are not there yet
+        free -= sum(p.numel() for p in model.parameters()) * (4 + OPTIMIZER_BYTES[args.optimizer])
+    fit = max(1, int(SHARE * free / each))
+    if backbone.device.type == "cpu":
+        tokens = max(patches, STATISTICS_TOKENS) if model.fast_path else prompt + patches
+        fit = min(fit, max(FEW, LARGEST_TENSOR // (tokens * backbone.inner_size * backbone.embeddings.element_size())))
+    return 1 << (fit.bit_length() - 1)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return min(free + held, int(fraction * total) - torch.cuda.memory_allocated(device))
+    return psutil.virtual_memory().available

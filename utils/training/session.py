@@ -1,0 +1,95 @@
+"""A job: a run that is set up. The verbs fit, test and predict work on it."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from data_provider.batches import Batch
+from data_provider.data_loader import Series, SplitSeries
+from models.TimeLLM import Model
+from utils.results.journal import Journal
+from utils.results.log import RunLog
+from utils.saving.checkpoint import Checkpoint
+from utils.saving.folder import FolderLock
+from utils.saving.interrupt import Interrupts
+from utils.saving.saver import Saver
+from utils.saving.state import Progress
+from utils.training.step import Guard
+
+
+@dataclass
+class Training:
+    """What only a run that trains has."""
+
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    saver: Saver
+    progress: Progress
+    journal: Journal | None  # history.csv and what goes with it; one process has it
+    lock: FolderLock | None  # one process has it
+
+
+@dataclass
+class Job:
+    """A run that is set up; its flags are complete and final.
+
+    Attributes:
+        series: what is forecast; of a run that only forecasts, the history that it goes on from.
+        loaders: of the splits that the run goes through: "train", "val", "test".
+        record: what a checkpoint says of the run.
+        checkpoint: what is tested or forecast with; None until a run that trains has one.
+        max_sequences: windows x channels run at once (0: no limit); less once memory was short.
+    """
+
+    args: Namespace
+    folder: Path
+    log: RunLog
+    accelerator: Accelerator
+    model: Model
+    series: Series
+    loaders: "dict[str, DataLoader[Batch]]"
+    record: dict[str, Any]
+    interrupts: Interrupts
+    max_sequences: int
+    checkpoint: Checkpoint | None = None
+    has_checkpoint: bool = False  # the model has its tensors
+    notes: list[str] = field(default_factory=list)  # to be said with a forecast
+    memory_was_short: bool = False
+    _training: Training | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.accelerator.device
+
+    @property
+    def training(self) -> Training:
+        """The optimizer and all that goes with it; only a run with --is_training 1 has it."""
+        assert self._training is not None, "this run does not train"
+        return self._training
+
+    @training.setter
+    def training(self, training: Training) -> None:
+        self._training = training
+
+    @property
+    def windows(self) -> SplitSeries:
+        """The series, cut into windows; a run that only forecasts has none."""
+        assert isinstance(self.series, SplitSeries), "this run only forecasts"
+        return self.series
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of this process in an epoch."""
+        whole = self.loaders["train"].batch_sampler.batches_per_epoch  # type: ignore[union-attr]
+        return min(whole, self.args.max_iters or whole)
+
+    def close(self) -> None:
+        """Give the folder back to other runs."""
+        if self._training is not None and self._training.lock is not None:
+            self._training.lock.release()

@@ -1,0 +1,226 @@
+"""The training loop: epochs, their lines, the best checkpoint, early stopping."""
+
+import itertools
+import time
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from data_provider.batches import Batch, Sequences
+from models.TimeLLM import Model
+from utils.errors import RunError
+from utils.results.log import memory_line, peak_memory_gib, progress_bar
+from utils.saving.interrupt import Interrupted
+from utils.saving.saver import resume_command
+from utils.training.evaluate import Scores, forecast_in_parts, score
+from utils.training.memory import OutOfMemory, advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.schedule import learning_rate
+from utils.training.session import Job
+from utils.training.step import TooManySkips
+
+EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
+
+
+def train(job: Job) -> None:
+    """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder.
+
+    Raises:
+        Interrupted: a signal has come; the state is saved.
+        RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
+    """
+    args, progress, journal = job.args, job.training.progress, job.training.journal
+    clock = Clock(job)
+    if journal:
+        journal.start(progress.epoch, progress.iteration)
+    try:
+        while not progress.finished(args.train_epochs, args.patience):
+            began = time.perf_counter()
+            train_loss = train_epoch(job, clock)
+            seconds = time.perf_counter() - began
+            job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
+            began = time.perf_counter()
+            vali, test = score(job, "val"), score(job, "test")
+            clock.evaluation = time.perf_counter() - began
+            end_epoch(job, train_loss, vali, test)
+            if journal:
+                costs = {"seconds": seconds, "evaluation_seconds": clock.evaluation,
+                         "peak_memory_gib": peak_memory_gib(job.device)}  # fmt: skip
+                journal.epoch(progress.history, costs)
+            save_if_due(job)
+    except Interrupted as signal:
+        save(job)
+        at = f"epoch {progress.epoch}, iteration {progress.iteration}"
+        job.log(f"{signal}: the state of {at} is saved in {job.folder}")
+        job.log(f"To resume: {resume_command(args)}")
+        raise
+    except TooManySkips as skips:
+        raise RunError(
+            f"{skips}; the last is of {_culprits(job, skips.batch)}; try a lower --learning_rate; "
+            f"{job.training.saver.kept()}"
+        ) from None
+    if progress.epochs_without_improvement >= args.patience:
+        job.log("Early stopping")
+    if progress.best_vali_loss == float("inf"):
+        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
+
+
+def train_epoch(job: Job, clock: "Clock") -> float:
+    """Run the rest of the epoch that the run is in; return its mean training loss."""
+    args, model, optimizer, progress = job.args, job.model, job.training.optimizer, job.training.progress
+    loader, total, guard, journal = job.loaders["train"], job.steps_per_epoch, job.training.guard, job.training.journal
+    loader.batch_sampler.set_epoch(progress.epoch, skip=progress.iteration)  # type: ignore[union-attr]
+    model.train()
+    clock.restart()
+    with progress_bar(total, progress.iteration) as bar:
+        # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
+        for batch in itertools.islice(loader, total - progress.iteration):
+            step = (progress.epoch - 1) * total + progress.iteration
+            rate = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            optimizer.zero_grad(set_to_none=True)
+            sequences = batch.to(job.device).sequences()
+            work = partial(forward_backward, model, sequences, job.accelerator)
+            loss = halve_on_out_of_memory(job, len(sequences), work)
+            # The first step makes the optimizer's moments, which are larger than the trained values.
+            with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
+                progress.loss_sum = progress.loss_sum + guard.step(batch, loss, progress)
+
+            progress.iteration += 1
+            clock.steps += 1
+            if journal:
+                journal.step(progress.epoch, progress.iteration, loss, rate)
+            bar.update()
+            if progress.iteration % args.log_every == 0:
+                job.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss.item():.7f}")
+                job.log(f"\t{clock.line()}")
+                if journal:
+                    journal.flush()
+            save_if_due(job)
+    guard.settle(progress)
+    loss_sum = job.accelerator.reduce(progress.loss_sum.to(job.device), reduction="mean")
+    return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
+
+
+def forward_backward(model: Model, batch: Sequences, accelerator: Accelerator, max_sequences: int = 0) -> torch.Tensor:
+    """Leave the batch's gradients in the trained tensors; return its mean squared error, detached.
+
+    The prototypes' keys and values are made once. The sequences run in micro-batches of at most
+    `max_sequences` (0: one), whose gradients add up at the keys and values, and flow on from there once.
+    """
+    with accelerator.autocast():
+        shared = model.shared()
+    leaves = [tensor.detach().requires_grad_() for tensor in shared]
+    loss = torch.zeros((), device=batch.x.device)
+    for part in batch.micro_batches(max_sequences):
+        with accelerator.autocast():
+            forecast = model.forecast(part.x, part.prompts, (leaves[0], leaves[1]))
+        share = F.mse_loss(forecast.float(), part.y) * (len(part) / len(batch))
+        share.backward()
+        loss += share.detach()
+    torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+    return loss
+
+
+def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores) -> None:
+    """Print the epoch's line; keep its checkpoint if it is the best so far; save the state.
+
+    The checkpoint comes before the state that knows of it: a run that ends between the two resumes
+    from an earlier state and writes the same checkpoint once more.
+    """
+    progress, patience = job.training.progress, job.args.patience
+    job.log(
+        f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f} "
+        f"Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}"
+    )
+    job.log(memory_line(job.device))
+    progress.history.append(
+        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse, "test_loss": test.mse,
+         "test_mae": test.mae}
+    )  # fmt: skip
+    improved = vali.mse < progress.best_vali_loss
+    progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
+    job.log(f"EarlyStopping counter: {progress.epochs_without_improvement} out of {patience}")
+    if improved:
+        job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.mse:.6f}). Saving model ...")
+        progress.best_vali_loss = vali.mse
+        job.training.saver.save_checkpoint(progress.history[-1])
+    progress.next_epoch()
+    save(job)
+
+
+def save_if_due(job: Job) -> None:
+    """Save the state if it is time.
+
+    Raises:
+        Interrupted: a signal has come.
+    """
+    job.training.saver.check_signal()
+    if job.training.saver.due(job.training.progress):
+        save(job)
+
+
+def save(job: Job) -> None:
+    """Save the state of the run as it stands between two iterations."""
+    progress = job.training.progress
+    job.training.guard.settle(progress)
+    progress.max_sequences = job.max_sequences
+    job.training.saver.save(progress)
+
+
+class Clock:
+    """Speed of the steps since the last line, and the time that the whole run still takes."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.evaluation: float | None = None  # seconds of validation and test together
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval."""
+        self.since, self.steps = time.perf_counter(), 0
+
+    def line(self) -> str:
+        """Speed and left time; starts the next interval."""
+        speed = (time.perf_counter() - self.since) / self.steps
+        self.restart()
+        return f"speed: {speed:.4f}s/iter; left time: {self.left(speed):.4f}s"
+
+    def left(self, speed: float) -> float:
+        """Seconds that the whole run still takes at `speed` seconds an iteration, evaluations included."""
+        job, progress, epochs = self.job, self.job.training.progress, self.job.args.train_epochs
+        windows = sum(len(job.windows.windows(split)) for split in ("val", "test"))
+        evaluation = self.evaluation or EVALUATION_SHARE * speed * windows / job.args.batch_size
+        steps = (epochs - progress.epoch + 1) * job.steps_per_epoch - progress.iteration
+        evaluations = epochs - progress.epoch + 1 + 0.5  # the last one is the final test alone
+        return steps * speed + evaluations * evaluation
+
+
+@torch.no_grad()
+def _culprits(job: Job, batch: Batch) -> str:
+    """Dates of the batch's windows, and the columns that go wrong in them."""
+    data = job.loaders["train"].dataset
+    dates = [data.window_dates(int(index))[0] for index in batch.index]  # type: ignore[attr-defined]
+    try:
+        sequences = batch.to(job.device).sequences()
+        forecast = forecast_in_parts(job.model, job.accelerator, sequences, job.model.shared(), job.max_sequences)
+    except OutOfMemory:  # the numbers end the run; that they cannot be looked at more closely must not hide it
+        return f"the windows that start at {_some([str(date) for date in dates])}"
+    error = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
+    bad = ~torch.isfinite(error)
+    if not bad.any():
+        bad = torch.ones_like(bad)
+    windows = [str(date) for date, row in zip(dates, bad, strict=True) if row.any()]
+    named = [name for name, column in zip(job.series.forecast_columns, bad.T, strict=True) if column.any()]
+    return f"the windows that start at {_some(windows)}, columns {_some(named)}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
