@@ -44,7 +44,7 @@ def bank_file(args: Namespace) -> Path | None:
     names = [args.data, Path(args.data_path).stem]
     if args.data.startswith("ETT"):
         names.append("ETT")
-    files = [PROMPT_BANK / f"{name}.txt" for name in names]
+    files = [PROMPT_BANK / f"{name}.txt" for name in names if len(name) < 200]  # a record may hold any name
     return next((file for file in files if file.is_file()), None)
 
 

@@ -58,6 +58,7 @@ class Backbone:
         self.model = _load(info, layers, torch.device(device), four_bit)
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
+        self._words_on_host = False
         if recompute:
             _recompute_layers(self.model)
 
@@ -67,7 +68,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.device
+        """Where the layers are."""
+        return next(p for p in self.model.parameters() if p is not self.embeddings).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,12 +95,26 @@ class Backbone:
     def plain_attention(self, name: str) -> None:
         self.model.config._attn_implementation = name
 
+    def words(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids `[M, n]`, on any device -> what the layers see of them, `[M, n, D]` on the layers' device."""
+        found = self.model.get_input_embeddings()(ids.to(self.embeddings.device, non_blocking=True))
+        return found.to(self.device, non_blocking=True)
+
+    def keep_words_on_host(self) -> None:
+        """Leave the embeddings in the computer's memory, for who looks words up in them and nothing else.
+
+        A fast path that was made before still holds them where they were.
+        """
+        self._words_on_host = True
+        if self.embeddings.device.type != "cpu":
+            self.model.get_input_embeddings().weight = nn.Parameter(self.embeddings.cpu(), requires_grad=False)
+
     def plain(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """The whole sequence with gradients, through transformers' own masks and attention.
 
         Args:
             opening: token ids that every sequence starts with.
-            ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count.
+            ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
 
         Returns:
@@ -106,9 +122,9 @@ class Backbone:
         """
         M, L, _ = patches.shape
         first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(M, -1)
-        words = self.model.get_input_embeddings()(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
+        words = self.words(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
         inputs = torch.cat([words, patches.to(self.dtype)], dim=1)  # (M, P0 + n + L, D)
-        slot = torch.arange(inputs.shape[1], device=ids.device)[None]
+        slot = torch.arange(inputs.shape[1], device=patches.device)[None]
         start, stop = len(opening), len(opening) + ids.shape[1]
         real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
         hidden = self.model(
@@ -122,6 +138,8 @@ class Backbone:
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
+        if self._words_on_host:
+            self.keep_words_on_host()
         return self
 
     def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:

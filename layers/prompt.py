@@ -25,7 +25,8 @@ class Prompts(NamedTuple):
     length: torch.Tensor  # (M,) how many of them count
 
     def to(self, device: torch.device) -> "Prompts":
-        return Prompts(self.ids.to(device, non_blocking=True), self.length.to(device, non_blocking=True))
+        """Move the lengths; the ids go where the words are looked up."""
+        return Prompts(self.ids, self.length.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Prompts":
         return Prompts(self.ids.pin_memory(), self.length.pin_memory())

@@ -6,7 +6,7 @@ V = its vocabulary, K text prototypes.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.fast import FastPath, cross_attention
 from layers.head import FlattenHead
+from layers.mapping import MappingLayer
 from layers.norm import instance_norm
 from layers.patch import PatchEmbedding, patch_count
 from layers.prompt import MAX_PROMPT_TOKENS, PromptEncoder, Prompts, PromptTemplate, pad_prompts
@@ -67,9 +68,11 @@ class Model(nn.Module):
         self.pred_len, self.d_ff = configs.pred_len, configs.d_ff
 
         self.patch_embedding = PatchEmbedding(configs.patch_len, configs.stride, configs.d_model, configs.dropout)
-        self.mapping_layer: nn.Linear | None = nn.Linear(backbone.vocab_size, PROTOTYPES)
+        self.mapping_layer: MappingLayer | None = MappingLayer(backbone.vocab_size, PROTOTYPES)
         if configs.prototypes == "direct":
             self.prototypes, self.mapping_layer = self._mapped_prototypes(self.mapping_layer), None
+            if isinstance(backbone, Backbone):
+                backbone.keep_words_on_host()
         self.reprogramming_layer = ReprogrammingLayer(
             configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size, attend=cross_attention
         )
@@ -121,8 +124,20 @@ class Model(nn.Module):
         """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type."""
         if self.mapping_layer is None:
             return self.prototypes
-        E, W, b = self.backbone.embeddings, self.mapping_layer.weight, self.mapping_layer.bias  # (V, D), (K, V), (K,)
-        return (W.to(E.device, E.dtype) @ E).to(W.dtype) + b.to(E.device)[:, None]
+        return self.mapping_layer(self.backbone.embeddings)  # (V, D) -> (K, D)
+
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient is in two
+        factors, the one that is not frozen."""
+        yield from (parameter.grad for parameter in self.parameters() if parameter.grad is not None)
+        if self.mapping_layer is not None and self.mapping_layer.row_gradient is not None:
+            yield self.mapping_layer.row_gradient
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        super().zero_grad(set_to_none)
+        if self.mapping_layer is not None:
+            self.mapping_layer.row_gradient = None
 
     def make_prompts(self, x: torch.Tensor) -> Prompts:
         """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window."""

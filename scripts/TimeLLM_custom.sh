@@ -3,7 +3,7 @@
 # the last row. Flags of your own come last and win:
 #   bash scripts/TimeLLM_custom.sh my.csv
 #   bash scripts/TimeLLM_custom.sh my.csv --seq_len 192 --pred_len 24 --prompt_text "Sales of one shop, in pieces a day."
-# After an interruption the same command goes on where it was; where the file has changed, --resume False starts anew.
+# After an interruption the same command resumes; where the file has changed, --resume False starts anew.
 # The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
 (
   if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
@@ -11,7 +11,7 @@
     exit 2
   fi
   if [ ! -f "$1" ]; then
-    echo "TimeLLM_custom.sh: error: found no file $1, need a CSV file" >&2
+    echo "TimeLLM_custom.sh: error: $1: got no such file, expected a CSV file" >&2
     exit 2
   fi
   # Relative to the caller's folder, so it is made absolute before common.sh changes it.

@@ -36,7 +36,8 @@ set_allocator() {
     return 0
   fi
   if ! version=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); then
-    echo "$python has no torch; 'bash $scripts_dir/setup_env.sh' installs what is needed" >&2
+    echo "common.sh: error: $python: got no torch, expected an installed one; bash $scripts_dir/setup_env.sh" \
+      "installs it" >&2
     return 1
   fi
   case $(uname -r) in
@@ -71,8 +72,8 @@ find_data() {
   printf '%s\n' "$answer"
   path=$(printf '%s\n' "$answer" | sed -n 's/^data: //p' | tail -n 1)
   if [ "$(basename "$path")" != "$name.csv" ]; then
-    echo "$name.csv could not be had, only synthetic data ($path); to train on that add" \
-      "--root_path $(dirname "$path") --data_path $(basename "$path")" >&2
+    echo "common.sh: error: $name.csv: got only synthetic data ($path), expected the public file; to train on" \
+      "what there is add --root_path $(dirname "$path") --data_path $(basename "$path")" >&2
     return 1
   fi
   data_dir=$(dirname "$path")/

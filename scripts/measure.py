@@ -22,7 +22,7 @@ from models.TimeLLM import Model
 from scripts.flops import matmul_rate, training_step_flops
 from utils.results.log import peak_memory_gib
 from utils.training.evaluate import Shared, evaluate, forecast_in_parts
-from utils.training.memory import OutOfMemory
+from utils.training.memory import cap_memory, is_out_of_memory
 from utils.training.step import build_optimizer
 from utils.training.train import forward_backward
 
@@ -68,7 +68,7 @@ class Bench:
             forward_backward(self.model.train(), self.sequences, self.accelerator, self.max_sequences)
             self.optimizer.step()
         finally:  # the memory is the next step's, also where this one had too little
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
         return self._now() - began
 
     def evaluate(self, variant: str, batches: int) -> float:
@@ -111,10 +111,11 @@ def benches(
 
 
 def open_backbone(args: Namespace) -> tuple[Backbone, Accelerator]:
-    """The backbone where a run would have it, with a run's number types."""
+    """The backbone where a run would have it, with the number types and the share of the GPU that `utils.setup` chooses."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    torch.backends.cuda.matmul.allow_tf32 = True  # as `utils.setup` has it
+    torch.backends.cuda.matmul.allow_tf32 = True
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+    cap_memory(accelerator.device)
     info = find_backbone("QWEN", str(args.backbone))
     return Backbone(info, args.layers, accelerator.device, args.load_in_4bit), accelerator
 
@@ -126,7 +127,9 @@ def in_turn(names: list[str], warm_up: int, rounds: int, work: Callable[[str], f
         for name in list(taken):
             try:
                 taken[name].append(work(name))
-            except OutOfMemory:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 del taken[name]
     return {name: median(taken[name][warm_up:]) if name in taken else None for name in names}
 

@@ -37,6 +37,6 @@ fi
   "$@" | tee -i "$work/run.log"
 
 # The table: this run beside simple baselines on the same windows.
-"$python" -m utils.report "$(last_value 'Checkpoints saved at' "$work/run.log")"
+"$python" scripts/report.py "$(last_value 'Checkpoints saved at' "$work/run.log")"
 
 echo "quickstart: $((SECONDS / 60)) min $((SECONDS % 60)) s in all"

@@ -2,7 +2,7 @@
 # Makes .venv in the repository and installs requirements.txt there; does nothing where that has been done.
 #
 #   bash scripts/setup_env.sh          what running needs
-#   bash scripts/setup_env.sh --test   the tests' packages too
+#   bash scripts/setup_env.sh --test   the packages of the tests and of scripts/lint.sh too
 #
 #   TORCH_INDEX_URL  package index that torch is taken from, e.g. https://download.pytorch.org/whl/cu126
 #   PYTHON           where set, nothing is made or installed: that Python is taken as it is
@@ -29,7 +29,7 @@ find_python() {
       return 0
     fi
   done
-  echo "setup_env.sh: python3 is $(python3 --version 2>&1 || true); Python 3.11 or newer is needed" >&2
+  echo "setup_env.sh: error: python3: got $(python3 --version 2>&1 || true), expected Python 3.11 or newer" >&2
   return 1
 }
 
@@ -37,7 +37,8 @@ make_venv() {
   local base
   base=$(find_python)
   if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
-    echo "setup_env.sh: $base has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2
+    echo "setup_env.sh: error: $base: got no venv module, expected one; on Debian and Ubuntu:" \
+      "apt install python3-venv" >&2
     return 1
   fi
   echo "environment: making .venv with $("$base" --version)"

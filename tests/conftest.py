@@ -26,11 +26,7 @@ def enliven(folder: Path) -> Path:
     """
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
-        matrices = {
-            name: t * 5
-            for name, t in tensors.items()
-            if t.dim() == 2 and "embed" not in name and "wte" not in name
-        }
+        matrices = {name: t * 5 for name, t in tensors.items() if t.dim() == 2 and "embed" not in name and "wte" not in name}
         save_file(tensors | matrices, shard, metadata={"format": "pt"})
     return folder
 

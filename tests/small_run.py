@@ -67,11 +67,7 @@ def train(argv: list[str], capsys) -> list[str]:
 
 def figures(lines: list[str]) -> tuple[str, str]:
     """MSE and MAE of the final test, as printed."""
-    return next(
-        match.groups()
-        for line in reversed(lines)
-        if (match := re.match(r"Test MSE: (\S+) MAE: (\S+)$", line))
-    )
+    return next(match.groups() for line in reversed(lines) if (match := re.match(r"Test MSE: (\S+) MAE: (\S+)$", line)))
 
 
 def small_model(folder: Path, backbone, **flags: object) -> Model:
@@ -89,9 +85,7 @@ def make_batch(model: Model, x: torch.Tensor, seed: int = 0) -> Batch:
     return WindowCollate(model.pred_len, None, model.prompts)(items)
 
 
-def random_windows(
-    windows: int = 3, seq_len: int = SEQ_LEN, channels: int = 2, seed: int = 0
-) -> torch.Tensor:
+def random_windows(windows: int = 3, seq_len: int = SEQ_LEN, channels: int = 2, seed: int = 0) -> torch.Tensor:
     """Windows `[B, T, N]` whose prompts differ in length: some values have few digits, some many."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(windows, seq_len, channels, generator=generator).cumsum(1)

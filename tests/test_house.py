@@ -14,8 +14,8 @@ from utils.flags import FLAGS, Role, parse_flags, recorded, resumed, run_name
 ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
 # Within utils: what is above imports what is below.
 FLOORS = [
-    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.plots", "utils.results.test_pass",
-    "utils.results.comparison", "utils.results.baselines", "utils.training.train", "utils.training.evaluate",
+    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.plots", "utils.training.train",
+    "utils.results.test_pass", "utils.results.comparison", "utils.results.baselines", "utils.training.evaluate",
     "utils.training.memory", "utils.training.session", "utils.training.step", "utils.results.journal",
     "utils.results.predictions", "utils.results.metrics", "utils.results.log", "utils.training.schedule",
     "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint", "utils.saving.state",
@@ -55,9 +55,9 @@ def test_imports_run_downward() -> None:
 
 
 def test_imports_run_downward_within_utils() -> None:
-    assert {n for n in PROGRAM if n.startswith("utils.") and n.split(".")[-1] not in ("training", "saving", "results")} == set(
-        FLOORS
-    )
+    assert {
+        n for n in PROGRAM if n.startswith("utils.") and n.split(".")[-1] not in ("training", "saving", "results")
+    } == set(FLOORS)
     for name in FLOORS:
         above = {m for m in imports(PROGRAM[name]) if m in FLOORS and FLOORS.index(m) <= FLOORS.index(name)}
         assert not above, f"{name} imports {above}"
@@ -74,7 +74,9 @@ def test_the_fast_path_is_imported_where_it_is_chosen_alone() -> None:
 
 def test_one_helper_makes_the_messages() -> None:
     for name, tree in PROGRAM.items():
-        makes = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError"]
+        makes = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError"
+        ]
         assert not makes or name == "layers.errors", f"{name}, line {makes[0].lineno if makes else 0}"
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):

@@ -52,7 +52,7 @@ class Command:
             return "evaluating"
         if "EarlyStopping" in last or "Saving model" in last:
             return "keeping the best"
-        return "training" if "iters: " in self.text or "Going on" in self.text else "starting and loading"
+        return "training" if "iters: " in self.text or "Resuming from" in self.text else "starting and loading"
 
     def kill(self) -> str:
         """Stop it, look where it is, kill it."""
@@ -103,7 +103,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         print(f"\n{KILLS} kills (seed {seed}): " + ", ".join(f"{n} {phase}" for phase, n in phases.most_common()))
 
     one, other = run_folder(tmp_path / "whole"), run_folder(tmp_path / "killed")
-    for name in ("checkpoint.safetensors", "checkpoint.json"):
+    for name in ("checkpoint.safetensors", "checkpoint.json", "checkpoint"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
     assert metrics[0]["test"] == metrics[1]["test"]

@@ -37,6 +37,7 @@ def results(where: Path) -> dict[str, object]:
     return {
         "scores": metrics["test"],
         "tensors": (folder / "checkpoint.safetensors").read_bytes(),
+        "for torch": (folder / "checkpoint").read_bytes(),
         "record": (folder / "checkpoint.json").read_bytes(),
     }
 
@@ -63,9 +64,9 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     text = interrupted(lambda live: "Using device" in live.text, signal.SIGINT, 130)
     assert "SIGINT: ended; nothing is left half-written" in text
     text = interrupted(lambda live: "iters: 3," in live.text, signal.SIGINT, 130)
-    assert "\nTo go on: " in text
+    assert "\nTo resume: " in text
     text = interrupted(is_saving, signal.SIGTERM, 143)
-    assert "Going on from state.1.safetensors: epoch 1, iteration " in text
+    assert "Resuming from state.1.safetensors: epoch 1, iteration " in text
     text = interrupted(lambda live: "\nEpoch: 1 cost time" in live.text, signal.SIGINT, 130)
     assert "Epoch: 1 | Train Loss" not in text and "epoch 1, iteration 25 is saved" in text
     text = interrupted(lambda live: "\nEpoch: 2 cost time" in live.text, signal.SIGHUP, 129)
@@ -92,11 +93,11 @@ def test_a_second_signal_ends_at_once_with_the_files_intact(lab: Lab, tmp_path: 
     live.send(signal.SIGTERM)
     live.send(signal.SIGCONT)
     assert live.end() in (130, 143)
-    assert "ended at once" in live.text and "To go on" not in live.text
+    assert "ended at once" in live.text and "To resume" not in live.text
     going_on = lab.start(tmp_path / "runs", *EVERY, "--resume")
-    going_on.until_line("Going on from")
+    going_on.until_line("Resuming from")
     going_on.kill()
-    assert "Going on from state.1.safetensors: epoch 1, iteration 7" in going_on.text
+    assert "Resuming from state.1.safetensors: epoch 1, iteration 7" in going_on.text
 
 
 def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp
 
     second = lab.start(where, *EVERY, "--resume")
     assert second.end() == 2 and second.text.count("\n") == 1, second.text
-    assert "another run is training in" in second.text
+    assert "got another run that trains in it, expected none; wait for it or end it" in second.text
 
     live.kill()
     end = time.monotonic() + 10
@@ -117,7 +118,8 @@ def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp
     third = lab.start(where, *EVERY, "--learning_rate", "0.5", "--train_epochs", 9, "--num_workers", 0, "--resume")
     assert third.end() == 2
     line = third.text.splitlines()[-1]
-    assert "--learning_rate was 0.0001, is 0.5; give" in line and "--train_epochs" not in line and "--num_" not in line
+    assert "--resume: got --learning_rate 0.5, expected --learning_rate 0.0001, with which" in line
+    assert "--train_epochs" not in line and "--num_" not in line
 
 
 def workers(live: Live) -> list[int]:
@@ -162,7 +164,7 @@ def test_a_disk_that_is_too_small_is_told_before_training(lab: Lab, small_disk) 
     live = lab.start(place / "runs")
     assert live.end() == 2
     line = live.text.splitlines()[-1]
-    assert "need 36.1 MB for two states of 7.3 MB and two checkpoints of 2.3 MB; free 4.6 MB there" in line, line
+    assert "expected 38.4 MB for two states of 7.3 MB and three checkpoints of 2.3 MB; free 6.9 MB there" in line, line
     assert not list(place.rglob("*.partial"))
 
 
@@ -174,13 +176,13 @@ def test_a_disk_that_fills_up_later_keeps_the_last_state(lab: Lab, whole: Live, 
     assert live.end() == 1, live.text
     line = live.text.splitlines()[-1]
     assert line.startswith("run_main.py: error: ") and "is full" in line and "; free " in line, line
-    assert "the same command with --resume goes on from state." in line
+    assert "the same command with --resume resumes from state." in line
     assert not list(place.rglob("*.partial"))
 
     ballast.unlink()
     resumed = lab.start(place / "runs", *EVERY, "--resume")
     assert resumed.end() == 0, resumed.text
-    assert "Going on from state." in resumed.text
+    assert "Resuming from state." in resumed.text
     assert results(place / "runs") == results(whole.where)
 
 
@@ -189,7 +191,7 @@ def test_a_read_only_disk_is_told_before_training(lab: Lab, small_disk, tmp_path
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     live = Live(lab.argv(place / "runs"), tmp_path / "output")
     assert live.end() == 2
-    assert "cannot write in" in live.text.splitlines()[-1]
+    assert "got no writing (Read-only file system), expected a folder that can be written" in live.text.splitlines()[-1]
 
 
 def test_a_folder_that_vanishes_ends_the_run_with_one_line(lab: Lab, tmp_path: Path) -> None:

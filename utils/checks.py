@@ -1,5 +1,7 @@
 """Checks: flags set against each other, the device, the data, the backbone and the checkpoint, before a weight is loaded."""
 
+import shutil
+import subprocess
 from argparse import Namespace
 
 import torch
@@ -9,16 +11,56 @@ from data_provider.description import bank_file, dataset_description, make_descr
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error
+from models import model_class
 from models.TimeLLM import Model
 from utils.flags import check_fixed
 from utils.saving.checkpoint import Checkpoint
 
+OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
+
 
 def check_device(args: Namespace) -> None:
-    """Raises InputError where `--device` asks for a GPU that is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+    """Set `--device` against the machine; a job that is meant for a GPU never runs silently on the CPU.
+
+    Raises:
+        InputError: a GPU is asked for, there or needed, and PyTorch cannot use one.
+    """
+    if args.device == "cpu" or torch.cuda.is_available():
+        return
+    driver = nvidia_driver()
+    if driver is not None:
+        got = f"an NVIDIA GPU (driver {driver}) that PyTorch {torch.__version__} cannot use"
+        raise input_error(f"--device {args.device}", got, *_mend(torch.version.cuda))
+    if args.device == "cuda":
         got = "no usable CUDA GPU (torch.cuda.is_available() is False)"
         raise input_error("--device cuda", got, "one; use auto or cpu")
+    if args.load_in_4bit:
+        hint = "or leave --load_in_4bit out"
+        raise input_error("--load_in_4bit", "no GPU that PyTorch can use", "--device cpu, to run it slowly on purpose", hint)
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver; None where there is none, or no GPU that it sees."""
+    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")  # the latter is WSL2's
+    if program is None:
+        return None
+    try:
+        words = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else None
+
+
+def _mend(built_for: str | None) -> tuple[str, str]:
+    """What was expected of a machine with a GPU that PyTorch cannot use, and what to do."""
+    if built_for is None:
+        return "a PyTorch with CUDA", "remove .venv and run bash scripts/setup_env.sh, or give --device cpu"
+    oldest = OLDEST_DRIVER.get(built_for.split(".")[0], "a newer one")
+    hint = "update the driver (under WSL2 the one of Windows), install an older build (TORCH_INDEX_URL=https://download."
+    hint += "pytorch.org/whl/cu126 bash scripts/setup_env.sh), or give --device cpu"
+    return f"driver {oldest} or newer, which CUDA {built_for} asks for", hint
 
 
 def check_channels(args: Namespace, series: SplitSeries) -> None:
@@ -59,7 +101,7 @@ def outline(args: Namespace, info: BackboneInfo) -> Model:
         InputError: the prompt does not fit in front of the patches.
     """
     with torch.device("meta"):
-        return Model(args, info)
+        return model_class(args.model)(args, info)
 
 
 def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Model, same_data: bool) -> None:

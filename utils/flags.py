@@ -129,6 +129,7 @@ FLAGS = [
 
     Flag("train_epochs", LENGTH, COUNT, 10, "epochs at most"),
     Flag("batch_size", TRAINING, COUNT, 32, "windows in a training step, each with all its channels"),
+    Flag("test_every", LENGTH, COUNT_OR_0, 1, "epochs between two test passes; 0: only the best epoch's, at the end"),
     Flag("patience", LENGTH, COUNT, 10, "epochs without a better validation loss before training stops"),
     Flag("learning_rate", TRAINING, real(lambda v: v > 0, "a number above 0"), 1e-4, "rate, used as it stands"),
     Flag("optimizer", TRAINING, one_of("adam", "adamw", "adamw8bit"), "adam", "adam, adamw or adamw8bit (bitsandbytes)"),

@@ -1,6 +1,5 @@
 """A run: set up, then fitted, tested, and asked to predict."""
 
-import gc
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command
 from utils.setup import setup
 from utils.training.evaluate import Scores, score
+from utils.training.memory import free_memory
 from utils.training.session import Job
-from utils.training.train import train
+from utils.training.train import TestFound, train
 
 
 def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
@@ -30,29 +30,36 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         Interrupted: a signal has come, and what has to be saved is saved.
     """
     for repeat in range(args.itr):
-        job = setup(args, repeat, interrupts or Interrupts())
-        with _noted(job.log):
-            if args.is_training:
-                fit(job)
-            if args.is_training or not args.do_predict:
-                test(job)
-            if args.do_predict:
-                predict(job)
-        job.close()
-        del job  # the next repeat loads its model into the memory of this one's
-        _free_memory()
+        _run(args, repeat, interrupts or Interrupts())
+        # The next repeat loads its model into the memory of this one's.
+        free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return 0
 
 
-def fit(job: Job) -> None:
+def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> None:
+    job = setup(args, repeat, interrupts)
+    with _noted(job.log):
+        found = fit(job) if args.is_training else None
+        if args.is_training or not args.do_predict:
+            test(job, found)
+        if args.do_predict:
+            predict(job)
+    job.close()
+
+
+def fit(job: Job) -> TestFound | None:
     """Train, unless the run is finished already; the best weights lie in the run's folder then.
+
+    Returns:
+        What the best epoch's test pass has found, where there was one.
 
     Raises:
         Interrupted, RunError: see `train`.
     """
     args, progress = job.args, job.training.progress
+    found = None
     if not progress.finished(args.train_epochs, args.patience):
-        train(job)
+        found = train(job)
         if args.plots and job.accelerator.is_main_process:
             from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
@@ -61,22 +68,20 @@ def fit(job: Job) -> None:
         save_for_torch(job.folder)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
+    return found
 
 
-def test(job: Job) -> Scores:
+def test(job: Job, found: TestFound | None = None) -> Scores:
     """Score the checkpoint on the test split; print the figures and keep them, with pictures.
+
+    Args:
+        found: what the best epoch's test pass has found already; it is not computed again.
 
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
     checkpoint = _load_checkpoint(job)
-    results = TestPass(job)
-    try:
-        scores = score(job, "test", results.consume)
-    except Interrupted as signal:
-        job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
-        job.log(f"To resume: {resume_command(job.args)}")
-        raise
+    results, scores = found or _test_pass(job, checkpoint)
     job.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     figures = {"mse": scores.mse, "mae": scores.mae}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]})
@@ -85,6 +90,16 @@ def test(job: Job) -> Scores:
 
         draw_test(results, metrics)
     return scores
+
+
+def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
+    results = TestPass(job)
+    try:
+        return results, score(job, "test", results.consume)
+    except Interrupted as signal:
+        job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
+        job.log(f"To resume: {resume_command(job.args)}")
+        raise
 
 
 def predict(job: Job) -> Path:
@@ -123,9 +138,3 @@ def _noted(log: RunLog) -> Iterator[None]:
     except RunError as error:
         log.note(f"error: {error}")
         raise
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

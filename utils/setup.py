@@ -14,6 +14,7 @@ from data_provider.data_loader import Series, SplitSeries
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
+from models import model_class
 from models.TimeLLM import Model
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
@@ -27,8 +28,8 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, identity, restore
-from utils.training.memory import advice, explain_out_of_memory, fitting_sequences, loading_advice
-from utils.training.session import Job, Training
+from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, loading_advice
+from utils.training.session import Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
 
 SPLITS = ("train", "val", "test")
@@ -73,10 +74,12 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.backends.cuda.matmul.allow_tf32 = True
     set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    cap_memory(accelerator.device)
     with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
         backbone = Backbone(info, args.llm_layers, accelerator.device, args.load_in_4bit, args.grad_checkpoint)
-        model = Model(args, backbone, outline.prompts).to(accelerator.device)
+        model = model_class(args.model)(args, backbone, outline.prompts).to(accelerator.device)
     log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
+    at_once = fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences
     job = Job(
         args=args,
         folder=folder,
@@ -87,7 +90,8 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         loaders=_loaders(args, series, model, accelerator, args.seed + repeat, log),
         record=record,
         interrupts=interrupts,
-        max_sequences=fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences,
+        step_limit=Limit(at_once),
+        evaluation_limit=Limit(at_once),
         checkpoint=checkpoint,
         notes=notes,
     )
@@ -206,7 +210,8 @@ def _begin(job: Job, start: Start) -> Training:
             progress = restore(start.state, model, optimizer, job.device)
         saver.mark_saved(progress)
         if args.max_sequences is None:  # else what is free today would decide
-            job.max_sequences = progress.max_sequences
+            job.step_limit.sequences = progress.max_sequences
+            job.evaluation_limit.sequences = progress.evaluation_sequences
         _resume(job, start.state, progress)
     return Training(optimizer, Guard(model, optimizer, accelerator, log), saver, progress, journal, start.lock)
 

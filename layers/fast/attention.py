@@ -43,9 +43,10 @@ def group(query: torch.Tensor, kv: int) -> torch.Tensor:
 
 def additive_mask(visible: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
     """`[M or 1, n, S]` booleans -> additive `[M or 1, 1, g*n, S]` mask for `prefix_attention`."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask.masked_fill_(~visible, float("-inf"))
-    return mask.repeat(1, groups, 1)[:, None]
+    M, n, S = visible.shape
+    # Rows begin at multiples of 8 numbers: the fused CUDA kernels would copy another mask in every layer.
+    mask = torch.zeros(M, groups * n, -(-S // 8) * 8, dtype=dtype, device=visible.device)[..., :S]
+    return mask.masked_fill_(~visible.repeat(1, groups, 1), float("-inf"))[:, None]
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -32,7 +32,7 @@ class FastPath:
         self.model = make_twin(backbone.model)
         if not backbone.recompute:  # who recomputes is short of memory
             prepack_weights(self.model)
-        self._groups, self._dtype = backbone.groups, backbone.dtype
+        self._words, self._groups, self._dtype = backbone.words, backbone.groups, backbone.dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
         self._opening: list[int] | None = []  # whose keys and values the cache holds
 
@@ -41,25 +41,25 @@ class FastPath:
 
         Args:
             opening: token ids that every sequence starts with.
-            ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count.
+            ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
         """
         (_, L, _), n, P0 = patches.shape, ids.shape[1], len(opening)
-        slots = P0 + n + L
+        slots, device = P0 + n + L, patches.device
         with torch.no_grad():
-            self._hold_opening(opening, ids.device)
-            row = torch.arange(n, device=ids.device)
+            self._hold_opening(opening, device)
+            row = torch.arange(n, device=device)
             # Padding comes last, so causality alone hides it from the real tokens.
-            visible = torch.arange(P0 + n, device=ids.device)[None, None] <= P0 + row[None, :, None]
+            visible = torch.arange(P0 + n, device=device)[None, None] <= P0 + row[None, :, None]
             self._cache.place(P0, slots)
             self._store(ids, visible, (P0 + row)[None])
-            slot = torch.arange(slots, device=ids.device)[None, None]
-            step = torch.arange(L, device=ids.device)[None, :, None]
+            slot = torch.arange(slots, device=device)[None, None]
+            step = torch.arange(L, device=device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
             earlier = (slot >= P0 + n) & (slot <= P0 + n + step)
             mask = additive_mask(prompt | earlier, self._groups, self._dtype)  # (M, 1, g*L, slots)
         self._cache.place(P0 + n, slots)
-        positions = P0 + length[:, None] + torch.arange(L, device=ids.device)  # (M, L)
+        positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
         return self._run(patches.to(self._dtype), mask, positions).to(patches.dtype)
 
     def _hold_opening(self, opening: list[int], device: torch.device) -> None:
@@ -69,7 +69,7 @@ class FastPath:
         self._cache.store_opening()
         self._opening = None  # until all of it is there: the pass may run out of memory
         with torch.inference_mode(False), torch.no_grad():
-            ids = torch.tensor([opening], dtype=torch.long, device=device)
+            ids = torch.tensor([opening], dtype=torch.long)
             row = torch.arange(len(opening), device=device)
             if opening:
                 self._store(ids, row[None, None] <= row[None, :, None], row[None])
@@ -79,7 +79,7 @@ class FastPath:
         """Run the prefix tokens `[M, n]` as far as their last keys and values, which the cache keeps."""
         mask = additive_mask(visible, self._groups, self._dtype)
         with contextlib.suppress(PrefixStored):
-            self._run(self.model.get_input_embeddings()(ids), mask, positions)
+            self._run(self._words(ids), mask, positions)
 
     def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache."""

@@ -159,9 +159,7 @@ def test_seed_decides_every_byte(folders: dict[str, Path], tmp_path: Path) -> No
     first = {path.name: path.read_bytes() for path in folders["qwen2"].iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     other = read_weights(make_backbone(tmp_path / "other", seed=1))
-    assert not torch.equal(
-        other["model.embed_tokens.weight"], read_weights(folders["qwen2"])["model.embed_tokens.weight"]
-    )
+    assert not torch.equal(other["model.embed_tokens.weight"], read_weights(folders["qwen2"])["model.embed_tokens.weight"])
 
 
 def test_deeper_model_begins_with_the_same_layers(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -200,11 +198,11 @@ def test_three_billion_preset_has_qwens_shape() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"layers": 0}, "--layers: 0"),
-        ({"preset": "huge"}, "--preset: 'huge'"),
-        ({"family": "t5"}, "--family: 't5'"),
-        ({"preset": "qwen2.5-3b", "family": "bert"}, "qwen2 or llama"),
-        ({"tokenizer": "nowhere"}, "no tokenizer.json in nowhere"),
+        ({"layers": 0}, "--layers: got 0, expected 1 or more"),
+        ({"preset": "huge"}, "--preset: got 'huge', expected one of tiny, "),
+        ({"family": "t5"}, "--family: got 't5', expected one of qwen2, "),
+        ({"preset": "qwen2.5-3b", "family": "bert"}, "--family: got 'bert', expected qwen2 or llama"),
+        ({"tokenizer": "nowhere"}, "--tokenizer: got no tokenizer.json in nowhere, expected"),
     ],
 )
 def test_bad_requests_name_the_flag_and_leave_nothing(tmp_path: Path, arguments: dict, words: str) -> None:
@@ -215,13 +213,13 @@ def test_bad_requests_name_the_flag_and_leave_nothing(tmp_path: Path, arguments:
 
 
 def test_tokenizer_too_large_or_unreadable_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="151936 fit"):
+    with pytest.raises(InputError, match="--tokenizer: got 151937 token ids, expected at most 151936, which fit"):
         build_config("qwen2.5-3b", 1, "qwen2", tokens=151937, special={})
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer.json").write_text("[]", encoding="utf-8")
     (source / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(InputError, match="tokenizer.json"):
+    with pytest.raises(InputError, match="--tokenizer: got .*tokenizer.json.*, expected the two files of a fast tokenizer"):
         make_backbone(tmp_path / "out", tokenizer=source)
     assert list(tmp_path.iterdir()) == [source]
 

@@ -24,7 +24,7 @@ case $1 in
   -c) [ -n "$FAKE_TORCH" ] && echo "$FAKE_TORCH" ;;
   scripts/get_data.py) echo "progress" >&2; echo "said by get_data"; echo "data: $FAKE_DATA" ;;
   scripts/make_backbone.py) echo "backbone=$*" ;;
-  -m) echo "table=$3" ;;
+  scripts/report.py) echo "table=$2" ;;
   run_main.py)
     echo "cwd=$PWD"
     echo "alloc=${PYTORCH_ALLOC_CONF-} cuda=${PYTORCH_CUDA_ALLOC_CONF-}"
@@ -104,9 +104,7 @@ def test_every_script_parses_and_names_its_data(copy: Copy, script: str) -> None
 
 
 def test_small_scripts_differ_only_in_the_data_set() -> None:
-    texts = {
-        (ROOT / "scripts" / script).read_text().replace(script.split("_")[1], "NAME") for script in SMALL
-    }
+    texts = {(ROOT / "scripts" / script).read_text().replace(script.split("_")[1], "NAME") for script in SMALL}
     assert len(texts) == 1
 
 
@@ -160,7 +158,7 @@ def test_source_leaves_the_shell_as_it_was(copy: Copy, failure: str) -> None:
 def test_source_without_torch_does_not_end_the_shell(copy: Copy) -> None:
     done = copy.bash(f'source "{copy.root}/scripts/TimeLLM_ETTh1_2.sh"; echo "still here, $?"', FAKE_TORCH="")
     assert done.stdout == "still here, 1\n"
-    assert "no torch" in done.stderr and "setup_env.sh" in done.stderr
+    assert "got no torch, expected an installed one" in done.stderr and "setup_env.sh" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def test_synthetic_data_stops_the_script(copy: Copy) -> None:
     script = f'bash "{copy.root}/scripts/TimeLLM_ETTh2_2.sh"'
     done = copy.bash(script, FAKE_DATA="dataset/synthetic/synthetic.csv")
     assert done.returncode == 1 and "arg=" not in done.stdout
-    assert "said by get_data" in done.stdout and "ETTh2.csv could not be had" in done.stderr
+    assert "said by get_data" in done.stdout and "ETTh2.csv: got only synthetic data" in done.stderr
     own = copy.bash(f"{script} --root_path dataset/synthetic --data_path synthetic.csv")
     assert own.returncode == 0 and "get_data" not in own.stdout
 
@@ -225,7 +223,7 @@ def test_set_up_names_the_python_it_needs(copy: Copy) -> None:
     del copy.env["PYTHON"]
     done = copy.bash(f'bash "{copy.root}/scripts/setup_env.sh"')
     assert done.returncode == 1
-    assert done.stderr == "setup_env.sh: python3 is Python 3.8.10; Python 3.11 or newer is needed\n"
+    assert done.stderr == "setup_env.sh: error: python3: got Python 3.8.10, expected Python 3.11 or newer\n"
 
 
 def test_quickstart_goes_from_data_to_table(copy: Copy) -> None:

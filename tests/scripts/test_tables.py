@@ -45,7 +45,11 @@ def test_summary_passes_over_epochs_without_a_number(tmp_path):
 
 def test_own_file_script_says_what_it_needs(tmp_path):
     script = ROOT / "scripts" / "TimeLLM_custom.sh"
-    for words, message in (([], "usage: "), (["--seq_len", "9"], "usage: "), (["none.csv"], "found no file none.csv")):
+    for words, message in (
+        ([], "usage: "),
+        (["--seq_len", "9"], "usage: "),
+        (["none.csv"], "none.csv: got no such file, expected a CSV file"),
+    ):
         done = subprocess.run(["bash", script, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +34,6 @@ def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:
     first, second = (load_file(folder / "checkpoint.safetensors") for folder in folders)
     assert not any(torch.equal(first[name], second[name]) for name in TRAINED)
     assert sum(line.startswith("Test MSE") for line in lines) == 2
-
-
-def test_a_repeat_is_gone_before_the_next_is_set_up(argv, monkeypatch) -> None:
-    """The next model is loaded into the memory of the one before."""
-    watched = []
-
-    def setup(*given):
-        assert not [ref() for ref in watched if ref() is not None]
-        job = set_up(*given)
-        optimizer = job.training.optimizer
-        held = [job, job.model, job.model.backbone, job.model.backbone.model, *job.model.parameters(), optimizer]
-        watched.extend(map(weakref.ref, held))
-        return job
-
-    set_up = utils.run.setup
-    monkeypatch.setattr(utils.run, "setup", setup)
-    monkeypatch.setattr("gc.collect", lambda: None)  # no cycle that waits for it
-    assert utils.run.main(parse_flags(argv(itr=2, max_iters=1))) == 0
-    assert watched and not [ref() for ref in watched if ref() is not None]
 
 
 def test_the_largest_seed_has_a_repeat(argv, capsys) -> None:
@@ -119,6 +99,18 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
         assert set(held.keys()) == set(TRAINED)
     size = sum(t.numel() for t in load_file(folder / "checkpoint.safetensors").values()) * 4
     assert (folder / "checkpoint.safetensors").stat().st_size < size + 10_000  # nothing of the backbone in it
+
+
+def test_the_best_weights_are_there_for_torch_load(argv, capsys) -> None:
+    words = argv(max_iters=1)
+    train(words, capsys)
+    folder = run_folder(words)
+    tensors, same = load_file(folder / "checkpoint.safetensors"), torch.load(folder / "checkpoint")
+    assert tensors.keys() == same.keys() and all(torch.equal(tensors[name], same[name]) for name in TRAINED)
+    (folder / "checkpoint").unlink()
+    train([*words, "--is_training", "0"], capsys)
+    train([*words, "--torch_checkpoint", "0"], capsys)
+    assert not (folder / "checkpoint").exists() and (folder / "checkpoint.safetensors").is_file()
 
 
 def test_other_weights_are_noticed(argv, backbones, capsys, tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ def report(folder: Path) -> str:
     inside = folder.resolve().name.startswith("on_") and not (folder / RECORD).is_file()
     record, metrics = _read((folder.resolve().parent if inside else folder) / RECORD), _read(folder / METRICS)
     # Baselines are for the data of the figures, which are not those of training in a zero-shot test.
+    if not isinstance(record.get("flags"), dict):
+        raise input_error(folder / RECORD, "no flags", "the record that training wrote")
+    if not isinstance(metrics.get("test"), dict):
+        raise input_error(folder / METRICS, "no test figures", "what a test wrote")
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
     found = measured(series, metrics.get("baselines"))
     if found != metrics.get("baselines"):
@@ -38,12 +42,13 @@ def report(folder: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         expected = "the folder of a run that was trained and tested (run_main.py prints it at its end)"
         raise input_error(path.parent, f"no {path.name}", expected) from None
     except ValueError as error:
         raise input_error(path, f"a damaged file ({error})", "JSON") from None
+    return held if isinstance(held, dict) else {}
 
 
 def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -108,9 +113,7 @@ def verdict(test: dict, rows: list[dict]) -> list[str]:
             f"{_sentence(row['title'])}{cost} beats this run: its MSE is {advantage:.1f} % lower "
             f"({row['mse']:.4f} against {mse:.4f})."
         )
-    lines += [
-        f"This run and {_named(row)} are level (MSE {mse:.4f} and {row['mse']:.4f})." for row in equal
-    ]
+    lines += [f"This run and {_named(row)} are level (MSE {mse:.4f} and {row['mse']:.4f})." for row in equal]
     lines += [
         f"This run beats {_named(row)}: its MSE is {100 * (1 - mse / row['mse']):.1f} % lower "
         f"({mse:.4f} against {row['mse']:.4f})."
@@ -128,4 +131,3 @@ def _named(row: dict) -> str:
 def _sentence(title: str) -> str:
     named = _named({"title": title})
     return named[0].upper() + named[1:]
-

@@ -140,7 +140,7 @@ def predict_rows(job: Job, steps: int) -> tuple[pd.DatetimeIndex, np.ndarray]:
         shared = model.shared()
 
     def forecast(x: torch.Tensor) -> torch.Tensor:
-        sequences = Sequences(x.t().contiguous().to(job.device), x.new_empty(x.shape[1], 0))
+        sequences = Sequences(x.t().to(job.device), x.new_empty(x.shape[1], 0))
         return forecast_within_memory(job, sequences, shared, SEQUENCES).t().cpu()  # (H, N)
 
     window = torch.from_numpy(series.values[-job.args.seq_len :, series.forecast_slice])

@@ -28,7 +28,7 @@ class Metrics:
 
     def __init__(self, mean: np.ndarray, deviation: np.ndarray, pred_len: int, device: torch.device):
         """Args:
-            mean, deviation: `[N]`, from standardised values to own units.
+        mean, deviation: `[N]`, from standardised values to own units.
         """
         channels = len(mean)
         self.mean = torch.as_tensor(mean, dtype=torch.float64, device=device).view(channels, 1)
@@ -60,8 +60,7 @@ class Metrics:
             made[scale] = {
                 "all": _figures(part.sum(axis=(1, 2)), windows * channels * steps),
                 "channels": {
-                    name: _figures(part[:, channel].sum(axis=1), windows * steps)
-                    for channel, name in enumerate(columns)
+                    name: _figures(part[:, channel].sum(axis=1), windows * steps) for channel, name in enumerate(columns)
                 },
                 "steps": {key: [figures[key] for figures in by_step] for key in by_step[0]},
             }

@@ -137,9 +137,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
     _legend(figure, grid[0][0])
 
 
-def _future(
-    figure: Figure, columns: list[str], shown: list[int], history: tuple, future: tuple, step: str
-) -> None:
+def _future(figure: Figure, columns: list[str], shown: list[int], history: tuple, future: tuple, step: str) -> None:
     grid = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     for axes, channel in zip(grid, shown, strict=True):
         axes.plot(history[0], history[1][:, channel], color=HISTORY, label="history")

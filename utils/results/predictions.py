@@ -27,8 +27,8 @@ class Predictions:
 
     def __init__(self, folder: Path, windows: int, pred_len: int, columns: list[str], main: bool = True):
         """Args:
-            folder: the run's folder; the parts lie in a folder in it until `close`.
-            main: whether this process makes the files (the others wait before they write).
+        folder: the run's folder; the parts lie in a folder in it until `close`.
+        main: whether this process makes the files (the others wait before they write).
         """
         self.folder, self.columns, self.main = folder, columns, main
         self.parts = folder / ".predictions.parts"

@@ -50,7 +50,8 @@ class Progress:
     epochs_without_improvement: int = 0
     skipped: int = 0  # iterations of the epoch whose loss was no number
     skipped_in_a_row: int = 0
-    max_sequences: int = 0  # run at once; how a batch is cut decides how its sums are rounded
+    max_sequences: int = 0  # of a training step run at once; how a batch is cut decides how its sums are rounded
+    evaluation_sequences: int = 0  # the same of an evaluation
     history: list[dict[str, Any]] = field(default_factory=list)  # a row an epoch
 
     def next_epoch(self) -> None:
@@ -73,6 +74,7 @@ class Progress:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
+        held = {"evaluation_sequences": held["max_sequences"]} | held  # earlier versions had one number for both
         return cls(**{name: read(held[_NAMES_IN_FILES.get(name, name)]) for name, read in _READ.items()})
 
 
@@ -86,6 +88,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "skipped": int,
     "skipped_in_a_row": int,
     "max_sequences": int,
+    "evaluation_sequences": int,
     "history": list,
 }
 
@@ -185,7 +188,7 @@ def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Pro
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
             raise RunError(f"{name.removeprefix('model.')} has become NaN or infinite, so it is not saved")
     generators = random_state(device)
     tensors |= generators.pop("tensors")

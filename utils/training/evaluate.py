@@ -65,13 +65,13 @@ def forecast_in_parts(
 
 
 def forecast_within_memory(job: Job, sequences: Sequences, shared: Shared, most: int = 0) -> torch.Tensor:
-    """As `forecast_in_parts`, with as many at once as `job.max_sequences` says, and at most `most` (0: no limit)."""
+    """As `forecast_in_parts`, with as many at once as `job.evaluation_limit` says, and at most `most` (0: no limit)."""
 
     def work(size: int) -> torch.Tensor:
         size = min(size or most, most) if most else size
         return forecast_in_parts(job.model, job.accelerator, sequences, shared, size)
 
-    return halve_on_out_of_memory(job, min(len(sequences), most or len(sequences)), work)
+    return halve_on_out_of_memory(job, job.evaluation_limit, min(len(sequences), most or len(sequences)), work)
 
 
 def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:

@@ -1,5 +1,7 @@
 """Memory: how many sequences fit at once, and what is done and said when the GPU has too little."""
 
+import gc
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,13 @@ from models.TimeLLM import PROTOTYPES, Model
 from utils.errors import RunError
 from utils.saving.files import size_text
 from utils.saving.state import random_state, set_random_state
-from utils.training.session import Job
+from utils.training.session import Job, Limit
 
 # PyTorch before 2.5 has only the second name.
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+# CUDA's libraries have names of their own for it; "device not ready" is WSL2's.
+OTHER_NAMES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "device not ready")
+RESERVE = 200 * 2**20  # bytes of the GPU that are left to the desktop and the driver
 Result = TypeVar("Result")
 
 SHARE = 0.7  # of the free memory; the rest is for what is not counted, and for fragmentation
@@ -26,6 +31,11 @@ OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2}  # of state for each t
 # Below FEW sequences the backbone's weights would be read too often.
 LARGEST_TENSOR, FEW = 24 * 2**20, 32
 STATISTICS_TOKENS = 128  # about, with all digits
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of CUDA means that memory has run out, under whichever name it comes."""
+    return isinstance(error, OutOfMemory) or (isinstance(error, RuntimeError) and any(w in str(error) for w in OTHER_NAMES))
 
 
 @contextmanager
@@ -38,15 +48,30 @@ def explain_out_of_memory(what: str, advice: Callable[[], str]) -> Iterator[None
     """
     try:
         yield
-    except OutOfMemory:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RunError(f"CUDA out of memory in {what}; {advice()}") from None
 
 
-def halve_on_out_of_memory(job: Job, sequences: int, work: Callable[[int], Result]) -> Result:
-    """`work(job.max_sequences)`; where CUDA has no memory for it, again with half of them.
+def cap_memory(device: torch.device) -> None:
+    """Let PyTorch take no more of the GPU than is free now, less a reserve.
+
+    Under WSL2 the driver goes on with the computer's own memory where the GPU's ends: no error, and steps many times
+    slower. With a cap PyTorch gives idle blocks back and raises its error itself, which the run knows how to meet.
+    """
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), device)
+
+
+def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callable[[int], Result]) -> Result:
+    """`work(limit.sequences)`; where CUDA has no memory for it, again with half of them.
 
     The random generators go back to where they were, so the step is repeated with the same numbers.
-    `job.max_sequences` stays what it has become.
+    `limit.sequences` stays what it has become.
 
     Args:
         sequences: how many the work runs in all.
@@ -57,23 +82,32 @@ def halve_on_out_of_memory(job: Job, sequences: int, work: Callable[[int], Resul
     before = random_state(job.device)
     while True:
         try:
-            return work(job.max_sequences)
-        except OutOfMemory:
-            tried = min(job.max_sequences or sequences, sequences)
+            return work(limit.sequences)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            tried = min(limit.sequences or sequences, sequences)
             if tried == 1:
                 raise RunError(f"CUDA out of memory with one sequence at a time; {advice(job.args, job.model)}") from None
-        # Here the exception, and with it every tensor of the failed attempt, is gone.
-        job.max_sequences = tried // 2
+        limit.sequences = tried // 2
         job.model.zero_grad(set_to_none=True)
-        if job.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(job.device)
         set_random_state(before, job.device)
-        if not job.memory_was_short:
+        if not limit.was_short:
             job.log(
                 f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
                 f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
             )
-            job.memory_was_short = True
+            limit.was_short = True
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back to the GPU what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        # The thread that ran the backward pass drops what it kept when it next gets Python's lock.
+        time.sleep(0.05)
+        torch.cuda.empty_cache()
 
 
 def loading_advice(args: Namespace) -> str:
@@ -94,7 +128,9 @@ def advice(args: Namespace, model: Model) -> str:
     layers = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters()) - (
         model.backbone.embeddings.numel() * model.backbone.embeddings.element_size()
     )
-    savings = {f"--llm_layers {max(args.llm_layers // 2, 1)}": layers / 2}
+    fewer, savings = args.llm_layers // 2, {}
+    if fewer:
+        savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / args.llm_layers)
     if model.mapping_layer is not None:
         savings["--prototypes direct"] = model.mapping_layer.weight.numel() * (8 + moments)
     if args.optimizer != "adamw8bit":
@@ -102,8 +138,9 @@ def advice(args: Namespace, model: Model) -> str:
     if not args.load_in_4bit:
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
-    named = ", ".join(f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered)
-    return f"change, in order of effect: {named}, a shorter --seq_len; or end other programs that use the GPU"
+    named = [f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered]
+    changes = ", ".join([*named, "a shorter --seq_len"])
+    return f"change, in order of effect: {changes}; or end other programs that use the GPU"
 
 
 def fitting_sequences(model: Model, args: Namespace) -> int:

@@ -35,6 +35,14 @@ class Training:
 
 
 @dataclass
+class Limit:
+    """How many sequences (windows x channels) run at once; 0: no limit. Less, once memory was short."""
+
+    sequences: int
+    was_short: bool = False
+
+
+@dataclass
 class Job:
     """A run that is set up; its flags are complete and final.
 
@@ -43,7 +51,7 @@ class Job:
         loaders: of the splits that the run goes through: "train", "val", "test".
         record: what a checkpoint says of the run.
         checkpoint: what is tested or forecast with; None until a run that trains has one.
-        max_sequences: windows x channels run at once (0: no limit); less once memory was short.
+        step_limit, evaluation_limit: what of a training step, or of an evaluation and a forecast, runs at once.
     """
 
     args: Namespace
@@ -55,11 +63,11 @@ class Job:
     loaders: "dict[str, DataLoader[Batch]]"
     record: dict[str, Any]
     interrupts: Interrupts
-    max_sequences: int
+    step_limit: Limit
+    evaluation_limit: Limit
     checkpoint: Checkpoint | None = None
     has_checkpoint: bool = False  # the model has its tensors
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
-    memory_was_short: bool = False
     _training: Training | None = None
 
     @property

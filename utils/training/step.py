@@ -4,14 +4,59 @@ import math
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from data_provider.batches import Batch
 from layers.backbone import require_bitsandbytes
+from layers.mapping import MappingLayer
 from models.TimeLLM import Model
 from utils.results.log import RunLog
 from utils.saving.state import Progress
 
 LIMIT = 10  # skipped iterations in a row that a run survives
+
+
+class RowAdam(torch.optim.Adam):
+    """Adam or AdamW, PyTorch's fused kernels, that step the mapping layer's weight a block of rows at a time.
+
+    The gradient of that weight is the largest tensor of a step; of its two factors only a block is formed at once,
+    and goes into the kernel with the same rows of weight and moments. The result is the same to the last bit.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, rate: float, decoupled: bool):
+        """Args:
+            mapping: the layer whose weight is among the parameters; None: there is none.
+            decoupled: AdamW, with PyTorch's weight decay; else Adam without.
+        """
+        decay = 1e-2 if decoupled else 0.0
+        super().__init__(parameters, lr=rate, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
+        self._mapping = mapping
+        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step every parameter that has a gradient; `found_inf` and `grad_scale` as PyTorch's fused kernels take them."""
+        super().step()
+        if self._mapping is not None and self._mapping.row_gradient is not None:
+            self._step_rows(self._mapping)
+
+    def _step_rows(self, mapping: MappingLayer) -> None:
+        weight, group = mapping.weight, self.param_groups[0]
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        for rows, gradient in mapping.gradient_blocks():
+            self._kernel(
+                [weight[rows]], [gradient], [state["exp_avg"][rows]], [state["exp_avg_sq"][rows]], [], [state["step"]],
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+            )  # fmt: skip
+        if found_inf is not None:
+            state["step"] -= found_inf
 
 
 def build_optimizer(name: str, model: Model, rate: float) -> torch.optim.Optimizer:
@@ -22,11 +67,7 @@ def build_optimizer(name: str, model: Model, rate: float) -> torch.optim.Optimiz
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, lr=rate)
-    # fused: one pass over the weights, and no temporary copies of them
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, fused=fused)
-    return torch.optim.Adam(parameters, lr=rate, fused=fused)
+    return RowAdam(parameters, model.mapping_layer, rate, decoupled=name == "adamw")
 
 
 class TooManySkips(Exception):
@@ -60,10 +101,12 @@ class Guard:
             TooManySkips: as `settle`, about the step before.
         """
         # A sum is finite only if every term is, and takes no memory of its own.
-        sums = [parameter.grad.sum() for parameter in self.model.parameters() if parameter.grad is not None]
+        sums = [gradient.sum() for gradient in self.model.gradients()]
         wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
         if self.accelerator.num_processes > 1:
             wrong = self.accelerator.reduce(wrong.float(), "sum") > 0
+        if self.model.mapping_layer is not None and not isinstance(self.optimizer, RowAdam):
+            self.model.mapping_layer.form_gradient()
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
             self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -12,19 +13,24 @@ from data_provider.batches import Batch, Sequences
 from models.TimeLLM import Model
 from utils.errors import RunError
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
+from utils.results.test_pass import TestPass
 from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
-from utils.training.memory import OutOfMemory, advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
 from utils.training.schedule import learning_rate
 from utils.training.session import Job
 from utils.training.step import TooManySkips
 
+TestFound = tuple[TestPass, Scores]
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 
 
-def train(job: Job) -> None:
+def train(job: Job) -> TestFound | None:
     """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder.
+
+    Returns:
+        What the test pass of the best epoch found; None where that epoch had none, or ran before a resume.
 
     Raises:
         Interrupted: a signal has come; the state is saved.
@@ -32,6 +38,7 @@ def train(job: Job) -> None:
     """
     args, progress, journal = job.args, job.training.progress, job.training.journal
     clock = Clock(job)
+    best_test: TestFound | None = None
     if journal:
         journal.start(progress.epoch, progress.iteration)
     try:
@@ -41,11 +48,16 @@ def train(job: Job) -> None:
             seconds = time.perf_counter() - began
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            vali, test = score(job, "val"), score(job, "test")
-            clock.evaluation = time.perf_counter() - began
+            vali = score(job, "val")
+            improved = vali.mse < progress.best_vali_loss
+            results, test = test_epoch(job, improved)
+            if improved:
+                best_test = (results, test) if results and test else None
+            evaluation = time.perf_counter() - began
+            clock.take(evaluation, tested=test is not None)
             end_epoch(job, train_loss, vali, test)
             if journal:
-                costs = {"seconds": seconds, "evaluation_seconds": clock.evaluation,
+                costs = {"seconds": seconds, "evaluation_seconds": evaluation,
                          "peak_memory_gib": peak_memory_gib(job.device)}  # fmt: skip
                 journal.epoch(progress.history, costs)
             save_if_due(job)
@@ -64,6 +76,7 @@ def train(job: Job) -> None:
         job.log("Early stopping")
     if progress.best_vali_loss == float("inf"):
         raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
+    return best_test
 
 
 def train_epoch(job: Job, clock: "Clock") -> float:
@@ -81,13 +94,13 @@ def train_epoch(job: Job, clock: "Clock") -> float:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            optimizer.zero_grad(set_to_none=True)
             sequences = batch.to(job.device).sequences()
             work = partial(forward_backward, model, sequences, job.accelerator)
-            loss = halve_on_out_of_memory(job, len(sequences), work)
+            loss = halve_on_out_of_memory(job, job.step_limit, len(sequences), work)
             # The first step makes the optimizer's moments, which are larger than the trained values.
             with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
                 progress.loss_sum = progress.loss_sum + guard.step(batch, loss, progress)
+            model.zero_grad(set_to_none=True)  # here, so that no gradient lies in memory while the run saves or evaluates
 
             progress.iteration += 1
             clock.steps += 1
@@ -123,26 +136,33 @@ def forward_backward(model: Model, batch: Sequences, accelerator: Accelerator, m
         loss += share.detach()
     torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
     if accelerator.num_processes > 1:
-        for parameter in model.parameters():
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+        for gradient in model.gradients():
+            gradient.copy_(accelerator.reduce(gradient, reduction="mean"))
     return loss
 
 
-def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores) -> None:
+def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
+    """Score the test split where `--test_every` has it; of the best epoch so far, keep all that a test leaves."""
+    every = job.args.test_every
+    if not every or job.training.progress.epoch % every:
+        return None, None
+    results = TestPass(job) if improved else None
+    return results, score(job, "test", results.consume if results else None)
+
+
+def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) -> None:
     """Print the epoch's line; keep its checkpoint if it is the best so far; save the state.
 
     The checkpoint comes before the state that knows of it: a run that ends between the two resumes
     from an earlier state and writes the same checkpoint once more.
     """
     progress, patience = job.training.progress, job.args.patience
-    job.log(
-        f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f} "
-        f"Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}"
-    )
+    tested = f" Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}" if test else ""
+    job.log(f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f}{tested}")
     job.log(memory_line(job.device))
     progress.history.append(
-        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse, "test_loss": test.mse,
-         "test_mae": test.mae}
+        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse,
+         "test_loss": test.mse if test else None, "test_mae": test.mae if test else None}
     )  # fmt: skip
     improved = vali.mse < progress.best_vali_loss
     progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
@@ -150,7 +170,8 @@ def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores) -> None:
     if improved:
         job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.mse:.6f}). Saving model ...")
         progress.best_vali_loss = vali.mse
-        job.training.saver.save_checkpoint(progress.history[-1])
+        with _explained(job):
+            job.training.saver.save_checkpoint(progress.history[-1])
     progress.next_epoch()
     save(job)
 
@@ -170,8 +191,15 @@ def save(job: Job) -> None:
     """Save the state of the run as it stands between two iterations."""
     progress = job.training.progress
     job.training.guard.settle(progress)
-    progress.max_sequences = job.max_sequences
-    job.training.saver.save(progress)
+    progress.max_sequences = job.step_limit.sequences
+    progress.evaluation_sequences = job.evaluation_limit.sequences
+    with _explained(job):
+        job.training.saver.save(progress)
+
+
+def _explained(job: Job) -> AbstractContextManager[None]:
+    """For work that saves: no memory inside is one line, with what the run can resume from."""
+    return explain_out_of_memory("saving", lambda: f"{advice(job.args, job.model)}; {job.training.saver.kept()}")
 
 
 class Clock:
@@ -179,12 +207,17 @@ class Clock:
 
     def __init__(self, job: Job):
         self.job = job
-        self.evaluation: float | None = None  # seconds of validation and test together
+        self.windows = {split: len(job.windows.windows(split)) for split in ("val", "test")}
+        self.evaluation: float | None = None  # seconds a window, once an evaluation has been timed
         self.restart()
 
     def restart(self) -> None:
         """Begin an interval."""
         self.since, self.steps = time.perf_counter(), 0
+
+    def take(self, seconds: float, tested: bool) -> None:
+        """Take in what the evaluation of an epoch took: validation, and the test where it was `tested`."""
+        self.evaluation = seconds / (self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
         """Speed and left time; starts the next interval."""
@@ -194,12 +227,14 @@ class Clock:
 
     def left(self, speed: float) -> float:
         """Seconds that the whole run still takes at `speed` seconds an iteration, evaluations included."""
-        job, progress, epochs = self.job, self.job.training.progress, self.job.args.train_epochs
-        windows = sum(len(job.windows.windows(split)) for split in ("val", "test"))
-        evaluation = self.evaluation or EVALUATION_SHARE * speed * windows / job.args.batch_size
-        steps = (epochs - progress.epoch + 1) * job.steps_per_epoch - progress.iteration
-        evaluations = epochs - progress.epoch + 1 + 0.5  # the last one is the final test alone
-        return steps * speed + evaluations * evaluation
+        args, progress = self.job.args, self.job.training.progress
+        epochs = range(progress.epoch, args.train_epochs + 1)
+        steps = len(epochs) * self.job.steps_per_epoch - progress.iteration
+        tests = sum(1 for epoch in epochs if args.test_every and epoch % args.test_every == 0)
+        tests += args.test_every != 1  # the best epoch is tested at the end, unless all were
+        windows = len(epochs) * self.windows["val"] + tests * self.windows["test"]
+        each = EVALUATION_SHARE * speed / args.batch_size if self.evaluation is None else self.evaluation
+        return steps * speed + windows * each
 
 
 @torch.no_grad()
@@ -209,11 +244,14 @@ def _culprits(job: Job, batch: Batch) -> str:
     dates = [data.window_dates(int(index))[0] for index in batch.index]  # type: ignore[attr-defined]
     try:
         sequences = batch.to(job.device).sequences()
-        forecast = forecast_in_parts(job.model, job.accelerator, sequences, job.model.shared(), job.max_sequences)
-    except OutOfMemory:  # the numbers end the run; that they cannot be looked at more closely must not hide it
+        forecast = forecast_in_parts(job.model, job.accelerator, sequences, job.model.shared(), job.step_limit.sequences)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # The numbers end the run; that they cannot be looked at more closely must not hide it.
         return f"the windows that start at {_some([str(date) for date in dates])}"
-    error = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
-    bad = ~torch.isfinite(error)
+    errors = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
+    bad = ~torch.isfinite(errors)
     if not bad.any():
         bad = torch.ones_like(bad)
     windows = [str(date) for date, row in zip(dates, bad, strict=True) if row.any()]

@@ -2,20 +2,26 @@
 
 import os
 import pickle
+import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 import run_main
 from data_provider.data_factory import series_from_args
 from data_provider.table import read_table
 from layers.errors import InputError
+from layers.prompt import PromptEncoder
+from models.TimeLLM import Model
 from tests.small_run import command_line, figures, run_folder, train, write_csv
 from utils.flags import parse_flags
 from utils.saving.checkpoint import Checkpoint
+from utils.saving.record import read_header
 
 SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
 
@@ -60,6 +66,55 @@ def test_a_checkpoint_elsewhere_is_used(trained, capsys, tmp_path: Path) -> None
     test = [*trained, "--is_training", "0", "--checkpoints", str(tmp_path / "here")]
     elsewhere = [*test, "--checkpoint", str(run_folder(trained))]
     assert figures(train(elsewhere, capsys)) == figures(train([*trained, "--is_training", "0"], capsys))
+
+
+def test_a_test_asks_nothing_of_the_training_windows(trained, capsys, tmp_path: Path) -> None:
+    """Also where they are fewer than a batch: 100 rows have 31 training windows, --batch_size is 32 when left out."""
+    test = [*trained, "--is_training", "0"]
+    assert figures(train([*test, "--batch_size", "186"], capsys)) == figures(train(test, capsys))
+    write_csv(tmp_path / "short.csv", rows=100)
+    elsewhere = ["--root_path", str(tmp_path), "--data_path", "short.csv"]
+    zero_shot = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(trained)), *elsewhere]
+    assert "test 13" in train(zero_shot, capsys)
+
+
+@pytest.mark.parametrize("verb", [[], ["--do_predict"]], ids=["test", "predict"])
+def test_the_header_is_read_twice_at_most_and_the_model_outlined_once(trained, capsys, verb: list[str]) -> None:
+    """Twice: for the flags that the command line leaves out, and when the checkpoint is opened."""
+    calls: Counter[str] = Counter()
+    watched = {read_header.__code__: "header", Model.__init__.__code__: "model", PromptEncoder.__init__.__code__: "prompts"}
+
+    def count(frame, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code in watched:
+            on_meta = torch.empty(0).is_meta
+            calls[watched[frame.f_code] + " on meta" * on_meta] += 1
+
+    sys.setprofile(count)
+    try:
+        train(["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(trained)), *verb], capsys)
+    finally:
+        sys.setprofile(None)
+    assert calls == {"header": 2, "model": 1, "model on meta": 1, "prompts on meta": 1}
+
+
+@pytest.fixture
+def any_precision():
+    """Accelerate holds the precision of the first run in a process for all that follow."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_mixed_precision_is_inherited_and_compared(trained, backbones, any_precision, capsys, tmp_path: Path) -> None:
+    words = command_line(tmp_path, backbones["qwen2"], max_iters=2, use_amp=True)
+    lines = train(words, capsys)
+    bare = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words))]
+    assert parse_flags(bare).use_amp is True
+    assert figures(train(bare, capsys)) == figures(lines)
+    for other, given, held in (([*bare, "--use_amp", "False"], False, True), ([*trained, "--use_amp"], True, False)):
+        assert run_main.main([*other, "--is_training", "0"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"run_main.py: error: --use_amp: got {given}, expected {held}, with which ")
 
 
 @pytest.mark.parametrize(

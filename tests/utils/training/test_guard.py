@@ -135,7 +135,7 @@ def test_a_step_without_memory_is_repeated_in_smaller_parts(begin) -> None:
     given = begin("--max_iters", 3, "--max_sequences", 4, where="given")
     tried = short_of_memory(job, 7)
     assert epoch(job) == epoch(given)
-    assert tried[:3] == [16, 8, 4] and set(tried[2:]) == {4} and job.max_sequences == 4
+    assert tried[:3] == [16, 8, 4] and set(tried[2:]) == {4} and job.step_limit.sequences == 4
     assert all(torch.equal(a, b) for a, b in zip(weights(job), weights(given), strict=True))
     assert [line for line in logged(job) if "out of memory" in line] == [
         "CUDA out of memory with 16 sequences at once: going on with at most 8 (--max_sequences 8 starts that way), "
@@ -145,7 +145,7 @@ def test_a_step_without_memory_is_repeated_in_smaller_parts(begin) -> None:
 
 
 def test_when_not_even_one_sequence_fits_the_line_says_what_to_change(begin) -> None:
-    job = begin()
+    job = begin("--llm_layers", 2)
     short_of_memory(job, 0)
     with pytest.raises(RunError, match="CUDA out of memory with one sequence at a time; change, in order of effect: ") as e:
         epoch(job)

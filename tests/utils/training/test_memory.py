@@ -1,0 +1,156 @@
+"""Memory: what is counted before a run, what is advised when it is short, and that nothing outlives its use."""
+
+import gc
+import weakref
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layers.backbone import Backbone
+from layers.backbone_files import find_backbone
+from layers.patch import patch_count
+from models.TimeLLM import Model
+from tests.conftest import NAMES
+from tests.small_run import command_line, make_batch, random_windows, small_model, train
+from utils.flags import parse_flags
+from utils.setup import setup
+from utils.training.memory import advice, loading_advice
+from utils.training.session import Job
+
+SEQ_LEN = 128
+
+
+def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:
+    """What a forward pass keeps beside the weights: tensors that autograd saves, and those that are held outside
+    of it, as recomputed layers hold their inputs."""
+    saved: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    gc.freeze()  # what there is already is not listed below
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            out = forward()
+        held = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    finally:
+        gc.unfreeze()
+    assert out.requires_grad
+    mine, found = storages(weights), storages(saved + held)
+    return sum(size for place, size in found.items() if place not in mine)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes of the memory behind tensors, each once, however many of them are views of it."""
+    plain = (tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn)
+    return {storage.data_ptr(): storage.nbytes() for storage in plain}
+
+
+# How far the estimate may be from what is kept, as a factor. GPT-2 and BERT have other blocks than the decoders
+# that were counted: biases, two matrices in place of three, norms with a mean.
+@pytest.mark.parametrize(
+    ("family", "path", "recompute", "factor"),
+    [
+        ("qwen2", "auto", False, 1.1), ("llama", "auto", False, 1.1), ("gpt2", "auto", False, 1.4),
+        ("qwen2", "plain", False, 1.4), ("llama", "plain", False, 1.4), ("gpt2", "plain", False, 1.2),
+        ("bert", "plain", False, 2.4),
+        ("qwen2", "auto", True, 1.1), ("gpt2", "auto", True, 1.1), ("qwen2", "plain", True, 1.01),
+        ("bert", "plain", True, 1.01),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_sequence_are_about_what_a_layer_keeps(
+    backbones, tmp_path: Path, family: str, path: str, recompute: bool, factor: float
+) -> None:
+    """Two layers against one: what the second keeps, and the whole, which counts one layer at work besides."""
+    estimated, kept = [], []
+    for layers in (1, 2):
+        backbone = Backbone(find_backbone(NAMES[family], str(backbones[family])), layers, recompute=recompute)
+        model = small_model(tmp_path, backbone, llm_model=NAMES[family], fast_path=path, seq_len=SEQ_LEN)
+        batch = make_batch(model, random_windows(4, SEQ_LEN)).sequences()
+        patches = torch.randn(len(batch), patch_count(SEQ_LEN, 16, 8), backbone.hidden_size, requires_grad=True)
+        assert model.fast_path == (path == "auto")
+        inputs = model.prompts.opening_ids, *batch.prompts, patches
+        counted = kept_bytes(
+            partial(model.language_model, *inputs), [*backbone.model.parameters(), *backbone.model.buffers()]
+        )
+        prompt = len(model.prompts.opening_ids) + batch.prompts.ids.shape[1]
+        estimated.append(backbone.bytes_per_sequence(patches.shape[1], prompt, model.fast_path, recompute))
+        kept.append(counted / len(batch))
+    assert 1 / factor < (estimated[1] - estimated[0]) / (kept[1] - kept[0]) < factor
+    assert kept[1] < estimated[1]
+
+
+# Trained values with --prototypes vocab, by the tensors' shapes: patches 8·16·3; mapping 1000·570 + 1000; queries
+# 16·8 + 16; keys and values 16·128 + 16 each; back to the backbone 128·16 + 128; head 8·32 + 8.
+VOCAB = 384 + 571_000 + 144 + 2 * 2064 + 2176 + 264
+DIRECT = VOCAB - 571_000 + 1000 * 128
+# A layer of the backbone: queries and output 128·128 each, keys and values 64·128 each, three biases, three matrices
+# of 512·128, two norms; the last norm comes once. float32.
+TWO_LAYERS = 4 * (2 * (2 * 16_384 + 2 * 8192 + 256 + 3 * 65_536 + 2 * 128) + 128)
+
+
+@pytest.mark.parametrize(
+    ("flags", "savings"),
+    [
+        # Beside a value and its gradient (8 bytes) Adam holds two moments (8), in 8 bits 2 bytes.
+        ({}, {"--prototypes direct": 570_000 * 16, "--optimizer adamw8bit": VOCAB * 6,
+              "--load_in_4bit": TWO_LAYERS * 0.7, "--llm_layers 1": TWO_LAYERS / 2}),
+        ({"prototypes": "direct"}, {"--load_in_4bit": TWO_LAYERS * 0.7, "--llm_layers 1": TWO_LAYERS / 2,
+                                    "--optimizer adamw8bit": DIRECT * 6}),
+        ({"optimizer": "adamw8bit"}, {"--prototypes direct": 570_000 * 10, "--load_in_4bit": TWO_LAYERS * 0.7,
+                                      "--llm_layers 1": TWO_LAYERS / 2}),
+    ],
+)  # fmt: skip
+def test_advice_is_ordered_by_what_it_saves(load, tmp_path: Path, flags: dict, savings: dict[str, float]) -> None:
+    args, model = flagged(load, tmp_path, llm_layers=2, **flags)
+    named = ", ".join(f"{flag} (saves about {saved / 1e6:.1f} MB)" for flag, saved in savings.items())
+    assert list(savings.values()) == sorted(savings.values(), reverse=True)
+    assert advice(args, model) == (
+        f"change, in order of effect: {named}, a shorter --seq_len; or end other programs that use the GPU"
+    )
+
+
+def test_advice_does_not_name_what_is_so_already(load, tmp_path: Path) -> None:
+    flags = {"llm_layers": 1, "prototypes": "direct", "optimizer": "adamw8bit", "load_in_4bit": True}
+    assert "--" not in advice(*flagged(load, tmp_path, **flags)).replace("a shorter --seq_len", "")
+
+
+def flagged(load, folder: Path, **flags: object) -> tuple[Namespace, Model]:
+    """The flags of a small run, and its model."""
+    backbone = load("qwen2", bool(flags.get("load_in_4bit")))
+    return parse_flags(command_line(folder, backbone.info.folder, **flags)), small_model(folder, backbone, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "change --load_in_4bit or --llm_layers 3 or --prototypes direct, or end other programs that use the GPU"),
+        ({"load_in_4bit": True, "llm_layers": 1}, "change --prototypes direct, or end other programs that use the GPU"),
+        ({"load_in_4bit": True, "llm_layers": 1, "prototypes": "direct"}, "end other programs that use the GPU"),
+    ],
+)
+def test_advice_before_there_is_a_model(tmp_path: Path, flags: dict, words: str) -> None:
+    assert loading_advice(parse_flags(command_line(tmp_path, tmp_path, **{"llm_layers": 6} | flags))) == words
+
+
+def test_a_repeats_model_is_gone_before_the_next_is_loaded(argv, capsys, monkeypatch) -> None:
+    watched: list[weakref.ref] = []
+
+    def watch(*args: Any) -> Job:
+        assert [ref() for ref in watched if ref() is not None] == []
+        job = setup(*args)
+        held = job, job.training, job.training.optimizer, job.training.guard, job.training.saver, job.loaders["train"]
+        model = job.model, *job.model.parameters(), job.model.language_model
+        backbone = job.model.backbone, job.model.backbone.model, *job.model.backbone.model.parameters()
+        watched.extend(map(weakref.ref, (*held, *model, *backbone)))
+        return job
+
+    monkeypatch.setattr("utils.run.setup", watch)
+    train(argv(itr=2, max_iters=2, do_predict=True), capsys)
+    assert len(watched) > 2 * 20 and not any(ref() for ref in watched)
