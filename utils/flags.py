@@ -141,6 +141,8 @@ FLAGS = [
     Flag("max_iters", TRAINING, COUNT_OR_0, 0, "end each epoch after X iterations, to try things out; 0: off"),
 
     Flag("device", MACHINE, one_of("auto", "cpu", "cuda"), "auto", "auto: the GPU where there is one"),
+    Flag("amp_dtype", MACHINE, one_of("auto", "bf16", "fp16", "fp32"), "auto", "number type of products; auto: bf16 on a GPU, "
+         "fp16 where it has none; on the CPU fp32, with --use_amp bf16"),
     Flag("num_workers", LOADING, COUNT_OR_0, 2, "processes that prepare batches; 0: none"),
     Flag("eval_batch_size", LOADING, COUNT, 8, "windows in a validation or test step"),
     Flag("max_sequences", MACHINE, COUNT_OR_0, None, "windows x channels run at once, larger batches in parts (default: "
@@ -198,6 +200,11 @@ def recorded(args: argparse.Namespace) -> dict[str, Any]:
 def resumed(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that must be the same for a run to resume, by name in alphabetical order."""
     return {f.name: getattr(args, f.name) for f in sorted(FLAGS, key=lambda flag: flag.name) if f.role.resumed}
+
+
+def resumed_defaults() -> dict[str, Any]:
+    """The defaults of these flags: what a run had that was saved before a flag came to be."""
+    return {flag.name: flag.default for flag in FLAGS if flag.role.resumed}
 
 
 def default_of(name: str) -> Any:

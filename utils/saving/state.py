@@ -25,12 +25,13 @@ from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
 from layers.errors import input_error
 from utils.errors import RunError, StorageError
-from utils.flags import resumed
+from utils.flags import resumed, resumed_defaults
 from utils.saving.files import FULL, write_atomic
 from utils.saving.record import read_header
 from utils.saving.tensors import damage, write_tensors
 
 VERSION = 1
+FIRST_SCALE = 2.0**16  # of the loss, see utils/training/precision.py
 Packed = tuple[dict[str, torch.Tensor], dict[str, str]]  # named tensors, metadata
 _NAME = re.compile(r"state\.(\d+)\.safetensors")
 
@@ -52,6 +53,8 @@ class Progress:
     skipped_in_a_row: int = 0
     max_sequences: int = 0  # of a training step run at once; how a batch is cut decides how its sums are rounded
     evaluation_sequences: int = 0  # the same of an evaluation
+    loss_scale: float = FIRST_SCALE  # in fp16
+    good_steps: int = 0  # since the scale last changed
     history: list[dict[str, Any]] = field(default_factory=list)  # a row an epoch
 
     def next_epoch(self) -> None:
@@ -74,7 +77,8 @@ class Progress:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        held = {"evaluation_sequences": held["max_sequences"]} | held  # earlier versions had one number for both
+        # Earlier versions had one number for both kinds of parts, and no fp16.
+        held = {"evaluation_sequences": held["max_sequences"], "loss_scale": FIRST_SCALE, "good_steps": 0} | held
         return cls(**{name: read(held[_NAMES_IN_FILES.get(name, name)]) for name, read in _READ.items()})
 
 
@@ -89,6 +93,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "skipped_in_a_row": int,
     "max_sequences": int,
     "evaluation_sequences": int,
+    "loss_scale": float,
+    "good_steps": int,
     "history": list,
 }
 
@@ -128,7 +134,9 @@ def compare(saved: SavedState, now: dict[str, Any]) -> None:
     Raises:
         InputError: it was saved by another run; what differs is named.
     """
-    now, was = json.loads(json.dumps(now)), saved.identity
+    now = json.loads(json.dumps(now))
+    # A flag that came to be after the state was saved had its default then.
+    was = {name: value for name, value in _defaults().items() if name in now} | saved.identity
     different = [name for name in now | was if now.get(name) != was.get(name)]
     if different:
         found, expected = ("; ".join(f"{name} {_short(of.get(name))}" for name in different) for of in (now, was))
@@ -136,6 +144,10 @@ def compare(saved: SavedState, now: dict[str, Any]) -> None:
             "--resume", found, f"{expected}, with which {saved.path} was saved",
             "give the same ones, or start anew with --resume False (what is there is then moved aside)",
         )  # fmt: skip
+
+
+def _defaults() -> dict[str, Any]:
+    return {f"--{name}": value for name, value in resumed_defaults().items()}
 
 
 def _short(value: object) -> str:

@@ -170,3 +170,11 @@ def test_a_foreign_header_is_no_state(saved) -> None:
         assert state == good and "its header cannot be used" in lines[0]
     shutil.copy(good.path, folder / "state.old.safetensors")
     assert len(state_files(folder)) == 3
+
+
+def test_a_flag_that_is_newer_than_a_state_had_its_default_then(saved) -> None:
+    """Else a new flag would keep every earlier run from resuming."""
+    state, _ = find_state(saved[0])
+    compare(state, IDENTITY | {"--lradj": "type1"})
+    with pytest.raises(InputError, match="--resume: got --lradj COS, expected --lradj type1, with which"):
+        compare(state, IDENTITY | {"--lradj": "COS"})
