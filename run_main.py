@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from layers.errors import InputError
+from utils.command_line import parse_flags
 from utils.errors import RunError
-from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupted, Interrupts
 
 

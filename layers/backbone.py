@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
+from layers.half import make_safe
 
 
 def require_bitsandbytes(flag: str) -> None:
@@ -42,10 +43,13 @@ class Backbone:
         device: torch.device | str = "cpu",
         four_bit: bool = False,
         recompute: bool = False,
+        dtype: torch.dtype | None = None,
     ):
-        """Read the first `layers` layers. float32 on the CPU, bfloat16 on CUDA and with `four_bit`.
+        """Read the first `layers` layers.
 
         Args:
+            dtype: number type of the weights, with `four_bit` of what is computed with them; None: float32 on the
+                CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
 
         Raises:
@@ -55,7 +59,12 @@ class Backbone:
         self.hidden_size, self.vocab_size = info.hidden_size, info.vocab_size
         self.max_positions, self.causal, self.tokenizer = info.max_positions, info.causal, info.tokenizer
         self.window = info.window
-        self.model = _load(info, layers, torch.device(device), four_bit)
+        device = torch.device(device)
+        if dtype is None:
+            dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
+        self.model = _load(info, layers, device, four_bit, dtype)
+        if dtype == torch.float16:
+            make_safe(self.model)
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self._words_on_host = False
@@ -74,6 +83,11 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Number type of the residual stream, from layer to layer."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     @property
     def inner_size(self) -> int:
@@ -98,7 +112,7 @@ class Backbone:
     def words(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[M, n]`, on any device -> what the layers see of them, `[M, n, D]` on the layers' device."""
         found = self.model.get_input_embeddings()(ids.to(self.embeddings.device, non_blocking=True))
-        return found.to(self.device, non_blocking=True)
+        return found.to(self.device, self.stream_dtype, non_blocking=True)
 
     def keep_words_on_host(self) -> None:
         """Leave the embeddings in the computer's memory, for who looks words up in them and nothing else.
@@ -123,7 +137,7 @@ class Backbone:
         M, L, _ = patches.shape
         first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(M, -1)
         words = self.words(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
-        inputs = torch.cat([words, patches.to(self.dtype)], dim=1)  # (M, P0 + n + L, D)
+        inputs = torch.cat([words, patches.to(self.stream_dtype)], dim=1)  # (M, P0 + n + L, D)
         slot = torch.arange(inputs.shape[1], device=patches.device)[None]
         start, stop = len(opening), len(opening) + ids.shape[1]
         real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
@@ -150,15 +164,18 @@ class Backbone:
         """
         D, layers, inner = self.hidden_size, self.model.config.num_hidden_layers, self.inner_size
         slots = prompt + patches
+        wide = self.stream_dtype.itemsize // self.dtype.itemsize  # 2 in fp16, whose residual stream is float32
         if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
-            kept = patches * (4 * D + 2 * inner) + slots * 2 * D // self.groups
+            kept = patches * ((2 * wide + 2) * D + 2 * inner) + slots * 2 * D // self.groups
         else:  # besides, in both norms two float32 copies, the activation, expanded keys and values
-            kept = slots * (14 * D + 3 * inner)
+            kept = slots * ((13 + wide) * D + 3 * inner)
         if recompute:  # each layer's input; one layer at a time holds the rest
-            once_more, kept = kept, (patches if fast else slots) * D + fast * slots * 2 * D // self.groups
+            once_more, kept = kept, (patches if fast else slots) * wide * D + fast * slots * 2 * D // self.groups
         else:
             once_more = 0
-        once = once_more + slots * 4 * D + patches * (2 * D + 2 * inner)  # one layer at work, and the embedding
+        once = (
+            once_more + slots * 4 * wide * D + patches * (2 * D + 2 * wide * inner)
+        )  # one layer at work, and the embedding
         return (kept * layers + once) * self.embeddings.element_size()
 
 
@@ -192,19 +209,18 @@ def _recompute_layers(model: PreTrainedModel) -> None:
         layers[i] = Recomputed(layer)
 
 
-def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool) -> PreTrainedModel:
+def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
     if layers > info.layers:
         raise input_error("--llm_layers", layers, f"at most {info.layers}, all that {info.folder} has")
     config = AutoConfig.from_pretrained(info.folder, trust_remote_code=False)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
     options = dict(info.family.options)
     if four_bit:
         require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     # The layers left out are reported as unexpected; that report would only alarm. What is missing
     # is checked below.

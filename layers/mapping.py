@@ -8,15 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from layers.half import shrink
+
 BLOCK_BYTES = 2**26  # of a block of rows of W's gradient
 
 
 class MappingLayer(nn.Linear):
-    """W·E + b `[K, D]` of frozen word embeddings E `[V, D]`; the gradient of W is kept in two factors.
+    """W·E + b `[K, D]` of frozen word embeddings E `[V, D]`, whose weight's gradient may be kept in two factors.
 
-    dW = G·Eᵀ, where G `[K, D]` is the gradient of W·E: V / D times smaller. A backward pass leaves G in
-    `row_gradient`, and None in `weight.grad`. An optimizer that works on rows asks for one block of dW after
-    the other (`gradient_blocks`), another one for all of it (`form_gradient`).
+    dW = G·Eᵀ, where G `[K, D]` is the gradient of W·E: V / D times smaller. With `factored`, which an optimizer sets
+    that works on rows, a backward pass leaves G in `row_gradient` and None in `weight.grad`, and that optimizer asks
+    for one block of dW after the other (`gradient_blocks`). Without it the layer is as any other.
 
     Attributes:
         row_gradient: G, summed over the backward passes since it was last None; in W's type.
@@ -24,13 +26,18 @@ class MappingLayer(nn.Linear):
 
     def __init__(self, vocabulary: int, prototypes: int):
         super().__init__(vocabulary, prototypes)
+        self.factored = False
         self.row_gradient: torch.Tensor | None = None
         self._embeddings: list[torch.Tensor] = []  # those of the last forward pass; in a list, where nn.Module does not look
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """E `[V, D]` -> W·E + b `[K, D]`, multiplied in E's type, in W's type."""
-        self._embeddings[:] = [embeddings]
-        return _Mapped.apply(self.weight, embeddings, self) + self.bias.to(embeddings.device)[:, None]
+        if self.factored:
+            self._embeddings[:] = [embeddings]
+            product = _Mapped.apply(self.weight, embeddings, self)
+        else:
+            product = _multiply(self.weight, embeddings)
+        return product + self.bias.to(embeddings.device)[:, None]
 
     def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of W and their gradient `[rows, V]`, block after block."""
@@ -43,13 +50,27 @@ class MappingLayer(nn.Linear):
         rows = max(16, BLOCK_BYTES // (V * self.weight.element_size()) // 16 * 16)
         for start in range(0, K, rows):
             block = slice(start, min(start + rows, K))
-            yield block, (G[block].to(E.dtype) @ E.t()).to(self.weight.dtype)
+            yield block, _gradient_times(G[block], E.t()).to(self.weight.dtype)
 
-    def form_gradient(self) -> None:
-        """Give `weight.grad` its value, for who cannot work on blocks, and forget G."""
-        if self.row_gradient is not None:
-            self.weight.grad = torch.cat([block for _, block in self.gradient_blocks()])
-            self.row_gradient = None
+
+def _multiply(weight: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    return _times(weight, embeddings).to(weight.dtype)
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a `[m, k]` times b `[k, n]`, multiplied in b's type, where b is."""
+    if b.dtype == torch.float16:  # whose range is short: a's rows are brought to size
+        small = shrink(a.to(b.device))
+        return (small.values @ b) * small.size
+    return a.to(b.device, b.dtype) @ b
+
+
+def _gradient_times(gradient: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """`_times`; in fp16, whose range a gradient may leave, its rows are brought to size before."""
+    if words.dtype != torch.float16:
+        return _times(gradient, words)
+    rows = shrink(gradient)
+    return _times(rows.values, words).float().mul_(rows.size)
 
 
 class _Mapped(torch.autograd.Function):
@@ -58,7 +79,7 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, embeddings: torch.Tensor, layer: MappingLayer) -> torch.Tensor:
         ctx.layer = layer
-        return (weight.to(embeddings.device, embeddings.dtype) @ embeddings).to(weight.dtype)
+        return _multiply(weight, embeddings)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

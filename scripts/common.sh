@@ -2,6 +2,7 @@
 #
 #   PYTHON    the Python to use (default: .venv of this repository, else python3)
 #   LLM_PATH  folder or hub id of the language model (default: base_models/Qwen2.5-3B of this repository)
+#   TIMELLM_PROGRAM  what gets the flags (default: run_main.py); scripts/check_gpu.py measures what the run would take
 #
 # run_main.py runs in the repository's folder: relative paths in flags (--root_path, --checkpoints) mean that one.
 
@@ -29,9 +30,11 @@ fi
 
 cd "$root" || exit 1
 
-# Less fragmentation of GPU memory. torch 2.9 renamed the variable; a value that is already set stays.
+# The setting of PyTorch's allocator that reserves least. torch 2.9 renamed the variable; a value that is set stays.
+# On WSL none: its driver has no virtual memory calls that expandable segments could use, and other settings keep large
+# blocks for themselves. There the program's own cap makes PyTorch give idle blocks back.
 set_allocator() {
-  local version major minor value
+  local version major minor value=expandable_segments:True
   if [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
     return 0
   fi
@@ -41,9 +44,7 @@ set_allocator() {
     return 1
   fi
   case $(uname -r) in
-    # The WSL driver has no virtual memory calls that expandable segments could use.
-    *[Mm]icrosoft*) value=max_split_size_mb:64 ;;
-    *) value=expandable_segments:True ;;
+    *[Mm]icrosoft*) return 0 ;;
   esac
   major=${version%%.*}
   minor=${version#*.}
@@ -85,5 +86,5 @@ run_ett() {
   shift
   set_allocator || return 1
   find_data "$name" "$@" || return 1
-  "$python" run_main.py --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
+  "$python" "${TIMELLM_PROGRAM:-run_main.py}" --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
 }

@@ -4,7 +4,8 @@
 #   bash scripts/setup_env.sh          what running needs
 #   bash scripts/setup_env.sh --test   the packages of the tests and of scripts/lint.sh too
 #
-#   TORCH_INDEX_URL  package index that torch is taken from, e.g. https://download.pytorch.org/whl/cu126
+#   TORCH_INDEX_URL  package index that torch is taken from, e.g. https://download.pytorch.org/whl/cu126; torch is
+#                    installed anew where it came from another one
 #   PYTHON           where set, nothing is made or installed: that Python is taken as it is
 set -euo pipefail
 unset CDPATH
@@ -74,12 +75,18 @@ install_torch() {
   fi
 }
 
+# Whether torch came from the index that is asked for, if one is.
+same_index() {
+  [ -z "${TORCH_INDEX_URL:-}" ] || [ "$TORCH_INDEX_URL" = "$(cat .venv/torch.index 2>/dev/null)" ]
+}
+
 # A copy of each file as it was installed tells whether anything is to be done.
 up_to_date() {
   local file
   for file in "${files[@]}"; do
     cmp -s "$file" ".venv/$file.installed" || return 1
   done
+  same_index || return 1
   .venv/bin/python -c '' 2>/dev/null
 }
 
@@ -88,8 +95,12 @@ install_all() {
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none yet, or its base Python is gone
     make_venv
   fi
-  if ! cmp -s requirements.txt .venv/requirements.txt.installed; then
+  if ! same_index; then  # builds for different CUDA have the same number, so pip would keep the one that is there
+    .venv/bin/python -m pip uninstall -qq -y torch 2>/dev/null || true
+  fi
+  if ! cmp -s requirements.txt .venv/requirements.txt.installed || ! same_index; then
     install_torch
+    echo "${TORCH_INDEX_URL:-}" >.venv/torch.index
   fi
   for file in "${files[@]}"; do
     if ! cmp -s "$file" ".venv/$file.installed"; then
@@ -100,6 +111,24 @@ install_all() {
   done
 }
 
+# One line where there is an NVIDIA GPU that this torch cannot use; on the CPU everything runs all the same.
+check_gpu() {
+  .venv/bin/python - <<'EOF' || true
+import torch
+
+if not torch.cuda.is_available():
+    from argparse import Namespace
+
+    from layers.errors import InputError
+    from utils.checks import check_device
+
+    try:
+        check_device(Namespace(device="auto", load_in_4bit=False))
+    except InputError as error:
+        print(f"environment: WARNING: {error}")
+EOF
+}
+
 mkdir -p .venv
 if command -v flock >/dev/null; then  # two set-ups at once: the second waits, then finds all done
   exec 9>.venv/setup.lock
@@ -107,5 +136,8 @@ if command -v flock >/dev/null; then  # two set-ups at once: the second waits, t
 fi
 if ! up_to_date; then
   install_all
+fi
+if has_gpu; then
+  check_gpu
 fi
 echo "environment: .venv ready ($(.venv/bin/python --version))"

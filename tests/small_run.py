@@ -9,7 +9,8 @@ import torch
 
 from data_provider.batches import Batch, WindowCollate
 from models.TimeLLM import Model
-from utils.flags import parse_flags, run_name
+from utils.command_line import parse_flags
+from utils.flags import run_name
 
 COLUMNS = ("load", "flow", "OT")
 ROWS = 320  # custom borders: 224 train, 32 validation, 64 test

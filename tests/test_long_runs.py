@@ -71,7 +71,11 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     assert "Epoch: 1 | Train Loss" not in text and "epoch 1, iteration 25 is saved" in text
     text = interrupted(lambda live: "\nEpoch: 2 cost time" in live.text, signal.SIGHUP, 129)
     assert text.count("SIGHUP: ending after the work in hand") == 1
+    # A run that goes on has the best epoch's test already; one that resumes when all epochs are done has it ahead.
+    text = interrupted(lambda live: "\nEpoch: 3 | Train Loss" in live.text, signal.SIGTERM, 143)
+    assert "epoch 4, iteration 0 is saved" in text and "\nCheckpoints saved at" not in text
     text = interrupted(lambda live: "\nCheckpoints saved at" in live.text, signal.SIGINT, 130)
+    assert "This run is finished (3 epochs); only the test is left" in text
     assert "SIGINT: the test has not ended" in text and not list(where.glob("*/metrics.json"))
 
     last = lab.start(where, *EVERY, "--resume")

@@ -14,7 +14,7 @@ from layers.errors import input_error
 from models import model_class
 from models.TimeLLM import Model
 from utils.flags import check_fixed
-from utils.saving.checkpoint import Checkpoint
+from utils.saving.checkpoint import Checkpoint, shapes_of
 
 OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
 
@@ -116,7 +116,7 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Model, same
     Raises:
         InputError: at the first contradiction.
     """
-    checkpoint.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    checkpoint.check(shapes_of(model))
     flags = checkpoint.flags
     check_fixed(args, flags, checkpoint.file)
     words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
@@ -138,8 +138,8 @@ def fill_in_prompt(args: Namespace, series: SplitSeries, checkpoint: Checkpoint 
     asked = args.prompt_domain and not args.checkpoint  # else it may be the training's
     if args.data != "custom" or args.prompt_text or asked or bank_file(args):
         return
-    text = checkpoint.flags.get("prompt_text") if checkpoint else None
-    if checkpoint and isinstance(text, str) and checkpoint.trained_on(series, args.fill_missing):
+    text = checkpoint.prompt_text if checkpoint else None
+    if checkpoint and text and checkpoint.trained_on(series, args.fill_missing):
         args.prompt_text = text
         return
     # From float32 values, as ever: states of earlier runs hold the text that these make.

@@ -1,24 +1,20 @@
-"""The table of flags: one row a flag, whose role says what becomes of it; and the command line read by it.
+"""Table of flags: one row a flag, whose role says what becomes of it.
 
 Only the standard library is imported here, so that ``--help`` and a wrong flag answer before torch is loaded.
 Names, meanings and defaults are those of the Time-LLM family of scripts.
 """
 
 import argparse
-import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data_provider.splits import DATASETS
-from layers.errors import InputError, input_error
+from layers.errors import input_error
 from models import MODELS
 from utils.kinds import BOOL, COUNT, COUNT_OR_0, FILE, FOLDER, FREQUENCY, SWITCH, TEXT, Kind, one_of, path_of, real, whole
 from utils.saving.record import read_record
-
-MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,9 @@ LLM_PLACE = replace(LLM, resumed=False)  # a run that resumes compares the weigh
 TRAINING = Role("training", resumed=True)
 FIXED_TRAINING = replace(TRAINING, inherited=True, fixed=True)
 LENGTH = Role("training")  # a run may resume with more epochs or more patience
+PACE = replace(LENGTH, tried=False)
 MACHINE = Role("machine", tried=False)
+KIND_OF_MACHINE = replace(MACHINE, tried=True)
 LOADING = replace(MACHINE, inherited=True)
 OUTPUT = Role("output", recorded=False, tried=False)
 UNUSED = Role("accepted, unused by TimeLLM")
@@ -129,7 +127,7 @@ FLAGS = [
 
     Flag("train_epochs", LENGTH, COUNT, 10, "epochs at most"),
     Flag("batch_size", TRAINING, COUNT, 32, "windows in a training step, each with all its channels"),
-    Flag("test_every", LENGTH, COUNT_OR_0, 1, "epochs between two test passes; 0: only the best epoch's, at the end"),
+    Flag("test_every", PACE, COUNT_OR_0, 1, "epochs between two test passes; 0: only the best epoch's, at the end"),
     Flag("patience", LENGTH, COUNT, 10, "epochs without a better validation loss before training stops"),
     Flag("learning_rate", TRAINING, real(lambda v: v > 0, "a number above 0"), 1e-4, "rate, used as it stands"),
     Flag("optimizer", TRAINING, one_of("adam", "adamw", "adamw8bit"), "adam", "adam, adamw or adamw8bit (bitsandbytes)"),
@@ -140,16 +138,16 @@ FLAGS = [
     Flag("use_amp", FIXED_TRAINING, BOOL, False, "mixed precision on the CPU too; a GPU always uses it"),
     Flag("max_iters", TRAINING, COUNT_OR_0, 0, "end each epoch after X iterations, to try things out; 0: off"),
 
-    Flag("device", MACHINE, one_of("auto", "cpu", "cuda"), "auto", "auto: the GPU where there is one"),
-    Flag("amp_dtype", MACHINE, one_of("auto", "bf16", "fp16", "fp32"), "auto", "number type of products; auto: bf16 on a GPU, "
-         "fp16 where it has none; on the CPU fp32, with --use_amp bf16"),
+    Flag("device", KIND_OF_MACHINE, one_of("auto", "cpu", "cuda"), "auto", "auto: the GPU where there is one"),
+    Flag("amp_dtype", MACHINE, one_of("auto", "bf16", "fp16", "fp32"), "auto", "type of products; auto: bf16 on a GPU, fp16 "
+         "where it has none; on the CPU fp32, with --use_amp bf16"),
     Flag("num_workers", LOADING, COUNT_OR_0, 2, "processes that prepare batches; 0: none"),
     Flag("eval_batch_size", LOADING, COUNT, 8, "windows in a validation or test step"),
     Flag("max_sequences", MACHINE, COUNT_OR_0, None, "windows x channels run at once, larger batches in parts (default: "
          "what fits; 0: no limit)"),
     Flag("grad_checkpoint", MACHINE, BOOL, False, "recompute the backbone's layers: slower, less memory"),
-    Flag("fast_path", MACHINE, one_of("auto", "plain"), "auto", "auto: the prompt runs without gradients where the backbone "
-         "is causal; plain: never"),
+    Flag("fast_path", KIND_OF_MACHINE, one_of("auto", "plain"), "auto", "auto: the prompt runs without gradients where the "
+         "backbone is causal; plain: never"),
 
     Flag("checkpoints", OUTPUT, FOLDER, "./checkpoints/", "folder for the runs' folders"),
     Flag("checkpoint", OUTPUT, path_of("a run's folder or a checkpoint file"), None, "with --is_training 0: the run folder "
@@ -258,133 +256,6 @@ def inherited(checkpoint: Path, given: set[str]) -> dict[str, str]:
             raise input_error(f"--checkpoint {checkpoint}", got, "text or a number")
         values[flag.name] = str(value)
     return values
-
-
-class FlagParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2, without a dump of the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def build_parser() -> FlagParser:
-    """All flags in the groups of ``--help``; whether required ones are there, ``parse_flags`` checks."""
-    parser = FlagParser(
-        prog="run_main.py",
-        usage="python run_main.py " + " ".join(f"--{name} X" for name in REQUIRED) + " [more flags]",
-        description="Time-LLM: train (--is_training 1) or test (--is_training 0) a time series forecaster "
-        "around a frozen language model. Flags go in any order.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    groups: dict[str, Any] = {}
-    for flag in FLAGS:
-        heading = flag.role.group
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        shown = " (required)" if flag.required else "" if flag.default is None else f" (default: {flag.default})"
-        extra: dict[str, Any] = {"nargs": "?", "const": True} if flag.kind is BOOL else {}
-        groups[heading].add_argument(
-            f"--{flag.name}", type=flag.kind, default=flag.default, metavar="X", help=flag.help + shown, **extra
-        )
-    return parser
-
-
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check a command line; an error prints one line naming the flag and exits with code 2."""
-    parser = build_parser()
-    try:
-        return _parse(parser, list(argv))
-    except argparse.ArgumentError as error:
-        parser.error(_reason(error))
-    except InputError as error:
-        parser.error(str(error))
-
-
-def _parse(parser: FlagParser, argv: list[str]) -> argparse.Namespace:
-    given = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
-    _refuse_bare_dashes(argv)
-    args, unknown = parser.parse_known_args(argv)
-    if not unknown and args.checkpoint is not None and args.is_training in (None, 0):
-        values = inherited(Path(args.checkpoint), given)
-        parser.set_defaults(**values)  # a default that is text is checked like a word of the user's
-        given |= values.keys()
-        args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise _stray(parser, unknown[0])
-    missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
-    if missing and args.checkpoint and not Path(args.checkpoint).exists():
-        # The flags would have come from it.
-        raise input_error(f"--checkpoint {args.checkpoint}", "no such file or folder", "a run's folder or its checkpoint")
-    if missing:
-        others = f"missing too: {', '.join(missing[1:])}" if missing[1:] else ""
-        raise input_error(missing[0], "nothing", "a value", others)
-    _complete(args, given)
-    return args
-
-
-def _refuse_bare_dashes(argv: list[str]) -> None:
-    """argparse takes the dashes of ``--seed=--`` for the end of the flags, wherever they stand."""
-    kinds = {f"--{flag.name}": flag.kind for flag in FLAGS}
-    for word in argv:
-        name, _, value = word.partition("=")
-        if value == "--" and name in kinds:
-            raise input_error(name, repr(value), kinds[name].expected)
-
-
-def _reason(error: argparse.ArgumentError) -> str:
-    """The line for a flag whose value is missing or wrong."""
-    if error.message.startswith("got "):
-        return f"{error.argument_name}: {error.message}"
-    kinds = {f"--{flag.name}": flag.kind.expected for flag in FLAGS}
-    if error.argument_name in kinds:  # the flag stands without its value
-        return str(input_error(error.argument_name, "no value right after it", kinds[error.argument_name]))
-    return str(input_error("--help", "a value", "none"))
-
-
-def _stray(parser: FlagParser, text: str) -> InputError:
-    """The error for a word that belongs to no flag."""
-    if not text.startswith("-"):
-        return input_error(repr(text), "a value without a flag", "every value right after its flag")
-    flag = text.split("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
-    return input_error(flag, "an unknown flag", f"perhaps {near[0]}" if near else "one that --help lists")
-
-
-def _complete(args: argparse.Namespace, given: set[str]) -> None:
-    """Fill in defaults that follow from other flags.
-
-    Raises:
-        InputError: at the first flag that contradicts another.
-    """
-    if args.label_len is None:
-        args.label_len = min(48, args.seq_len)
-    args.data = DATASETS[args.data].read_as or args.data
-    if args.data == "custom":  # None: read off the file
-        args.target = args.target if "target" in given else None
-        args.freq = args.freq if "freq" in given else None
-    if args.data_path is None and args.data != "custom":
-        args.data_path = f"{args.data}.csv"
-    if args.seq_len < args.patch_len:
-        raise input_error("--seq_len", f"{args.seq_len}, shorter than a patch", f"--patch_len {args.patch_len} or more")
-    if args.label_len > args.seq_len:
-        raise input_error("--label_len", args.label_len, f"at most --seq_len {args.seq_len}")
-    if args.data_path is None:
-        raise input_error("--data_path", "nothing", "the CSV's name with --data custom")
-    if args.llm_model_path is None and args.llm_model != "QWEN":
-        raise input_error("--llm_model_path", "nothing", f"the folder or hub id of the {args.llm_model} weights")
-    for name in ("checkpoint", "predict_path"):
-        if getattr(args, name) is not None and args.is_training == 1:
-            raise input_error(f"--{name}", "it with --is_training 1", "--is_training 0")
-    for name in ("predict_path", "predict_steps"):
-        if getattr(args, name) is not None and not args.do_predict:
-            raise input_error(f"--{name}", "it without --do_predict", "both")
-    length = len(run_name(args, args.itr - 1).encode())
-    if length > MAX_NAME_BYTES:
-        longest = max((args.model_id, args.model_comment, args.des), key=len)
-        got = f"{longest[:20]!r}... in a run name of {length} bytes"
-        raise input_error("--model_id, --model_comment, --des", got, f"at most {MAX_NAME_BYTES}")
 
 
 def clean_name(text: str) -> str:

@@ -30,13 +30,13 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         Interrupted: a signal has come, and what has to be saved is saved.
     """
     for repeat in range(args.itr):
-        _run(args, repeat, interrupts or Interrupts())
-        # The next repeat loads its model into the memory of this one's.
-        free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _run(args, repeat, interrupts or Interrupts())
+        free_memory(device)  # the next repeat loads its model into the memory of this one's
     return 0
 
 
-def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> None:
+def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> torch.device:
+    """One repeat; the device that it ran on."""
     job = setup(args, repeat, interrupts)
     with _noted(job.log):
         found = fit(job) if args.is_training else None
@@ -45,6 +45,7 @@ def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> None:
         if args.do_predict:
             predict(job)
     job.close()
+    return job.device
 
 
 def fit(job: Job) -> TestFound | None:
@@ -64,10 +65,12 @@ def fit(job: Job) -> TestFound | None:
             from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
             draw_losses(job.folder, progress.history)
-    if args.torch_checkpoint and job.accelerator.is_main_process:
-        save_for_torch(job.folder)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
+    checkpoint = _load_checkpoint(job)
+    if args.torch_checkpoint and job.accelerator.is_main_process:
+        with job.training.saver.explained():
+            save_for_torch(checkpoint.file, job.model)
     return found
 
 

@@ -29,6 +29,7 @@ from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, identity, restore
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, loading_advice
+from utils.training.precision import LossScale, choose_precision
 from utils.training.session import Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
 
@@ -63,20 +64,31 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
             refuse_links(folder)
     args = FinalFlags(args)
 
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=_precision(args))
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    precision = choose_precision(args, accelerator.device)
     record = describe_run(args, series, info)
     start = None
     if isinstance(series, SplitSeries) and trains:
         ours = identity(args, series, record["backbone"], accelerator.num_processes)
         start = open_folder(args, folder, ours, value_count(shapes_of(outline)), accelerator)
     log = _open_log(args, folder, series, accelerator)
+    if precision.note:
+        log(precision.note)
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
     set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
     cap_memory(accelerator.device)
     with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
-        backbone = Backbone(info, args.llm_layers, accelerator.device, args.load_in_4bit, args.grad_checkpoint)
+        backbone = Backbone(
+            info,
+            args.llm_layers,
+            accelerator.device,
+            args.load_in_4bit,
+            args.grad_checkpoint,
+            precision.weights_dtype,
+        )
         model = model_class(args.model)(args, backbone, outline.prompts).to(accelerator.device)
     log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
     at_once = fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences
@@ -85,6 +97,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         folder=folder,
         log=log,
         accelerator=accelerator,
+        precision=precision,
         model=model,
         series=series,
         loaders=_loaders(args, series, model, accelerator, args.seed + repeat, log),
@@ -143,11 +156,6 @@ def _splits(args: Namespace, series: Series) -> tuple[str, ...]:
     if not isinstance(series, SplitSeries):
         return ()
     return SPLITS if args.is_training else ("test",)
-
-
-def _precision(args: Namespace) -> str:
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return "bf16" if cuda or args.use_amp else "no"
 
 
 def _open_log(args: Namespace, folder: Path, series: Series, accelerator: Accelerator) -> RunLog:
@@ -213,7 +221,8 @@ def _begin(job: Job, start: Start) -> Training:
             job.step_limit.sequences = progress.max_sequences
             job.evaluation_limit.sequences = progress.evaluation_sequences
         _resume(job, start.state, progress)
-    return Training(optimizer, Guard(model, optimizer, accelerator, log), saver, progress, journal, start.lock)
+    scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
+    return Training(optimizer, Guard(model, optimizer, accelerator, log, scale), saver, progress, journal, start.lock)
 
 
 def _resume(job: Job, state: SavedState, progress: Progress) -> None:

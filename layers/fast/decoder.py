@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from layers.fast.attention import ATTENTION, BlockedAttention, group, prefix_attention
 from layers.fast.linear import FrozenLinear, FrozenWeight, is_recast
+from layers.half import GATED_MLPS
 
 # Class names of transformers' modules with exactly these formulas; others run as they are.
 RMS_NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
-GATED_MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 ROTARY_ATTENTIONS = {"Qwen2Attention", "LlamaAttention", "MistralAttention"}
 
 # On the CPU a feed-forward block runs a few rows at a time, so that what lies between its products
@@ -41,19 +41,19 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
     twin.config._attn_implementation = ATTENTION
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
-            setattr(parent, name, _lean(child, twin.config))
+            setattr(parent, name, _lean(child, twin))
     return twin.eval()
 
 
-def _lean(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """The module of ours that computes what `module` does, where there is one; else `module`."""
+def _lean(module: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """The module of ours that computes what `module` of `model` does, where there is one; else `module`."""
     name = type(module).__name__
     if name in RMS_NORMS:
         return LeanRMSNorm(module)
-    if name in GATED_MLPS and config.hidden_act == "silu":
+    if name in GATED_MLPS and model.config.hidden_act == "silu":
         return LeanMLP(module)
     if name in ROTARY_ATTENTIONS:
-        return LeanAttention(module)
+        return LeanAttention(module, model.dtype)
     return module
 
 
@@ -102,7 +102,7 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., D]`."""
-        if self.frozen and not is_recast(self.frozen[0].weight):
+        if self.frozen and not is_recast(self.frozen[0].weight.dtype, x.device):
             return _DenseMLP.apply(x, *self.frozen)
         return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
@@ -170,11 +170,12 @@ def _joined(blocks: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
 class LeanAttention(nn.Module):
     """Rotary self-attention over the prompt's cached keys and values, with grouped queries."""
 
-    def __init__(self, attention: Any):
+    def __init__(self, attention: Any, dtype: torch.dtype):
+        """dtype: number type of the weights, with 4-bit ones of what is computed with them."""
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(attention, name, FrozenLinear.of(getattr(attention, name)))
-        self.own = attention  # transformers' module: the projections, and what runs under autocast
+        self.own, self.dtype = attention, dtype  # transformers' module: the projections, and what runs under autocast
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **rest):
         """`[M, n, D]` -> `[M, n, D]` and None, as transformers' attention modules have it.
@@ -185,7 +186,7 @@ class LeanAttention(nn.Module):
             past_key_values: a `PrefixCache`.
         """
         own = self.own
-        if is_recast(hidden_states):
+        if is_recast(self.dtype, hidden_states.device):
             return own(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -193,12 +194,14 @@ class LeanAttention(nn.Module):
                 past_key_values=past_key_values,
                 **rest,
             )
+        # In fp16 the residual stream, and what is derived from its type, are float32.
+        hidden_states, cos, sin = (t.to(self.dtype) for t in (hidden_states, *position_embeddings))
         heads = (*hidden_states.shape[:-1], -1, own.head_dim)  # M, n, heads, e
-        key = _Rotate.apply(own.k_proj(hidden_states).view(heads), *position_embeddings)
+        key = _Rotate.apply(own.k_proj(hidden_states).view(heads), cos, sin)
         value = own.v_proj(hidden_states).view(heads).transpose(1, 2)
         # The last layer's prefix leaves here, before its queries.
         keys, values = past_key_values.update(key, value, own.layer_idx)
-        query = _Rotate.apply(own.q_proj(hidden_states).view(heads), *position_embeddings)
+        query = _Rotate.apply(own.q_proj(hidden_states).view(heads), cos, sin)
         if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
             grouped, held = group(query, key.shape[1]), (keys.detach(), values.detach())
             mixed = BlockedAttention.apply(grouped, key, value, *held, attention_mask, own.scaling)

@@ -39,10 +39,9 @@ def _is_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return is_float and ONEDNN is not None and bool(torch.backends.mkldnn.enabled)
 
 
-def is_recast(tensor: torch.Tensor) -> bool:
-    """Whether autocast would turn this tensor into another number type; then PyTorch's own operations run."""
-    kind = tensor.device.type
-    return torch.is_autocast_enabled(kind) and tensor.dtype != torch.get_autocast_dtype(kind)
+def is_recast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether autocast would turn weights of this number type into another one; then PyTorch's own operations run."""
+    return torch.is_autocast_enabled(device.type) and dtype != torch.get_autocast_dtype(device.type)
 
 
 class FrozenWeight:
@@ -106,7 +105,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., k]` -> `[..., n]`."""
-        if is_recast(self.weight):
+        if is_recast(self.weight.dtype, x.device):
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenProduct.apply(x, self.frozen, self.bias)

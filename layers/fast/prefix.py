@@ -32,7 +32,8 @@ class FastPath:
         self.model = make_twin(backbone.model)
         if not backbone.recompute:  # who recomputes is short of memory
             prepack_weights(self.model)
-        self._words, self._groups, self._dtype = backbone.words, backbone.groups, backbone.dtype
+        self._words, self._groups = backbone.words, backbone.groups
+        self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
         self._opening: list[int] | None = []  # whose keys and values the cache holds
 
@@ -60,7 +61,7 @@ class FastPath:
             mask = additive_mask(prompt | earlier, self._groups, self._dtype)  # (M, 1, g*L, slots)
         self._cache.place(P0 + n, slots)
         positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
-        return self._run(patches.to(self._dtype), mask, positions).to(patches.dtype)
+        return self._run(patches.to(self._stream_dtype), mask, positions).to(patches.dtype)
 
     def _hold_opening(self, opening: list[int], device: torch.device) -> None:
         """Compute the opening's keys and values, unless the cache holds them."""

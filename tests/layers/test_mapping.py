@@ -23,6 +23,7 @@ def layers(dtype: torch.dtype = torch.float32) -> tuple[MappingLayer, nn.Linear,
     """Ours, PyTorch's layer of the same weights, and embeddings."""
     torch.manual_seed(0)
     ours = MappingLayer(V, K)
+    ours.factored = True
     theirs = nn.Linear(V, K)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs, torch.randn(V, D).to(dtype)
@@ -39,8 +40,7 @@ def test_value_and_gradient_are_automatic_differentiations(blocks, dtype: torch.
     assert torch.equal(found, expected) and torch.equal(ours.bias.grad, theirs.bias.grad)
     assert ours.weight.grad is None and ours.row_gradient.shape == (K, D)
     assert [rows.stop - rows.start for rows, _ in ours.gradient_blocks()] == [16, 16, 8]
-    ours.form_gradient()
-    assert torch.equal(ours.weight.grad, theirs.weight.grad) and ours.row_gradient is None
+    assert torch.equal(torch.cat([block for _, block in ours.gradient_blocks()]), theirs.weight.grad)
 
 
 def test_gradients_of_two_passes_add_up() -> None:
@@ -48,8 +48,8 @@ def test_gradients_of_two_passes_add_up() -> None:
     for scale in (1.0, 3.0):
         (scale * ours(E)).square().sum().backward()
         (scale * (theirs.weight @ E + theirs.bias[:, None])).square().sum().backward()
-    ours.form_gradient()
-    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    gradient = torch.cat([block for _, block in ours.gradient_blocks()])
+    torch.testing.assert_close(gradient, theirs.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_are_no_part_of_the_layer() -> None:
@@ -98,3 +98,15 @@ def test_states_of_torchs_optimizer_and_of_ours_are_the_same() -> None:
     whole.step()
     rows.step()
     assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_without_an_optimizer_that_asks_for_rows_it_is_as_any_other_layer() -> None:
+    """A training loop of somebody's own, with PyTorch's optimizer, trains the weight."""
+    ours, theirs, E = layers()
+    ours.factored = False
+    optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2)
+    ours(E).square().sum().backward()
+    (theirs.weight @ E + theirs.bias[:, None]).square().sum().backward()
+    assert torch.equal(ours.weight.grad, theirs.weight.grad) and ours.row_gradient is None
+    optimizer.step()
+    assert not torch.equal(ours.weight, theirs.weight)

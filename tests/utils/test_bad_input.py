@@ -17,7 +17,7 @@ import layers.backbone
 import run_main
 from tests.small_run import ROWS, command_line, run_folder, write_csv
 from utils.checks import check_model, outline
-from utils.flags import parse_flags
+from utils.command_line import parse_flags
 from utils.saving.checkpoint import shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.flags import FLAGS, clean_name, parse_flags, run_name
+from utils.command_line import parse_flags
+from utils.flags import FLAGS, clean_name, run_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +107,7 @@ BAD_VALUES = [
     ("--optimizer", "sgd"), ("--loss", "MAE"), ("--lradj", "type2"), ("--pct_start", "0"),
     ("--pct_start", "1"), ("--max_sequences", "-1"), ("--max_iters", "-1"), ("--save_steps", "-1"),
     ("--log_every", "0"), ("--model_id", " "), ("--fill_missing", "zero"), ("--predict_steps", "0"),
-    ("--save_predictions", "all"), ("--plots", "2"), ("--torch_checkpoint", "2"), ("--test_every", "-1"),
+    ("--save_predictions", "all"), ("--plots", "2"), ("--amp_dtype", "int8"), ("--torch_checkpoint", "2"), ("--test_every", "-1"),
 ]  # fmt: skip
 
 

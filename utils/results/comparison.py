@@ -11,7 +11,7 @@ from typing import Any
 from data_provider.data_factory import series_from_args
 from data_provider.data_loader import SplitSeries
 from layers.errors import input_error
-from utils.results.baselines import RIDGE, baselines
+from utils.results.baselines import PENALTIES, RIDGE, baselines
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
 
@@ -65,6 +65,7 @@ def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[st
         "seq_len": series.seq_len,
         "pred_len": series.pred_len,
         "train_rows": series.splits.few_shot,
+        "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
     }
     if kept and kept.get("of") == of:
         return kept

@@ -55,7 +55,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
     if trained:
         series = _on_the_trainings_scale(table, checkpoint, args)
-        args.prompt_text = args.prompt_text or checkpoint.flags.get("prompt_text")
+        args.prompt_text = args.prompt_text or checkpoint.prompt_text
         notes += _differences(table, series, checkpoint)
     else:
         series = own_scale(table, args.features, args.target)

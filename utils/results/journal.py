@@ -85,6 +85,11 @@ class Journal:
                     self.events.add_scalar(f"epoch/{name}", value, rows[-1]["epoch"])
             self.events.flush()
 
+    def close(self) -> None:
+        """Close the events' file."""
+        if self.events is not None:
+            self.events.close()
+
 
 def tensorboard_writer(folder: Path, log: RunLog) -> "SummaryWriter | None":
     """A writer of events to `folder`/tensorboard; None, with a line, where TensorBoard is not installed."""

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from data_provider.data_loader import Series, SplitSeries, fingerprint
 from data_provider.table import Table, read_table
@@ -79,6 +78,12 @@ class Checkpoint:
         return self.record.get("flags", {})
 
     @property
+    def prompt_text(self) -> str | None:
+        """The data set's description in the training, where it was given or made."""
+        text = self.flags.get("prompt_text")
+        return text if isinstance(text, str) else None
+
+    @property
     def backbone(self) -> dict[str, Any]:
         """Name, shape and fingerprint of the language model of the training."""
         return self.record.get("backbone", {})
@@ -101,25 +106,8 @@ class Checkpoint:
         return lists[0], np.array(lists[1], dtype=np.float64), np.array(lists[2], dtype=np.float64)
 
     def trained_on(self, data: Series | Table, fill: str | None = None) -> bool:
-        """Whether the first rows of `data` are the training rows; the file may have grown since.
-
-        They are known by content, for names are often alike. Of a checkpoint of older code, which does
-        not have the content's fingerprint, the name decides.
-
-        Args:
-            fill: `--fill_missing`, for a file that is read once more because `data` has not all columns.
-        """
-        held = self.record.get("data", {})
-        mark, names = held.get("mark"), self.record.get("columns")
-        if not isinstance(mark, dict) or type(mark.get("rows")) is not int or not isinstance(names, list):
-            return held.get("file") == data.path.name
-        rows, expected = mark["rows"], mark.get("sha256")
-        if isinstance(data, SplitSeries) and data.columns == names and data.splits.train == rows:
-            return data.fingerprint == expected
-        table = data if isinstance(data, Table) else read_table(data.path, fill)
-        if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):
-            return False
-        return fingerprint(table.values[:rows, [table.columns.index(name) for name in names]]) == expected
+        """Whether the first rows of `data` are the training rows, see the function of that name."""
+        return trained_on(self.record, data, fill)
 
     def check(self, expected: Shapes) -> None:
         """Set names and shapes against those of the model that the flags describe, from the header alone.
@@ -158,6 +146,28 @@ class Checkpoint:
             raise input_error(f"--checkpoint {self.file}", f"a damaged file ({error})", "a safetensors file") from error
 
 
+def trained_on(record: dict[str, Any], data: Series | Table, fill: str | None = None) -> bool:
+    """Whether the first rows of `data` are the training rows of a record; the file may have grown since.
+
+    They are known by content, for names are often alike. Of a checkpoint of older code, which does
+    not have the content's fingerprint, the name decides.
+
+    Args:
+        fill: `--fill_missing`, for a file that is read once more because `data` has not all columns.
+    """
+    held = record.get("data", {})
+    mark, names = held.get("mark"), record.get("columns")
+    if not isinstance(mark, dict) or type(mark.get("rows")) is not int or not isinstance(names, list):
+        return held.get("file") == data.path.name
+    rows, expected = mark["rows"], mark.get("sha256")
+    if isinstance(data, SplitSeries) and data.columns == names and data.splits.train == rows:
+        return data.fingerprint == expected
+    table = data if isinstance(data, Table) else read_table(data.path, fill)
+    if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):
+        return False
+    return fingerprint(table.values[:rows, [table.columns.index(name) for name in names]]) == expected
+
+
 def save_checkpoint(folder: Path, model: torch.nn.Module, record: dict[str, Any]) -> None:
     """Write the trained tensors with their record; an earlier checkpoint stays until this one is safe.
 
@@ -170,19 +180,22 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, record: dict[str, Any]
     write_json(folder / RECORD, record)
 
 
-def save_for_torch(folder: Path) -> None:
-    """Write the checkpoint's tensors once more, as the state dict that `torch.load` reads, to `checkpoint`.
+def save_for_torch(file: Path, model: torch.nn.Module) -> None:
+    """Write the trained tensors of `model`, which are those of the checkpoint `file`, as the state dict that `torch.load`
+    reads, to `checkpoint` beside it; nothing is done where that has been done.
 
     Raises:
         StorageError: the file system refused.
     """
-    tensors = load_file(folder / TENSORS)
+    target = file.with_name(LEGACY)
+    if target.is_file() and target.stat().st_mtime_ns >= file.stat().st_mtime_ns:
+        return
 
     def write(path: Path) -> None:
-        with path.open("wb") as file:  # given a name, torch would write it into the file
-            torch.save(tensors, file)
+        with path.open("wb") as opened:  # given a name, torch would write it into the file
+            torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, opened)
 
-    write_atomic(folder / LEGACY, write)
+    write_atomic(target, write)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from data_provider.data_loader import Series
 from layers.errors import InputError, input_error
 from utils.flags import default_of, same_experiment
-from utils.saving.checkpoint import LEGACY, Checkpoint
+from utils.saving.checkpoint import LEGACY, Checkpoint, trained_on
 from utils.saving.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
 from utils.saving.record import TENSORS, read_record
 from utils.saving.saver import SECONDS
@@ -220,7 +220,6 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
     if args.checkpoint and same_experiment(args, checkpoint.flags) and Path(args.checkpoints).resolve() in usual:
         run_folder = home
     record = checkpoint.record if run_folder.resolve() == home.resolve() else read_record(run_folder)
-    trained = Checkpoint(run_folder / TENSORS, record, None)
-    if data is None or not record.get("data") or trained.trained_on(data, args.fill_missing):
+    if data is None or not record.get("data") or trained_on(record, data, args.fill_missing):
         return run_folder
     return run_folder / f"on_{data.path.stem}"

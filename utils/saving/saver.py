@@ -80,7 +80,7 @@ class Saver:
         device = self.accelerator.device
         progress.loss_sum = self.accelerator.reduce(progress.loss_sum.to(device), "mean")
         if self.accelerator.is_main_process:
-            with self._explained():
+            with self.explained():
                 packed = pack(self.model, self.optimizer, progress, self.identity, device)
                 self.last = save_state(self.folder, packed, self.last)
         self._saved_at = time.monotonic()
@@ -93,11 +93,11 @@ class Saver:
             StorageError: the file system refused; the checkpoint before is still there.
         """
         if self.accelerator.is_main_process:
-            with self._explained():
+            with self.explained():
                 save_checkpoint(self.folder, self.model, self.record | epoch)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Add to what ends the run what it can resume from."""
         try:
             yield

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from data_provider.batches import Batch, Sequences
 from models.TimeLLM import Model
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.precision import Autocast
 from utils.training.session import Job
 
 Shared = tuple[torch.Tensor, torch.Tensor]  # what the sequences of a pass share, see models.TimeLLM
@@ -55,11 +56,9 @@ def evaluate(
     return Scores(squared / count, absolute / count)
 
 
-def forecast_in_parts(
-    model: Model, accelerator: Accelerator, sequences: Sequences, shared: Shared, size: int
-) -> torch.Tensor:
+def forecast_in_parts(model: Model, precision: Autocast, sequences: Sequences, shared: Shared, size: int) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of `sequences`, at most `size` of them at once (0: all)."""
-    with accelerator.autocast():
+    with precision.autocast():
         parts = sequences.micro_batches(size)
         return torch.cat([model.forecast(part.x, part.prompts, shared).float() for part in parts])
 
@@ -69,7 +68,7 @@ def forecast_within_memory(job: Job, sequences: Sequences, shared: Shared, most:
 
     def work(size: int) -> torch.Tensor:
         size = min(size or most, most) if most else size
-        return forecast_in_parts(job.model, job.accelerator, sequences, shared, size)
+        return forecast_in_parts(job.model, job.precision, sequences, shared, size)
 
     return halve_on_out_of_memory(job, job.evaluation_limit, min(len(sequences), most or len(sequences)), work)
 

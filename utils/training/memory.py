@@ -35,7 +35,9 @@ STATISTICS_TOKENS = 128  # about, with all digits
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of CUDA means that memory has run out, under whichever name it comes."""
-    return isinstance(error, OutOfMemory) or (isinstance(error, RuntimeError) and any(w in str(error) for w in OTHER_NAMES))
+    if isinstance(error, RunError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, OutOfMemory) or any(words in str(error) for words in OTHER_NAMES)
 
 
 @contextmanager
@@ -62,9 +64,10 @@ def cap_memory(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # the functions below ask for a number
+    free, total = torch.cuda.mem_get_info(index)
+    own = torch.cuda.memory_reserved(index)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), index)
 
 
 def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callable[[int], Result]) -> Result:

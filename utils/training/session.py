@@ -19,6 +19,7 @@ from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts
 from utils.saving.saver import Saver
 from utils.saving.state import Progress
+from utils.training.precision import Precision
 from utils.training.step import Guard
 
 
@@ -58,6 +59,7 @@ class Job:
     folder: Path
     log: RunLog
     accelerator: Accelerator
+    precision: Precision
     model: Model
     series: Series
     loaders: "dict[str, DataLoader[Batch]]"
@@ -98,6 +100,10 @@ class Job:
         return min(whole, self.args.max_iters or whole)
 
     def close(self) -> None:
-        """Give the folder back to other runs."""
-        if self._training is not None and self._training.lock is not None:
+        """Close the run's files, and give its folder back to other runs."""
+        if self._training is None:
+            return
+        if self._training.journal is not None:
+            self._training.journal.close()
+        if self._training.lock is not None:
             self._training.lock.release()

@@ -1,6 +1,7 @@
 """The optimizer's step: which optimizer, and the guard that skips a step whose numbers have gone wrong."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,8 +13,9 @@ from layers.mapping import MappingLayer
 from models.TimeLLM import Model
 from utils.results.log import RunLog
 from utils.saving.state import Progress
+from utils.training.precision import LossScale
 
-LIMIT = 10  # skipped iterations in a row that a run survives
+MAX_SKIPS = 10  # skipped iterations in a row that a run survives
 
 
 class RowAdam(torch.optim.Adam):
@@ -25,12 +27,14 @@ class RowAdam(torch.optim.Adam):
 
     def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, rate: float, decoupled: bool):
         """Args:
-            mapping: the layer whose weight is among the parameters; None: there is none.
-            decoupled: AdamW, with PyTorch's weight decay; else Adam without.
+        mapping: the layer whose weight is among the parameters; None: there is none.
+        decoupled: AdamW, with PyTorch's weight decay; else Adam without.
         """
         decay = 1e-2 if decoupled else 0.0
         super().__init__(parameters, lr=rate, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
         self._mapping = mapping
+        if mapping is not None:
+            mapping.factored = True
         self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
     @torch.no_grad()
@@ -90,9 +94,17 @@ class Guard:
     read an iteration later, when the answer has long arrived.
     """
 
-    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, accelerator: Accelerator, log: RunLog):
-        self.model, self.optimizer, self.accelerator, self.log = model, optimizer, accelerator, log
-        self._pending: tuple[_Later, _Later, Batch, int, int] | None = None
+    def __init__(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        log: RunLog,
+        scale: LossScale | None = None,
+    ):
+        """scale: what the loss was multiplied with, so that the gradients are as much too large; None: 1."""
+        self.model, self.optimizer, self.accelerator, self.log, self.scale = model, optimizer, accelerator, log, scale
+        self._pending: _Step | None = None
 
     def step(self, batch: Batch, loss: torch.Tensor, progress: Progress) -> torch.Tensor:
         """Step the optimizer or not; return what counts of the loss, `[]` float64 (0 for a skipped step).
@@ -105,15 +117,21 @@ class Guard:
         wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
         if self.accelerator.num_processes > 1:
             wrong = self.accelerator.reduce(wrong.float(), "sum") > 0
-        if self.model.mapping_layer is not None and not isinstance(self.optimizer, RowAdam):
-            self.model.mapping_layer.form_gradient()
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
             self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]
+            if self.scale is not None:
+                self.optimizer.grad_scale = self.scale.value  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not wrong:
+            if self.scale is not None:
+                for gradient in self.model.gradients():
+                    gradient.div_(self.scale.value)
             self.optimizer.step()
         self.settle(progress)
-        self._pending = (_Later(wrong), _Later(loss), batch, progress.epoch, progress.iteration + 1)
+        scale = None if self.scale is None else _Later(self.scale.value)
+        self._pending = _Step(_Later(wrong), _Later(loss), scale, batch, progress.epoch, progress.iteration + 1)
+        if self.scale is not None:
+            self.scale.update(wrong)
         return torch.where(wrong, 0.0, loss.double())
 
     def settle(self, progress: Progress) -> None:
@@ -124,20 +142,33 @@ class Guard:
         """
         if self._pending is None:
             return
-        (wrong, loss, batch, epoch, iteration), self._pending = self._pending, None
-        if not wrong.read():
+        step, self._pending = self._pending, None
+        if not step.wrong.read():
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        value = loss.read()
+        value, scale = step.loss.read(), step.scale.read() if step.scale else 1
         what = f"the loss is {value}" if not math.isfinite(value) else "a gradient is NaN or infinite"
+        scaled = f"; the loss was scaled by {scale:.0f}" if step.scale else ""
         self.log(
-            f"WARNING: epoch {epoch}, iteration {iteration}: {what}; the step is skipped "
-            f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row)"
+            f"WARNING: epoch {step.epoch}, iteration {step.iteration}: {what}; the step is skipped "
+            f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row){scaled}"
         )
-        if progress.skipped_in_a_row > LIMIT:
-            raise TooManySkips(batch, progress.skipped_in_a_row)
+        # While the scale comes down, the next step may be a good one.
+        if progress.skipped_in_a_row > MAX_SKIPS and scale <= 1:
+            raise TooManySkips(step.batch, progress.skipped_in_a_row)
+
+
+class _Step(NamedTuple):
+    """A step that is done, of which nobody knows yet how it went."""
+
+    wrong: "_Later"
+    loss: "_Later"
+    scale: "_Later | None"  # of the loss, in this step
+    batch: Batch
+    epoch: int
+    iteration: int
 
 
 class _Later:

@@ -18,9 +18,11 @@ from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
+from utils.training.precision import Autocast
 from utils.training.schedule import learning_rate
 from utils.training.session import Job
 from utils.training.step import TooManySkips
+from utils.training.trial import trial
 
 TestFound = tuple[TestPass, Scores]
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
@@ -36,11 +38,28 @@ def train(job: Job) -> TestFound | None:
         Interrupted: a signal has come; the state is saved.
         RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
     """
+    args, progress = job.args, job.training.progress
+    try:
+        best_test = _run_epochs(job)
+    except TooManySkips as skips:
+        raise RunError(
+            f"{skips}; the last is of {_culprits(job, skips.batch)}; try a lower --learning_rate; "
+            f"{job.training.saver.kept()}"
+        ) from None
+    if progress.epochs_without_improvement >= args.patience:
+        job.log("Early stopping")
+    if progress.best_vali_loss == float("inf"):
+        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
+    return best_test
+
+
+def _run_epochs(job: Job) -> TestFound | None:
     args, progress, journal = job.args, job.training.progress, job.training.journal
     clock = Clock(job)
     best_test: TestFound | None = None
     if journal:
         journal.start(progress.epoch, progress.iteration)
+    trial(job, lambda sequences, size: forward_backward(job.model, sequences, job.precision, size), clock.left)
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
@@ -50,7 +69,8 @@ def train(job: Job) -> TestFound | None:
             began = time.perf_counter()
             vali = score(job, "val")
             improved = vali.mse < progress.best_vali_loss
-            results, test = test_epoch(job, improved)
+            with job.training.saver.explained():  # it writes predictions
+                results, test = test_epoch(job, improved)
             if improved:
                 best_test = (results, test) if results and test else None
             evaluation = time.perf_counter() - began
@@ -67,15 +87,6 @@ def train(job: Job) -> TestFound | None:
         job.log(f"{signal}: the state of {at} is saved in {job.folder}")
         job.log(f"To resume: {resume_command(args)}")
         raise
-    except TooManySkips as skips:
-        raise RunError(
-            f"{skips}; the last is of {_culprits(job, skips.batch)}; try a lower --learning_rate; "
-            f"{job.training.saver.kept()}"
-        ) from None
-    if progress.epochs_without_improvement >= args.patience:
-        job.log("Early stopping")
-    if progress.best_vali_loss == float("inf"):
-        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
     return best_test
 
 
@@ -95,8 +106,10 @@ def train_epoch(job: Job, clock: "Clock") -> float:
                 group["lr"] = rate
 
             sequences = batch.to(job.device).sequences()
-            work = partial(forward_backward, model, sequences, job.accelerator)
+            scale = guard.scale.value if guard.scale else None
+            work = partial(forward_backward, model, sequences, job.precision, scale=scale)
             loss = halve_on_out_of_memory(job, job.step_limit, len(sequences), work)
+            average_gradients(model, job.accelerator)
             # The first step makes the optimizer's moments, which are larger than the trained values.
             with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
                 progress.loss_sum = progress.loss_sum + guard.step(batch, loss, progress)
@@ -118,27 +131,34 @@ def train_epoch(job: Job, clock: "Clock") -> float:
     return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def forward_backward(model: Model, batch: Sequences, accelerator: Accelerator, max_sequences: int = 0) -> torch.Tensor:
+def forward_backward(
+    model: Model, batch: Sequences, precision: Autocast, max_sequences: int = 0, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Leave the batch's gradients in the trained tensors; return its mean squared error, detached.
 
     The prototypes' keys and values are made once. The sequences run in micro-batches of at most
     `max_sequences` (0: one), whose gradients add up at the keys and values, and flow on from there once.
+    All gradients are `scale` (None: 1) times too large.
     """
-    with accelerator.autocast():
+    with precision.autocast():
         shared = model.shared()
     leaves = [tensor.detach().requires_grad_() for tensor in shared]
     loss = torch.zeros((), device=batch.x.device)
     for part in batch.micro_batches(max_sequences):
-        with accelerator.autocast():
+        with precision.autocast():
             forecast = model.forecast(part.x, part.prompts, (leaves[0], leaves[1]))
         share = F.mse_loss(forecast.float(), part.y) * (len(part) / len(batch))
-        share.backward()
+        (share if scale is None else share * scale).backward()
         loss += share.detach()
     torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
+    return loss
+
+
+def average_gradients(model: Model, accelerator: Accelerator) -> None:
+    """Let every process have the mean of all processes' gradients."""
     if accelerator.num_processes > 1:
         for gradient in model.gradients():
             gradient.copy_(accelerator.reduce(gradient, reduction="mean"))
-    return loss
 
 
 def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
@@ -191,6 +211,8 @@ def save(job: Job) -> None:
     """Save the state of the run as it stands between two iterations."""
     progress = job.training.progress
     job.training.guard.settle(progress)
+    if scale := job.training.guard.scale:
+        progress.loss_scale, progress.good_steps = float(scale.value), int(scale.good_steps)
     progress.max_sequences = job.step_limit.sequences
     progress.evaluation_sequences = job.evaluation_limit.sequences
     with _explained(job):
@@ -244,7 +266,7 @@ def _culprits(job: Job, batch: Batch) -> str:
     dates = [data.window_dates(int(index))[0] for index in batch.index]  # type: ignore[attr-defined]
     try:
         sequences = batch.to(job.device).sequences()
-        forecast = forecast_in_parts(job.model, job.accelerator, sequences, job.model.shared(), job.step_limit.sequences)
+        forecast = forecast_in_parts(job.model, job.precision, sequences, job.model.shared(), job.step_limit.sequences)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -19,7 +19,7 @@ from layers.errors import InputError
 from layers.prompt import PromptEncoder
 from models.TimeLLM import Model
 from tests.small_run import command_line, figures, run_folder, train, write_csv
-from utils.flags import parse_flags
+from utils.command_line import parse_flags
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.record import read_header
 

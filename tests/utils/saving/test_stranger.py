@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layers.errors import InputError
-from utils.flags import parse_flags
+from utils.command_line import parse_flags
 from utils.results.forecast import read_history
 from utils.saving.checkpoint import Checkpoint, save_checkpoint
 from utils.saving.record import TENSORS, read_record

@@ -25,7 +25,7 @@ from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
-from utils.flags import parse_flags
+from utils.command_line import parse_flags
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.training.evaluate import score
 
@@ -177,15 +177,26 @@ def test_first_loss_is_that_of_the_first_batch(argv, backbones, capsys, tmp_path
     assert f"Train Loss: {np.mean(losses):.4f}" in " ".join(lines)
 
 
-def test_left_time_counts_the_iterations_and_evaluations_to_come(argv, capsys, monkeypatch) -> None:
-    """With a clock on which a second passes from one look to the next: 4 iterations, or both evaluations, take one."""
+@pytest.mark.parametrize(
+    ("every", "to_come", "then", "timed"),
+    [
+        (1, 2 * 25 + 2 * 57, 25 + 57, 25 + 57),  # the best epoch's test is the one at the end
+        (2, 2 * 25 + 2 * 57, 25 + 2 * 57, 25),  # epoch 2 is tested, and at the end the best
+        (0, 2 * 25 + 57, 25 + 57, 25),
+    ],
+)
+def test_left_time_counts_iterations_and_evaluations(argv, capsys, monkeypatch, every, to_come, then, timed) -> None:
+    """With a clock on which a second passes from one look to the next: 4 iterations, or an epoch's evaluation, take one.
+
+    Args:
+        to_come: windows that are evaluated from the first epoch on; `then` from the second on.
+        timed: windows in the first epoch's evaluation, which says how long one takes.
+    """
     monkeypatch.setattr(utils.training.train, "time", Namespace(perf_counter=itertools.count().__next__))
-    lines = train(argv(train_epochs=2), capsys)
+    lines = train(argv(train_epochs=2, test_every=every), capsys)
     found = [line.strip() for line in lines if "left time" in line]
-    # 22 iterations, an evaluation after each epoch, and the test at the end, which is half of one. Before one
-    # is timed, a window of the 25 + 57 takes 0.7 of what it takes in a training step of 16.
-    guess, timed = 0.7 * 0.25 * (25 + 57) / 16, 1.0
-    left = [18 * 0.25 + 2.5 * guess, 14 * 0.25 + 2.5 * guess, 7 * 0.25 + 1.5 * timed, 3 * 0.25 + 1.5 * timed]
+    guess = 0.7 * 0.25 / 16  # a window's evaluation over its training step, in batches of 16
+    left = [18 * 0.25 + to_come * guess, 14 * 0.25 + to_come * guess, 7 * 0.25 + then / timed, 3 * 0.25 + then / timed]
     assert found == [f"speed: 0.2500s/iter; left time: {seconds:.4f}s" for seconds in left]
 
 

@@ -1,0 +1,91 @@
+"""Half precision (fp16), for GPUs without bfloat16: what keeps its short range, 65,504, from being left.
+
+The frozen layers' matrices are fp16, and so are the products with them. What runs between the layers, the residual
+stream, and the norms are float32: a language model's stream reaches ten thousands at its first tokens. The product in
+the middle of a gated feed-forward block goes beyond the range as well; it is brought to size row by row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Class names of transformers' modules with exactly the formula (act(x·Gᵀ) * x·Uᵀ)·Dᵀ.
+GATED_MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
+
+
+class Shrunk(NamedTuple):
+    """Rows of fp16 `values` below 1, which stand for `values * size`; size `[..., 1]` is float32, powers of two."""
+
+    values: torch.Tensor
+    size: torch.Tensor
+
+
+def shrink(x: torch.Tensor) -> Shrunk:
+    """float32 `[..., k]`, each row divided by the power of two above its largest value. No gradient."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # a row of zeros stays one
+    size = largest / torch.frexp(largest).mantissa
+    return Shrunk((x / size).half(), size)
+
+
+def make_safe(model: PreTrainedModel) -> None:
+    """Let a model that was read in fp16 take a float32 residual stream, and values of any size in its layers."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Norm"):
+            module.float()
+    child: Any
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            is_gated = type(child).__name__ in GATED_MLPS and model.config.hidden_act == "silu"
+            if is_gated and child.down_proj.bias is None:
+                setattr(parent, name, HalfMLP(child))
+
+
+class HalfMLP(nn.Module):
+    """The gated feed-forward block (silu(x·Gᵀ) * x·Uᵀ)·Dᵀ, products in fp16, what lies between them in float32."""
+
+    def __init__(self, mlp: Any):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` -> float32 `[..., D]`."""
+        x = x.half()
+        inner = Shrunk(*_ShrunkGate.apply(self.gate_proj(x), self.up_proj(x)))
+        return _Grown.apply(self.down_proj(inner.values), inner.size)
+
+
+# Of the chain of derivatives, `_ShrunkGate` would divide by the rows' sizes and `_Grown` multiply by them. Between the
+# two there is but a product with a matrix, so both leave it out: the gradient needs no larger range than it has.
+
+
+class _ShrunkGate(torch.autograd.Function):
+    """silu(gate) * up, shrunk; keeps the two inputs alone."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> Shrunk:
+        ctx.save_for_backward(gate, up)
+        shrunk = shrink(F.silu(gate.float()).mul_(up))
+        ctx.mark_non_differentiable(shrunk.size)
+        return tuple(shrunk)  # type: ignore[return-value]  # autograd takes plain tuples alone
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _):
+        gate, up = ctx.saved_tensors
+        wide, gradient = gate.float(), gradient.float()
+        into_gate = torch.ops.aten.silu_backward(gradient * up, wide)
+        return into_gate.half(), F.silu(wide).mul_(gradient).half()
+
+
+class _Grown(torch.autograd.Function):
+    """What a product with shrunken rows stands for, float32."""
+
+    @staticmethod
+    def forward(ctx, product: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return product.float().mul_(size)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.half(), None

@@ -1,0 +1,366 @@
+"""A GPU that computes nothing: PyTorch's CPU build made to run its CUDA path over FakeTensors.
+
+A FakeTensor has a shape, a type and a device, and no values. Over them the program's own code runs as on "cuda": what
+mixes devices or types raises, every storage is counted, and every place where the program waits for the device is noted.
+Two things a CPU build lacks are compiled with g++ on first use: a device guard, and an answer to which accelerator
+there is. They must be in the process before PyTorch, so this module is imported first, in a process of its own.
+
+Not covered: values, streams, real kernels' demands, and what a GPU keeps for itself. `scaled_dot_product_attention`
+runs as plain products, so its temporaries are larger than a real one's.
+"""
+
+# ruff: noqa: E402
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SHIMS = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <optional>
+
+static const c10::Device gpu(c10::DeviceType::CUDA, 0);
+
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::Device exchangeDevice(c10::Device) const override { return gpu; }
+  c10::Device getDevice() const override { return gpu; }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, gpu); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+namespace at {
+struct Hooks final : CUDAHooksInterface {
+  explicit Hooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+};
+C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+
+namespace accelerator {  // the autograd engine asks here; found before PyTorch's own, as it is loaded first
+std::optional<c10::DeviceType> getAccelerator(bool) { return c10::DeviceType::CUDA; }
+}
+}
+"""
+
+
+def _load_shims(folder: Path) -> None:
+    """Compile the shims into `folder`, unless they are there, and load them."""
+    if "torch" in sys.modules:
+        raise ImportError("tests.fake_gpu must be imported before torch, in a process of its own")
+    library = folder / "fake_gpu.so"
+    if not library.exists():
+        spec = importlib.util.find_spec("torch")
+        assert spec is not None and spec.submodule_search_locations, "torch is not installed"
+        torch_folder = spec.submodule_search_locations[0]
+        source = folder / "fake_gpu.cpp"
+        source.write_text(SHIMS, encoding="utf-8")
+        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", str(source), "-o", str(library)]
+        libraries = [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
+        subprocess.run([*command, *libraries], check=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+_load_shims(Path(os.environ.get("FAKE_GPU_FOLDER") or tempfile.mkdtemp(prefix="fake_gpu_")))
+
+import bitsandbytes
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel
+
+import layers.backbone
+import utils.setup
+from data_provider.batches import Batch
+from layers.prompt import Prompts
+from tests.small_run import PRED_LEN, SEQ_LEN, command_line
+from utils.command_line import parse_flags
+from utils.saving.interrupt import Interrupts
+from utils.saving.saver import Saver
+from utils.training.train import Clock, train_epoch
+
+GPU = torch.device("cuda", 0)
+ROOT = Path(__file__).resolve().parents[1]
+COPIES = ("aten._to_copy.default", "aten.copy_.default")  # what moves values from one device to another
+
+
+class _FakeTensors(FakeTensorMode):
+    avoid_device_init = True  # although `torch.cuda.is_available` says that there is one
+
+
+class FakeGPU(TorchDispatchMode):
+    """Watches what runs inside it; FakeTensorMode comes along.
+
+    Attributes:
+        now, peak: bytes that live on the GPU.
+        operations: how many there were.
+        waits: where the program waited for the device while `watching`: operation, file and line.
+        answer: what the program reads where it reads a value, as a truth value or as a number.
+        fail_in: operations until one raises out-of-memory; None: none does.
+        emptied: `now`, each time that the program gave idle memory back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = self.step = 0
+        self.waits: list[str] = []
+        self.watching = False
+        self.answer = 0.0
+        self.fail_in: int | None = None
+        self.emptied: list[int] = []
+        self._sizes: dict[int, int] = {}  # of the live storages, by id
+        self._fake = _FakeTensors(allow_non_fake_inputs=False)
+
+    def __enter__(self) -> "FakeGPU":
+        self._fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._fake.__exit__(*error)
+
+    def peak_of(self, work: Callable[[], object], answer: float = 0.0) -> int:
+        """The highest `now` while `work` runs, without what a `peak_of` inside it measures."""
+        outside = self.peak, self.answer
+        self.peak, self.answer = self.now, answer
+        try:
+            work()
+            return self.peak
+        finally:
+            self.peak, self.answer = outside
+
+    def wait(self, what: str) -> None:
+        """Note that the program waits for the device."""
+        if not self.watching:
+            return
+        frame: Any = sys._getframe(1)
+        while frame is not None and not _is_program(frame.f_code.co_filename):
+            frame = frame.f_back
+        place = "?" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
+        self.waits.append(f"{what} in {place}")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = str(function), kwargs or {}
+        if name.startswith("prim."):
+            return function(*args, **kwargs)
+        self.operations += 1
+        if self.fail_in is not None:
+            self.fail_in -= 1
+            if self.fail_in < 0:
+                self.fail_in = None
+                raise torch.OutOfMemoryError(f"CUDA out of memory (injected in {name})")
+        if name == "aten._local_scalar_dense.default":
+            if args[0].device.type == "cuda":
+                self.wait(name)
+            return bool(self.answer) if args[0].dtype == torch.bool else self.answer
+        result = function(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for tensor in made:
+            self._take(tensor)
+        # A CPU tensor without axes goes to a kernel as a number; all others are copied, for which the program waits.
+        copies = name in COPIES
+        seen = [leaf for leaf in [*tree_leaves((args, kwargs)), *made] if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in seen if copies or tensor.dim() or tensor.device.type == "cuda"}
+        goes_on = kwargs.get("non_blocking") or (copies and len(args) > 2 and args[2])
+        if len(devices) > 1 and not goes_on:
+            self.wait(name)
+        return result
+
+    def _take(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != "cuda":
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._sizes:
+            self._sizes[key] = -(-storage.nbytes() // 512) * 512  # as the allocator rounds
+            self.now += self._sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key).atexit = False
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _is_program(file: str) -> bool:
+    """Whether a source file is the project's, and no test."""
+    path = Path(file)
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in (".venv", "tests")
+
+
+def pretend(gpu: FakeGPU) -> None:
+    """Replace, for the rest of the process, what PyTorch asks the driver and what a FakeTensor cannot do."""
+
+    class Event:
+        def record(self, *_: Any) -> None:
+            self.step = gpu.step
+
+        def synchronize(self) -> None:
+            if self.step == gpu.step:  # an event of the step before has long arrived
+                gpu.wait("Event.synchronize")
+
+    total = 6 * 2**30
+    cuda: Any = torch.cuda
+    cuda.Event = Event
+    cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast("cuda") switches itself off
+    cuda.is_available = cuda.is_bf16_supported = lambda *_, **__: True
+    cuda.current_device = lambda: 0
+    cuda.synchronize = lambda *_: gpu.wait("torch.cuda.synchronize")
+    cuda.empty_cache = lambda: gpu.emptied.append(gpu.now)
+    cuda.mem_get_info = lambda *_: (total - gpu.now, total)
+    cuda.memory_allocated = cuda.memory_reserved = lambda *_: gpu.now
+    cuda.set_per_process_memory_fraction = lambda *_: None
+    for module in (torch, cuda):
+        module.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+        module.set_rng_state = lambda *_: None
+    bitsandbytes.functional.create_dynamic_map = lambda *_, **__: torch.empty(256)  # a table of constants
+    fake: Any = FakeTensor
+    # A storage without memory can be neither copied nor read.
+    fake.__deepcopy__ = lambda tensor, memo: tensor.clone()
+    fake.numpy = lambda tensor: np.zeros(tensor.shape, np.uint8)  # only the bytes of files are read so
+    nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module's own: a FakeTensor does not take another's data."""
+    for child in module.children():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            changed = change(parameter.detach())
+            if changed.device != parameter.device:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+class FourBitLinear(nn.Module):
+    """Stands for bitsandbytes' Linear4bit, whose parameters cannot be FakeTensors: its packed weight and scales, and
+    its own autograd function."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        values = layer.weight.numel()
+        self.weight = nn.Parameter(torch.empty(values // 2, 1, dtype=torch.uint8, device=GPU), requires_grad=False)
+        self.bias, self.compute_dtype = layer.bias, dtype
+        scales = {"absmax": torch.empty(values // 64, device=GPU), "code": torch.empty(16, device=GPU)}
+        self.quant_state = bitsandbytes.functional.QuantState(
+            **scales, shape=layer.weight.shape, blocksize=64, quant_type="nf4", dtype=dtype
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        product = bitsandbytes.matmul_4bit(x.to(self.compute_dtype), self.weight, bias=bias, quant_state=self.quant_state)
+        return product.to(x.dtype)
+
+
+def fake_load(info: Any, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> nn.Module:
+    """Stands for `layers.backbone._load`: the folder's model without its weights."""
+    with device:
+        model = AutoModel.from_config(
+            AutoConfig.from_pretrained(info.folder), attn_implementation="sdpa", dtype=dtype, **dict(info.family.options)
+        )
+    for parent in list(model.modules()) if four_bit else ():
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, FourBitLinear(child, dtype))
+    return model
+
+
+class Bench:
+    """A training job on the fake GPU: the program's own set-up, loop, saver and evaluation, on batches without values."""
+
+    WINDOWS, CHANNELS, TOKENS = 2, 3, 40  # of a batch; tokens of a prompt's statistics
+    VOCABULARY = 2000  # the mapping layer's 8 MB outweigh all else, as on a real model
+
+    def __init__(self, gpu: FakeGPU, backbone: Path, folder: Path, **flags: object):
+        """Args:
+        backbone: a folder of `scripts.make_backbone`.
+        folder: for the run's files.
+        """
+        self.gpu = gpu
+        self.save_peaks: list[int] = []
+        large = folder / "backbone"
+        shutil.copytree(backbone, large)
+        config = json.loads((large / "config.json").read_text(encoding="utf-8"))
+        (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
+        usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
+        layers.backbone._load = fake_load  # type: ignore[assignment]
+        utils.setup.Accelerator = _Accelerator  # type: ignore[misc]
+        utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
+        self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
+        self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
+
+    def batch(self) -> Batch:
+        """A batch on the CPU, as a loader's worker makes it."""
+        B, N, M = self.WINDOWS, self.CHANNELS, self.WINDOWS * self.CHANNELS
+        x, y = torch.zeros(B, SEQ_LEN, N), torch.zeros(B, PRED_LEN, N)
+        prompts = Prompts(torch.zeros(M, self.TOKENS, dtype=torch.long), torch.ones(M, dtype=torch.long))
+        return Batch(x, y, x, y, torch.zeros(B, dtype=torch.long), PRED_LEN, slice(None), prompts)
+
+    def train(self, steps: int, save: bool = False) -> None:
+        """Run an epoch of `steps` steps; `save`: with a state after the last."""
+        self.job.args.__dict__["save_steps"] = steps if save else 0
+        self.batches = self.batches_per_epoch = steps
+        self.job.training.progress.next_epoch()
+        train_epoch(self.job, Clock(self.job))
+
+    # What the program asks of a loader and of its sampler.
+
+    @property
+    def batch_sampler(self) -> "Bench":
+        return self
+
+    def set_epoch(self, epoch: int, skip: int) -> None: ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(self.batches):
+            batch = self.batch()
+            self.gpu.step += 1
+            self.gpu.watching = number > 0  # the first one makes what the others use again
+            yield batch
+        self.gpu.watching = False
+
+
+class _Accelerator(Accelerator):
+    """accelerate's own, which looks for no GPU."""
+
+    device = GPU
+
+    def __init__(self, **_: Any):
+        super().__init__(cpu=True)
+
+
+class _Saver(Saver):
+    """The run's own, watched."""
+
+    def __init__(self, bench: Bench, *args: Any):
+        super().__init__(*args)
+        self.bench = bench
+
+    def check_signal(self) -> None:
+        """Called when a step has ended."""
+        self.bench.gpu.watching = False
+        super().check_signal()
+
+    def save(self, progress: Any) -> None:
+        """As Saver's, told that all is finite."""
+        self.bench.save_peaks.append(self.bench.gpu.peak_of(lambda: Saver.save(self, progress), answer=1.0))

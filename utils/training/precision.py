@@ -1,0 +1,94 @@
+"""The number types of a run, chosen once in its set-up, and the scale that keeps fp16's gradients in their range."""
+
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from utils.saving.state import FIRST_SCALE
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GOOD_STEPS = 2000  # in a row, after which the scale doubles
+LARGEST_SCALE = 2.0**24
+
+
+class Autocast(Protocol):
+    """What has the context of a forward pass: a `Precision`, or an accelerate.Accelerator."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number types of a run.
+
+    Attributes:
+        device_type: "cpu" or "cuda".
+        autocast_dtype: what products are computed in; None: each in the type of its operands.
+        weights_dtype: of the frozen language model's weights; in 4 bit, of the products with them.
+        is_scaled: whether the loss is multiplied before the backward pass, see `LossScale`.
+        note: a line for the log; empty where everything is as ever on such a device.
+    """
+
+    device_type: str
+    autocast_dtype: torch.dtype | None
+    weights_dtype: torch.dtype
+    is_scaled: bool = False
+    note: str = ""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.autocast_dtype)
+
+
+def choose_precision(args: Namespace, device: torch.device) -> Precision:
+    """What `--amp_dtype` stands for on this device.
+
+    auto: on a GPU bf16, or fp16 where it has none of its own; on the CPU float32, or bf16 with `--use_amp`. The
+    frozen layers are held in bf16 on a GPU and in 4 bit, on the CPU in float32, unless fp16 or fp32 is asked for.
+    """
+    is_cuda = device.type == "cuda"
+    usual = "bf16" if is_cuda or args.use_amp else "fp32"
+    held = torch.bfloat16 if is_cuda or args.load_in_4bit else torch.float32
+    name = args.amp_dtype
+    if name == "auto":
+        # PyTorch emulates bf16 on older GPUs, which is slow.
+        lacks_bf16 = is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "fp16" if lacks_bf16 else usual
+    if name == "fp16" or name == args.amp_dtype == "fp32":
+        held = DTYPES[name]
+    note = "" if name == usual else f"Numbers: {name}"
+    if name == "fp16":
+        reason = " (this GPU has no bf16)" if args.amp_dtype == "auto" else ""
+        note = f"Numbers: fp16 with loss scaling{reason}"
+    return Precision(device.type, None if name == "fp32" else DTYPES[name], held, name == "fp16", note)
+
+
+class LossScale:
+    """What the loss is multiplied with, so that small gradients are not lost in fp16, nor large ones infinite.
+
+    It halves at a step with infinite or NaN numbers, which is skipped, and doubles after `GOOD_STEPS` good ones
+    (Micikevicius et al., Mixed Precision Training, ICLR 2018). Both of its numbers are on the device, and no step
+    waits for them.
+
+    Attributes:
+        value: the scale, a power of two, at least 1; `[]` float32.
+        good_steps: since it last changed; `[]` int64.
+    """
+
+    def __init__(self, device: torch.device, value: float = FIRST_SCALE, good_steps: int = 0):
+        self.value = torch.tensor(value, dtype=torch.float32, device=device)
+        self.good_steps = torch.tensor(good_steps, device=device)
+
+    def update(self, wrong: torch.Tensor) -> None:
+        """Take in whether a step was `wrong`, `[]` bool on the device."""
+        good = self.good_steps + 1
+        grows = good >= GOOD_STEPS
+        factor = torch.where(wrong, 0.5, torch.where(grows, 2.0, 1.0))
+        self.value = (self.value * factor).clamp(1.0, LARGEST_SCALE)
+        self.good_steps = torch.where(wrong | grows, 0, good)
