@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layers.errors import input_error
 
-FLAGS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 _MONTH = 30 * 24  # hours
 _HOURLY = (12 * _MONTH, 4 * _MONTH, 4 * _MONTH)
 _QUARTER_HOURLY = (4 * 12 * _MONTH, 4 * 4 * _MONTH, 4 * 4 * _MONTH)
@@ -91,7 +91,7 @@ def _check_lengths(splits: Splits, seq_len: int, pred_len: int, percent: int, pa
     train_rows = min(splits.few_shot, splits.train)
     have = {"train": train_rows, "val": splits.val + seq_len, "test": splits.test + seq_len}
     window = seq_len + pred_len
-    short = [flag for flag in FLAGS if have[flag] < window]
+    short = [flag for flag in SPLITS if have[flag] < window]
     if not short:
         return
     flag = short[0]

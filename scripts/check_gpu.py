@@ -43,15 +43,17 @@ PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
 def main(argv: list[str]) -> int:
     """Measure and print the report; return the exit code, 2 for what the user can mend."""
     own = FlagParser(prog="check_gpu.py", add_help=False, allow_abbrev=False)
-    own.add_argument("--json", type=Path)
+    own.add_argument("--json", nargs="?", const="")
     mine, words = own.parse_known_args(argv)
+    if mine.json == "":
+        own.error(str(input_error("--json", "no value right after it", "a file name")))
     args = parse_flags(words)
     try:
         with tempfile.TemporaryDirectory(prefix="check_gpu.") as folder:
             figures = measure(args, folder) | {"flags": shlex.join(words)}
         print("\n".join(["", "```", *report(figures), "```"]))
         if mine.json:
-            _write(mine.json, figures)
+            _write(Path(mine.json), figures)
     except (InputError, RunError) as error:
         print(f"check_gpu.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -237,8 +239,8 @@ def estimates(job: "Job", sequences: int, peak: float) -> dict[str, float]:
         savings[f"--max_sequences {at_once // 2}"] = each * (at_once - at_once // 2)
     if not args.grad_checkpoint:
         recomputed = backbone.bytes_per_sequence(patches, prompt, model.fast_path, True)
-        savings["--grad_checkpoint"] = max(each - recomputed, 0) * at_once
-    found = {flags: max(peak - saved / GIB, 0.0) for flags, saved in savings.items()}
+        savings["--grad_checkpoint"] = (each - recomputed) * at_once
+    found = {flags: max(peak - saved / GIB, 0.0) for flags, saved in savings.items() if saved > 0}
 
     per_layer = (layers / args.llm_layers + each * at_once / (args.llm_layers + 1)) / GIB
     limit = memory_limit(job.device) / GIB

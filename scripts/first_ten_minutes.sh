@@ -84,15 +84,18 @@ train() {
   local name=$1
   shift
   say "running $name"
-  "$python" run_main.py "${flags[@]}" "$@" >"$work/$name.log" 2>&1
+  "$python" run_main.py "${flags[@]}" "$@" >"$work/$name.log" 2>&1 || echo "exit code $?" >>"$work/$name.log"
 }
 
-# answer NAME ROW PATTERN...: a row of the checks: passed where every pattern is in NAME.log.
+# answer NAME ROW PATTERN...: a row of the checks: passed where the run ended well and every pattern is in NAME.log.
 answer() {
   local name=$1 row=$2 pattern verdict=passed
   shift 2
+  if grep -q '^exit code' "$work/$name.log"; then
+    verdict="**failed**: $(tail -n 2 "$work/$name.log" | paste -sd ' ' | tr '|' '/')"
+  fi
   for pattern in "$@"; do
-    grep -q "$pattern" "$work/$name.log" || verdict="**failed**: no line with '$pattern'; $(tail -n 1 "$work/$name.log")"
+    grep -q "$pattern" "$work/$name.log" || verdict="$verdict; **failed**: no line with '$pattern'"
   done
   [ "$verdict" = passed ] || failed=1
   echo "| $row | $verdict | $(found "$name") |" >>"$work/checks"
@@ -157,8 +160,8 @@ measure "fast, direct, 4 decimals" 1.20 --prototypes direct --prompt_decimals 4
 measure "fast, fp16 forced" 2.75 --amp_dtype fp16
 
 train repeats "${short[@]}" --model_comment repeats --itr 2 --max_iters 5
-answer repeats "--itr 2" "^Test MSE"
-[ "$(grep -c '^Test MSE' "$work/repeats.log")" = 2 ] || { failed=1; echo "| | **failed**: not two tests | |" >>"$work/checks"; }
+[ "$(grep -c '^Test MSE' "$work/repeats.log")" = 2 ] && echo "both tested" >>"$work/repeats.log"
+answer repeats "--itr 2" "^both tested"
 if [ -z "$tiny" ]; then
   train memory "${short[@]}" --model_comment memory --fast_path plain --max_sequences 0 --max_iters 5
   answer memory "too little memory (plain, all 28 at once)" "^CUDA out of memory with" "^Test MSE"
@@ -175,7 +178,7 @@ answer fast "fast path, the same" "fast path" "^Test MSE"
 more=()
 [ -z "$tiny" ] || more=(--max_iters "$few")
 train epoch "${full[@]}" --model_comment epoch ${more[@]+"${more[@]}"}
-answer epoch "one epoch of $(basename "$csv" .csv)" "^Test MSE"
+answer epoch "one epoch" "^Test MSE"
 
 {
   echo "# First ten minutes"
@@ -186,6 +189,7 @@ for name, text in json.load(open(sys.argv[1]))["machine"].items(): print(f"- {na
   fi
   [ -z "$held" ] || echo "- held by another process, so that about ${FREE_GIB:-5.5} GiB were free: $(cat "$work/held") GiB"
   echo "- commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown); $("$python" -c 'import sys; print(" ".join(sys.argv[1:]))' "${make[@]}"), random weights"
+  echo "- data: $(basename "$csv"); of the short runs and, with --tiny, of all: its first $rows rows"
   echo
   echo "Peaks in GiB; on the CPU the process's largest so far. Foretold: over FakeTensors, 3B shape, a step."
   echo

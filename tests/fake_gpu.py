@@ -99,7 +99,8 @@ from utils.training.train import Clock, train_epoch
 
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[1]
-COPIES = ("aten._to_copy.default", "aten.copy_.default")  # what moves values from one device to another
+COPIES = ("aten._to_copy.", "aten.copy_.", "aten.to.")  # how the names begin of what moves values between devices
+READS = ("aten._local_scalar_dense.default", "aten.item.default")  # what hands a value to Python
 
 
 class _FakeTensors(FakeTensorMode):
@@ -167,7 +168,7 @@ class FakeGPU(TorchDispatchMode):
             if self.fail_in < 0:
                 self.fail_in = None
                 raise torch.OutOfMemoryError(f"CUDA out of memory (injected in {name})")
-        if name == "aten._local_scalar_dense.default":
+        if name in READS:
             if args[0].device.type == "cuda":
                 self.wait(name)
             return bool(self.answer) if args[0].dtype == torch.bool else self.answer
@@ -176,12 +177,14 @@ class FakeGPU(TorchDispatchMode):
         for tensor in made:
             self._take(tensor)
         # A CPU tensor without axes goes to a kernel as a number; all others are copied, for which the program waits.
-        copies = name in COPIES
+        copies = name.startswith(COPIES)
         seen = [leaf for leaf in [*tree_leaves((args, kwargs)), *made] if isinstance(leaf, torch.Tensor)]
         devices = {tensor.device.type for tensor in seen if copies or tensor.dim() or tensor.device.type == "cuda"}
-        goes_on = kwargs.get("non_blocking") or (copies and len(args) > 2 and args[2])
-        if len(devices) > 1 and not goes_on:
-            self.wait(name)
+        if len(devices) > 1:
+            if not _is_non_blocking(function, args, kwargs):
+                self.wait(name)
+            elif made and made[0].device.type == "cpu" and made[0] is not args[0]:
+                self.wait(f"{name}, which nothing waits for, but ought to,")
         return result
 
     def _take(self, tensor: torch.Tensor) -> None:
@@ -197,6 +200,14 @@ class FakeGPU(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _is_non_blocking(function: Any, args: Any, kwargs: Any) -> bool:
+    """What a call says, by position or by name."""
+    for place, argument in enumerate(function._schema.arguments):
+        if argument.name == "non_blocking":
+            return bool(kwargs.get("non_blocking", args[place] if place < len(args) else False))
+    return False
 
 
 def _is_program(file: str) -> bool:

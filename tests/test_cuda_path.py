@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tests.fake_gpu import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, BATCHES = 3, 2  # of training, and of an evaluation
-PLACES = 12  # where memory runs out, evenly over a step's passes
+STEPS, BATCHES = 2, 2  # of training, and of an evaluation
+PLACES = 10  # where memory runs out, evenly over a step's passes
 # name -> family, flags
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "fast, 4 bit, vocab": ("QWEN", {"load_in_4bit": True}),
@@ -62,8 +62,8 @@ def test_no_device_or_type_is_mixed(report, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_neither_step_nor_evaluation_waits_for_the_device(report, case: str) -> None:
     waits = report[case]["waits"]
-    if case == "AdamW in 8 bits":  # its kernels cannot be told on the device to skip a step
-        waits = [wait for wait in waits if not wait.startswith("bool in utils/training/step.py")]
+    if case == "AdamW in 8 bits":  # bitsandbytes' kernels cannot be told on the device to skip a step, and wait themselves
+        waits = [wait for wait in waits if " in utils/training/step.py:" not in wait]
     assert waits == []
 
 
@@ -140,6 +140,7 @@ def run_out_of_memory(bench: "Bench") -> dict[str, Any]:
     bench.train(1)
     length = gpu.operations - first  # of a step; the optimizer's part of it is short
     gc.disable()  # what only the collector would free is left
+    gc.freeze()  # it has less to look through
     train.forward_backward, evaluate.forecast_in_parts = watch(passes), watch(forecast)
     tries = []
     for number in range(PLACES):

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate.utils import set_seed
 
 from data_provider.data_factory import data_provider, epoch_batches, series_from_args
 from data_provider.data_loader import Series, SplitSeries
+from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
@@ -29,15 +31,35 @@ from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, identity, restore
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, loading_advice
-from utils.training.precision import LossScale, choose_precision
+from utils.training.precision import LossScale, Precision, choose_precision
 from utils.training.session import Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
 
-SPLITS = ("train", "val", "test")
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose flags are complete and checked; no weight is loaded yet."""
+
+    args: FinalFlags
+    folder: Path  # of its results
+    series: Series  # a SplitSeries, but for a run that only forecasts
+    info: BackboneInfo
+    outline: Model  # on the meta device
+    checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
+    notes: list[str]  # to be said with a forecast
+    accelerator: Accelerator
+    precision: Precision
+
+    @property
+    def splits(self) -> list[tuple[str, SplitSeries]]:
+        """The splits that the run goes through, with the series; a history that is gone on from has none."""
+        if not isinstance(self.series, SplitSeries):
+            return []
+        return [(split, self.series) for split in (SPLITS if self.args.is_training else SPLITS[2:])]
 
 
 def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
-    """Make all that a run needs; whatever can be refused is refused here, and from here on its flags are final.
+    """Make all that a run needs; from here on its flags are final.
 
     Args:
         args: the parsed flags; what follows from the data and the backbone is filled in in a copy of them.
@@ -46,73 +68,62 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         InputError: at the first contradiction, before a weight is loaded.
         RunError: no memory for the model, or the folder cannot be written.
     """
-    args = Namespace(**vars(args))
-    trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
-    checks.check_device(args)
-    folder = Path(args.checkpoints) / run_name(args, repeat)
-    checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
-    series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
-    info = checks.check_model(args)
-    outline = checks.outline(args, info)
-    for split in _splits(args, series):
-        epoch_batches(args, series.windows(split), split)  # type: ignore[attr-defined]
-    if checkpoint is not None:
-        checks.check_checkpoint(args, checkpoint, outline, same_data)
-        unlike = None if forecasts_only and same_data else series
-        folder = results_folder(args, folder, checkpoint, unlike)
-        if folder.is_dir():
-            refuse_links(folder)
-    args = FinalFlags(args)
-
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
-    precision = choose_precision(args, accelerator.device)
-    record = describe_run(args, series, info)
-    start = None
-    if isinstance(series, SplitSeries) and trains:
-        ours = identity(args, series, record["backbone"], accelerator.num_processes)
-        start = open_folder(args, folder, ours, value_count(shapes_of(outline)), accelerator)
-    log = _open_log(args, folder, series, accelerator)
-    if precision.note:
-        log(precision.note)
-    # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
-    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
-    cap_memory(accelerator.device)
-    with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
-        backbone = Backbone(
-            info,
-            args.llm_layers,
-            accelerator.device,
-            args.load_in_4bit,
-            args.grad_checkpoint,
-            precision.weights_dtype,
-        )
-        model = model_class(args.model)(args, backbone, outline.prompts).to(accelerator.device)
-    log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
-    at_once = fitting_sequences(model, args) if args.max_sequences is None else args.max_sequences
+    plan = make_plan(args, repeat)
+    record = describe_run(plan.args, plan.series, plan.info)
+    start = _claim_folder(plan, record)
+    log = _open_log(plan)
+    model = _load_model(plan, repeat, log)
+    at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     job = Job(
-        args=args,
-        folder=folder,
+        args=plan.args,
+        folder=plan.folder,
         log=log,
-        accelerator=accelerator,
-        precision=precision,
+        accelerator=plan.accelerator,
+        precision=plan.precision,
         model=model,
-        series=series,
-        loaders=_loaders(args, series, model, accelerator, args.seed + repeat, log),
+        series=plan.series,
+        loaders=_loaders(plan, model, repeat, log),
         record=record,
         interrupts=interrupts,
         step_limit=Limit(at_once),
         evaluation_limit=Limit(at_once),
-        checkpoint=checkpoint,
-        notes=notes,
+        checkpoint=plan.checkpoint,
+        notes=plan.notes,
     )
     if start is not None:
         job.training = _begin(job, start)
-    if not forecasts_only:
+    if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
         interrupts.defer()
     return job
+
+
+def make_plan(args: Namespace, repeat: int) -> Plan:
+    """Complete the flags and set them against device, data, language model and checkpoint.
+
+    Raises:
+        InputError: at the first contradiction.
+    """
+    args = Namespace(**vars(args))
+    trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
+    checks.check_device(args)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    folder = Path(args.checkpoints) / run_name(args, repeat)
+    checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
+    series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
+    if args.do_predict:
+        series.future_dates(1)
+    info = checks.check_model(args)
+    outline = checks.outline(args, info)
+    if checkpoint is not None:
+        checks.check_checkpoint(args, checkpoint, outline, same_data)
+        folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
+        if folder.is_dir():
+            refuse_links(folder)
+    precision = choose_precision(args, accelerator.device)
+    plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, notes, accelerator, precision)
+    for split, split_series in plan.splits:
+        epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
+    return plan
 
 
 def describe_run(args: Namespace, series: Series, info: BackboneInfo) -> dict[str, Any]:
@@ -151,44 +162,66 @@ def _read_series(args: Namespace, checkpoint: Checkpoint | None, forecasts_only:
     return series, same, []
 
 
-def _splits(args: Namespace, series: Series) -> tuple[str, ...]:
-    """The splits that the run goes through; a history that is gone on from has none."""
-    if not isinstance(series, SplitSeries):
-        return ()
-    return SPLITS if args.is_training else ("test",)
+def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
+    """The folder of a run that trains, locked, and what it finds there; None for one that does not."""
+    if not (plan.args.is_training and isinstance(plan.series, SplitSeries)):
+        return None
+    ours = identity(plan.args, plan.series, record["backbone"], plan.accelerator.num_processes)
+    return open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
 
 
-def _open_log(args: Namespace, folder: Path, series: Series, accelerator: Accelerator) -> RunLog:
+def _open_log(plan: Plan) -> RunLog:
     """The run's log, with its first lines."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    split = isinstance(series, SplitSeries)
-    name = "train.log" if args.is_training else "test.log" if split else "forecast.log"
-    log = RunLog(folder / name) if accelerator.is_main_process else SilentLog()
-    device = accelerator.device
+    args, series, device = plan.args, plan.series, plan.accelerator.device
+    with writing(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
+    log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
     numbered = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else device
     log(f"Using device: {numbered}")
     if series.synthetic:
         log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
     for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
         log(line)
+    if plan.precision.note:
+        log(plan.precision.note)
     return log
 
 
-def _loaders(
-    args: Namespace, series: Series, model: Model, accelerator: Accelerator, seed: int, log: RunLog
-) -> dict[str, Any]:
+def _load_model(plan: Plan, repeat: int, log: RunLog) -> Model:
+    """The model on the run's device, its trained weights drawn from the seed.
+
+    Raises:
+        RunError: no memory for it.
+    """
+    args, device = plan.args, plan.accelerator.device
+    # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
+    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    cap_memory(device)
+    with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
+        backbone = Backbone(
+            plan.info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint, plan.precision.weights_dtype
+        )
+        model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
+    log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
+    return model
+
+
+def _loaders(plan: Plan, model: Model, repeat: int, log: RunLog) -> dict[str, Any]:
     """The loaders of the splits that the run goes through."""
-    loaders = {}
-    for split in _splits(args, series):
+    loaders, accelerator = {}, plan.accelerator
+    for split, series in plan.splits:
         data, loaders[split] = data_provider(
-            args,
+            plan.args,
             split,
-            series,  # type: ignore[arg-type]
+            series,
             model.prompts,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            seed=seed,
+            seed=plan.args.seed + repeat,
             pin=accelerator.device.type == "cuda",
         )
         log(f"{split} {len(data)}")

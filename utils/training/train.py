@@ -266,7 +266,9 @@ def _culprits(job: Job, batch: Batch) -> str:
     dates = [data.window_dates(int(index))[0] for index in batch.index]  # type: ignore[attr-defined]
     try:
         sequences = batch.to(job.device).sequences()
-        forecast = forecast_in_parts(job.model, job.precision, sequences, job.model.shared(), job.step_limit.sequences)
+        with job.precision.autocast():
+            shared = job.model.shared()
+        forecast = forecast_in_parts(job.model, job.precision, sequences, shared, job.step_limit.sequences)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

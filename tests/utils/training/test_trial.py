@@ -11,7 +11,10 @@ import utils.training.trial
 from tests.small_run import run_folder, train
 from utils.training.trial import duration
 
-LINE = r"Trial: \d+\.\d{4}s/iter; about \d+ s an epoch with its evaluations, \d+ s in all; memory \d+\.\dGB at the peak, of \d+\.\dGB"
+LINE = (
+    r"Trial: \d+\.\d{4}s/iter; about \d+ s an epoch with its evaluations, \d+ s in all; "
+    r"memory \d+\.\dGB at the peak, of \d+\.\dGB"
+)
 
 
 def trials(lines: list[str]) -> list[str]:
