@@ -69,7 +69,17 @@ def _load_shims(folder: Path) -> None:
         torch_folder = spec.submodule_search_locations[0]
         source = folder / "fake_gpu.cpp"
         source.write_text(SHIMS, encoding="utf-8")
-        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", str(source), "-o", str(library)]
+        command = [
+            "g++",
+            "-O0",
+            "-shared",
+            "-fPIC",
+            "-std=c++20",
+            f"-I{torch_folder}/include",
+            str(source),
+            "-o",
+            str(library),
+        ]
         libraries = [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
         subprocess.run([*command, *libraries], check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -238,6 +248,7 @@ def pretend(gpu: FakeGPU) -> None:
     cuda.mem_get_info = lambda *_: (total - gpu.now, total)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: gpu.now
     cuda.set_per_process_memory_fraction = lambda *_: None
+    module: Any
     for module in (torch, cuda):
         module.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
         module.set_rng_state = lambda *_: None

@@ -74,8 +74,9 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return self.accelerator.device
+        """Where the model is; of a GPU with its number, which some of PyTorch's functions ask for."""
+        device = self.accelerator.device
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
     @property
     def training(self) -> Training:

@@ -88,7 +88,7 @@ class TooManySkips(Exception):
 
 
 class Guard:
-    """Applies a step unless its loss or a gradient is NaN or infinite.
+    """Keeps a step from being taken whose loss or a gradient is NaN or infinite, and counts such steps.
 
     Nothing waits for the device: a fused optimizer is told there whether to skip, and the count is
     read an iteration later, when the answer has long arrived.
@@ -104,31 +104,37 @@ class Guard:
     ):
         """scale: what the loss was multiplied with, so that the gradients are as much too large; None: 1."""
         self.model, self.optimizer, self.accelerator, self.log, self.scale = model, optimizer, accelerator, log, scale
+        self._wrong = torch.zeros((), dtype=torch.bool)  # what is known of the step in hand, on the device
         self._pending: _Step | None = None
 
-    def step(self, batch: Batch, loss: torch.Tensor, progress: Progress) -> torch.Tensor:
-        """Step the optimizer or not; return what counts of the loss, `[]` float64 (0 for a skipped step).
-
-        Raises:
-            TooManySkips: as `settle`, about the step before.
-        """
+    def allows_step(self, loss: torch.Tensor) -> bool:
+        """Whether the optimizer may step. A fused one always may: it is told on the device to skip a wrong step itself."""
         # A sum is finite only if every term is, and takes no memory of its own.
         sums = [gradient.sum() for gradient in self.model.gradients()]
         wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
         if self.accelerator.num_processes > 1:
             wrong = self.accelerator.reduce(wrong.float(), "sum") > 0
+        self._wrong = wrong
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
             self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]
             if self.scale is not None:
                 self.optimizer.grad_scale = self.scale.value  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not wrong:
-            if self.scale is not None:
-                for gradient in self.model.gradients():
-                    gradient.div_(self.scale.value)
-            self.optimizer.step()
+            return True
+        if wrong:
+            return False
+        if self.scale is not None:
+            for gradient in self.model.gradients():
+                gradient.div_(self.scale.value)
+        return True
+
+    def count(self, batch: Batch, loss: torch.Tensor, progress: Progress) -> torch.Tensor:
+        """Take note of a step; return what counts of its loss, `[]` float64 (0 for a skipped one).
+
+        Raises:
+            TooManySkips: as `settle`, about the step before.
+        """
         self.settle(progress)
-        scale = None if self.scale is None else _Later(self.scale.value)
+        wrong, scale = self._wrong, None if self.scale is None else _Later(self.scale.value)
         self._pending = _Step(_Later(wrong), _Later(loss), scale, batch, progress.epoch, progress.iteration + 1)
         if self.scale is not None:
             self.scale.update(wrong)

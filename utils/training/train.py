@@ -112,7 +112,9 @@ def train_epoch(job: Job, clock: "Clock") -> float:
             average_gradients(model, job.accelerator)
             # The first step makes the optimizer's moments, which are larger than the trained values.
             with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
-                progress.loss_sum = progress.loss_sum + guard.step(batch, loss, progress)
+                if guard.allows_step(loss):
+                    optimizer.step()
+            progress.loss_sum = progress.loss_sum + guard.count(batch, loss, progress)
             model.zero_grad(set_to_none=True)  # here, so that no gradient lies in memory while the run saves or evaluates
 
             progress.iteration += 1
