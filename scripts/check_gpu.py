@@ -233,6 +233,8 @@ def estimates(job: "Job", sequences: int, peak: float) -> dict[str, float]:
         savings["--prototypes direct"] = model.mapping_layer.weight.numel() * (4 + moments) + on_card
     if args.optimizer != "adamw8bit":
         savings["--optimizer adamw8bit"] = values * (moments - OPTIMIZER_BYTES["adamw8bit"])
+        if model.mapping_layer is not None:  # whose whole gradient it forms
+            savings["--optimizer adamw8bit"] -= 4 * model.mapping_layer.weight.numel()
     if not args.load_in_4bit:
         savings["--load_in_4bit"] = layers * (1 - 0.28 * 2 / backbone.embeddings.element_size())
     if at_once > 1:

@@ -110,6 +110,8 @@ from utils.training.train import Clock, train_epoch
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = ("aten._to_copy.", "aten.copy_.", "aten.to.")  # how the names begin of what moves values between devices
+# Kernels that take operands of one number type alone; a FakeTensor's stand-in for them takes any.
+PRODUCTS = tuple(f"aten.{name}." for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution"))
 READS = ("aten._local_scalar_dense.default", "aten.item.default")  # what hands a value to Python
 
 
@@ -182,14 +184,19 @@ class FakeGPU(TorchDispatchMode):
             if args[0].device.type == "cuda":
                 self.wait(name)
             return bool(self.answer) if args[0].dtype == torch.bool else self.answer
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        kinds = {tensor.dtype for tensor in operands}
+        if name.startswith(PRODUCTS) and len(kinds) > 1:
+            raise RuntimeError(f"{name}: operands of different types: {', '.join(sorted(map(str, kinds)))}")
         result = function(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for tensor in made:
             self._take(tensor)
         # A CPU tensor without axes goes to a kernel as a number; all others are copied, for which the program waits.
         copies = name.startswith(COPIES)
-        seen = [leaf for leaf in [*tree_leaves((args, kwargs)), *made] if isinstance(leaf, torch.Tensor)]
-        devices = {tensor.device.type for tensor in seen if copies or tensor.dim() or tensor.device.type == "cuda"}
+        devices = {
+            tensor.device.type for tensor in [*operands, *made] if copies or tensor.dim() or tensor.device.type == "cuda"
+        }
         if len(devices) > 1:
             if not _is_non_blocking(function, args, kwargs):
                 self.wait(name)
@@ -326,7 +333,7 @@ class Bench:
         (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
-        utils.setup.Accelerator = _Accelerator  # type: ignore[misc]
+        utils.setup.Accelerator = _Accelerator
         utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
@@ -337,6 +344,13 @@ class Bench:
         x, y = torch.zeros(B, SEQ_LEN, N), torch.zeros(B, PRED_LEN, N)
         prompts = Prompts(torch.zeros(M, self.TOKENS, dtype=torch.long), torch.ones(M, dtype=torch.long))
         return Batch(x, y, x, y, torch.zeros(B, dtype=torch.long), PRED_LEN, slice(None), prompts)
+
+    def layers(self) -> nn.ModuleList:
+        """The language model's layers that the steps run."""
+        model = self.job.model
+        owner: Any = model.language_model if model.fast_path else model.backbone
+        lists = [module for module in owner.model.modules() if isinstance(module, nn.ModuleList)]
+        return next(found for found in lists if len(found) == owner.model.config.num_hidden_layers)
 
     def train(self, steps: int, save: bool = False) -> None:
         """Run an epoch of `steps` steps; `save`: with a state after the last."""

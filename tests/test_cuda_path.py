@@ -60,6 +60,12 @@ def test_no_device_or_type_is_mixed(report, case: str) -> None:
     assert report[case].get("error") is None, report[case]["error"]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_residual_stream_is_as_narrow_as_it_may_be(report, case: str) -> None:
+    """A wider one raises nothing under autocast: the layers are only slower and keep more."""
+    assert report[case]["stream"] == ["float32" if "fp16" in case else "bfloat16"]
+
+
 # bitsandbytes' optimizer waits by itself, and cannot be told on the device to skip a step.
 @pytest.mark.parametrize("case", [case for case in CASES if case != "AdamW in 8 bits"])
 def test_neither_step_nor_evaluation_waits_for_the_device(report, case: str) -> None:
@@ -92,6 +98,9 @@ def examine(bench: "Bench") -> dict[str, Any]:
 
     gpu, job = bench.gpu, bench.job
     training = job.training
+    kinds: set[str] = set()
+    for layer in bench.layers():
+        layer.register_forward_pre_hook(lambda _, inputs: kinds.add(str(inputs[0].dtype).removeprefix("torch.")))
     found: dict[str, Any] = {"step": gpu.peak_of(lambda: bench.train(STEPS, save=True)), "held": gpu.now}
     bench.batches = BATCHES
     found["evaluation"] = gpu.peak_of(lambda: score(job, "val"), answer=1.0)
@@ -100,7 +109,7 @@ def examine(bench: "Bench") -> dict[str, Any]:
     save(job)
     found |= {"state": max(bench.save_peaks), "states": len(bench.save_peaks)}
     found["pack"] = gpu.peak_of(lambda: pack(job.model, training.optimizer, training.progress, {}, job.device), answer=1.0)
-    return found | {"waits": gpu.waits}
+    return found | {"waits": gpu.waits, "stream": sorted(kinds)}
 
 
 def run_out_of_memory(bench: "Bench") -> dict[str, Any]:

@@ -17,11 +17,11 @@ ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
 FLOORS = [
     "utils.run", "utils.setup", "utils.results.forecast", "utils.results.plots", "utils.training.train",
     "utils.results.test_pass", "utils.results.comparison", "utils.results.baselines", "utils.training.evaluate",
-    "utils.training.trial", "utils.training.memory", "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
-    "utils.results.predictions", "utils.results.metrics", "utils.results.log", "utils.training.schedule",
-    "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint", "utils.saving.state",
-    "utils.saving.interrupt", "utils.command_line", "utils.flags", "utils.kinds", "utils.saving.record", "utils.saving.tensors",
-    "utils.saving.files", "utils.errors",
+    "utils.training.trial", "utils.training.memory", "utils.training.session", "utils.training.step",
+    "utils.training.precision", "utils.results.journal", "utils.results.predictions", "utils.results.metrics",
+    "utils.results.log", "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver",
+    "utils.saving.checkpoint", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
+    "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.files", "utils.errors",
 ]  # fmt: skip
 NAMES = {flag.name for flag in FLAGS}
 

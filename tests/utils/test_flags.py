@@ -107,7 +107,8 @@ BAD_VALUES = [
     ("--optimizer", "sgd"), ("--loss", "MAE"), ("--lradj", "type2"), ("--pct_start", "0"),
     ("--pct_start", "1"), ("--max_sequences", "-1"), ("--max_iters", "-1"), ("--save_steps", "-1"),
     ("--log_every", "0"), ("--model_id", " "), ("--fill_missing", "zero"), ("--predict_steps", "0"),
-    ("--save_predictions", "all"), ("--plots", "2"), ("--amp_dtype", "int8"), ("--torch_checkpoint", "2"), ("--test_every", "-1"),
+    ("--save_predictions", "all"), ("--plots", "2"), ("--amp_dtype", "int8"),
+    ("--torch_checkpoint", "2"), ("--test_every", "-1"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
 from models.TimeLLM import PROTOTYPES, Model
@@ -128,22 +129,28 @@ def advice(args: Namespace, model: Model) -> str:
     """What to change, the largest saving first."""
     trained = sum(parameter.numel() for parameter in model.parameters())
     moments = OPTIMIZER_BYTES[args.optimizer]  # beside 4 of a trained value and 4 of its gradient
-    layers = sum(p.numel() * p.element_size() for p in model.backbone.model.parameters()) - (
-        model.backbone.embeddings.numel() * model.backbone.embeddings.element_size()
-    )
+    mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
+    words = model.backbone.embeddings.nbytes
+    layers = sum(p.nbytes for p in model.backbone.model.parameters()) - words
     fewer, savings = args.llm_layers // 2, {}
     if fewer:
         savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / args.llm_layers)
-    if model.mapping_layer is not None:
-        savings["--prototypes direct"] = model.mapping_layer.weight.numel() * (8 + moments)
-    if args.optimizer != "adamw8bit":
-        savings["--optimizer adamw8bit"] = trained * 6
+    if mapped:
+        on_card = words if model.backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
+        savings["--prototypes direct"] = mapped * (4 + moments + (0 if is_factored(args) else 4)) + on_card
+    if args.optimizer != "adamw8bit":  # which forms the mapping layer's whole gradient
+        savings["--optimizer adamw8bit"] = trained * 6 - mapped * 4
     if not args.load_in_4bit:
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
     named = [f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered]
     changes = ", ".join([*named, "a shorter --seq_len"])
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"
+
+
+def is_factored(args: Namespace) -> bool:
+    """Whether the optimizer works on rows, so that the mapping layer's gradient never exists as a whole."""
+    return args.optimizer != "adamw8bit"
 
 
 def fitting_sequences(model: Model, args: Namespace) -> int:
@@ -166,6 +173,8 @@ def fitting_sequences(model: Model, args: Namespace) -> int:
     free = _free_bytes(backbone.device)
     if args.is_training:  # gradients and optimizer state are not there yet
         free -= sum(p.numel() for p in model.parameters()) * (4 + OPTIMIZER_BYTES[args.optimizer])
+        if model.mapping_layer is not None and is_factored(args):
+            free += model.mapping_layer.weight.numel() * 4 - BLOCK_BYTES
     fit = max(1, int(SHARE * free / each))
     if backbone.device.type == "cpu":
         tokens = max(patches, STATISTICS_TOKENS) if model.fast_path else prompt + patches

@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate(
-    schedule: str, base: float, step: int, steps_per_epoch: int, epochs: int, pct_start: float = 0.2
-) -> float:
+def learning_rate(schedule: str, base: float, step: int, steps_per_epoch: int, epochs: int, pct_start: float = 0.2) -> float:
     """The rate of training step `step` (0, 1, … over the whole run).
 
     type1 halves it each epoch; type3 keeps it for 3 epochs, then multiplies by 0.9 each; COS is a half

@@ -15,13 +15,16 @@ class Writer:
     """In place of TensorBoard's SummaryWriter."""
 
     def __init__(self, log_dir: Path):
-        self.log_dir, self.scalars, self.kept = log_dir, {}, {}
+        self.log_dir, self.scalars, self.kept, self.closed = log_dir, {}, {}, False
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         self.scalars.setdefault(tag, {})[global_step] = scalar_value
 
     def flush(self) -> None:
         self.kept = {tag: dict(points) for tag, points in self.scalars.items()}
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_events_are_those_of_the_csv_files(argv, capsys, writers) -> None:
         for name in row.keys() - {"epoch"}:
             expected.setdefault(f"epoch/{name}", {})[int(row["epoch"])] = row[name]
     assert {"epoch/train_loss", "epoch/vali_loss", "epoch/test_loss", "epoch/seconds"} < expected.keys()
-    assert writer.kept == expected
+    assert writer.kept == expected and writer.closed
 
 
 def test_a_run_goes_on_without_tensorboard(argv, capsys, monkeypatch) -> None:

@@ -76,12 +76,13 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     own_file = [r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*", "prompt: The data hold .*"]
     head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
+    trial = r"Trial: \d+\.\d{4}s/iter; .*"
     tail = [
         "Early stopping",
         f"Checkpoints saved at: {re.escape(str(folder))}",
         r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}",
     ]
-    assert_lines(lines, [*head, saving] + epoch_lines(1, 0, 2) + epoch_lines(2, 1, 2) + epoch_lines(3, 2, 2) + tail)
+    assert_lines(lines, [*head, saving, trial] + epoch_lines(1, 0, 2) + epoch_lines(2, 1, 2) + epoch_lines(3, 2, 2) + tail)
     assert (folder / "train.log").read_text().splitlines() == lines
 
     summaries = [line for line in lines if "Vali Loss" in line]
