@@ -144,7 +144,7 @@ def test_a_state_has_the_names_that_states_have_always_had() -> None:
     held = progress.to_json()
     assert held == {
         "epoch": 3, "iteration": 0, "loss_sum": 0.0, "best": 0.5, "worse": 2, "skipped": 0, "skipped_in_a_row": 0,
-        "max_sequences": 0, "evaluation_sequences": 0, "history": [],
+        "max_sequences": 0, "evaluation_sequences": 0, "loss_scale": 65536.0, "good_steps": 0, "history": [],
     }  # fmt: skip
     assert Progress.from_json(held) == progress
     del held["evaluation_sequences"]  # earlier versions had one number for both
