@@ -13,6 +13,7 @@ from data_provider.splits import DATASETS
 from layers.errors import InputError, input_error
 from utils.flags import FLAGS, REQUIRED, inherited, run_name
 from utils.kinds import BOOL
+from utils.saving.record import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
 
@@ -70,9 +71,10 @@ def _parse(parser: FlagParser, argv: list[str]) -> argparse.Namespace:
     if unknown:
         raise _stray(parser, unknown[0])
     missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
-    if missing and args.checkpoint and not Path(args.checkpoint).exists():
+    if missing and args.checkpoint and not read_record(Path(args.checkpoint)):
         # The flags would have come from it.
-        raise input_error(f"--checkpoint {args.checkpoint}", "no such file or folder", "a run's folder or its checkpoint")
+        got = "no record of a training in it" if Path(args.checkpoint).exists() else "no such file or folder"
+        raise input_error(f"--checkpoint {args.checkpoint}", got, "a run's folder or its checkpoint")
     if missing:
         others = f"missing too: {', '.join(missing[1:])}" if missing[1:] else ""
         raise input_error(missing[0], "nothing", "a value", others)

@@ -274,3 +274,8 @@ def test_wrong_flag_answers_before_torch_is_loaded() -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     expected = "run_main.py: error: --seq_len: got 'x', expected a whole number of at least 5\n"
     assert (run.returncode, run.stderr) == (2, expected)
+
+
+def test_a_folder_that_is_no_runs_is_named_before_the_flags_it_would_give(capsys, tmp_path: Path) -> None:
+    line = error_of(["--is_training", "0", "--do_predict", "--checkpoint", str(tmp_path)], capsys)
+    assert line == f"--checkpoint {tmp_path}: got no record of a training in it, expected a run's folder or its checkpoint"

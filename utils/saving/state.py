@@ -152,6 +152,8 @@ def _defaults() -> dict[str, Any]:
 
 def _short(value: object) -> str:
     text = str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):  # a SHA-256
+        return text[:8]
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
