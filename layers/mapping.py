@@ -32,11 +32,8 @@ class MappingLayer(nn.Linear):
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """E `[V, D]` -> W·E + b `[K, D]`, multiplied in E's type, in W's type."""
-        if self.factored:
-            self._embeddings[:] = [embeddings]
-            product = _Mapped.apply(self.weight, embeddings, self)
-        else:
-            product = _multiply(self.weight, embeddings)
+        self._embeddings[:] = [embeddings]
+        product = _Mapped.apply(self.weight, embeddings, self)
         return product + self.bias.to(embeddings.device)[:, None]
 
     def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -46,20 +43,35 @@ class MappingLayer(nn.Linear):
             return
         (E,) = self._embeddings
         K, V = self.weight.shape
-        # Whole multiples of 16 rows, so that every block begins where the processor's vectors do.
-        rows = max(16, BLOCK_BYTES // (V * self.weight.element_size()) // 16 * 16)
+        # Whole multiples of 16 rows, so that every block begins where the processor's vectors do; of a GPU's tiles 128.
+        multiple = 128 if E.device.type == "cuda" else 16
+        rows = max(multiple, BLOCK_BYTES // (V * self.weight.element_size()) // multiple * multiple)
         for start in range(0, K, rows):
             block = slice(start, min(start + rows, K))
             yield block, _gradient_times(G[block], E.t()).to(self.weight.dtype)
 
 
 def _multiply(weight: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    return _times(weight, embeddings).to(weight.dtype)
+    """W·E `[K, D]`, multiplied in E's type, in W's type."""
+    if not _gives_float32(embeddings):
+        return _times(weight, embeddings).to(weight.dtype)
+    # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are float32.
+    words = max(1, BLOCK_BYTES // (len(weight) * embeddings.element_size()))
+    out = torch.zeros(len(weight), embeddings.shape[1], device=embeddings.device)
+    for some, E in zip(weight.split(words, dim=1), embeddings.split(words), strict=True):
+        out += _times(some, E)
+    return out.to(weight.dtype)
 
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a `[m, k]` times b `[k, n]`, multiplied in b's type, where b is."""
-    return a.to(b.device, b.dtype) @ b
+    """a `[m, k]` times b `[k, n]`, multiplied in b's type, where b is; in float32 where a kernel gives that."""
+    a = a.to(b.device, b.dtype)
+    return torch.mm(a, b, out_dtype=torch.float32) if _gives_float32(b) else a @ b
+
+
+def _gives_float32(x: torch.Tensor) -> bool:
+    """Whether products of matrices like x come as the float32 sums that they are made of."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _gradient_times(gradient: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
@@ -71,15 +83,18 @@ def _gradient_times(gradient: torch.Tensor, words: torch.Tensor) -> torch.Tensor
 
 
 class _Mapped(torch.autograd.Function):
-    """W·E `[K, D]`, whose backward pass leaves the gradient of the product with the layer."""
+    """W·E `[K, D]`, whose backward pass leaves the gradient of the product with the layer, where that is factored."""
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor, embeddings: torch.Tensor, layer: MappingLayer) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.embeddings = layer, embeddings
         return _multiply(weight, embeddings)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        held = ctx.layer.row_gradient
-        ctx.layer.row_gradient = gradient if held is None else held + gradient
+        layer = ctx.layer
+        if not layer.factored:
+            return _gradient_times(gradient, ctx.embeddings.t()).to(layer.weight.dtype), None, None
+        held = layer.row_gradient
+        layer.row_gradient = gradient if held is None else held + gradient
         return None, None, None

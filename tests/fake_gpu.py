@@ -69,17 +69,7 @@ def _load_shims(folder: Path) -> None:
         torch_folder = spec.submodule_search_locations[0]
         source = folder / "fake_gpu.cpp"
         source.write_text(SHIMS, encoding="utf-8")
-        command = [
-            "g++",
-            "-O0",
-            "-shared",
-            "-fPIC",
-            "-std=c++20",
-            f"-I{torch_folder}/include",
-            str(source),
-            "-o",
-            str(library),
-        ]
+        command = ["g++", *"-O0 -shared -fPIC -std=c++20".split(), f"-I{torch_folder}/include", source, "-o", library]
         libraries = [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
         subprocess.run([*command, *libraries], check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -201,7 +191,8 @@ class FakeGPU(TorchDispatchMode):
             if not _is_non_blocking(function, args, kwargs):
                 self.wait(name)
             elif made and made[0].device.type == "cpu" and made[0] is not args[0]:
-                self.wait(f"{name}, which nothing waits for, but ought to,")
+                # Into memory that the program has provided, an event may say when the values are there.
+                self.wait(f"{name}, whose values may be read before they are there,")
         return result
 
     def _take(self, tensor: torch.Tensor) -> None:

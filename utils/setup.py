@@ -30,7 +30,7 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, identity, restore
-from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, loading_advice
+from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
 from utils.training.precision import LossScale, Precision, choose_precision
 from utils.training.session import Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
@@ -206,6 +206,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Model:
             plan.info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint, plan.precision.weights_dtype
         )
         model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
+    free_memory(device)  # what loading took for a while would lie between the parts of a step
     log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
     return model
 

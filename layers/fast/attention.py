@@ -29,7 +29,9 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, **
     """
     grouped = group(query, key.shape[1])
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return mixed.reshape(query.shape).transpose(1, 2), None
+    # (M, kv, g*n, e), in whatever order the kernel left it: one copy into the order of the next product, not two.
+    heads = mixed.unflatten(2, (-1, query.shape[2])).permute(0, 3, 1, 2, 4)  # (M, n, kv, g, e)
+    return heads.flatten(2, 3), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, prefix_attention)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from layers.fast import kernels
 from layers.fast.attention import ATTENTION, BlockedAttention, group, prefix_attention
+from layers.fast.kernels import gated_silu, gated_silu_gradients
 from layers.fast.linear import FrozenLinear, FrozenWeight, is_recast
 from layers.half import GATED_MLPS
 
@@ -74,6 +75,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if kernels.has_norm_kernel(x, weight):
+            out, scale = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, scale, weight)
+            return out
         wide = x.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
         scale = torch.rsqrt(square / x.shape[-1] + eps)  # (..., 1)
@@ -83,6 +88,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         x, scale, weight = ctx.saved_tensors
+        if kernels.has_norm_kernel(x, weight):
+            return kernels.rms_norm_gradient(gradient, x, scale, weight), None, None
         wide = x.float()
         inner = (gradient * weight).float()
         along = torch.linalg.vecdot(inner, wide).unsqueeze(-1) * scale.pow(3) / -x.shape[-1]  # (..., 1)
@@ -107,23 +114,18 @@ class LeanMLP(nn.Module):
         return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def _gate_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor):
-    """Gradients of gate and up, from that of silu(gate) * up."""
-    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
-
-
 class _GatedSiLU(torch.autograd.Function):
     """silu(gate) * up, keeping the two inputs alone."""
 
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return gated_silu(gate, up)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         gate, up = ctx.saved_tensors
-        return _gate_gradients(gate, up, gradient)
+        return gated_silu_gradients(gate, up, gradient)
 
 
 class _DenseMLP(torch.autograd.Function):
@@ -137,9 +139,9 @@ class _DenseMLP(torch.autograd.Function):
             gate, up = G.forward(rows), U.forward(rows)
             if ctx.needs_input_grad[0]:
                 kept += gate, up
-                out.append(D.forward(F.silu(gate).mul_(up)))
+                out.append(D.forward(gated_silu(gate, up)))
             else:
-                out.append(D.forward(F.silu(gate, inplace=True).mul_(up)))
+                out.append(D.forward(gated_silu(gate, up, reuse=True)))
         ctx.save_for_backward(*kept)
         ctx.weights = G, U, D
         return _joined(out, x.shape)
@@ -149,7 +151,7 @@ class _DenseMLP(torch.autograd.Function):
         kept, (G, U, D) = ctx.saved_tensors, ctx.weights
         out = []
         for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G.weight)):
-            gate, up = _gate_gradients(kept[2 * i], kept[2 * i + 1], D.backward(rows))
+            gate, up = gated_silu_gradients(kept[2 * i], kept[2 * i + 1], D.backward(rows))
             out.append(G.backward(gate).add_(U.backward(up)))
         return _joined(out, gradient.shape), None, None, None
 
