@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import default_collate
 
 from layers.prompt import PromptEncoder, Prompts, pad_prompts
+
+
+class Windows(NamedTuple):
+    """Whole windows, for a model that reads all channels of one, and what the calendar says of its rows."""
+
+    x: torch.Tensor  # (B, T, N) standardised
+    x_mark: torch.Tensor  # (B, T, F)
+    y_mark: torch.Tensor  # (B, label_len + H, F)
+    channels: slice  # those of the N that are forecast
 
 
 @dataclass
@@ -16,12 +26,15 @@ class Sequences:
     x: torch.Tensor  # (M, T) standardised
     y: torch.Tensor  # (M, H)
     prompts: Prompts | None = None  # (M, n), (M,)
+    windows: Windows | None = None  # the B that they are channels of, where the model reads these
 
     def __len__(self) -> int:
         return len(self.x)
 
     def micro_batches(self, size: int) -> list["Sequences"]:
-        """Cut into micro-batches of at most `size` sequences (0: one of all)."""
+        """Cut into micro-batches of at most `size` sequences (0: one of all); windows are not cut."""
+        if self.windows is not None or size >= len(self):
+            return [self]
         step = size or len(self)
         return [
             Sequences(
@@ -49,6 +62,7 @@ class Batch:
     pred_len: int
     channels: slice  # those of the N that are forecast
     prompts: Prompts | None = None  # of the B*N forecast sequences, window by window
+    whole: bool = False  # the model reads whole windows and their marks
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.x, self.y, self.x_mark, self.y_mark))
@@ -59,9 +73,12 @@ class Batch:
         return replace(self, x=self.x.pin_memory(), y=self.y.pin_memory(), prompts=prompts)
 
     def to(self, device: torch.device) -> "Batch":
-        """Move what the model reads; the marks and the window numbers stay."""
+        """Move what the model reads; the window numbers stay, and marks that it does not read."""
         x, y = (t.to(device, non_blocking=True) for t in (self.x, self.y))
-        return replace(self, x=x, y=y, prompts=None if self.prompts is None else self.prompts.to(device))
+        moved = replace(self, x=x, y=y, prompts=None if self.prompts is None else self.prompts.to(device))
+        if self.whole:
+            moved.x_mark, moved.y_mark = self.x_mark.to(device), self.y_mark.to(device)
+        return moved
 
     def sequences(self) -> Sequences:
         """The forecast channels as M = B*N sequences, window by window: channels do not depend on each other.
@@ -73,6 +90,7 @@ class Batch:
             _flatten(self.x[..., self.channels]),
             _flatten(self.y[:, -self.pred_len :, self.channels]),
             self.prompts,
+            Windows(self.x, self.x_mark, self.y_mark, self.channels) if self.whole else None,
         )
 
 
@@ -89,14 +107,17 @@ class WindowCollate:
         pred_len: rows of y that are forecast, H.
         target_index: the one channel that is forecast (`--features MS`); None: all are.
         encoder: makes the prompts here, in the loader's workers; None: the batch has none.
+        whole: the model reads whole windows and their marks.
     """
 
-    def __init__(self, pred_len: int, target_index: int | None = None, encoder: PromptEncoder | None = None):
-        self.pred_len, self.encoder = pred_len, encoder
+    def __init__(
+        self, pred_len: int, target_index: int | None = None, encoder: PromptEncoder | None = None, whole: bool = False
+    ):
+        self.pred_len, self.encoder, self.whole = pred_len, encoder, whole
         self.channels = slice(None) if target_index is None else slice(target_index, target_index + 1)
 
     def __call__(self, items: list[dict]) -> Batch:
-        batch = Batch(**default_collate(items), pred_len=self.pred_len, channels=self.channels)
+        batch = Batch(**default_collate(items), pred_len=self.pred_len, channels=self.channels, whole=self.whole)
         if self.encoder is not None:
             windows = batch.x[..., self.channels]  # (B, T, N)
             batch.prompts = pad_prompts([ids for window in windows for ids in self.encoder.for_window(window)])

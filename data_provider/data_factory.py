@@ -30,6 +30,7 @@ def data_provider(
     world: int = 1,
     seed: int | None = None,
     pin: bool = False,
+    whole: bool = False,
 ) -> tuple[WindowDataset, DataLoader]:
     """Dataset and loader of "train", "val" or "test"; the loader yields `data_provider.batches.Batch`.
 
@@ -42,6 +43,7 @@ def data_provider(
         encoder: makes the prompts in the loader's workers; None: the batches have none.
         rank, world, seed: see `epoch_batches`.
         pin: give the batches page-locked memory, from which they go to a GPU faster.
+        whole: the model reads whole windows and their marks.
 
     Raises:
         InputError: see `load_series` and `epoch_batches`.
@@ -49,7 +51,7 @@ def data_provider(
     series = series_from_args(args) if series is None else series
     dataset = series.windows(flag)
     batches = epoch_batches(args, dataset, flag, rank, world, seed)
-    collate = WindowCollate(series.pred_len, series.target_index, encoder)
+    collate = WindowCollate(series.pred_len, series.target_index, encoder, whole)
     return dataset, make_loader(dataset, batches, args.num_workers, collate, pin)
 
 

@@ -44,13 +44,15 @@ class Backbone:
         four_bit: bool = False,
         recompute: bool = False,
         dtype: torch.dtype | None = None,
+        random_seed: int | None = None,
     ):
-        """Read the first `layers` layers.
+        """Read the first `layers` layers; with 0, the word embeddings alone.
 
         Args:
             dtype: number type of the weights, with `four_bit` of what is computed with them; None: float32 on the
                 CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
+            random_seed: draw the weights, of the same architecture, instead of reading them.
 
         Raises:
             InputError: more layers than there are, or weights that the folder lacks.
@@ -62,7 +64,10 @@ class Backbone:
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
-        self.model = _load(info, layers, device, four_bit, dtype)
+        if random_seed is not None:
+            self.model = _draw(info, layers, device, dtype, random_seed)
+        else:
+            self.model = _load(info, layers, device, four_bit, dtype)
         if dtype == torch.float16:
             make_safe(self.model)
         self.model.requires_grad_(False).eval()
@@ -93,6 +98,16 @@ class Backbone:
     def inner_size(self) -> int:
         """Width of the feed-forward block."""
         return getattr(self.model.config, "intermediate_size", None) or 4 * self.hidden_size
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return self.model.config.num_attention_heads
+
+    @property
+    def word_scale(self) -> float:
+        """What the layers see of a word over its embedding: Gemma's embedding layer multiplies."""
+        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
     @property
     def groups(self) -> int:
@@ -209,13 +224,27 @@ def _recompute_layers(model: PreTrainedModel) -> None:
         layers[i] = Recomputed(layer)
 
 
-def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
+def _config(info: BackboneInfo, layers: int) -> Any:
     if layers > info.layers:
         raise input_error("--llm_layers", layers, f"at most {info.layers}, all that {info.folder} has")
     config = AutoConfig.from_pretrained(info.folder, trust_remote_code=False)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _draw(info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """The architecture, with weights as its authors' training would have begun."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = dict(info.family.options)
+        model = AutoModel.from_config(_config(info, layers), attn_implementation="sdpa", dtype=dtype, **options)
+    return model.to(device)
+
+
+def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
+    config = _config(info, layers)
     options = dict(info.family.options)
     if four_bit:
         require_bitsandbytes("load_in_4bit")

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from layers.errors import InputError, input_error
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+ABOUT = "backbone.json"  # what scripts/get_backbone.py says of a folder that it made
+MAX_ABOUT = 65536  # bytes
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,11 +48,13 @@ class BackboneInfo:
     hidden_size: int
     vocab_size: int
     layers: int
+    heads: int
     max_positions: int
     causal: bool
     window: int | None  # of sliding-window attention; None: every token sees all before it
     tokenizer: transformers.PreTrainedTokenizerBase
     identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
+    note: str = ""  # where the weights come from, where the folder says so
 
 
 def find_backbone(name: str, path: str | None) -> BackboneInfo:
@@ -77,6 +81,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
         max_positions=positions,
         causal=_is_causal(config) if family.causal is None else family.causal,
         window=_window(config),
@@ -88,6 +93,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "vocab_size": config.vocab_size,
             "fingerprint": _fingerprint(folder, shards),
         },
+        note=_note(folder),
     )
 
 
@@ -224,6 +230,26 @@ def _data_bytes(header: bytes) -> int:
         return max((e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return -1
+
+
+def _note(folder: Path) -> str:
+    """The note in a folder's backbone.json; empty where there is none.
+
+    Raises:
+        InputError: the file is none that scripts/get_backbone.py could have written.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            note = json.loads(file.read(MAX_ABOUT)).get("note", "")
+        usable = isinstance(note, str) and note.isprintable() and len(note) <= 200
+    except (OSError, ValueError, AttributeError, RecursionError):
+        usable = False
+    if not usable:
+        raise _unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"')
+    return note
 
 
 def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:

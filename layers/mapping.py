@@ -30,10 +30,12 @@ class MappingLayer(nn.Linear):
         self.row_gradient: torch.Tensor | None = None
         self._embeddings: list[torch.Tensor] = []  # those of the last forward pass; in a list, where nn.Module does not look
 
-    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """E `[V, D]` -> W·E + b `[K, D]`, multiplied in E's type, in W's type."""
+    def forward(self, embeddings: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """E `[V, D]` -> scale·W·E + b `[K, D]`, multiplied in E's type, in W's type."""
         self._embeddings[:] = [embeddings]
         product = _Mapped.apply(self.weight, embeddings, self)
+        if scale != 1:
+            product = product * scale
         return product + self.bias.to(embeddings.device)[:, None]
 
     def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:

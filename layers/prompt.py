@@ -5,7 +5,7 @@ A prompt is a fixed *opening* (description and task, the same for all series of 
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from layers.norm import instance_norm
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
+LAGS = ("paper", "peaks")  # which lags a prompt names: the paper's top ones, or the top peaks
 
 
 class Prompts(NamedTuple):
@@ -47,12 +48,14 @@ def pad_prompts(ids: list[list[int]]) -> Prompts:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The fixed words of a run's prompts. `decimals` rounds the statistics; None prints them in full."""
+    """The fixed words of a run's prompts. `decimals` rounds the statistics; None prints them in full. `lags` is one of
+    LAGS."""
 
     description: str
     seq_len: int
     pred_len: int
     decimals: int | None = None
+    lags: str = "paper"
 
     def opening(self) -> str:
         """The part that is the same for every series of the run."""
@@ -75,6 +78,31 @@ class PromptTemplate:
         return str(value if self.decimals is None else round(value, self.decimals))
 
 
+def _autocorrelation(z: np.ndarray) -> np.ndarray:
+    """Circular autocorrelation irfft(|rfft(z)|^2) of `[N, T]`, the same for l and T - l to the last bit."""
+    T = z.shape[-1]
+    spectrum = np.fft.rfft(z.astype(np.float64), axis=-1)  # (N, T//2 + 1)
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2, n=T, axis=-1)  # (N, T)
+    lag = np.arange(T)
+    return correlation[:, np.minimum(lag, T - lag)]
+
+
+def top_peaks(z: np.ndarray, count: int = TOP_LAGS) -> list[list[int]]:
+    """The lags from 2 to T/2 - 1 at which the circular autocorrelation has its largest local maxima, largest first.
+
+    The paper's top lags are 0 and its neighbours for nearly every series; a day and a week show as peaks. A series
+    may have fewer than `count`, or none.
+
+    Args:
+        z: `[N, T]` series.
+    """
+    correlation = _autocorrelation(z)[:, 1 : z.shape[-1] // 2 + 1]  # lags 1 to T/2
+    inner = correlation[:, 1:-1]
+    peaks = (inner > correlation[:, :-2]) & (inner >= correlation[:, 2:]) & (inner > 0)
+    ranked = np.argsort(np.where(peaks, -inner, np.inf), axis=-1, kind="stable")[:, :count] + 2
+    return [lags[:found].tolist() for lags, found in zip(ranked, peaks.sum(axis=-1), strict=True)]
+
+
 def top_lags(z: np.ndarray, count: int = TOP_LAGS) -> np.ndarray:
     """The lags with the largest circular autocorrelation irfft(|rfft(z)|^2), largest first.
 
@@ -88,12 +116,7 @@ def top_lags(z: np.ndarray, count: int = TOP_LAGS) -> np.ndarray:
     Returns:
         `[N, count]` integer lags in 0..T-1.
     """
-    T = z.shape[-1]
-    spectrum = np.fft.rfft(z.astype(np.float64), axis=-1)  # (N, T//2 + 1)
-    correlation = np.fft.irfft(np.abs(spectrum) ** 2, n=T, axis=-1)  # (N, T)
-    lag = np.arange(T)
-    correlation = correlation[:, np.minimum(lag, T - lag)]
-    return np.argsort(-correlation, axis=-1, kind="stable")[:, :count]
+    return np.argsort(-_autocorrelation(z), axis=-1, kind="stable")[:, :count]
 
 
 def describe_series(z: np.ndarray, template: PromptTemplate) -> list[str]:
@@ -102,9 +125,10 @@ def describe_series(z: np.ndarray, template: PromptTemplate) -> list[str]:
     ordered = np.sort(z, axis=-1)
     medians = ordered[:, (T - 1) // 2]  # the lower median for even T, as torch.median
     rising = z[:, -1] - z[:, 0] > 0
+    lags = top_peaks(z) if template.lags == "peaks" else top_lags(z).tolist()
     return [
-        template.statistics(float(ordered[i, 0]), float(ordered[i, -1]), float(medians[i]), bool(rising[i]), lags)
-        for i, lags in enumerate(top_lags(z).tolist())
+        template.statistics(float(ordered[i, 0]), float(ordered[i, -1]), float(medians[i]), bool(rising[i]), lags[i])
+        for i in range(len(z))
     ]
 
 
@@ -113,6 +137,9 @@ class PromptEncoder:
 
     Where the tokenizer does not split the text at the end of the opening (or closes every text with a
     token of its own, as BERT's does), `opening_ids` is empty and each series carries its whole prompt.
+
+    Attributes:
+        longest: tokens of the longest prompt, opening and statistics.
     """
 
     def __init__(self, tokenizer, template: PromptTemplate, max_tokens: int):
@@ -127,6 +154,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
         self.opening_ids: list[int] = self._shared_opening()
+        self.longest = self._longest(self.template)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids that follow `opening_ids`, for each statistics text."""
@@ -155,8 +183,7 @@ class PromptEncoder:
         """Cut words off the description's end until the longest prompt has at most `limit` tokens."""
 
         def tokens(words: list[str]) -> int:
-            cut = PromptTemplate(" ".join(words), template.seq_len, template.pred_len, template.decimals)
-            return max(map(len, self._ids([cut.opening() + s for s in self._samples(cut)], special=True)))
+            return self._longest(replace(template, description=" ".join(words)))
 
         words = template.description.split()
         if tokens(words) <= limit:
@@ -172,7 +199,11 @@ class PromptEncoder:
         while over - keep > 1:
             middle = (keep + over) // 2
             keep, over = (middle, over) if tokens(words[:middle]) <= limit else (keep, middle)
-        return PromptTemplate(" ".join(words[:keep]), template.seq_len, template.pred_len, template.decimals)
+        return replace(template, description=" ".join(words[:keep]))
+
+    def _longest(self, template: PromptTemplate) -> int:
+        """Tokens of the longest prompt that these words can come to."""
+        return max(map(len, self._ids([template.opening() + s for s in self._samples(template)], special=True)))
 
     def _shared_opening(self) -> list[int]:
         """The opening's ids, or none where opening + statistics tokenise differently from the whole text."""

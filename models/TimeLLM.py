@@ -12,7 +12,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from data_provider.batches import Sequences
 from data_provider.description import dataset_description
+from layers.ablation import make_substitute
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.fast import FastPath, cross_attention
@@ -20,8 +22,9 @@ from layers.head import FlattenHead
 from layers.mapping import MappingLayer
 from layers.norm import instance_norm
 from layers.patch import PatchEmbedding, patch_count
-from layers.prompt import MAX_PROMPT_TOKENS, PromptEncoder, Prompts, PromptTemplate, pad_prompts
+from layers.prompt import PromptEncoder, Prompts, PromptTemplate, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
+from models.forecaster import Forecaster
 
 PROTOTYPES = 1000
 
@@ -29,15 +32,22 @@ PROTOTYPES = 1000
 LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Model(nn.Module):
+def layers_of(configs: Namespace) -> int:
+    """How many of the language model's layers are loaded: none where something stands in their place."""
+    return 0 if configs.llm_ablation in ("none", "attention", "transformer") else configs.llm_layers
+
+
+class Model(Forecaster):
     """The trained parts, and the frozen language model they feed.
 
     The language model is no nn.Module: it has no place among the parameters, in the state dict or in `train()`.
 
     Attributes:
-        language_model: runs the frozen layers: `layers.fast.FastPath` where it may, else `backbone.plain`.
+        language_model: runs the frozen layers: `layers.fast.FastPath` where it may, else `backbone.plain`; with
+            `--llm_ablation`, `substitute` in their place.
     """
 
+    uses_llm = True
     prototypes: nn.Parameter  # (K, D), with `--prototypes direct` alone
 
     def __init__(
@@ -50,7 +60,7 @@ class Model(nn.Module):
             configs: the run's flags.
             backbone: the language model; None loads the one that the flags name. With a BackboneInfo
                 the model can be built (for its shapes, on the meta device) but not run.
-            prompts: the prompts' encoder, where it was made before; None makes it.
+            prompts: the prompts' encoder, where it was made before; None makes it, where one is needed.
 
         Raises:
             InputError: the backbone's files or the data set's description are missing, or the prompt does not fit.
@@ -59,31 +69,44 @@ class Model(nn.Module):
         if backbone is None:
             backbone = Backbone(
                 find_backbone(configs.llm_model, configs.llm_model_path),
-                configs.llm_layers,
+                layers_of(configs),
                 four_bit=configs.load_in_4bit,
                 recompute=configs.grad_checkpoint,
+                random_seed=configs.seed if configs.llm_ablation == "random" else None,
             )
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
-        self.backbone = cast(Backbone, backbone)  # a BackboneInfo has its shapes, and that is all it is asked for
+        # A BackboneInfo has its shapes, and that is all that it is asked for.
+        self.backbone = cast(Backbone, backbone)
         self.pred_len, self.d_ff = configs.pred_len, configs.d_ff
 
         self.patch_embedding = PatchEmbedding(configs.patch_len, configs.stride, configs.d_model, configs.dropout)
-        self.mapping_layer: MappingLayer | None = MappingLayer(backbone.vocab_size, PROTOTYPES)
-        if configs.prototypes == "direct":
-            self.prototypes, self.mapping_layer = self._mapped_prototypes(self.mapping_layer), None
-            if isinstance(backbone, Backbone):
-                backbone.keep_words_on_host()
-        self.reprogramming_layer = ReprogrammingLayer(
-            configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size, attend=cross_attention
-        )
+        self.reprogramming_layer: ReprogrammingLayer | nn.Linear
+        if configs.use_reprogramming:
+            self.mapping_layer = MappingLayer(backbone.vocab_size, PROTOTYPES)
+            if configs.prototypes == "direct":
+                self.prototypes, self.mapping_layer = self._mapped_prototypes(self.mapping_layer), None
+            self.reprogramming_layer = ReprogrammingLayer(
+                configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size, attend=cross_attention
+            )
+        else:
+            self.reprogramming_layer = nn.Linear(configs.d_model, backbone.hidden_size)
+        if isinstance(backbone, Backbone) and self.mapping_layer is None:
+            backbone.keep_words_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
+        self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
+        if configs.skip != "none":
+            self._add_skip(configs)
 
-        if prompts is None:
-            words = PromptTemplate(dataset_description(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals)
+        reads_prompt = configs.use_prompt and (self.substitute is None or self.substitute.reads_prompt)
+        if prompts is None and reads_prompt:
+            words = PromptTemplate(
+                dataset_description(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals, configs.prompt_lags
+            )
             prompts = PromptEncoder(backbone.tokenizer, words, backbone.max_positions - patches)
-        self.prompts = prompts
-        sees_all = backbone.window is None or backbone.window >= MAX_PROMPT_TOKENS + patches
-        self._fast_path = configs.fast_path == "auto" and backbone.causal and sees_all
+        self.prompts = prompts if reads_prompt else None
+        longest = 0 if self.prompts is None else self.prompts.longest
+        sees_all = backbone.window is None or backbone.window >= longest + patches
+        self._fast_path = configs.fast_path == "auto" and backbone.causal and sees_all and self.substitute is None
         if isinstance(backbone, Backbone):
             self.language_model = self._choose_language_model()
 
@@ -91,6 +114,17 @@ class Model(nn.Module):
     def fast_path(self) -> bool:
         """Whether the patches run over a frozen prefix, as `--fast_path` and the backbone have it."""
         return self._fast_path
+
+    @property
+    def opening_ids(self) -> list[int]:
+        """Token ids that every prompt starts with; none without prompts."""
+        return [] if self.prompts is None else self.prompts.opening_ids
+
+    def path(self) -> str:
+        """How the language model runs, for the log."""
+        if self.substitute is not None:
+            return f"no language model ({type(self.substitute).__name__})"
+        return "fast path" if self.fast_path else "plain path"
 
     def forward(self, x_enc, x_mark_enc=None, x_dec=None, x_mark_dec=None, prompts: Prompts | None = None):
         """Windows `[B, T, N]` -> forecasts `[B, H, N]`.
@@ -102,34 +136,44 @@ class Model(nn.Module):
         out = self.forecast(x_enc.transpose(1, 2).reshape(B * N, T), prompts, self.shared())
         return out.view(B, N, self.pred_len).transpose(1, 2)
 
-    def forecast(self, x: torch.Tensor, prompts: Prompts | None, shared: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forecast_part(self, part: Sequences, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """See `Forecaster`."""
+        return self.forecast(part.x, part.prompts, shared)
+
+    def forecast(self, x: torch.Tensor, prompts: Prompts | None, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Series `[M, T]` with their prompts, and what `shared` gave -> forecasts `[M, H]` on the series' own scale."""
         if prompts is None:
             prompts = self.make_prompts(x.cpu()[:, :, None]).to(x.device)
         z, mean, deviation = instance_norm(x)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *shared)  # (M, L, D)
-        hidden = self.language_model(self.prompts.opening_ids, *prompts, patches)  # (M, L, D)
+        hidden = self.language_model(self.opening_ids, *prompts, patches)  # (M, L, D)
         out = self.output_projection(hidden[..., : self.d_ff])  # (M, H)
+        if self.linear_map is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                out = out + z @ self.linear_map
         return out * deviation + mean
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What all sequences share: keys and values of the K text prototypes, each `[1, h, K, f]`.
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        """What all sequences share: keys and values of the K text prototypes, each `[1, h, K, f]`; without
+        reprogramming nothing.
 
         They depend on trained tensors only: once a step, or once an evaluation, is enough.
         """
+        if not isinstance(self.reprogramming_layer, ReprogrammingLayer):
+            return ()
         return self.reprogramming_layer.keys_values(self.text_prototypes())
 
     def text_prototypes(self) -> torch.Tensor:
         """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type."""
         if self.mapping_layer is None:
             return self.prototypes
-        return self.mapping_layer(self.backbone.embeddings)  # (V, D) -> (K, D)
+        return self.mapping_layer(self.backbone.embeddings, self.backbone.word_scale)  # (V, D) -> (K, D)
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient is in two
         factors, the one that is not frozen."""
-        yield from (parameter.grad for parameter in self.parameters() if parameter.grad is not None)
+        yield from super().gradients()
         if self.mapping_layer is not None and self.mapping_layer.row_gradient is not None:
             yield self.mapping_layer.row_gradient
 
@@ -140,11 +184,24 @@ class Model(nn.Module):
             self.mapping_layer.row_gradient = None
 
     def make_prompts(self, x: torch.Tensor) -> Prompts:
-        """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window."""
+        """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window; without prompts,
+        ones of no token."""
+        if self.prompts is None:
+            return pad_prompts([[]] * (x.shape[0] * x.shape[2]))
         return pad_prompts([ids for window in x for ids in self.prompts.for_window(window)])
 
+    def _add_skip(self, configs: Namespace) -> None:
+        """The forecast is a linear map of the normalised window, and what the head adds to it, from zero on."""
+        zeros = torch.zeros(configs.seq_len, configs.pred_len)
+        if configs.skip == "ridge":
+            self.linear_map = zeros  # a buffer: saved, not trained
+        else:
+            self.linear_map = nn.Parameter(zeros)
+        nn.init.zeros_(self.output_projection.linear.weight)
+        nn.init.zeros_(self.output_projection.linear.bias)
+
     @torch.no_grad()
-    def _mapped_prototypes(self, mapping: nn.Linear) -> nn.Parameter:
+    def _mapped_prototypes(self, mapping: MappingLayer) -> nn.Parameter:
         """Prototypes `[K, D]` that are trained themselves, from where the mapping layer would have started.
 
         E has more rows than columns, so W·E + b can be any K x D matrix: the same set of prototypes is
@@ -155,7 +212,19 @@ class Model(nn.Module):
         return nn.Parameter(self.text_prototypes().to(mapping.bias.device))
 
     def _choose_language_model(self) -> LanguageModel:
+        if self.substitute is not None:
+            return self._run_substitute
         return FastPath(self.backbone) if self._fast_path else self.backbone.plain
+
+    def _run_substitute(
+        self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place."""
+        assert self.substitute is not None
+        first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+        words = self.backbone.words(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
+        slot = torch.arange(words.shape[1], device=words.device)
+        return self.substitute(words, slot < len(opening) + length[:, None], patches)
 
     def _apply(self, fn, recurse=True):
         """Move the language model along (`.to`, `.cuda`), but leave its number types alone."""

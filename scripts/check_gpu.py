@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
         own.error(str(input_error("--json", "no value right after it", "a file name")))
     args = parse_flags(words)
     try:
+        if args.model != "TimeLLM":
+            raise input_error("--model", args.model, "TimeLLM, whose memory on a GPU is the question")
         with tempfile.TemporaryDirectory(prefix="check_gpu.") as folder:
             figures = measure(args, folder) | {"flags": shlex.join(words)}
         print("\n".join(["", "```", *report(figures), "```"]))
@@ -214,16 +216,19 @@ def estimates(job: "Job", sequences: int, peak: float) -> dict[str, float]:
     Returns:
         By flags; those with "--llm_layers" are the largest number that fits.
     """
+    from models.TimeLLM import Model
     from utils.training.memory import OPTIMIZER_BYTES
     from utils.training.trial import memory_limit
 
-    args, model, backbone = job.args, job.model, job.model.backbone
+    args, model = job.args, job.model
+    assert isinstance(model, Model)
+    backbone = model.backbone
     moments = OPTIMIZER_BYTES[args.optimizer]
     values = sum(parameter.numel() for parameter in model.parameters())
     embeddings = backbone.embeddings.numel() * backbone.embeddings.element_size()
     layers = sum(p.numel() * p.element_size() for p in backbone.model.parameters()) - embeddings
     patches = model.output_projection.linear.in_features // model.d_ff
-    prompt = len(model.prompts.opening_ids) + job.model.make_prompts(_some_windows(job)).ids.shape[1]
+    prompt = len(model.opening_ids) + model.make_prompts(_some_windows(job)).ids.shape[1]
     each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
     at_once = min(job.step_limit.sequences or sequences, sequences)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from data_provider.batches import Batch, Sequences
 from layers.fast.linear import FrozenWeight, product
+from layers.reprogramming import ReprogrammingLayer
 from models.TimeLLM import PROTOTYPES, Model
 
 
@@ -32,7 +33,7 @@ def training_step_flops(model: Model, batch: Batch | Sequences) -> int:
     config = backbone.model.config
     assert batch.prompts is not None, "the loader has made no prompts"
     M, n = batch.prompts.ids.shape
-    P0, f = len(model.prompts.opening_ids), model.d_ff
+    P0, f = len(model.opening_ids), model.d_ff
     L = model.output_projection.linear.in_features // f
     S, layers, D = P0 + n + L, config.num_hidden_layers, backbone.hidden_size
     heads_width = config.num_attention_heads * (getattr(config, "head_dim", None) or D // config.num_attention_heads)
@@ -46,6 +47,7 @@ def training_step_flops(model: Model, batch: Batch | Sequences) -> int:
     patches = 2 * 2 * L * decoder + attention * heads_width * layers
 
     reprogramming = model.reprogramming_layer
+    assert isinstance(reprogramming, ReprogrammingLayer)
     width, d = reprogramming.query_projection.weight.shape  # h*f, d
     cross = 3 * (2 * L * d * width + 4 * L * PROTOTYPES * width + 2 * L * width * D)
     patch_embedding = 2 * 2 * L * model.patch_embedding.value_embedding.tokenConv.weight.numel()

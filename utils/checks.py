@@ -12,7 +12,7 @@ from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error
 from models import model_class
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
 from utils.flags import check_fixed
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
@@ -68,12 +68,33 @@ def check_channels(args: Namespace, series: SplitSeries) -> None:
     args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
 
 
-def check_model(args: Namespace) -> BackboneInfo:
-    """Set the flags against the prompt bank and the backbone; fills in `llm_dim`.
+def check_model(args: Namespace) -> BackboneInfo | None:
+    """Set the flags against the model, the prompt bank and the backbone; fills in `llm_dim`.
+
+    Returns:
+        The language model; None where `--model` has none.
 
     Raises:
         InputError: at the first contradiction.
     """
+    kind = model_class(args.model)
+    if args.optimizer == "adamw8bit":
+        require_bitsandbytes("optimizer adamw8bit")
+    if args.moving_avg % 2 == 0:
+        raise input_error("--moving_avg", args.moving_avg, "an odd number of rows")
+    if kind.whole_batches and args.max_sequences:
+        raise input_error("--max_sequences", args.max_sequences, f"0, for --model {args.model} takes its batches whole")
+    if not kind.channel_independent and args.features == "MS":
+        raise input_error("--features", "MS", f"M or S, for --model {args.model} forecasts all that it reads")
+    if not kind.uses_llm:
+        for flag, off in (("llm_ablation", "off"), ("skip", "none"), ("load_in_4bit", False)):
+            if getattr(args, flag) != off:
+                raise input_error(f"--{flag}", getattr(args, flag), f"{off}, for --model {args.model} has no language model")
+        if not kind.is_trained:
+            args.train_epochs = 1  # there is nothing to repeat
+        return None
+    if args.llm_ablation == "random" and args.load_in_4bit:
+        raise input_error("--llm_ablation random", "it with --load_in_4bit", "drawn weights, which are not quantised")
     dataset_description(args)
     info = find_backbone(args.llm_model, args.llm_model_path)
     args.llm_dim = _agree("llm_dim", args.llm_dim, info.hidden_size, f"hidden size of {info.folder}")
@@ -83,8 +104,10 @@ def check_model(args: Namespace) -> BackboneInfo:
         raise input_error("--d_ff", args.d_ff, f"at most {info.hidden_size}, the hidden size of {info.folder}")
     if args.load_in_4bit:
         require_bitsandbytes("load_in_4bit")
-    if args.optimizer == "adamw8bit":
-        require_bitsandbytes("optimizer adamw8bit")
+    if args.llm_ablation in ("attention", "transformer") and info.hidden_size % info.heads:
+        raise input_error(
+            f"--llm_ablation {args.llm_ablation}", f"width {info.hidden_size} of {info.heads} heads", "a multiple"
+        )
     return info
 
 
@@ -94,17 +117,17 @@ def _agree(flag: str, given: int | None, true: int, what: str) -> int:
     return true
 
 
-def outline(args: Namespace, info: BackboneInfo) -> Model:
+def outline(args: Namespace, info: BackboneInfo | None) -> Forecaster:
     """The model on the meta device: its shapes and its prompts, without a value.
 
     Raises:
         InputError: the prompt does not fit in front of the patches.
     """
     with torch.device("meta"):
-        return model_class(args.model)(args, info)
+        return model_class(args.model)(args, info) if info else model_class(args.model)(args)
 
 
-def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Model, same_data: bool) -> None:
+def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster, same_data: bool) -> None:
     """Set a checkpoint against the model that the flags describe, and the flags against its training's.
 
     A checkpoint of older code has no record, and its flags are taken to be these.
@@ -120,7 +143,7 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Model, same
     flags = checkpoint.flags
     check_fixed(args, flags, checkpoint.file)
     words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
-    if not (same_data and "prompt_domain" in flags and all(isinstance(word, str) for word in words)):
+    if not (model.prompts and same_data and "prompt_domain" in flags and all(isinstance(word, str) for word in words)):
         return
     now, then = dataset_description(args), dataset_description(Namespace(**flags))
     if now != then:

@@ -50,7 +50,7 @@ MACHINE = Role("machine", tried=False)
 KIND_OF_MACHINE = replace(MACHINE, tried=True)
 LOADING = replace(MACHINE, inherited=True)
 OUTPUT = Role("output", recorded=False, tried=False)
-UNUSED = Role("accepted, unused by TimeLLM")
+UNUSED = Role("accepted, unused")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ FLAGS = [
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
     Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
     Flag("target", DATA, TEXT, "OT", "target column for S and MS; custom files without OT: their last column"),
-    Flag("freq", FILE_READ, FREQUENCY, "h", "step of the data, for the time marks, which TimeLLM does not read; custom "
+    Flag("freq", FILE_READ, FREQUENCY, "h", "step of the data, for the time marks, which Autoformer alone reads; custom "
          "files: read off their timestamps"),
     Flag("fill_missing", FILE_READ, one_of("linear", "ffill"), None, "fill empty cells: linear between the values around "
          "them, ffill with the value before (default: they are an error)"),
@@ -103,15 +103,22 @@ FLAGS = [
 
     Flag("d_model", MODEL, COUNT, 16, "width of a patch token", "dm{}"),
     Flag("n_heads", FIXED_MODEL, COUNT, 8, "heads of the reprogramming attention", "nh{}"),
-    Flag("e_layers", MODEL, COUNT, 2, "unused by TimeLLM; part of the run's name", "el{}"),
-    Flag("d_layers", MODEL, COUNT, 1, "unused by TimeLLM; part of the run's name", "dl{}"),
-    Flag("d_ff", FIXED_MODEL, COUNT, 32, "width of a head, and features of the backbone's output that are used", "df{}"),
-    Flag("factor", MODEL, COUNT, 1, "unused by TimeLLM; part of the run's name", "fc{}"),
-    Flag("embed", TASK, one_of("timeF", "fixed", "learned"), "timeF", "kind of the time marks, which TimeLLM does not read; "
-         "part of the run's name", "eb{}"),
+    Flag("e_layers", MODEL, COUNT, 2, "encoder layers of PatchTST and Autoformer", "el{}"),
+    Flag("d_layers", MODEL, COUNT, 1, "decoder layers of Autoformer", "dl{}"),
+    Flag("d_ff", FIXED_MODEL, COUNT, 32, "width of a head, and features of the backbone's output that are used; of "
+         "PatchTST and Autoformer the feed-forward block's", "df{}"),
+    Flag("factor", MODEL, COUNT, 1, "Autoformer looks at factor x log T delays", "fc{}"),
+    Flag("moving_avg", MODEL, COUNT, 25, "rows of DLinear's and Autoformer's moving average, an odd number"),
+    Flag("activation", MODEL, one_of("gelu", "relu"), "gelu", "of Autoformer's feed-forward blocks"),
+    Flag("embed", TASK, one_of("timeF", "fixed", "learned"), "timeF", "kind of the time marks, which Autoformer alone "
+         "reads", "eb{}"),
     Flag("dropout", MODEL, real(lambda v: 0 <= v < 1, "a number from 0 to below 1"), 0.1, "dropout rate"),
     Flag("patch_len", FIXED_MODEL, COUNT, 16, "rows in a patch"),
     Flag("stride", FIXED_MODEL, COUNT, 8, "rows from one patch to the next"),
+    Flag("skip", FIXED_MODEL, one_of("none", "ridge", "linear"), "none", "TimeLLM's forecast is a linear map of the window, "
+         "and what the head adds to it; ridge: in closed form, not trained; linear: trained from there on (ours, not the "
+         "paper's)"),
+    Flag("use_reprogramming", MODEL, SWITCH, 1, "0: w/o reprogramming, a linear map of the patches in its place"),
     Flag("prompt_domain", MODEL, SWITCH, 0, "1: describe the data set by its text in dataset/prompt_bank"),
 
     Flag("llm_model", LLM, one_of("QWEN", "LLAMA", "GPT2", "BERT", "AUTO"), "QWEN", "family of the backbone: QWEN, LLAMA, "
@@ -123,6 +130,12 @@ FLAGS = [
     Flag("load_in_4bit", LLM, BOOL, False, "hold the backbone in 4 bits (bitsandbytes NF4)"),
     Flag("prototypes", LLM, one_of("vocab", "direct"), "vocab", "vocab: mapped from the vocabulary, as published; direct: "
          "trained as they are, far smaller"),
+    Flag("llm_ablation", FIXED_LLM, one_of("off", "none", "attention", "transformer", "random"), "off", "in the language "
+         "model's place none (w/o LLM), one attention layer (LLM2Attn), one Transformer block (LLM2Trsf); random: its "
+         "architecture, weights drawn from --seed"),
+    Flag("use_prompt", FIXED_LLM, SWITCH, 1, "0: w/o prompt, the patches alone go through the language model"),
+    Flag("prompt_lags", FIXED_LLM, one_of("paper", "peaks"), "paper", "lags that the prompt names; peaks: the largest peaks "
+         "of the autocorrelation, such as a day and a week"),
     Flag("prompt_decimals", FIXED_LLM, whole(0, 17), None, "decimals of the prompt's figures (default: all)"),
 
     Flag("train_epochs", LENGTH, COUNT, 10, "epochs at most"),
@@ -168,9 +181,9 @@ FLAGS = [
     Flag("log_every", OUTPUT, COUNT, 100, "iterations between two lines with the loss"),
 
     *(Flag(name, UNUSED, COUNT, default, "a number") for name, default in
-      (("dec_in", 7), ("c_out", 7), ("moving_avg", 25), ("align_epochs", 10))),
+      (("dec_in", 7), ("c_out", 7), ("align_epochs", 10))),
     *(Flag(name, UNUSED, TEXT, default, "a word") for name, default in
-      (("loader", "modal"), ("seasonal_patterns", "Monthly"), ("activation", "gelu"))),
+      (("loader", "modal"), ("seasonal_patterns", "Monthly"))),
     Flag("output_attention", UNUSED, BOOL, False, "a switch"),
 
     Flag("des", NAME, TEXT, "test", "description, part of the run's name", "{}"),

@@ -123,7 +123,7 @@ def _load_checkpoint(job: Job) -> Checkpoint:
     if job.has_checkpoint:
         return checkpoint
     tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
-    if trained.get("fingerprint") not in (None, job.record["backbone"]["fingerprint"]):
+    if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
         job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
         four_bit = trained["load_in_4bit"]

@@ -1,6 +1,7 @@
 """Set-up of a run: flags made complete and checked, then folder, log, model, loaders and what training needs."""
 
 import os
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,17 @@ from accelerate.utils import set_seed
 
 from data_provider.data_factory import data_provider, epoch_batches, series_from_args
 from data_provider.data_loader import Series, SplitSeries
+from data_provider.description import frequency
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
 from models import model_class
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
+from models.TimeLLM import layers_of
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
+from utils.results.baselines import fit_ridge
 from utils.results.forecast import read_history
 from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
@@ -43,12 +47,19 @@ class Plan:
     args: FinalFlags
     folder: Path  # of its results
     series: Series  # a SplitSeries, but for a run that only forecasts
-    info: BackboneInfo
-    outline: Model  # on the meta device
+    info: BackboneInfo | None  # the language model's, where there is one
+    outline: Forecaster  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     precision: Precision
+
+    def random_seed(self, repeat: int) -> int | None:
+        """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
+        if self.args.llm_ablation != "random":
+            return None
+        held = self.checkpoint.backbone.get("random_seed") if self.checkpoint else None
+        return held if type(held) is int else (self.args.seed + repeat) % 2**32
 
     @property
     def splits(self) -> list[tuple[str, SplitSeries]]:
@@ -69,7 +80,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         RunError: no memory for the model, or the folder cannot be written.
     """
     plan = make_plan(args, repeat)
-    record = describe_run(plan.args, plan.series, plan.info)
+    record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat))
     start = _claim_folder(plan, record)
     log = _open_log(plan)
     model = _load_model(plan, repeat, log)
@@ -113,25 +124,31 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
     if args.do_predict:
         series.future_dates(1)
     info = checks.check_model(args)
+    if not model_class(args.model).channel_independent and args.freq is None:
+        args.freq = frequency(series.step)  # tells how many time marks there are
     outline = checks.outline(args, info)
     if checkpoint is not None:
         checks.check_checkpoint(args, checkpoint, outline, same_data)
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
         if folder.is_dir():
             refuse_links(folder)
-    precision = choose_precision(args, accelerator.device)
+    precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
     plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, notes, accelerator, precision)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
 
 
-def describe_run(args: Namespace, series: Series, info: BackboneInfo) -> dict[str, Any]:
+def describe_run(
+    args: Namespace, series: Series, info: BackboneInfo | None, random_seed: int | None = None
+) -> dict[str, Any]:
     """What a checkpoint says of its run."""
-    record: dict[str, Any] = {
-        "flags": recorded(args),
-        "backbone": info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit},
-    }
+    backbone: dict[str, Any] = {}
+    if info is not None:
+        backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
+        backbone |= {} if random_seed is None else {"random_seed": random_seed}
+        backbone |= {"note": info.note} if info.note else {}
+    record: dict[str, Any] = {"flags": recorded(args), "backbone": backbone}
     if not isinstance(series, SplitSeries):
         return record
     return record | {
@@ -188,7 +205,7 @@ def _open_log(plan: Plan) -> RunLog:
     return log
 
 
-def _load_model(plan: Plan, repeat: int, log: RunLog) -> Model:
+def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
     """The model on the run's device, its trained weights drawn from the seed.
 
     Raises:
@@ -202,16 +219,28 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Model:
     set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
     cap_memory(device)
     with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
-        backbone = Backbone(
-            plan.info, args.llm_layers, device, args.load_in_4bit, args.grad_checkpoint, plan.precision.weights_dtype
-        )
-        model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
+        if plan.info is None:
+            model = model_class(args.model)(args).to(device)
+        else:
+            backbone = Backbone(
+                plan.info,
+                layers_of(args),
+                device,
+                args.load_in_4bit,
+                args.grad_checkpoint,
+                plan.precision.weights_dtype,
+                plan.random_seed(repeat),
+            )
+            model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
     free_memory(device)  # what loading took for a while would lie between the parts of a step
-    log(f"Trained values: {value_count(shapes_of(model)):,}; {'fast' if model.fast_path else 'plain'} path")
+    path = f"; {model.path()}" if model.path() else ""
+    log(f"Trained values: {value_count(shapes_of(model)):,}{path}")
+    if plan.info is not None and plan.info.note:
+        log(f"Language model: {plan.info.note}")
     return model
 
 
-def _loaders(plan: Plan, model: Model, repeat: int, log: RunLog) -> dict[str, Any]:
+def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[str, Any]:
     """The loaders of the splits that the run goes through."""
     loaders, accelerator = {}, plan.accelerator
     for split, series in plan.splits:
@@ -224,6 +253,7 @@ def _loaders(plan: Plan, model: Model, repeat: int, log: RunLog) -> dict[str, An
             world=accelerator.num_processes,
             seed=plan.args.seed + repeat,
             pin=accelerator.device.type == "cuda",
+            whole=not model.channel_independent,
         )
         log(f"{split} {len(data)}")
     return loaders
@@ -255,8 +285,19 @@ def _begin(job: Job, start: Start) -> Training:
             job.step_limit.sequences = progress.max_sequences
             job.evaluation_limit.sequences = progress.evaluation_sequences
         _resume(job, start.state, progress)
+    elif model.linear_map is not None:
+        _fit_linear_map(job, model.linear_map)
     scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
     return Training(optimizer, Guard(model, optimizer, accelerator, log, scale), saver, progress, journal, start.lock)
+
+
+def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
+    """Ridge regression into the model's map `[T, H]`."""
+    began = time.perf_counter()
+    weights, penalty = fit_ridge(job.windows.windows("train"), job.windows.windows("val"))
+    with torch.no_grad():
+        linear_map.copy_(torch.from_numpy(weights))
+    job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
 
 
 def _resume(job: Job, state: SavedState, progress: Progress) -> None:

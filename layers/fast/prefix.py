@@ -52,8 +52,9 @@ class FastPath:
             row = torch.arange(n, device=device)
             # Padding comes last, so causality alone hides it from the real tokens.
             visible = torch.arange(P0 + n, device=device)[None, None] <= P0 + row[None, :, None]
-            self._cache.place(P0, slots)
-            self._store(ids, visible, (P0 + row)[None])
+            if n:
+                self._cache.place(P0, slots)
+                self._store(ids, visible, (P0 + row)[None])
             slot = torch.arange(slots, device=device)[None, None]
             step = torch.arange(L, device=device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]

@@ -1,5 +1,6 @@
 """Forecasts of the future: the last rows of a file -> forecast.csv, with its timestamps and units."""
 
+import itertools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_provider.batches import Sequences
+from data_provider.batches import Sequences, Windows
 from data_provider.data_loader import Series, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import Table, read_table
+from data_provider.timefeatures import time_marks
 from layers.errors import input_error
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import write_text
@@ -133,17 +135,28 @@ def roll(forecast: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, step
 
 def predict_rows(job: Job, steps: int) -> tuple[pd.DatetimeIndex, np.ndarray]:
     """Dates `[steps]` and values `[steps, N]` in own units that follow the job's series."""
-    model, series = job.model.eval(), job.series
+    model, series, T, H = job.model.eval(), job.series, job.args.seq_len, job.args.pred_len
     dates = series.future_dates(steps)
+    marks = None
+    if not model.channel_independent:
+        rows = pd.DatetimeIndex(series.dates[-T:].append(series.future_dates(-(-steps // H) * H)))
+        marks = torch.from_numpy(time_marks(rows, job.args.freq, job.args.embed)).to(job.device)  # (T + rounds * H, F)
 
     with torch.inference_mode():
         shared = model.shared()
 
+    starts = itertools.count(0, H)  # of the windows, in rows after the first one's
+
     def forecast(x: torch.Tensor) -> torch.Tensor:
-        sequences = Sequences(x.t().to(job.device), x.new_empty(x.shape[1], 0))
+        x = x.to(job.device)
+        sequences = Sequences(x.t(), x.new_empty(x.shape[1], 0))
+        if marks is not None:
+            start = next(starts)
+            known, ahead = marks[start : start + T], marks[start + T - job.args.label_len : start + T + H]
+            sequences.windows = Windows(x[None], known[None], ahead[None], slice(None))
         return forecast_within_memory(job, sequences, shared, SEQUENCES).t().cpu()  # (H, N)
 
-    window = torch.from_numpy(series.values[-job.args.seq_len :, series.forecast_slice])
+    window = torch.from_numpy(series.values[-T:, series.forecast_slice])
     return dates, series.to_own_units(roll(forecast, window, steps).numpy())
 
 

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from data_provider.batches import Batch, Sequences
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
 
-Shared = tuple[torch.Tensor, torch.Tensor]  # what the sequences of a pass share, see models.TimeLLM
+Shared = tuple[torch.Tensor, ...]  # what the sequences of a pass share, see models.forecaster
 Forecast = Callable[[Sequences, Shared], torch.Tensor]  # -> [M, H] float32
 
 
@@ -26,7 +26,7 @@ class Scores:
 
 @torch.inference_mode()
 def evaluate(
-    model: Model,
+    model: Forecaster,
     batches: Iterable[Batch],
     accelerator: Accelerator,
     forecast: Forecast,
@@ -56,11 +56,13 @@ def evaluate(
     return Scores(squared / count, absolute / count)
 
 
-def forecast_in_parts(model: Model, precision: Autocast, sequences: Sequences, shared: Shared, size: int) -> torch.Tensor:
+def forecast_in_parts(
+    model: Forecaster, precision: Autocast, sequences: Sequences, shared: Shared, size: int
+) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of `sequences`, at most `size` of them at once (0: all)."""
     with precision.autocast():
         parts = sequences.micro_batches(size)
-        return torch.cat([model.forecast(part.x, part.prompts, shared).float() for part in parts])
+        return torch.cat([model.forecast_part(part, shared).float() for part in parts])
 
 
 def forecast_within_memory(job: Job, sequences: Sequences, shared: Shared, most: int = 0) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
+from models.forecaster import Forecaster
 from models.TimeLLM import PROTOTYPES, Model
 from utils.errors import RunError
 from utils.saving.files import size_text
@@ -83,6 +84,9 @@ def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callabl
     Raises:
         RunError: not even one sequence fits.
     """
+    if job.model.whole_batches:
+        with explain_out_of_memory("a batch, which this model takes whole", lambda: advice(job.args, job.model)):
+            return work(0)
     before = random_state(job.device)
     while True:
         try:
@@ -125,18 +129,23 @@ def loading_advice(args: Namespace) -> str:
     return f"{named}end other programs that use the GPU"
 
 
-def advice(args: Namespace, model: Model) -> str:
+def advice(args: Namespace, model: Forecaster) -> str:
     """What to change, the largest saving first."""
+    if not isinstance(model, Model):
+        return (
+            "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs that use the GPU"
+        )
     trained = sum(parameter.numel() for parameter in model.parameters())
     moments = OPTIMIZER_BYTES[args.optimizer]  # beside 4 of a trained value and 4 of its gradient
     mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
-    words = model.backbone.embeddings.nbytes
-    layers = sum(p.nbytes for p in model.backbone.model.parameters()) - words
+    backbone = model.backbone
+    words = backbone.embeddings.nbytes
+    layers = sum(p.nbytes for p in backbone.model.parameters()) - words
     fewer, savings = args.llm_layers // 2, {}
     if fewer:
         savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / args.llm_layers)
     if mapped:
-        on_card = words if model.backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
+        on_card = words if backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
         savings["--prototypes direct"] = mapped * (4 + moments + (0 if is_factored(args) else 4)) + on_card
     if args.optimizer != "adamw8bit":  # which forms the mapping layer's whole gradient
         savings["--optimizer adamw8bit"] = trained * 6 - mapped * 4
@@ -153,8 +162,9 @@ def is_factored(args: Namespace) -> bool:
     return args.optimizer != "adamw8bit"
 
 
-def fitting_sequences(model: Model, args: Namespace) -> int:
-    """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out).
+def fitting_sequences(model: Forecaster, args: Namespace) -> int:
+    """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out); 0, no limit,
+    for a model without a language model, whose sequences take little.
 
     A power of two, so that the same machine finds the same number in its next run although a little
     more or less is free: the parts decide how sums are rounded.
@@ -162,11 +172,13 @@ def fitting_sequences(model: Model, args: Namespace) -> int:
     Args:
         args: the run's flags, of which `is_training`, `optimizer` and `grad_checkpoint` decide.
     """
+    if not isinstance(model, Model):
+        return 0
     backbone, head = model.backbone, model.output_projection.linear
     patches = head.in_features // model.d_ff
-    prompt = min(len(model.prompts.opening_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS)
+    prompt = min(len(model.opening_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS) if model.prompts else 0
     each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
-    heads = model.reprogramming_layer.n_heads
+    heads = args.n_heads
     if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:
         each += patches * PROTOTYPES * heads  # which scores were dropped, a byte each
     each += 8 * patches * heads * model.d_ff * 4  # queries and their attention's results, and gradients

@@ -46,12 +46,14 @@ class Precision:
         return torch.autocast(self.device_type, self.autocast_dtype)
 
 
-def choose_precision(args: Namespace, device: torch.device) -> Precision:
-    """What `--amp_dtype` stands for on this device.
+def choose_precision(args: Namespace, device: torch.device, uses_llm: bool = True) -> Precision:
+    """What `--amp_dtype` stands for on this device; a model without a language model is small and stays in float32.
 
     auto: on a GPU bf16, or fp16 where it has none of its own; on the CPU float32, or bf16 with `--use_amp`. The
     frozen layers are held in bf16 on a GPU and in 4 bit, on the CPU in float32, unless fp16 or fp32 is asked for.
     """
+    if not uses_llm:
+        return Precision(device.type, None, torch.float32)
     is_cuda = device.type == "cuda"
     usual = "bf16" if is_cuda or args.use_amp else "fp32"
     held = torch.bfloat16 if is_cuda or args.load_in_4bit else torch.float32

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
 from utils.results.journal import Journal
 from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ class Job:
     log: RunLog
     accelerator: Accelerator
     precision: Precision
-    model: Model
+    model: Forecaster
     series: Series
     loaders: "dict[str, DataLoader[Batch]]"
     record: dict[str, Any]

@@ -10,7 +10,7 @@ from torch import nn
 from data_provider.batches import Batch
 from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
 from utils.results.log import RunLog
 from utils.saving.state import Progress
 from utils.training.precision import LossScale
@@ -63,7 +63,7 @@ class RowAdam(torch.optim.Adam):
             state["step"] -= found_inf
 
 
-def build_optimizer(name: str, model: Model, rate: float) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: Forecaster, rate: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":
@@ -96,7 +96,7 @@ class Guard:
 
     def __init__(
         self,
-        model: Model,
+        model: Forecaster,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         log: RunLog,

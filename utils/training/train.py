@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from data_provider.batches import Batch, Sequences
-from models.TimeLLM import Model
+from models.forecaster import Forecaster
 from utils.errors import RunError
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
 from utils.results.test_pass import TestPass
@@ -59,11 +59,13 @@ def _run_epochs(job: Job) -> TestFound | None:
     best_test: TestFound | None = None
     if journal:
         journal.start(progress.epoch, progress.iteration)
-    trial(job, lambda sequences, size: forward_backward(job.model, sequences, job.precision, size), clock.left)
+    if job.model.is_trained:
+        trial(job, lambda sequences, size: forward_backward(job.model, sequences, job.precision, size), clock.left)
+    train_one = train_epoch if job.model.is_trained else score_epoch
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
-            train_loss = train_epoch(job, clock)
+            train_loss = train_one(job, clock)
             seconds = time.perf_counter() - began
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
@@ -133,8 +135,14 @@ def train_epoch(job: Job, clock: "Clock") -> float:
     return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
+def score_epoch(job: Job, clock: "Clock") -> float:
+    """The training loss of a model that is fitted in closed form, and has nothing to train step by step."""
+    job.training.progress.iteration = job.steps_per_epoch
+    return score(job, "train").mse
+
+
 def forward_backward(
-    model: Model, batch: Sequences, precision: Autocast, max_sequences: int = 0, scale: torch.Tensor | None = None
+    model: Forecaster, batch: Sequences, precision: Autocast, max_sequences: int = 0, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Leave the batch's gradients in the trained tensors; return its mean squared error, detached.
 
@@ -148,15 +156,16 @@ def forward_backward(
     loss = torch.zeros((), device=batch.x.device)
     for part in batch.micro_batches(max_sequences):
         with precision.autocast():
-            forecast = model.forecast(part.x, part.prompts, (leaves[0], leaves[1]))
+            forecast = model.forecast_part(part, tuple(leaves))
         share = F.mse_loss(forecast.float(), part.y) * (len(part) / len(batch))
         (share if scale is None else share * scale).backward()
         loss += share.detach()
-    torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
+    if shared:
+        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
     return loss
 
 
-def average_gradients(model: Model, accelerator: Accelerator) -> None:
+def average_gradients(model: Forecaster, accelerator: Accelerator) -> None:
     """Let every process have the mean of all processes' gradients."""
     if accelerator.num_processes > 1:
         for gradient in model.gradients():

@@ -16,7 +16,8 @@ HARNESS = """
 #include <cmath>
 using std::exp;
 {sources}
-extern "C" void run(int n, const float* gate, const float* up, const float* gradient, float* out, float* into_gate, float* into_up) {{
+extern "C" void run(
+    int n, const float* gate, const float* up, const float* gradient, float* out, float* into_gate, float* into_up) {{
   for (int i = 0; i < n; i++) {{
     out[i] = gated_silu(gate[i], up[i]);
     gated_silu_gradients(gate[i], up[i], gradient[i], into_gate[i], into_up[i]);

@@ -1,0 +1,139 @@
+"""Autoformer: Decomposition Transformers with Auto-Correlation (Wu et al., NeurIPS 2021).
+
+Read beside section 3 of the paper. Shapes: B windows, N channels, T = seq_len, H = pred_len,
+T' = label_len + H steps of the decoder, d = d_model, F time features.
+
+Where the paper and its authors' program part, this is the program, of which the published figures are:
+the window is decomposed whole and then cut, one map W serves the three trends of a decoder layer, and
+all heads share their delays.
+"""
+
+from argparse import Namespace
+
+import pandas as pd
+import torch
+from torch import nn
+
+from data_provider.timefeatures import time_marks
+from layers.autocorrelation import AutoCorrelation
+from layers.decomposition import SeasonalNorm, decompose
+from layers.embedding import DataEmbedding
+from layers.errors import input_error
+from models.forecaster import Forecaster
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Model(Forecaster):
+    """An encoder of the past's season, and a decoder that refines a first guess of season and trend."""
+
+    channel_independent = False
+    whole_batches = True  # in training all share their delays
+
+    def __init__(self, configs: Namespace):
+        """`configs.embed` "none" builds a model that reads no time marks.
+
+        Raises:
+            InputError: an activation other than gelu and relu, or no frequency to tell the time features by.
+        """
+        super().__init__()
+        if configs.activation not in ACTIVATIONS:
+            raise input_error("--activation", repr(configs.activation), f"one of {', '.join(ACTIVATIONS)}")
+        self.pred_len, self.label_len, self.kernel = configs.pred_len, configs.label_len, configs.moving_avg
+        marks = mark_count(configs.freq, configs.embed)
+        channels, d_model, dropout = configs.enc_in, configs.d_model, configs.dropout
+        sizes = d_model, configs.d_ff, configs.factor, configs.moving_avg, dropout, configs.activation
+        self.enc_embedding = DataEmbedding(channels, d_model, marks, configs.embed, dropout)
+        self.dec_embedding = DataEmbedding(channels, d_model, marks, configs.embed, dropout)
+        self.encoder = nn.Sequential(*(EncoderLayer(*sizes) for _ in range(configs.e_layers)), SeasonalNorm(d_model))
+        self.decoder = nn.ModuleList(DecoderLayer(channels, *sizes) for _ in range(configs.d_layers))
+        self.decoder_norm = SeasonalNorm(d_model)
+        self.projection = nn.Linear(d_model, channels)
+
+    def forward(self, x_enc: torch.Tensor, x_mark_enc=None, x_dec=None, x_mark_dec=None) -> torch.Tensor:
+        """Windows `[B, T, N]`, their marks `[B, T, F]` and the decoder's `[B, T', F]` -> forecasts `[B, H, N]`.
+
+        The decoder's input is made of the window itself (equation 2); `x_dec` is not read.
+
+        Raises:
+            ValueError: no marks, where the model reads them.
+        """
+        encoded = self.encoder(self.enc_embedding(x_enc, x_mark_enc))  # (B, T, d)
+        season, trend = self.decoder_start(x_enc)  # (B, T', N) each
+        hidden = self.dec_embedding(season, x_mark_dec)  # (B, T', d)
+        for layer in self.decoder:
+            hidden, more = layer(hidden, encoded)  # (B, T', d), (B, T', N)
+            trend = trend + more
+        out = self.projection(self.decoder_norm(hidden)) + trend  # (B, T', N)
+        return out[:, -self.pred_len :]
+
+    def decoder_start(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows `[B, T, N]` -> season and trend, each `[B, T', N]`: the last `label_len` rows have their own, and the
+        horizon has zeros and the window's mean."""
+        season, trend = decompose(x, self.kernel)  # (B, T, N) each
+        start = x.shape[1] - self.label_len
+        horizon = x.mean(dim=1, keepdim=True).expand(-1, self.pred_len, -1)  # (B, H, N)
+        return (
+            torch.cat([season[:, start:], torch.zeros_like(horizon)], dim=1),
+            torch.cat([trend[:, start:], horizon], dim=1),
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Auto-correlation and a feed-forward block; of what each makes, the season is kept (equation 3)."""
+
+    def __init__(self, d_model: int, d_ff: int, factor: int, kernel: int, dropout: float, activation: str):
+        super().__init__()
+        self.kernel = kernel
+        self.attention = AutoCorrelation(d_model, factor)
+        self.feed_forward = _feed_forward(d_model, d_ff, dropout, activation)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, d]` -> `[B, T, d]`."""
+        x, _ = decompose(x + self.dropout(self.attention(x, x)), self.kernel)
+        x, _ = decompose(x + self.feed_forward(x), self.kernel)
+        return x
+
+
+class DecoderLayer(nn.Module):
+    """As the encoder's, with a look at the encoder's output between; the three trends that are split off go to the
+    forecast (equation 4)."""
+
+    def __init__(self, channels: int, d_model: int, d_ff: int, factor: int, kernel: int, dropout: float, activation: str):
+        super().__init__()
+        self.kernel = kernel
+        self.self_attention = AutoCorrelation(d_model, factor)
+        self.cross_attention = AutoCorrelation(d_model, factor)
+        self.feed_forward = _feed_forward(d_model, d_ff, dropout, activation)
+        self.trend_projection = nn.Conv1d(d_model, channels, 3, padding=1, padding_mode="circular", bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, T', d]` and the encoder's output `[B, T, d]` -> season `[B, T', d]` and trend `[B, T', N]`."""
+        x, first = decompose(x + self.dropout(self.self_attention(x, x)), self.kernel)
+        x, second = decompose(x + self.dropout(self.cross_attention(x, encoded)), self.kernel)
+        x, third = decompose(x + self.feed_forward(x), self.kernel)
+        trend = (first + second + third).transpose(1, 2)  # (B, d, T')
+        return x, self.trend_projection(trend).transpose(1, 2)
+
+
+def mark_count(freq: str | None, embed: str) -> int:
+    """Columns F of the time marks that the data of `--freq` have; with `embed` "none", 0.
+
+    Raises:
+        InputError: an unknown frequency, or none.
+    """
+    if embed == "none":
+        return 0
+    if freq is None:
+        raise input_error("--freq", None, "the step of the data, which tells the time features")
+    return time_marks(pd.DatetimeIndex(["2000-01-01"]), freq, embed).shape[1]
+
+
+def _feed_forward(d_model: int, d_ff: int, dropout: float, activation: str) -> nn.Sequential:
+    """Two maps of each step on its own; without bias, as in the authors' program."""
+    return nn.Sequential(
+        nn.Linear(d_model, d_ff, bias=False), ACTIVATIONS[activation](), nn.Dropout(dropout),
+        nn.Linear(d_ff, d_model, bias=False), nn.Dropout(dropout),
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""PatchTST: A Time Series is Worth 64 Words (Nie et al., ICLR 2023), the supervised model.
+
+Read beside section 3.1 of the paper. Shapes: B windows, N channels, M = B*N sequences, T = seq_len,
+H = pred_len, P = patch_len, S = stride, L patches, d = d_model, h = n_heads.
+"""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from layers.errors import input_error
+from layers.head import FlattenHead
+from layers.norm import instance_norm
+from layers.patch import patch_count
+from models.forecaster import Forecaster
+
+
+class Model(Forecaster):
+    """A Transformer encoder over the patches of one channel, with the same weights for all channels."""
+
+    whole_batches = True  # its batch normalisation sees all of them
+
+    def __init__(self, configs: Namespace):
+        """Raises:
+        InputError: d_model cannot be split into n_heads equal heads.
+        """
+        super().__init__()
+        if configs.d_model % configs.n_heads:
+            raise input_error("--n_heads", configs.n_heads, f"a divisor of --d_model {configs.d_model}")
+        self.patch_len, self.stride = configs.patch_len, configs.stride
+        patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
+        self.patch_embedding = nn.Linear(configs.patch_len, configs.d_model)
+        self.position = nn.Parameter(torch.empty(patches, configs.d_model).uniform_(-0.02, 0.02))  # (L, d)
+        self.dropout = nn.Dropout(configs.dropout)
+        self.encoder = nn.Sequential(
+            *(EncoderLayer(configs.d_model, configs.n_heads, configs.d_ff, configs.dropout) for _ in range(configs.e_layers))
+        )
+        self.head = FlattenHead(configs.d_model, patches, configs.pred_len, dropout=0.0)
+
+    def forward(self, x_enc: torch.Tensor, x_mark_enc=None, x_dec=None, x_mark_dec=None) -> torch.Tensor:
+        """Windows `[B, T, N]` of any N -> forecasts `[B, H, N]`; marks and decoder input are not used."""
+        B, T, N = x_enc.shape
+        z, mean, deviation = instance_norm(x_enc.transpose(1, 2).reshape(B * N, T))  # (M, T), (M, 1), (M, 1)
+        tokens = self.patch_embedding(self.patches(z))  # (M, L, d)
+        hidden = self.encoder(self.dropout(tokens + self.position))  # (M, L, d)
+        out = self.head(hidden) * deviation + mean  # (M, H)
+        return out.view(B, N, -1).transpose(1, 2)
+
+    def patches(self, z: torch.Tensor) -> torch.Tensor:
+        """Series `[M, T]`, the last value S times more at its end -> `[M, L, P]`, a patch every S steps."""
+        padded = torch.cat([z, z[:, -1:].expand(-1, self.stride)], dim=1)  # (M, T + S)
+        return padded.unfold(1, self.patch_len, self.stride)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each added to its input and then batch-normalised.
+
+    A bias stands only where it can do something: softmax takes that of the keys out again, and batch normalisation a
+    constant that the values, the output or the feed-forward block's end would add.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query_projection = nn.Linear(d_model, d_model)
+        self.key_projection = nn.Linear(d_model, d_model, bias=False)
+        self.value_projection = nn.Linear(d_model, d_model, bias=False)
+        self.out_projection = nn.Linear(d_model, d_model, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, d_ff), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_ff, d_model, bias=False)
+        )  # fmt: skip
+        self.attention_norm = nn.BatchNorm1d(d_model)
+        self.feed_forward_norm = nn.BatchNorm1d(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[M, L, d]` -> `[M, L, d]`."""
+        x = _normalise(self.attention_norm, x + self.dropout(self.attention(x)))
+        return _normalise(self.feed_forward_norm, x + self.dropout(self.feed_forward(x)))
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        """softmax(Q·Kᵀ / sqrt(d / h))·V of each head, all patches of a sequence seeing all: `[M, L, d]` -> `[M, L, d]`."""
+        queries, keys, values = (
+            projection(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (M, h, L, d / h)
+            for projection in (self.query_projection, self.key_projection, self.value_projection)
+        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values)  # (M, h, L, d / h)
+        return self.out_projection(mixed.transpose(1, 2).flatten(2))
+
+
+def _normalise(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
+    """`[M, L, d]` -> the same; a feature's mean and variance are those over all patches of all sequences."""
+    return norm(x.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,227 @@
+"""Autoformer against the paper's equations, written here with sums and matrices."""
+
+import math
+from argparse import Namespace
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data_provider.timefeatures import time_marks
+from layers.autocorrelation import AutoCorrelation
+from layers.decomposition import SeasonalNorm
+from layers.embedding import CALENDAR, CalendarEmbedding, sinusoids
+from layers.errors import InputError
+from models.Autoformer import Model, mark_count
+from utils.flags import FLAGS
+
+T, LABEL, H, N, KERNEL = 20, 8, 6, 3, 5
+
+
+def configs(**flags: object) -> Namespace:
+    """The flags' defaults, for a small window."""
+    small = {
+        "seq_len": T, "label_len": LABEL, "pred_len": H, "enc_in": N, "moving_avg": KERNEL, "d_model": 8, "d_ff": 12,
+        "e_layers": 2, "d_layers": 2,
+    }  # fmt: skip
+    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+
+
+def batch(windows: int = 3, embed: str = "timeF", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random windows `[B, T, N]` in float64, their marks and those of the decoder."""
+    x = torch.randn(windows, T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    marks = torch.from_numpy(time_marks(pd.date_range("2020-02-27", periods=T + H + windows, freq="h"), "h", embed)).double()
+    history = torch.stack([marks[i : i + T] for i in range(windows)])
+    ahead = torch.stack([marks[i + T - LABEL : i + T + H] for i in range(windows)])
+    return x, history, ahead
+
+
+def random_model(**flags: object) -> Model:
+    torch.manual_seed(0)
+    model = Model(configs(**flags)).double()
+    for module in model.modules():
+        if isinstance(module, SeasonalNorm):
+            torch.nn.init.normal_(module.norm.weight)
+    return model
+
+
+def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 1, step by step."""
+    steps = x.shape[1]
+    near = [[min(max(t + o, 0), steps - 1) for o in range(-(KERNEL // 2), KERNEL // 2 + 1)] for t in range(steps)]
+    trend = torch.stack([x[:, places].mean(dim=1) for places in near], dim=1)
+    return x - trend, trend
+
+
+def circular(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A convolution of width 3 over `[B, T, C]`, time being a circle; weight `[out, C, 3]`."""
+    return sum(torch.roll(x, 1 - tap, dims=1) @ weight[:, :, tap].T for tap in range(3))
+
+
+def mixed(layer: AutoCorrelation, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Equations 5 and 6 in inference, window by window."""
+    L = x.shape[1]
+    source = F.pad(source[:, :L], (0, 0, 0, max(L - source.shape[1], 0)))
+    queries, keys, values = layer.query_projection(x), layer.key_projection(source), layer.value_projection(source)
+    out = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        scores = torch.stack([(torch.roll(q, -delay, dims=0) * k).mean(dim=1).sum() for delay in range(L)])
+        best = scores.topk(int(torch.tensor(float(L)).log())).indices
+        weights = scores[best].softmax(0)
+        out.append(sum(w * torch.roll(v, -int(delay), dims=0) for w, delay in zip(weights, best, strict=True)))
+    return torch.stack(out) @ layer.out_projection.weight.T
+
+
+def seasonal_norm(norm: SeasonalNorm, x: torch.Tensor) -> torch.Tensor:
+    z = F.layer_norm(x, x.shape[-1:], norm.norm.weight)
+    return z - z.mean(dim=1, keepdim=True)
+
+
+def forecast(model: Model, x: torch.Tensor, history: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+    """Section 3.1 from top to bottom, for `embed` timeF."""
+
+    def embed(embedding, values, marks):
+        return circular(values, embedding.value_embedding.tokenConv.weight) + marks @ embedding.time_embedding.weight.T
+
+    def feed_forward(layer, x):
+        return F.gelu(x @ layer.feed_forward[0].weight.T) @ layer.feed_forward[3].weight.T
+
+    *layers, norm = model.encoder
+    encoded = embed(model.enc_embedding, x, history)
+    for layer in layers:
+        encoded = split(encoded + mixed(layer.attention, encoded, encoded))[0]
+        encoded = split(encoded + feed_forward(layer, encoded))[0]
+    encoded = seasonal_norm(norm, encoded)
+
+    season, trend = (part[:, T - LABEL :] for part in split(x))
+    season, trend = F.pad(season, (0, 0, 0, H)), torch.cat([trend, x.mean(dim=1)[:, None].repeat(1, H, 1)], dim=1)
+    hidden = embed(model.dec_embedding, season, ahead)
+    for layer in model.decoder:
+        hidden, first = split(hidden + mixed(layer.self_attention, hidden, hidden))
+        hidden, second = split(hidden + mixed(layer.cross_attention, hidden, encoded))
+        hidden, third = split(hidden + feed_forward(layer, hidden))
+        trend = trend + circular(first + second + third, layer.trend_projection.weight)
+    out = seasonal_norm(model.decoder_norm, hidden) @ model.projection.weight.T + model.projection.bias + trend
+    return out[:, -H:]
+
+
+def test_forecast_against_the_equations() -> None:
+    model = random_model().eval()
+    x, history, ahead = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, history, None, ahead), forecast(model, x, history, ahead))
+        ignored = torch.randn(3, LABEL + H, N)
+        assert torch.equal(model(x, history, ignored, ahead), model(x, history, None, ahead))
+
+
+@pytest.mark.parametrize("label_len", [0, 8, T])
+def test_the_decoder_starts_from_the_window(label_len: int) -> None:
+    model = random_model(label_len=label_len)
+    x, _, _ = batch()
+    season, trend = model.decoder_start(x)
+    assert season.shape == trend.shape == (3, label_len + H, N)
+    torch.testing.assert_close((season + trend)[:, :label_len], x[:, T - label_len :])
+    assert (season[:, label_len:] == 0).all()
+    torch.testing.assert_close(trend[:, label_len:], x.mean(dim=1, keepdim=True).expand(-1, H, -1))
+
+
+def test_a_channel_sees_the_others_and_a_window_does_not() -> None:
+    model = random_model().eval()
+    x, history, ahead = batch()
+    before = model(x, history, None, ahead)
+    other = x.clone()
+    other[0, :, 1] = other[0, :, 1].flip(0) * 2
+    after = model(other, history, None, ahead)
+    assert not Model.channel_independent and before.shape == (3, H, N)
+    assert (after[0, :, 0] - before[0, :, 0]).abs().max() > 1e-3
+    torch.testing.assert_close(after[1:], before[1:])
+
+
+@pytest.mark.parametrize("embed", ["timeF", "learned", "fixed", "none"])
+def test_it_learns_waves(embed: str) -> None:
+    torch.manual_seed(0)
+    flags = {"embed": embed, "d_model": 16, "d_ff": 32, "e_layers": 1, "d_layers": 1, "moving_avg": 13, "dropout": 0.0}
+    model = Model(configs(**flags))
+    t = torch.arange(72.0)
+    series = torch.stack([torch.sin(2 * torch.pi * (t + 3 * i) / 12) for i in range(N)], dim=1)  # (rows, N)
+    dates = pd.date_range("2020-01-01", periods=72, freq="h")
+    marks = torch.from_numpy(time_marks(dates, "h", "timeF" if embed == "none" else embed))
+    windows, calendar = (table.unfold(0, T + H, 1).transpose(1, 2) for table in (series, marks))
+    given = (None, None) if embed == "none" else (calendar[:, :T], calendar[:, T - LABEL :])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for step in range(40):
+        loss = (model(windows[:, :T], given[0], None, given[1]) - windows[:, T:]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            largest = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
+            assert min(largest.values()) > 1e-7, largest
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5, losses
+
+
+@pytest.mark.parametrize("embed", ["timeF", "fixed"])
+@pytest.mark.parametrize(("freq", "scaled", "fields"), [("h", 4, 4), ("15min", 5, 5), ("d", 3, 4), ("m", 1, 4), ("s", 6, 5)])
+def test_time_features_are_those_of_the_data(freq: str, embed: str, scaled: int, fields: int) -> None:
+    count = scaled if embed == "timeF" else fields
+    assert mark_count(freq, embed) == count
+    with torch.device("meta"):
+        model = Model(configs(freq=freq, embed=embed))
+        out = model(torch.empty(2, T, N), torch.empty(2, T, count), None, torch.empty(2, LABEL + H, count))
+    assert out.shape == (2, H, N)
+
+
+def test_calendar_tables_hold_every_date_there_is() -> None:
+    marks = time_marks(pd.date_range("2019-12-31", "2021-01-02", freq="min"), "t", "fixed")
+    assert (marks.min(axis=0) >= 0).all() and (marks.max(axis=0) < CALENDAR).all()
+    torch.manual_seed(0)
+    learned = CalendarEmbedding(5, 4, trained=True)
+    month, day, weekday, hour, minute = learned.tables.split(CALENDAR)
+    found = learned(torch.tensor([[[12.0, 31.0, 6.0, 23.0, 59.0]]]))[0, 0]
+    torch.testing.assert_close(found, month[12] + day[31] + weekday[6] + hour[23] + minute[59])
+    fixed = CalendarEmbedding(4, 8, trained=False)
+    assert not list(fixed.parameters()) and not fixed.state_dict()
+
+
+def test_fixed_tables_are_sinusoids() -> None:
+    found = sinusoids(60, 5)
+    for row in (0, 1, 59):
+        angles = [row / 10000 ** (2 * (column // 2) / 5) for column in range(5)]
+        expected = [math.cos(angle) if column % 2 else math.sin(angle) for column, angle in enumerate(angles)]
+        torch.testing.assert_close(found[row], torch.tensor(expected))
+
+
+def test_the_kind_of_the_marks_says_what_is_trained() -> None:
+    def trained(embed: str) -> set[str]:
+        names = {name for name, _ in Model(configs(embed=embed)).named_parameters()}
+        return {name.split(".", 1)[1] for name in names if "time_embedding" in name}
+
+    assert trained("timeF") == {"time_embedding.weight"} and trained("learned") == {"time_embedding.tables"}
+    assert not trained("fixed") and not trained("none")
+
+
+def test_missing_marks_are_named() -> None:
+    x, history, _ = batch()
+    with pytest.raises(ValueError, match="time marks: got None"):
+        random_model()(x)
+    with pytest.raises(ValueError, match="time marks: got None"):
+        random_model()(x, history)
+    assert random_model(embed="none")(x).shape == (3, H, N)
+
+
+def test_flags_it_cannot_use_are_named() -> None:
+    with pytest.raises(InputError, match="--activation: got 'tanh', expected one of gelu, relu"):
+        Model(configs(activation="tanh"))
+    with pytest.raises(InputError, match="--freq: got None"):
+        Model(configs(freq=None))
+
+
+def test_nothing_is_read_back_from_the_device_in_training() -> None:
+    """Tensors on the meta device have no values: to ask for one is an error."""
+    model = Model(configs()).to("meta").train()
+    marks = torch.empty(2, T, 4, device="meta"), torch.empty(2, LABEL + H, 4, device="meta")
+    model(torch.empty(2, T, N, device="meta"), marks[0], None, marks[1]).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

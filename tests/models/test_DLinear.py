@@ -1,0 +1,72 @@
+"""DLinear is an affine map of the window, written out here with matrices."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from models.DLinear import Model
+from utils.flags import FLAGS
+
+
+def configs(**flags: object) -> Namespace:
+    """The flags' defaults, for a small window."""
+    small = {"seq_len": 24, "label_len": 12, "pred_len": 8, "enc_in": 3, "moving_avg": 5}
+    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+
+
+def averaging_matrix(steps: int, kernel: int) -> np.ndarray:
+    """`[T, T]`: row t has the weights of the steps in the moving average at t, those beyond an end at that end."""
+    matrix = np.zeros((steps, steps))
+    for t in range(steps):
+        for offset in range(-(kernel // 2), kernel // 2 + 1):
+            matrix[t, np.clip(t + offset, 0, steps - 1)] += 1 / kernel
+    return matrix
+
+
+@pytest.mark.parametrize("kernel", [5, 25])
+def test_the_forecast_is_an_affine_map_of_the_window(kernel: int) -> None:
+    torch.manual_seed(0)
+    model = Model(configs(moving_avg=kernel)).double()
+    weights = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
+    A = averaging_matrix(24, kernel)
+    M = weights["seasonal.weight"] @ (np.eye(24) - A) + weights["trend.weight"] @ A  # (H, T)
+    c = weights["seasonal.bias"] + weights["trend.bias"]  # (H)
+    x = np.random.default_rng(0).normal(3, 5, (2, 24, 3))
+    expected = np.einsum("ht,btn->bhn", M, x) + c[None, :, None]
+    np.testing.assert_allclose(model(torch.from_numpy(x)).detach().numpy(), expected, atol=1e-10)
+
+
+def test_a_channel_does_not_see_the_others() -> None:
+    model = Model(configs())
+    x = torch.randn(2, 24, 5, generator=torch.Generator().manual_seed(0))
+    together = model(x)
+    assert Model.channel_independent and together.shape == (2, 8, 5)
+    alone = model(x.transpose(1, 2).reshape(10, 24, 1))  # channels as a batch
+    torch.testing.assert_close(alone.view(2, 5, 8).transpose(1, 2), together)
+
+
+def test_it_learns_a_wave_on_a_line() -> None:
+    torch.manual_seed(0)
+    model = Model(configs())
+    t = torch.arange(300.0)
+    windows = (torch.sin(2 * torch.pi * t / 12) + t / 300).unfold(0, 32, 1)[:, :, None]  # (windows, T + H, 1)
+    x, y = windows[:, :24], windows[:, 24:]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(200):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 100
+
+
+def test_on_the_meta_device_it_has_its_shapes() -> None:
+    with torch.device("meta"):
+        model = Model(configs(seq_len=336, pred_len=96))
+        assert model(torch.empty(2, 336, 7)).shape == (2, 96, 7)
+    assert sum(p.numel() for p in model.parameters()) == 2 * (336 * 96 + 96)

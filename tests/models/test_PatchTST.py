@@ -1,0 +1,150 @@
+"""PatchTST against PyTorch's own attention and formulas put together here with the same weights."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from layers.errors import InputError
+from models.PatchTST import EncoderLayer, Model
+from utils.flags import FLAGS
+
+
+def configs(**flags: object) -> Namespace:
+    """The flags' defaults, for a small window."""
+    small = {"seq_len": 24, "label_len": 12, "pred_len": 8, "enc_in": 3, "patch_len": 6, "stride": 4, "n_heads": 4}
+    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+
+
+def random_model(**flags: object) -> Model:
+    """A model in float64 whose normalisations are not those of its start."""
+    torch.manual_seed(0)
+    model = Model(configs(**flags)).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm1d):
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return model
+
+
+def attention(layer: EncoderLayer, x: torch.Tensor) -> torch.Tensor:
+    """`nn.MultiheadAttention` with the layer's weights; its keys have a random bias, which must not matter."""
+    d = x.shape[-1]
+    module = nn.MultiheadAttention(d, layer.n_heads, batch_first=True).double()
+    projections = layer.query_projection, layer.key_projection, layer.value_projection
+    with torch.no_grad():
+        module.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+        module.in_proj_bias.copy_(torch.cat([layer.query_projection.bias, torch.randn(d), torch.zeros(d)]))
+        module.out_proj.weight.copy_(layer.out_projection.weight)
+        module.out_proj.bias.zero_()
+    return module(x, x, x)[0]
+
+
+def batch_norm(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
+    """Feature by feature over `[M, L, d]`."""
+    mean, var = norm.running_mean, norm.running_var
+    if norm.training:
+        flat = x.reshape(-1, x.shape[-1])
+        mean, var = flat.mean(0), flat.var(0, unbiased=False)
+    return (x - mean) / torch.sqrt(var + 1e-5) * norm.weight + norm.bias
+
+
+def forecast(model: Model, series: torch.Tensor) -> torch.Tensor:
+    """One series after the other up to the encoder: `[M, T]` -> `[M, H]`."""
+    P, S = model.patch_len, model.stride
+    tokens, scales = [], []
+    for x in series:
+        mean, deviation = x.mean(), (x.var(unbiased=False) + 1e-5).sqrt()
+        z = [*((x - mean) / deviation).tolist()]
+        z += [z[-1]] * S
+        patches = torch.tensor([z[start : start + P] for start in range(0, len(z) - P + 1, S)], dtype=torch.float64)
+        tokens.append(patches @ model.patch_embedding.weight.T + model.patch_embedding.bias + model.position)
+        scales.append((mean, deviation))
+    hidden = torch.stack(tokens)  # (M, L, d)
+    for layer in model.encoder:
+        assert isinstance(layer, EncoderLayer)
+        hidden = batch_norm(layer.attention_norm, hidden + attention(layer, hidden))
+        first, _, _, last = layer.feed_forward
+        inner = hidden @ first.weight.T + first.bias
+        inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5)) @ last.weight.T
+        hidden = batch_norm(layer.feed_forward_norm, hidden + inner)
+    flat = torch.stack([h.T.reshape(-1) for h in hidden])  # (M, d*L), feature by feature
+    out = flat @ model.head.linear.weight.T + model.head.linear.bias
+    return torch.stack([row * deviation + mean for row, (mean, deviation) in zip(out, scales, strict=True)])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_forecast_against_parts_put_together(training: bool) -> None:
+    model = random_model(dropout=0.0).train(training)
+    x = torch.randn(2, 24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 5 + 2
+    expected = forecast(model, x.transpose(1, 2).reshape(6, 24)).view(2, 3, 8).transpose(1, 2)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(("seq_len", "patch_len", "stride"), [(24, 6, 4), (25, 6, 4), (16, 16, 8), (5, 5, 9)])
+def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
+    model = Model(configs(seq_len=seq_len, patch_len=patch_len, stride=stride))
+    z = torch.arange(1.0, seq_len + 1)
+    padded = [*z.tolist(), *[float(seq_len)] * stride]
+    expected = [padded[i : i + patch_len] for i in range(0, len(padded) - patch_len + 1, stride)]
+    assert model.patches(z[None]).tolist() == [expected]
+    assert len(model.position) == len(expected)
+
+
+def test_a_channel_does_not_see_the_others() -> None:
+    model = random_model().eval()
+    x = torch.randn(2, 24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = model(x)
+    assert Model.channel_independent and together.shape == (2, 8, 5)
+    alone = model(x.transpose(1, 2).reshape(10, 24, 1))  # channels as a batch
+    torch.testing.assert_close(alone.view(2, 5, 8).transpose(1, 2), together)
+
+
+def test_forecast_moves_and_stretches_with_the_series() -> None:
+    model = random_model().eval()
+    x = torch.randn(2, 24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 50
+    torch.testing.assert_close(model(x * 4 + 300), model(x) * 4 + 300, rtol=1e-4, atol=1e-3)
+
+
+def test_dropout_in_training_mode_only() -> None:
+    x = torch.randn(2, 24, 3, dtype=torch.float64)
+    model = random_model(dropout=0.3).eval()
+    assert torch.equal(model(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
+
+
+def test_it_learns_a_wave() -> None:
+    torch.manual_seed(0)
+    model = Model(configs())
+    windows = torch.sin(2 * torch.pi * torch.arange(100.0) / 12).unfold(0, 32, 1)[:, :, None]  # (windows, T + H, 1)
+    x, y = windows[:, :24], windows[:, 24:]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for step in range(80):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            largest = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
+            assert min(largest.values()) > 1e-5, largest
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        assert (model.eval()(x) - y).square().mean() < losses[0] / 10
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(InputError, match="--n_heads: got 5, expected a divisor of --d_model 16"):
+        Model(configs(n_heads=5))
+
+
+def test_on_the_meta_device_it_has_its_shapes() -> None:
+    published = {"seq_len": 336, "pred_len": 96, "e_layers": 3, "d_model": 16, "n_heads": 4, "d_ff": 128, "dropout": 0.3}
+    with torch.device("meta"):
+        model = Model(configs(**published, patch_len=16, stride=8))
+        assert model(torch.empty(2, 336, 7)).shape == (2, 96, 7)
+    embedding = 16 * 16 + 16 + 42 * 16
+    layer = 4 * 16 * 16 + 16 + 2 * 16 * 128 + 128 + 4 * 16
+    assert sum(p.numel() for p in model.parameters()) == embedding + 3 * layer + 42 * 16 * 96 + 96
