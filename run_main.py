@@ -10,6 +10,7 @@ from layers.errors import InputError
 from utils.command_line import parse_flags
 from utils.errors import RunError
 from utils.saving.interrupt import Interrupted, Interrupts
+from utils.threads import spin_briefly
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
     a signal has ended it.
     """
     args = parse_flags(argv)
+    spin_briefly()
     with Interrupts() as interrupts:
         # Only now, so that --help and a wrong flag answer without waiting for torch.
         from utils.run import main as run

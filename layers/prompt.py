@@ -5,6 +5,7 @@ A prompt is a fixed *opening* (description and task, the same for all series of 
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -96,7 +97,10 @@ def top_peaks(z: np.ndarray, count: int = TOP_LAGS) -> list[list[int]]:
     Args:
         z: `[N, T]` series.
     """
-    correlation = _autocorrelation(z)[:, 1 : z.shape[-1] // 2 + 1]  # lags 1 to T/2
+    correlation = _autocorrelation(z)
+    # Of a series that repeats itself all multiples of its period are as high: rounding must not choose.
+    correlation = np.round(correlation / np.maximum(correlation[:, :1], 1e-30), 6)
+    correlation = correlation[:, 1 : z.shape[-1] // 2 + 1]  # lags 1 to T/2
     inner = correlation[:, 1:-1]
     peaks = (inner > correlation[:, :-2]) & (inner >= correlation[:, 2:]) & (inner > 0)
     ranked = np.argsort(np.where(peaks, -inner, np.inf), axis=-1, kind="stable")[:, :count] + 2
@@ -174,8 +178,10 @@ class PromptEncoder:
     def _samples(self, template: PromptTemplate) -> list[str]:
         """Statistics that stand for all others: ordinary, whole, tiny and as long as they can get."""
         T = template.seq_len
-        longest = -1.2345678806304932e-05  # no float32 prints longer than this
-        values = [(0.0, 0.0, 0.0), (-1.5, 2.25, 1e-05), (1e20, -3.0, 0.1), (longest, longest, longest)]
+        # No float32 prints longer than the first two; rounded, none longer than the largest that a normalised series has.
+        largest = -0.98765432109876543 * 10 ** len(str(math.isqrt(T)))
+        longest = -1.2345678806304932e-05, -0.00012345678104996681, largest
+        values = [(0.0, 0.0, 0.0), (-1.5, 2.25, 1e-05), (1e20, -3.0, 0.1), *((value,) * 3 for value in longest)]
         lags = [max(T - 1 - i, 0) for i in range(TOP_LAGS)]
         return [template.statistics(*v, upward, lags) for v in values for upward in (False, True)]
 

@@ -143,7 +143,8 @@ class Model(Forecaster):
     def forecast(self, x: torch.Tensor, prompts: Prompts | None, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Series `[M, T]` with their prompts, and what `shared` gave -> forecasts `[M, H]` on the series' own scale."""
         if prompts is None:
-            prompts = self.make_prompts(x.cpu()[:, :, None]).to(x.device)
+            seen = x if self.prompts is None else x.cpu()  # prompts of no token say nothing of x
+            prompts = self.make_prompts(seen[:, :, None]).to(x.device)
         z, mean, deviation = instance_norm(x)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *shared)  # (M, L, D)

@@ -23,6 +23,7 @@ from scripts.flops import matmul_rate, training_step_flops
 from utils.results.log import peak_memory_gib
 from utils.training.evaluate import Shared, evaluate, forecast_in_parts
 from utils.training.memory import cap_memory, is_out_of_memory
+from utils.training.precision import choose_precision
 from utils.training.step import build_optimizer
 from utils.training.train import forward_backward
 
@@ -114,10 +115,13 @@ def open_backbone(args: Namespace) -> tuple[Backbone, Accelerator]:
     """The backbone where a run would have it, with the number types and the share of the GPU that `utils.setup` chooses."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = True
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
+    usual = Namespace(amp_dtype="auto", use_amp=False, load_in_4bit=args.load_in_4bit)
+    precision = choose_precision(usual, torch.device("cuda" if cuda else "cpu"))
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "no"}[precision.autocast_dtype]
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=name)
     cap_memory(accelerator.device)
     info = find_backbone("QWEN", str(args.backbone))
-    return Backbone(info, args.layers, accelerator.device, args.load_in_4bit), accelerator
+    return Backbone(info, args.layers, accelerator.device, args.load_in_4bit, dtype=precision.weights_dtype), accelerator
 
 
 def in_turn(names: list[str], warm_up: int, rounds: int, work: Callable[[str], float]) -> dict[str, float | None]:

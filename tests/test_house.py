@@ -17,13 +17,15 @@ ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
 FLOORS = [
     "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.statistics", "utils.study.cells",
     "utils.study.grid",
-    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.plots", "utils.training.train",
+    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.inside", "utils.results.plots",
+    "utils.training.train",
     "utils.results.test_pass", "utils.results.comparison", "utils.results.baselines", "utils.training.evaluate",
     "utils.training.trial", "utils.training.memory", "utils.training.session", "utils.training.step",
     "utils.training.precision", "utils.results.journal", "utils.results.predictions", "utils.results.metrics",
     "utils.results.log", "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver",
     "utils.saving.checkpoint", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.files", "utils.errors",
+    "utils.threads",
 ]  # fmt: skip
 NAMES = {flag.name for flag in FLAGS}
 

@@ -13,7 +13,7 @@ from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error
 from models import model_class
 from models.forecaster import Forecaster
-from utils.flags import check_fixed
+from utils.flags import check_fixed, resumed_defaults
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
@@ -141,7 +141,8 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster,
     """
     checkpoint.check(shapes_of(model))
     flags = checkpoint.flags
-    check_fixed(args, flags, checkpoint.file)
+    # A flag that came to be after the checkpoint was written had its default then.
+    check_fixed(args, resumed_defaults() | flags if flags else {}, checkpoint.file)
     words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
     if not (model.prompts and same_data and "prompt_domain" in flags and all(isinstance(word, str) for word in words)):
         return

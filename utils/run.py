@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import RunError
+from utils.results.comparison import note_of
 from utils.results.forecast import forecast_future
 from utils.results.log import RunLog
 from utils.results.test_pass import TestPass
@@ -87,7 +88,9 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     results, scores = found or _test_pass(job, checkpoint)
     job.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     figures = {"mse": scores.mse, "mae": scores.mae}
-    metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]})
+    note = note_of(job.record["backbone"])
+    model = {"model": job.args.model} | ({"language_model": note} if note else {})
+    metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]} | model)
     if job.args.plots and job.accelerator.is_main_process:
         from utils.results.plots import draw_test
 

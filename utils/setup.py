@@ -59,7 +59,8 @@ class Plan:
         if self.args.llm_ablation != "random":
             return None
         held = self.checkpoint.backbone.get("random_seed") if self.checkpoint else None
-        return held if type(held) is int else (self.args.seed + repeat) % 2**32
+        usable = type(held) is int and 0 <= held < 2**32  # the checkpoint may be anyone's
+        return held if usable else (self.args.seed + repeat) % 2**32
 
     @property
     def splits(self) -> list[tuple[str, SplitSeries]]:

@@ -219,3 +219,44 @@ def test_bitsandbytes_is_asked_for_by_the_flag(monkeypatch) -> None:
     assert str(caught.value) == (
         "--load_in_4bit: got no bitsandbytes, expected an installed one; install it with: pip install bitsandbytes"
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+def test_drawn_weights_have_the_architecture_and_the_seed(backbones, load, family: str) -> None:
+    name = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2", "bert": "BERT"}[family]
+    info = find_backbone(name, str(backbones[family]))
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    drawn, again, other = (Backbone(info, 2, random_seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.get_rng_state(), before)  # the trained weights are drawn as without it
+    read = load(family).model.state_dict()
+    held = drawn.model.state_dict()
+    assert {key: tensor.shape for key, tensor in held.items()} == {key: tensor.shape for key, tensor in read.items()}
+    for key, tensor in held.items():
+        assert torch.equal(tensor, again.model.state_dict()[key])
+        if tensor.dim() == 2:
+            assert not torch.equal(tensor, read[key]) and not torch.equal(tensor, other.model.state_dict()[key])
+    assert not any(module.training for module in drawn.model.modules())
+    assert not any(parameter.requires_grad for parameter in drawn.model.parameters())
+    assert drawn.model.config._attn_implementation == load(family).model.config._attn_implementation
+
+
+def test_drawn_weights_are_the_same_in_every_number_type(backbones) -> None:
+    """A checkpoint that was trained on a GPU, in bfloat16, may be tested on the CPU."""
+    for family, name in (("qwen2", "QWEN"), ("gpt2", "GPT2"), ("bert", "BERT")):
+        info = find_backbone(name, str(backbones[family]))
+        exact = Backbone(info, 2, random_seed=7).model.state_dict()
+        for dtype in (torch.bfloat16, torch.float16):
+            rounded = Backbone(info, 2, random_seed=7, dtype=dtype).model
+            for key, tensor in rounded.state_dict().items():
+                torch.testing.assert_close(tensor.float(), exact[key], rtol=2**-7, atol=1e-5, msg=f"{family} {key}")
+            assert rounded.get_input_embeddings().weight.dtype == dtype
+
+
+def test_without_layers_the_words_are_there(backbones, load) -> None:
+    for family, name in (("qwen2", "QWEN"), ("llama", "LLAMA"), ("gpt2", "GPT2"), ("bert", "BERT")):
+        bare = Backbone(find_backbone(name, str(backbones[family])), 0)
+        assert bare.model.config.num_hidden_layers == 0 and bare.heads == load(family).heads == bare.info.heads
+        assert torch.equal(bare.embeddings, load(family).embeddings)
+        positions = 1024 if family == "gpt2" else 514 if family == "bert" else 0  # the longest tables of them
+        assert sum(p.numel() for p in bare.model.parameters()) <= bare.embeddings.numel() + (positions + 2) * 128

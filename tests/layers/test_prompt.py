@@ -1,6 +1,7 @@
 """The prompt: its exact text, its figures, its tokens."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layers.errors import InputError
 from layers.norm import instance_norm
-from layers.prompt import PromptEncoder, Prompts, PromptTemplate, describe_series, pad_prompts, top_lags
+from layers.prompt import PromptEncoder, Prompts, PromptTemplate, describe_series, pad_prompts, top_lags, top_peaks
 
 TEMPLATE = PromptTemplate("Hourly load of a town.", seq_len=8, pred_len=24)
 # As model.md has it; the lags by hand: correlations 9.25 at 0, 3.55 at 3 and 5, 2.0 at 2 and 6.
@@ -158,3 +159,85 @@ def test_rows_of_prompts() -> None:
     prompts = pad_prompts([[5, 6, 7], [8], [9, 1]])
     ids, length = prompts.to(torch.device("cpu")).rows(1, 3)
     assert ids.tolist() == [[8, 0, 0], [9, 1, 0]] and length.tolist() == [1, 2]
+
+
+def correlations(series: np.ndarray) -> list[float]:
+    """The circular autocorrelation of one series, summed lag by lag."""
+    return [float(series @ np.roll(series, lag)) for lag in range(len(series))]
+
+
+@pytest.mark.parametrize("steps", [5, 6, 9, 32, 33, 96, 336])
+def test_peaks_against_every_lag(steps: int) -> None:
+    """Random walks, whose peaks are far apart in size: no rounding decides."""
+    walks = np.random.default_rng(steps).standard_normal((30, steps)).cumsum(1)
+    walks -= walks.mean(1, keepdims=True)
+    found = top_peaks(walks)
+    for walk, lags in zip(walks, found, strict=True):
+        c = correlations(walk)
+        inner = range(2, steps // 2)
+        peaks = [lag for lag in inner if c[lag] > c[lag - 1] and c[lag] >= c[lag + 1] and c[lag] > 0]
+        assert lags == sorted(peaks, key=lambda lag: -c[lag])[:5]
+    assert steps < 32 or len({len(lags) for lags in found}) > 1
+
+
+def test_a_day_and_a_week_are_peaks_and_a_constant_has_none() -> None:
+    hour = np.arange(672)  # four weeks: both go on where the circle closes
+    assert top_peaks(np.sin(2 * np.pi * hour[None, :512] / 24))[0][0] == 24
+    day = np.sin(2 * np.pi * hour / 24)
+    assert top_peaks(day[None])[0][0] == 24
+    both = day + 0.8 * np.sin(2 * np.pi * hour / 168)
+    assert top_peaks(both[None])[0][0] == 168 and 24 in top_peaks(both[None], count=20)[0]
+    for period in (7, 12, 24, 48):  # all multiples are as high, and the shortest comes first
+        repeated = np.tile(np.random.default_rng(period).standard_normal(period), 12).astype(np.float32)
+        lags = top_peaks(repeated[None])[0]
+        assert lags[:3] == [period, 2 * period, 3 * period]
+    assert top_peaks(np.stack([day, both])) == [top_peaks(day[None])[0], top_peaks(both[None])[0]]
+    for value in (0.0, 0.1, -7.77, 1e4):
+        z, _, _ = instance_norm(torch.full((1, 512), value))
+        assert top_peaks(z.numpy()) == [[]]
+
+
+def test_the_prompt_names_peaks_or_says_that_there_are_none(backbones) -> None:
+    template = replace(TEMPLATE, seq_len=96, lags="peaks")
+    encoder = PromptEncoder(tokenizer_of(backbones, "qwen2"), template, max_tokens=400)
+    wave = torch.sin(2 * torch.pi * torch.arange(96) / 24)
+    window = torch.stack([wave, torch.full((96,), 3.0)], dim=1)  # (T, N)
+    first, second = ("".join(encoder.tokenizer.decode(ids)) for ids in encoder.for_window(window))
+    assert "top 1 lags are : [24]<|<end_prompt>|>" in first or "lags are : [24, " in first
+    assert second.endswith("the trend of input is downward, top 0 lags are : []<|<end_prompt>|>")
+
+
+@pytest.mark.parametrize("decimals", [None, 3])
+@pytest.mark.parametrize("lags", ["paper", "peaks"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+def test_no_prompt_is_longer_than_the_longest(backbones, family: str, lags: str, decimals: int | None) -> None:
+    """`longest` decides whether a sliding window holds all, and whether all fit into the positions."""
+    rng = np.random.default_rng(0)
+    for steps in (8, 97, 512):
+        template = PromptTemplate(" ".join(["words"] * 40), steps, 96, decimals, lags)
+        encoder = PromptEncoder(tokenizer_of(backbones, family), template, max_tokens=2048)
+        noise = rng.standard_normal((40, steps)).astype(np.float32)
+        spikes = noise * 1e-4
+        spikes[:, 0], spikes[:, -1] = 20, -20  # the median is near 0, and has all of its digits
+        windows = np.concatenate([noise, noise.cumsum(1), spikes, spikes * 1e-3, noise * 1e-6, np.zeros_like(noise[:1])])
+        prompts = encoder.for_window(torch.from_numpy(windows).T)
+        lengths = [len(encoder.opening_ids) + len(ids) for ids in prompts]
+        assert max(lengths) <= encoder.longest, (max(lengths), encoder.longest)
+
+
+def test_no_number_has_more_tokens_than_the_samples_where_exponents_are_one_token() -> None:
+    """A number of the kind "-0.000123..." has as many characters as "-1.23...e-05", which a vocabulary may shorten."""
+    tokenizer = letters_with(["e-", "e-0"], [("e", "-"), ("e-", "0")])
+    template = PromptTemplate("words", 96, 24)
+    encoder = PromptEncoder(tokenizer, template, max_tokens=2048)
+    value = float(np.float32(-0.00012345868162810802))  # as long as a float32 gets without an exponent
+    assert len(str(value)) == 23, value
+    text = template.statistics(value, value, value, False, [95, 94, 93, 92, 91])
+    assert len(tokenizer(template.opening() + text)["input_ids"]) <= encoder.longest
+
+
+def letters_with(parts: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """Letters, and some longer tokens."""
+    letters = sorted({chr(code) for code in range(32, 127)})
+    vocabulary = {token: i for i, token in enumerate(letters + parts)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))

@@ -37,7 +37,9 @@ def report(folder: Path) -> str:
     found = measured(series, metrics.get("baselines"))
     if found != metrics.get("baselines"):
         write_json(folder / METRICS, metrics | {"baselines": found})
-    return table(metrics["test"], found, series.synthetic)
+    model, backbone = record["flags"].get("model", "TimeLLM"), record.get("backbone", {})
+    name = "Time-LLM" if model == "TimeLLM" else model
+    return table(metrics["test"], found, series.synthetic, name, note_of(backbone))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -72,14 +74,22 @@ def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[st
     return {"of": of, "rows": [dict(vars(row)) for row in baselines(series)]}
 
 
-def table(test: dict, found: dict, synthetic: bool) -> str:
+def note_of(backbone: object) -> str:
+    """What a record says of where its language model's weights come from; empty where it says nothing."""
+    note = backbone.get("note", "") if isinstance(backbone, dict) else ""
+    return note if isinstance(note, str) else ""
+
+
+def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note: str = "") -> str:
     """An aligned table, best first, and a sentence about who won.
 
     Args:
         test: {"mse", "mae"} of the run on the standardised scale.
         found: as `measured` returns it.
+        name: of the run's model.
+        note: on its language model.
     """
-    rows = [("Time-LLM (this run)", test["mse"], test["mae"])]
+    rows = [(f"{name} (this run)", test["mse"], test["mae"])]
     rows += [(row["title"], row["mse"], row["mae"]) for row in found["rows"]]
     rows.sort(key=lambda row: row[1])
     width = max(len(row[0]) for row in rows)
@@ -94,6 +104,8 @@ def table(test: dict, found: dict, synthetic: bool) -> str:
         "",
         *verdict(test, found["rows"]),
     ]
+    if note:
+        lines += ["", f"Language model: {note}"]
     if synthetic:
         warning = "SYNTHETIC DATA: this series was generated, not measured."
         lines += ["", f"*** {warning} ***", "*** The figures say nothing about real data or about the paper's. ***"]

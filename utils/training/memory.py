@@ -13,8 +13,9 @@ import torch
 from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
+from models import model_class
 from models.forecaster import Forecaster
-from models.TimeLLM import PROTOTYPES, Model
+from models.TimeLLM import PROTOTYPES, Model, layers_of
 from utils.errors import RunError
 from utils.saving.files import size_text
 from utils.saving.state import random_state, set_random_state
@@ -32,6 +33,10 @@ OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2}  # of state for each t
 # On the CPU larger tensors than this are slower: the C library maps memory for each anew and gives it back.
 # Below FEW sequences the backbone's weights would be read too often.
 LARGEST_TENSOR, FEW = 24 * 2**20, 32
+# Of a model without a language model:
+OTHERS_ADVICE = (
+    "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs that use the GPU"
+)
 STATISTICS_TOKENS = 128  # about, with all digits
 
 
@@ -120,10 +125,13 @@ def free_memory(device: torch.device) -> None:
 
 def loading_advice(args: Namespace) -> str:
     """What to change where there is no model yet whose parts could be counted."""
-    savings = [] if args.load_in_4bit else ["--load_in_4bit"]
-    if args.llm_layers > 1:
-        savings.append(f"--llm_layers {args.llm_layers // 2}")
-    if args.prototypes != "direct":
+    if not model_class(args.model).uses_llm:
+        return OTHERS_ADVICE
+    loaded = layers_of(args)
+    savings = ["--load_in_4bit"] if _may_be_four_bit(args) else []
+    if loaded > 1:
+        savings.append(f"--llm_layers {loaded // 2}")
+    if args.prototypes != "direct" and args.use_reprogramming:
         savings.append("--prototypes direct")
     named = f"change {' or '.join(savings)}, or " if savings else ""
     return f"{named}end other programs that use the GPU"
@@ -132,29 +140,33 @@ def loading_advice(args: Namespace) -> str:
 def advice(args: Namespace, model: Forecaster) -> str:
     """What to change, the largest saving first."""
     if not isinstance(model, Model):
-        return (
-            "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs that use the GPU"
-        )
+        return OTHERS_ADVICE
     trained = sum(parameter.numel() for parameter in model.parameters())
     moments = OPTIMIZER_BYTES[args.optimizer]  # beside 4 of a trained value and 4 of its gradient
     mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
     backbone = model.backbone
     words = backbone.embeddings.nbytes
     layers = sum(p.nbytes for p in backbone.model.parameters()) - words
-    fewer, savings = args.llm_layers // 2, {}
+    loaded = layers_of(args)
+    fewer, savings = loaded // 2, {}
     if fewer:
-        savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / args.llm_layers)
+        savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / loaded)
     if mapped:
         on_card = words if backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
         savings["--prototypes direct"] = mapped * (4 + moments + (0 if is_factored(args) else 4)) + on_card
     if args.optimizer != "adamw8bit":  # which forms the mapping layer's whole gradient
         savings["--optimizer adamw8bit"] = trained * 6 - mapped * 4
-    if not args.load_in_4bit:
+    if _may_be_four_bit(args):
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
     named = [f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered]
     changes = ", ".join([*named, "a shorter --seq_len"])
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"
+
+
+def _may_be_four_bit(args: Namespace) -> bool:
+    """Whether layers are read that 4 bit would make smaller: with `--llm_ablation` none are, or they are drawn."""
+    return not args.load_in_4bit and args.llm_ablation == "off"
 
 
 def is_factored(args: Namespace) -> bool:

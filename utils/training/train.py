@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 
 from data_provider.batches import Batch, Sequences
@@ -166,10 +167,12 @@ def forward_backward(
 
 
 def average_gradients(model: Forecaster, accelerator: Accelerator) -> None:
-    """Let every process have the mean of all processes' gradients."""
+    """Let every process have the mean of all processes' gradients, and of what their batch normalisations have seen."""
     if accelerator.num_processes > 1:
-        for gradient in model.gradients():
-            gradient.copy_(accelerator.reduce(gradient, reduction="mean"))
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+        running = [seen for norm in norms for seen in (norm.running_mean, norm.running_var) if seen is not None]
+        for tensor in (*model.gradients(), *running):
+            tensor.copy_(accelerator.reduce(tensor, reduction="mean"))
 
 
 def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:

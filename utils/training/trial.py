@@ -49,14 +49,18 @@ def trial(job: Job, work: Work, left: Callable[[float], float]) -> None:
 
 @contextmanager
 def _undone(job: Job) -> Iterator[None]:
-    """Put back what work inside draws from the random generators, and forget its gradients."""
+    """Put back what work inside draws from the random generators, and what a batch normalisation has seen; forget
+    gradients."""
     before, training = random_state(job.device), job.model.training
+    buffers = [(buffer, buffer.clone()) for buffer in job.model.buffers()]
     job.model.train()
     try:
         yield
     finally:
         job.model.zero_grad(set_to_none=True)
         job.model.train(training)
+        for buffer, held in buffers:
+            buffer.copy_(held)
         set_random_state(before, job.device)
 
 

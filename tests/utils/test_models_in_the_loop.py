@@ -1,0 +1,411 @@
+"""Every model and every variant of Time-LLM in the loop: trained, interrupted, resumed, tested, asked to predict."""
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import layers.backbone
+import run_main
+import utils.run
+from data_provider.timefeatures import time_marks
+from models.Autoformer import Model as Autoformer
+from tests.realdata import ROOT
+from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, run_folder, train, write_csv
+from utils.checks import check_checkpoint, check_model, outline
+from utils.command_line import parse_flags
+from utils.saving.checkpoint import Checkpoint
+from utils.saving.interrupt import Interrupted, Interrupts
+from utils.setup import setup
+from utils.training.memory import advice, fitting_sequences, loading_advice
+
+ROWS = 200  # 140 train, 20 validation, 40 test
+WINDOWS = 101  # of the training rows
+OTHERS = {
+    "DLinear": {"model": "DLinear"},
+    "PatchTST": {"model": "PatchTST"},
+    "Autoformer": {"model": "Autoformer"},
+    "Ridge": {"model": "Ridge"},
+}
+SUBSTITUTES = {name: {"llm_ablation": name} for name in ("none", "attention", "transformer")}
+VARIANTS = OTHERS | SUBSTITUTES | {
+    "random": {"llm_ablation": "random"},
+    "skip ridge": {"skip": "ridge"},
+    "skip linear": {"skip": "linear"},
+    "w/o prompt": {"use_prompt": 0},
+    "w/o reprogramming": {"use_reprogramming": 0},
+    "peaks": {"prompt_lags": "peaks"},
+    "nothing but the head": {"llm_ablation": "none", "use_reprogramming": 0, "skip": "linear"},
+}  # fmt: skip
+
+
+class StopAt(Interrupts):
+    """A signal that has come by the time that the run looks for one once more than `looks` times."""
+
+    def __init__(self, looks: int):
+        self._looks = looks
+        super().__init__()
+
+    @property
+    def received(self) -> int:
+        """The signal's number; each reading is a look."""
+        self._looks -= 1
+        return signal.SIGTERM if self._looks < 0 else 0
+
+    @received.setter
+    def received(self, number: int) -> None:
+        assert number == 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_modules():
+    """A run collects garbage twice; without the libraries' own objects to go through, that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def small(argv, tmp_path: Path):
+    """`small(**flags)`: as `argv`, on a shorter file, without pictures and copies."""
+    write_csv(tmp_path / "series.csv", ROWS)
+    return lambda **flags: argv(**{"plots": 0, "torch_checkpoint": 0, "save_predictions": 0} | flags)
+
+
+def scores(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text())["test"]
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two files hold the same tensors to the last bit."""
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trained_interrupted_tested_and_asked_to_predict(small, capsys, tmp_path: Path, name: str) -> None:
+    flags = VARIANTS[name] | {"do_predict": True}
+    words = small(**flags)
+    lines, folder = train(words, capsys), run_folder(words)
+    found, forecast = scores(folder), (folder / "forecast.csv").read_text()
+    assert figures(lines) == (f"{found['mse']:.7f}", f"{found['mae']:.7f}")
+    path = next(line for line in lines if line.startswith("Trained values:")).partition("; ")[2]
+    stands_in = {"none": "Nothing", "attention": "AttentionLayer", "transformer": "TransformerBlock"}
+    ablation = str(flags.get("llm_ablation", "off"))
+    llm = f"no language model ({stands_in[ablation]})" if ablation in stands_in else "fast path"
+    assert path == ("" if name in OTHERS else llm)
+    assert pd.read_csv(folder / "forecast.csv").shape == (PRED_LEN, 1 + len(COLUMNS))
+
+    # interrupted in the middle, and resumed
+    stopped = small(**flags, checkpoints=tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        utils.run.main(parse_flags(stopped), StopAt(3))
+    other = run_folder(stopped)
+    assert not (other / "checkpoint.safetensors").exists()
+    train([*stopped, "--resume"], capsys)
+    assert same(folder / "checkpoint.safetensors", other / "checkpoint.safetensors")
+    assert same(*(sorted(place.glob("state.*"))[-1] for place in (folder, other)))
+    assert scores(other) == found and (other / "forecast.csv").read_text() == forecast
+
+    # from the checkpoint alone: what makes the model comes from its record
+    for file in ("metrics.json", "forecast.csv"):
+        (folder / file).unlink()
+    alone = ["--is_training", "0", "--plots", "0", "--save_predictions", "0", "--device", "cpu", "--checkpoint", str(folder)]
+    train(alone, capsys)
+    assert scores(folder) == found
+    train([*alone, "--do_predict"], capsys)
+    assert (folder / "forecast.csv").read_text() == forecast
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("Autoformer", "S"), ("Ridge", "S"), ("DLinear", "MS"), ("PatchTST", "MS"), ("Ridge", "MS"), ("none", "MS")],
+)
+def test_one_column_is_forecast(small, capsys, name: str, features: str) -> None:
+    words = small(**VARIANTS[name], features=features, target="flow", do_predict=True, max_iters=3)
+    lines, folder = train(words, capsys), run_folder(words)
+    assert list(pd.read_csv(folder / "forecast.csv")) == ["date", "flow"]
+    assert figures(train([*words, "--is_training", "0", "--do_predict", "False"], capsys)) == figures(lines)
+    if name != "none":  # the others read the target alone
+        record = json.loads((folder / "checkpoint.json").read_text())
+        assert record["flags"]["enc_in"] == (1 if features == "S" else 3)
+
+
+def test_batch_normalisation_counts_the_steps_and_nothing_else(small, capsys) -> None:
+    """Before the first step the loop tries one out, where the run is long enough; that leaves no trace."""
+    words = small(model="PatchTST", train_epochs=2, batch_size=8)
+    lines = train(words, capsys)
+    assert any(line.startswith("Trial: ") for line in lines)
+    state = load_file(sorted(run_folder(words).glob("state.*"))[-1])
+    counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert counts == [2 * (WINDOWS // 8)] * 4
+
+
+def test_two_processes_normalise_alike(small, capsys) -> None:
+    """What PatchTST's batch normalisation has seen is that of both, so that they and a later test score one model."""
+    words = small(model="PatchTST", batch_size=8, eval_batch_size=5)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, "run_main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(run.stdout.splitlines())
+
+
+def test_ridge_is_the_baseline(small, capsys) -> None:
+    for features in ("M", "MS"):
+        words = small(model="Ridge", features=features, eval_batch_size=7, train_epochs=5, learning_rate=1.0)
+        lines = train(words, capsys)
+        metrics = json.loads((run_folder(words) / "metrics.json").read_text())
+        ridge = next(row for row in metrics["baselines"]["rows"] if row["name"] == "ridge")
+        assert metrics["test"] == pytest.approx({"mse": ridge["mse"], "mae": ridge["mae"]}, abs=1e-6)
+        assert sum("Vali Loss" in line for line in lines) == 1  # one epoch; there is nothing to repeat
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_ridge_repeated_and_seldom_tested(small, capsys, every: int) -> None:
+    words = small(model="Ridge", itr=2, test_every=every, tensorboard=True)
+    lines = train(words, capsys)
+    assert len({line for line in lines if line.startswith("Test MSE")}) == 1
+    assert sum(line.startswith("Test MSE") for line in lines) == 2
+    history = pd.read_csv(run_folder(words, 1) / "history.csv")
+    assert len(history) == 1 and history.train_loss[0] > 0
+    assert history.test_loss.isna().all() == (every != 1)
+
+
+def test_the_linear_skip_starts_at_ridge(small, capsys) -> None:
+    words = small(model="Ridge")
+    train(words, capsys)
+    fitted, ridge = load_file(run_folder(words) / "checkpoint.safetensors")["linear_map"], scores(run_folder(words))
+    for skip in ("ridge", "linear"):
+        start = setup(parse_flags(small(skip=skip)), 0, Interrupts())
+        assert torch.equal(start.model.linear_map, fitted)
+        assert isinstance(start.model.linear_map, torch.nn.Parameter) == (skip == "linear")
+        head = start.model.output_projection.linear
+        assert not head.weight.any() and not head.bias.any()
+        start.close()
+        still = small(skip=skip, max_iters=1, learning_rate=1e-30, model_comment="still")
+        train(still, capsys)
+        assert scores(run_folder(still)) == pytest.approx(ridge, abs=1e-6)
+        moved = small(skip=skip, model_comment="moved")
+        train(moved, capsys)
+        held = load_file(run_folder(moved) / "checkpoint.safetensors")
+        assert torch.equal(held["linear_map"], fitted) == (skip == "ridge")
+        assert held["output_projection.linear.weight"].any()
+
+
+def test_a_drawn_language_model_is_that_of_the_training(small, capsys) -> None:
+    words = small(llm_ablation="random", max_iters=2, itr=2)
+    train(words, capsys)
+    folders = [run_folder(words, repeat) for repeat in (0, 1)]
+    assert [Checkpoint.open(folder).backbone["random_seed"] for folder in folders] == [2021, 2022]
+    for folder in folders:
+        found = scores(folder)
+        test = ["--is_training", "0", "--plots", "0", "--device", "cpu", "--checkpoint", str(folder)]
+        for seed in ("5", "2021"):
+            train([*test, "--seed", seed], capsys)
+            assert scores(folder) == found
+    pretrained = small(max_iters=2, model_comment="pretrained")
+    train(pretrained, capsys)
+    assert scores(run_folder(pretrained)) != scores(folders[0])
+    assert "random_seed" not in Checkpoint.open(run_folder(pretrained)).backbone
+
+
+def test_a_strange_seed_in_a_record_is_none(small, capsys, monkeypatch) -> None:
+    words = small(llm_ablation="random", max_iters=1)
+    train(words, capsys)
+    expected, backbone = scores(run_folder(words)), Checkpoint.open(run_folder(words)).backbone
+    for held in (-1, 2**32, 10**30, True, "7", None):
+        monkeypatch.setattr(Checkpoint, "backbone", backbone | {"random_seed": held})
+        train([*words, "--is_training", "0"], capsys)
+        assert scores(run_folder(words)) == expected
+
+
+def test_autoformer_reads_the_step_off_a_file_and_goes_on_from_another(small, capsys, tmp_path: Path) -> None:
+    """Two horizons and a half by hand: what is forecast becomes the window's end, and the calendar goes on."""
+    table = pd.read_csv(tmp_path / "series.csv")
+    table["date"] = pd.date_range("2020-01-01", periods=len(table), freq="15min")
+    table.to_csv(tmp_path / "series.csv", index=False)
+    words = small(model="Autoformer", max_iters=4, moving_avg=5)
+    train(words, capsys)
+    folder = run_folder(words)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    assert record["flags"]["freq"] == "t"
+    tensors = load_file(folder / "checkpoint.safetensors")
+    assert tensors["enc_embedding.time_embedding.weight"].shape == (8, 5)
+
+    later = table.iloc[-50:].copy()
+    later["date"] = pd.date_range("2021-03-01 22:00", periods=50, freq="15min")
+    later[list(COLUMNS)] *= 1.1
+    later.to_csv(tmp_path / "later.csv", index=False)
+    predict = ["--is_training", "0", "--device", "cpu", "--plots", "0", "--checkpoint", str(folder), "--do_predict"]
+    train([*predict, "--predict_path", str(tmp_path / "later.csv"), "--predict_steps", "20"], capsys)
+    found = pd.read_csv(folder / "forecast.csv", parse_dates=["date"])
+    dates = pd.date_range(later.date.iloc[0], periods=50 + 24, freq="15min")
+    assert list(found.date) == list(dates[50:70])
+
+    model = Autoformer(Namespace(**record["flags"])).eval()
+    model.load_state_dict(tensors)
+    mean, deviation = (np.array(record["scaler"][name]) for name in ("mean", "deviation"))
+    rows = torch.from_numpy(((later[list(COLUMNS)].to_numpy() - mean) / deviation).astype(np.float32))
+    marks = torch.from_numpy(time_marks(dates, "t", "timeF"))
+    with torch.no_grad():
+        for end in (50, 58, 66):
+            ahead = marks[None, end - 8 : end + PRED_LEN]
+            rows = torch.cat([rows, model(rows[None, -SEQ_LEN:], marks[None, end - SEQ_LEN : end], None, ahead)[0]])
+    np.testing.assert_allclose(found[list(COLUMNS)], rows[50:70].numpy() * deviation + mean, rtol=1e-4, atol=1e-4)
+
+
+def test_another_step_than_the_trainings_has_other_marks(small, capsys, tmp_path: Path) -> None:
+    words = small(model="Autoformer", max_iters=1)
+    train(words, capsys)
+    table = pd.read_csv(tmp_path / "series.csv")
+    table["date"] = pd.date_range("2020-01-01", periods=len(table), freq="D")
+    table.to_csv(tmp_path / "daily.csv", index=False)
+    given = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words)), "--root_path", str(tmp_path)]
+    assert "time_embedding" in refusal([*given, "--data_path", "daily.csv"], capsys)
+
+
+def refusal(words: list[str], capsys) -> str:
+    """The one line with which a command line is refused."""
+    capsys.readouterr()
+    try:
+        code = run_main.main(words)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), (code, out, err)
+    assert re.fullmatch(r"run_main\.py: error: \S.*?: got .+, expected .+\n", err), err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model": "DLinear", "llm_ablation": "none"}, ["--llm_ablation", "none", "DLinear"]),
+        ({"model": "Ridge", "skip": "ridge"}, ["--skip", "ridge", "Ridge"]),
+        ({"model": "PatchTST", "load_in_4bit": True}, ["--load_in_4bit", "PatchTST"]),
+        ({"model": "PatchTST", "max_sequences": 8}, ["--max_sequences", "8", "PatchTST"]),
+        ({"model": "Autoformer", "max_sequences": 1}, ["--max_sequences", "1", "Autoformer"]),
+        ({"model": "Autoformer", "features": "MS"}, ["--features", "MS", "Autoformer"]),
+        ({"model": "DLinear", "moving_avg": 24}, ["--moving_avg", "24", "odd"]),
+        ({"model": "Autoformer", "moving_avg": 2}, ["--moving_avg", "2", "odd"]),
+        ({"llm_ablation": "random", "load_in_4bit": True}, ["--llm_ablation random", "--load_in_4bit"]),
+        ({"model": "PatchTST", "n_heads": 3}, ["--n_heads", "3", "--d_model 8"]),
+        ({"llm_ablation": "most"}, ["--llm_ablation", "'most'", "attention"]),
+        ({"skip": "DLinear"}, ["--skip", "'DLinear'", "none, ridge, linear"]),
+        ({"model": "Transformer"}, ["--model", "'Transformer'", "Autoformer"]),
+        ({"prompt_lags": "all"}, ["--prompt_lags", "'all'", "peaks"]),
+        ({"use_prompt": 2}, ["--use_prompt", "'2'"]),
+    ],
+)  # fmt: skip
+def test_what_is_refused(argv, capsys, monkeypatch, flags: dict, words: list[str]) -> None:
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(layers.backbone, "_load", fail)
+    monkeypatch.setattr(layers.backbone, "_draw", fail)
+    line = refusal(argv(**flags), capsys)
+    assert all(word in line for word in words), line
+    assert not run_folder(argv()).exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(small, capsys) -> None:
+    words = small(model="DLinear", max_iters=1)
+    train(words, capsys)
+    given = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words))]
+    for model in ("Ridge", "PatchTST", "Autoformer", "TimeLLM"):
+        assert "--checkpoint" in refusal([*given, "--model", model], capsys)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked"),
+    [
+        ({"llm_ablation": "random"}, {"llm_ablation": "off"}),
+        ({}, {"llm_ablation": "random"}),
+        ({}, {"llm_ablation": "none"}),
+        ({"llm_ablation": "none"}, {"llm_ablation": "attention"}),
+        ({}, {"use_prompt": 0}),
+        ({}, {"prompt_lags": "peaks"}),
+        ({}, {"skip": "ridge"}),
+        ({"skip": "linear"}, {"skip": "ridge"}),
+        ({}, {"use_reprogramming": 0}),
+    ],
+)
+def test_a_checkpoint_of_another_variant_is_refused(small, trained: dict, asked: dict) -> None:
+    """Where no tensor's shape tells the two apart, the record does."""
+    given, wanted = (parse_flags(small(**{"is_training": 0, "enc_in": 3} | flags)) for flags in (trained, asked))
+    for args in (given, wanted):
+        args.prompt_text = "words"
+    made, model = (outline(args, check_model(args)) for args in (given, wanted))
+    record = {"flags": vars(given)}
+    held = Namespace(flags=record["flags"], file="checkpoint", check=lambda shapes: compared(shapes, made))
+    with pytest.raises((ValueError, AssertionError)):
+        check_checkpoint(wanted, held, model, same_data=False)
+    check_checkpoint(given, held, made, same_data=False)
+
+
+@pytest.mark.parametrize("asked", [{"llm_ablation": "random"}, {"use_prompt": 0}, {"prompt_lags": "peaks"}])
+def test_a_checkpoint_from_before_the_variants_is_none_of_them(small, capsys, monkeypatch, asked: dict) -> None:
+    """Its record does not have the flags; the model was the paper's."""
+    words = small(max_iters=1)
+    train(words, capsys)
+    flags = {name: value for name, value in Checkpoint.open(run_folder(words)).flags.items() if name not in asked}
+    monkeypatch.setattr(Checkpoint, "flags", flags)
+    test = [*words, "--is_training", "0"]
+    train(test, capsys)
+    (flag, value), *_ = asked.items()
+    assert f"--{flag}: got {value}, expected " in refusal([*test, f"--{flag}", str(value)], capsys)
+
+
+@pytest.mark.xfail(strict=True, reason="their roles in utils/flags.py do not say that they are fixed")
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        ("DLinear", {"moving_avg": 5}), ("Autoformer", {"moving_avg": 5}), ("Autoformer", {"activation": "relu"}),
+        ("Autoformer", {"factor": 3}), ("Autoformer", {"label_len": 16}),
+    ],
+)  # fmt: skip
+def test_a_flag_that_changes_forecasts_is_that_of_the_training(small, capsys, model: str, asked: dict) -> None:
+    words = small(model=model, max_iters=1)
+    train(words, capsys)
+    (flag, value), *_ = asked.items()
+    given = ["--is_training", "0", "--device", "cpu", "--plots", "0", "--checkpoint", str(run_folder(words))]
+    assert f"--{flag}: got {value}, expected " in refusal([*given, f"--{flag}", str(value)], capsys)
+
+
+def compared(shapes: dict, model: torch.nn.Module) -> None:
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["Ridge", "none", "attention", "random", "w/o reprogramming", "peaks"])
+def test_advice_names_nothing_that_would_be_refused_or_help_nothing(small, name: str) -> None:
+    args = parse_flags(small(**VARIANTS[name], llm_layers=2))
+    job = setup(args, 0, Interrupts())
+    said = advice(job.args, job.model)
+    assert said.startswith("change ") or said.startswith("change, ")
+    if name in ("none", "attention", "transformer", "nothing but the head"):  # no layer is loaded
+        assert "--llm_layers" not in said and "--load_in_4bit" not in said
+        assert "--llm_layers" not in loading_advice(job.args) and "--load_in_4bit" not in loading_advice(job.args)
+    elif name == "random":
+        assert "--llm_layers" in said and "--load_in_4bit" not in said and "--load_in_4bit" not in loading_advice(job.args)
+    elif name not in OTHERS:
+        assert "--llm_layers" in said and "--load_in_4bit" in said
+    assert ("--prototypes direct" in loading_advice(job.args)) == ("--prototypes direct" in said)
+    assert ("--prototypes direct" in said) == (name not in OTHERS and VARIANTS[name].get("use_reprogramming", 1) == 1)
+    parts = fitting_sequences(job.model, job.args)
+    assert parts == 0 if name in OTHERS else parts >= 1 and parts & (parts - 1) == 0
+    job.close()
