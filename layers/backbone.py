@@ -34,6 +34,7 @@ class Backbone:
         causal: whether a token sees those before it alone.
         window: how far back it sees; None: to the start.
         recompute: whether the layers run again in the backward pass.
+        word_scale: what the layers see of a word over its embedding; Gemma's embedding layer multiplies.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Backbone:
             make_safe(self.model)
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
+        self.word_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
         self._words_on_host = False
         if recompute:
             _recompute_layers(self.model)
@@ -103,11 +105,6 @@ class Backbone:
     def heads(self) -> int:
         """Query heads of a layer."""
         return self.model.config.num_attention_heads
-
-    @property
-    def word_scale(self) -> float:
-        """What the layers see of a word over its embedding: Gemma's embedding layer multiplies."""
-        return float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
 
     @property
     def groups(self) -> int:

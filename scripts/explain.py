@@ -35,9 +35,9 @@ from models.TimeLLM import Model  # noqa: E402
 from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
 from utils.results import inside  # noqa: E402
-from utils.results.plots import FORECAST, HISTORY, TRUTH, _day, _dress, _fonts, _glyphs  # noqa: E402
+from utils.results.plots import FORECAST, HISTORY, TRUTH, day_of, dress, fonts, glyphs  # noqa: E402
 from utils.results.test_pass import Window  # noqa: E402
-from utils.run import _load_checkpoint  # noqa: E402
+from utils.run import load_checkpoint  # noqa: E402
 from utils.saving.files import write_atomic, write_json, writing  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
@@ -94,7 +94,7 @@ def explain(args: argparse.Namespace, flags: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
         flags.checkpoints = elsewhere
         job = setup(flags, 0, Interrupts())
-        checkpoint = _load_checkpoint(job)
+        checkpoint = load_checkpoint(job)
     folder = args.out or results_folder(job.args, checkpoint.file.parent, checkpoint, job.series)
 
     window = shown_window(job, number)
@@ -114,7 +114,7 @@ def explain(args: argparse.Namespace, flags: argparse.Namespace) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if draw is not None:
-        with rc_context({"font.family": _fonts(), "axes.unicode_minus": False}):
+        with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
             figure = draw(Figure(figsize=(15, 11), layout="constrained"))
             write_atomic(folder / "explain.png", lambda path: figure.savefig(path, format="png", dpi=100))
         print(f"Picture saved at: {folder / 'explain.png'}")
@@ -269,18 +269,18 @@ def paint(figure: Figure, job: Job, window: Window, channel: int, panels: list[t
     axes = above.subplots()
     _series(axes, window, channel)
     axes.set_ylabel(_drawable(job.windows.forecast_columns[channel])[:30])
-    axes.set_title(f"Forecast from {_day(window.dates[T])}, and what its patches attend to (units of the file)")
+    axes.set_title(f"Forecast from {day_of(window.dates[T])}, and what its patches attend to (units of the file)")
     left, *maps = below.subplots(1, 1 + len(panels), sharey=True, width_ratios=[0.35] + [1] * len(panels))
     # Row of the series at which a patch has its middle; the last patch ends after the series does.
     edges = np.arange(len(panels[0][1]) + 1) * args.stride + (args.patch_len - 1 - args.stride) / 2
     left.plot(window.history[:, channel], np.arange(T), color=HISTORY)
     left.set_ylim(edges[-1], min(edges[0], 0))  # time runs downwards
     ticks = np.linspace(0, T - 1, 8).round().astype(int)
-    left.set_yticks(ticks, [_day(window.dates[row]) for row in ticks], fontsize=8)
+    left.set_yticks(ticks, [day_of(window.dates[row]) for row in ticks], fontsize=8)
     left.set_title("the series, downwards", fontsize=10)
     left.xaxis.set_major_locator(MaxNLocator(3))
     left.tick_params(axis="x", labelsize=8)
-    _dress(left)
+    dress(left)
     for panel, (title, shares, names) in zip(maps, panels, strict=True):
         mesh = panel.pcolormesh(np.arange(len(names) + 1), edges, shares, cmap="viridis", vmin=0)
         panel.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
@@ -299,12 +299,12 @@ def _series(axes: Axes, window: Window, channel: int) -> None:
         axes.plot(window.dates[T - 1 :], np.append(last, values[:, channel]), color=colour, label=label)
     axes.axvline(mdates.date2num(window.dates[T - 1]), color="black", linewidth=0.7, linestyle=":")
     axes.legend(loc="upper left", ncols=3, frameon=False)
-    _dress(axes, dated=True)
+    dress(axes, dated=True)
 
 
 def _drawable(text: str) -> str:
     """No mathematics, and no letter that the installed fonts lack."""
-    return "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text).replace("$", r"\$")
+    return "".join(c if ord(c) in glyphs() else c.encode("unicode_escape").decode() for c in text).replace("$", r"\$")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,18 @@ NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
     "save_predictions", "plots", "tensorboard", "torch_checkpoint",
 }  # fmt: skip
-FIXED = {"llm_layers", "prompt_decimals", "seq_len", "patch_len", "stride", "n_heads", "d_ff", "use_amp"}
+FIXED = {
+    "label_len",
+    "factor",
+    "llm_layers",
+    "prompt_decimals",
+    "seq_len",
+    "patch_len",
+    "stride",
+    "n_heads",
+    "d_ff",
+    "use_amp",
+}
 INHERITED_WITH_THE_DATA = {
     "data", "root_path", "data_path", "target", "freq", "percent", "fill_missing", "prompt_text", "enc_in",
 }  # fmt: skip

@@ -27,6 +27,7 @@ class Role:
     about_data: bool = False  # it is inherited only where the data are those of the training
     resumed: bool = False  # it must be the same for a run to resume
     fixed: bool = False  # it must be as in training for a checkpoint to be used, though no tensor's shape tells
+    baselines: bool = False  # models without a language model alone read it
     tried: bool = True  # it says what was tried, so a table of runs shows it where they differ
 
 
@@ -37,8 +38,10 @@ FILE_READ = replace(DATA, resumed=False)  # a run that resumes compares what was
 PLACE = replace(FILE_READ, tried=False)
 TASK = Role("task", inherited=True, resumed=True)
 FIXED_TASK = replace(TASK, fixed=True)
+BASELINE_TASK = replace(FIXED_TASK, baselines=True)
 MODEL = Role("model", inherited=True, resumed=True)
 FIXED_MODEL = replace(MODEL, fixed=True)
+BASELINE = replace(FIXED_MODEL, baselines=True)
 LLM = Role("language model", inherited=True, resumed=True)
 FIXED_LLM = replace(LLM, fixed=True)
 LLM_PLACE = replace(LLM, resumed=False)  # a run that resumes compares the weights themselves
@@ -98,7 +101,7 @@ FLAGS = [
          "read, --target is scored", "ft{}"),
     # Fewer than 5 rows have no 5 lags to name in the prompt.
     Flag("seq_len", FIXED_TASK, whole(5), 96, "rows of history in a window, at least --patch_len", "sl{}"),
-    Flag("label_len", TASK, COUNT_OR_0, None, "rows of history before the target (default: 48, or --seq_len)", "ll{}"),
+    Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows of history before the target (default: 48, or --seq_len)", "ll{}"),
     Flag("pred_len", TASK, COUNT, 96, "rows to forecast", "pl{}"),
 
     Flag("d_model", MODEL, COUNT, 16, "width of a patch token", "dm{}"),
@@ -107,9 +110,9 @@ FLAGS = [
     Flag("d_layers", MODEL, COUNT, 1, "decoder layers of Autoformer", "dl{}"),
     Flag("d_ff", FIXED_MODEL, COUNT, 32, "width of a head, and features of the backbone's output that are used; of "
          "PatchTST and Autoformer the feed-forward block's", "df{}"),
-    Flag("factor", MODEL, COUNT, 1, "Autoformer looks at factor x log T delays", "fc{}"),
-    Flag("moving_avg", MODEL, COUNT, 25, "rows of DLinear's and Autoformer's moving average, an odd number"),
-    Flag("activation", MODEL, one_of("gelu", "relu"), "gelu", "of Autoformer's feed-forward blocks"),
+    Flag("factor", BASELINE, COUNT, 1, "Autoformer looks at factor x log T delays", "fc{}"),
+    Flag("moving_avg", BASELINE, COUNT, 25, "rows of DLinear's and Autoformer's moving average, an odd number"),
+    Flag("activation", BASELINE, one_of("gelu", "relu"), "gelu", "of Autoformer's feed-forward blocks"),
     Flag("embed", TASK, one_of("timeF", "fixed", "learned"), "timeF", "kind of the time marks, which Autoformer alone "
          "reads", "eb{}"),
     Flag("dropout", MODEL, real(lambda v: 0 <= v < 1, "a number from 0 to below 1"), 0.1, "dropout rate"),
@@ -239,6 +242,8 @@ def check_fixed(args: argparse.Namespace, held: dict[str, Any], checkpoint: Path
     """
     for flag in FLAGS:
         name = flag.name
+        if flag.role.baselines and args.model == "TimeLLM":
+            continue
         if flag.role.fixed and name in held and getattr(args, name) != held[name]:
             raise input_error(f"--{name}", getattr(args, name), f"{held[name]}, with which {checkpoint} was trained")
 

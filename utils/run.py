@@ -68,7 +68,7 @@ def fit(job: Job) -> TestFound | None:
             draw_losses(job.folder, progress.history)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
-    checkpoint = _load_checkpoint(job)
+    checkpoint = load_checkpoint(job)
     if args.torch_checkpoint and job.accelerator.is_main_process:
         with job.training.saver.explained():
             save_for_torch(checkpoint.file, job.model)
@@ -84,7 +84,7 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
-    checkpoint = _load_checkpoint(job)
+    checkpoint = load_checkpoint(job)
     results, scores = found or _test_pass(job, checkpoint)
     job.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     figures = {"mse": scores.mse, "mae": scores.mae}
@@ -110,13 +110,13 @@ def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
 
 def predict(job: Job) -> Path:
     """Forecast what follows the last row of the data; the path of forecast.csv."""
-    _load_checkpoint(job)
+    load_checkpoint(job)
     for note in job.notes:
         job.log(note)
     return forecast_future(job)
 
 
-def _load_checkpoint(job: Job) -> Checkpoint:
+def load_checkpoint(job: Job) -> Checkpoint:
     """Give the model the tensors to test or forecast with, unless it has them.
 
     Raises:

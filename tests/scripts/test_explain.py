@@ -18,7 +18,7 @@ from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder
 from utils.command_line import parse_flags
 from utils.results import inside
 from utils.results.inside import Trial, conclusion, percent
-from utils.run import _load_checkpoint
+from utils.run import load_checkpoint
 from utils.run import main as run
 from utils.saving.interrupt import Interrupts
 from utils.saving.tensors import write_tensors
@@ -44,7 +44,7 @@ def opened(run: Path, tmp_path: Path, *words: str) -> Job:
     """The run's job, as the script sets it up."""
     job = setup(parse_flags(["--is_training", "0", "--checkpoint", str(run), "--checkpoints", str(tmp_path), *words]), 0,
                 Interrupts())  # fmt: skip
-    _load_checkpoint(job)
+    load_checkpoint(job)
     return job
 
 

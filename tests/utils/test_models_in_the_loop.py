@@ -371,7 +371,6 @@ def test_a_checkpoint_from_before_the_variants_is_none_of_them(small, capsys, mo
     assert f"--{flag}: got {value}, expected " in refusal([*test, f"--{flag}", str(value)], capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="their roles in utils/flags.py do not say that they are fixed")
 @pytest.mark.parametrize(
     ("model", "asked"),
     [

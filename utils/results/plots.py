@@ -82,7 +82,7 @@ def draw_steps(folder: Path, scale: dict, step: str) -> Path:
         axes.set_xlim(0.5, len(ahead) + 0.5)
         axes.set_xlabel(f"rows ahead (1 row: {step})")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _dress(axes)
+        dress(axes)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
     return _save(folder, "error_by_step", paint, 9, 2)
@@ -108,7 +108,7 @@ def draw_losses(folder: Path, history: list[dict]) -> Path:
         axes.set(title="Loss by epoch", xlabel="epoch", ylabel="MSE, standardised scale")
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _dress(axes)
+        dress(axes)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
     return _save(folder, "loss_by_epoch", paint, 9, 2)
@@ -128,9 +128,9 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             axes.plot(dates[T - 1 :], np.append(last, window.pred[:, channel]), color=FORECAST, label="forecast",
                       marker="o" if H == 1 else None)  # fmt: skip
             axes.axvline(dates[T - 1], color="black", linewidth=0.7, linestyle=":")
-            _dress(axes, dated=True, labelled=row == len(shown) - 1)
+            dress(axes, dated=True, labelled=row == len(shown) - 1)
             if row == 0:
-                axes.set_title(f"forecast from {_day(dates[T])}", fontsize=10)
+                axes.set_title(f"forecast from {day_of(dates[T])}", fontsize=10)
         _label(grid[row][0], columns, channel)
     figure.align_ylabels(grid[:, 0])
     figure.suptitle(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)")
@@ -145,14 +145,14 @@ def _future(figure: Figure, columns: list[str], shown: list[int], history: tuple
         axes.plot(dates, values, color=FORECAST, label="forecast", marker="o" if len(values) < 4 else None)
         axes.axvline(history[0][-1], color="black", linewidth=0.7, linestyle=":")
         _label(axes, columns, channel)
-        _dress(axes, dated=True, labelled=axes is grid[-1])
+        dress(axes, dated=True, labelled=axes is grid[-1])
     figure.align_ylabels(grid)
     rows = f"{len(future[0])} row{'s' if len(future[0]) > 1 else ''}"
-    figure.suptitle(f"{rows} ahead from {_day(future[0][0])} (1 row: {step}; units of the file)")
+    figure.suptitle(f"{rows} ahead from {day_of(future[0][0])} (1 row: {step}; units of the file)")
     _legend(figure, grid[0])
 
 
-def _dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
+def dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
     """Light grid, no box; dates on the lowest row of panels only."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -175,14 +175,14 @@ def _save(folder: Path, name: str, paint: Callable[[Figure], None], width: float
     path = folder / PLOTS / f"{name}.png"
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"font.family": _fonts(), "axes.unicode_minus": False}):
+    with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
         paint(figure)
         write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
     return path
 
 
-def _fonts() -> list[str]:
+def fonts() -> list[str]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in CJK if name in installed)]
 
@@ -203,18 +203,18 @@ def _label(axes: Axes, columns: list[str], channel: int) -> None:
     A name that no installed font can draw becomes the column's number.
     """
     name = columns[channel]
-    if not set(map(ord, name)) <= _glyphs():
+    if not set(map(ord, name)) <= glyphs():
         name = f"column {channel + 1}"
     short = name if len(name) <= 20 else name[:19] + "…"
     axes.set_ylabel(short.replace("$", r"\$"), fontsize=10 if len(short) <= 12 else 8)
 
 
 @cache
-def _glyphs() -> frozenset[int]:
+def glyphs() -> frozenset[int]:
     """The characters that the fonts in use can draw."""
-    paths = [font_manager.findfont(name) for name in _fonts()]
+    paths = [font_manager.findfont(name) for name in fonts()]
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
-def _day(date: pd.Timestamp) -> str:
+def day_of(date: pd.Timestamp) -> str:
     return f"{date:%Y-%m-%d}" if date == date.normalize() else f"{date:%Y-%m-%d %H:%M}"
