@@ -101,7 +101,7 @@ FLAGS = [
          "read, --target is scored", "ft{}"),
     # Fewer than 5 rows have no 5 lags to name in the prompt.
     Flag("seq_len", FIXED_TASK, whole(5), 96, "rows of history in a window, at least --patch_len", "sl{}"),
-    Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows of history before the target (default: 48, or --seq_len)", "ll{}"),
+    Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows before the target (default: 48, or --seq_len)", "ll{}"),
     Flag("pred_len", TASK, COUNT, 96, "rows to forecast", "pl{}"),
 
     Flag("d_model", MODEL, COUNT, 16, "width of a patch token", "dm{}"),
