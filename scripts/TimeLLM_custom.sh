@@ -3,6 +3,8 @@
 # the last row. Flags of your own come last and win:
 #   bash scripts/TimeLLM_custom.sh my.csv
 #   bash scripts/TimeLLM_custom.sh my.csv --seq_len 192 --pred_len 24 --prompt_text "Sales of one shop, in pieces a day."
+# The forecast is that of a ridge regression, and what Time-LLM adds to it (--skip ridge: ours, not the paper's; RESULTS.md
+# has the figures). --skip none is the paper's model.
 # After an interruption the same command resumes; where the file has changed, --resume False starts anew.
 # The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
 (
@@ -30,7 +32,7 @@
     --task_name long_term_forecast --is_training 1 --model TimeLLM \
     --model_id "${file%.*}" --model_comment custom \
     --data custom --root_path "$folder" --data_path "$file" --features M \
-    --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 \
+    --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 --skip ridge \
     --llm_model QWEN --llm_model_path "$weights" ${four_bit[@]+"${four_bit[@]}"} \
     --do_predict --resume \
     "$@"
