@@ -74,11 +74,18 @@ def write_tables(study: Path, grid: Grid, places: list[Place], published: list[d
     made = sections(grid, found, published)
     tables = [table for section in made for table in (_errors(section), _differences(grid, section)) if table]
     facts = [*_facts(places), *(fact for section in made for fact in _windows(section)), *_notes(made)]
-    commands = [(place.cell.id, shlex.join(Queue.command(place))) for place in places]
+    commands = [(place.cell.id, _command(place)) for place in places]
     write_text(study / TEXT, _as_text(grid.title, tables, facts))
     write_text(study / MARKDOWN, _as_markdown(study, grid.title, tables, facts, commands))
     write_text(study / LATEX, _as_latex(grid.title, tables, facts))
     return made
+
+
+def _command(place: Place) -> str:
+    """A cell's command as one would type it in the repository's folder."""
+    _, program, *words = Queue.command(place)
+    here = f"{Path.cwd()}/"
+    return shlex.join(["python", Path(program).name, *(word.removeprefix(here) for word in words)])
 
 
 def _facts(places: list[Place]) -> list[str]:
