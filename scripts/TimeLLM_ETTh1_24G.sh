@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ETTh1 as in TimeLLM_ETTh1_2.sh, but larger and longer: for a GPU with 24 GB.
 # Flags of your own come last and win: bash scripts/TimeLLM_ETTh1_24G.sh --train_epochs 10
+# A batch's 112 sequences run in two parts: by count 2.9 GiB less at the peak, for 1 % of the time.
 # The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
 (
   . "$(dirname "${BASH_SOURCE[0]:-$0}")/common.sh"
@@ -33,6 +34,7 @@
     --dropout 0.1 \
     --llm_model QWEN \
     --load_in_4bit \
+    --max_sequences 56 \
     --resume \
     "$@"
 )
