@@ -139,8 +139,10 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster,
     Raises:
         InputError: at the first contradiction.
     """
-    checkpoint.check(shapes_of(model))
     flags = checkpoint.flags
+    if flags.get("model", args.model) != args.model:
+        raise input_error("--model", args.model, f"{flags['model']}, which {checkpoint.file} holds")
+    checkpoint.check(shapes_of(model))
     # A flag that came to be after the checkpoint was written had its default then.
     check_fixed(args, resumed_defaults() | flags if flags else {}, checkpoint.file)
     words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]
@@ -181,8 +183,9 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
         f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {series.step_words}",
         f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
         f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
-        f"prompt: {dataset_description(args)}",
     ]
+    if model_class(args.model).uses_llm:
+        lines.append(f"prompt: {dataset_description(args)}")
     if series.filled:
         cells = "1 empty cell" if series.filled == 1 else f"{series.filled} empty cells"
         lines.append(f"{cells} filled (--fill_missing {args.fill_missing})")

@@ -328,7 +328,7 @@ def test_a_checkpoint_of_another_model_is_refused(small, capsys) -> None:
     train(words, capsys)
     given = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words))]
     for model in ("Ridge", "PatchTST", "Autoformer", "TimeLLM"):
-        assert "--checkpoint" in refusal([*given, "--model", model], capsys)
+        assert f"--model: got {model}, expected DLinear" in refusal([*given, "--model", model], capsys)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _find(args: Namespace) -> Path:
     if args.predict_path is None:
         return find_csv(args.root_path, args.data_path)
     path = Path(args.predict_path)
-    places = [path, *csv_places(args.root_path, args.predict_path)]
+    places = list(dict.fromkeys([path, *csv_places(args.root_path, args.predict_path)]))
     found = [place for place in places if place.is_file()]
     if not found:
         raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
