@@ -1,5 +1,6 @@
 """Backbones that all tests share: one tiny folder of each family, read once."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,15 @@ from layers.backbone_files import find_backbone
 from scripts.make_backbone import make_backbone
 
 NAMES = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2", "bert": "BERT"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_modules():
+    """A run collects garbage twice; without the libraries' own objects to go through, that takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def enliven(folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """Every model and every variant of Time-LLM in the loop: trained, interrupted, resumed, tested, asked to predict."""
 
-import gc
 import json
 import os
 import re
@@ -66,15 +65,6 @@ class StopAt(Interrupts):
     @received.setter
     def received(self, number: int) -> None:
         assert number == 0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen_modules():
-    """A run collects garbage twice; without the libraries' own objects to go through, that takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
