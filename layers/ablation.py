@@ -9,13 +9,13 @@ from torch import nn
 
 
 class Substitute(nn.Module):
-    """Runs patches in the language model's place."""
+    """Runs patches in the language model's place.
+
+    `forward` takes the words of the prompts `[M, S, D]`, which of them count `[M, S]`, and patches `[M, L, D]`; it gives
+    `[M, L, D]`.
+    """
 
     reads_prompt = True
-
-    def forward(self, words: torch.Tensor, real: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Words of the prompts `[M, S, D]`, which of them count `[M, S]`, patches `[M, L, D]` -> `[M, L, D]`."""
-        raise NotImplementedError
 
 
 class Nothing(Substitute):
