@@ -18,13 +18,14 @@ FLOORS = [
     "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.statistics", "utils.study.cells",
     "utils.study.grid",
     "utils.run", "utils.setup", "utils.results.forecast", "utils.results.inside", "utils.results.plots",
-    "utils.training.train",
-    "utils.results.test_pass", "utils.results.comparison", "utils.results.baselines", "utils.training.evaluate",
-    "utils.training.trial", "utils.training.memory", "utils.training.session", "utils.training.step",
-    "utils.training.precision", "utils.results.journal", "utils.results.predictions", "utils.results.metrics",
-    "utils.results.log", "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver",
-    "utils.saving.checkpoint", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
-    "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.files", "utils.errors",
+    "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.interval_metrics",
+    "utils.results.comparison", "utils.results.baselines", "utils.training.evaluate", "utils.training.trial",
+    "utils.training.memory", "utils.training.session", "utils.training.step", "utils.training.precision",
+    "utils.results.journal", "utils.results.predictions", "utils.results.metrics", "utils.results.log",
+    "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
+    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
+    "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
+    "utils.errors",
     "utils.threads",
 ]  # fmt: skip
 NAMES = {flag.name for flag in FLAGS}
@@ -145,7 +146,7 @@ OLD_STATE = {
 NEWER = {"skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation"}
 NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
-    "save_predictions", "plots", "tensorboard", "torch_checkpoint",
+    "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals",
 }  # fmt: skip
 FIXED = {
     "label_len",

@@ -1,12 +1,14 @@
 """Checks: flags set against each other, the device, the data, the backbone and the checkpoint, before a weight is loaded."""
 
+import shlex
 import shutil
 import subprocess
 from argparse import Namespace
+from typing import NamedTuple
 
 import torch
 
-from data_provider.data_loader import SplitSeries
+from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import bank_file, dataset_description, make_description
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
@@ -14,6 +16,7 @@ from layers.errors import input_error
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
+from utils.intervals import LEVELS, Intervals, fewest_windows, name_of, supported
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
@@ -190,3 +193,66 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
         cells = "1 empty cell" if series.filled == 1 else f"{series.filled} empty cells"
         lines.append(f"{cells} filled (--fill_missing {args.fill_missing})")
     return lines
+
+
+class IntervalPlan(NamedTuple):
+    """Which prediction intervals a run has."""
+
+    levels: tuple[float, ...]  # per cent
+    kept: Intervals | None  # those of the checkpoint, where they are of these data; else they are calibrated
+    notes: list[str]  # lines for the user
+
+
+def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | None, same_data: bool) -> IntervalPlan:
+    """Set `--intervals` against the validation windows; of a forecast alone, against what its checkpoint has.
+
+    Args:
+        same_data: whether the series is of the data that the checkpoint was trained on.
+
+    Raises:
+        InputError: levels that were asked for and cannot be had, or a checkpoint whose intervals cannot be used.
+    """
+    kept = checkpoint.intervals if checkpoint is not None and same_data else None
+    expected = (len(series.forecast_columns), args.pred_len)
+    if kept is not None and checkpoint is not None and kept.offsets.shape[1:] != expected:
+        got = f"intervals of {kept.offsets.shape[1]} channels and {kept.offsets.shape[2]} steps"
+        raise input_error(f"--checkpoint {checkpoint.file}", got, f"{expected[0]} and {expected[1]}")
+    if args.intervals == ():
+        return IntervalPlan((), None, [])
+    if isinstance(series, SplitSeries):
+        return _from_windows(args, len(series.windows("val")), kept)
+    assert checkpoint is not None, "a forecast alone has a checkpoint"
+    return _from_checkpoint(args, checkpoint, kept, same_data)
+
+
+def _from_windows(args: Namespace, windows: int, kept: Intervals | None) -> IntervalPlan:
+    asked = LEVELS if args.intervals is None else args.intervals
+    levels = supported(asked, windows)
+    few = [level for level in asked if level not in levels]
+    notes = []
+    if few:
+        least = max(map(fewest_windows, few))
+        got = f"{name_of(few[-1])} with {windows} validation windows"
+        if args.intervals is not None:
+            raise input_error("--intervals", got, f"at least {least} of them, for an error beyond each end")
+        names = " and ".join(f"{name_of(level)} %" for level in few)
+        notes = [f"No prediction intervals of {names}: {windows} validation windows, {least} are the fewest"]
+    return IntervalPlan(levels, kept.only(levels) if kept and kept.has(levels) else None, notes)
+
+
+def _from_checkpoint(args: Namespace, checkpoint: Checkpoint, kept: Intervals | None, same_data: bool) -> IntervalPlan:
+    if not same_data:
+        return IntervalPlan((), None, ["No prediction intervals: they would be those of other data, the checkpoint's"])
+    command = f"python run_main.py --is_training 0 --checkpoint {shlex.quote(str(checkpoint.file))}"
+    how = f"to calibrate them on the validation windows, without training: {command}"
+    if kept is None:
+        if args.intervals:
+            raise input_error("--intervals", f"a checkpoint without any, {checkpoint.file}", "one that has them", how)
+        return IntervalPlan((), None, [f"No prediction intervals: the checkpoint is older than they are; {how}"])
+    levels = kept.levels if args.intervals is None else args.intervals
+    if not kept.has(levels):
+        wrong = next(level for level in levels if not kept.has([level]))
+        how += f" --intervals {' '.join(map(name_of, levels))}"
+        had = " ".join(map(name_of, kept.levels))
+        raise input_error("--intervals", name_of(wrong), f"those that {checkpoint.file} has, {had}", how)
+    return IntervalPlan(levels, kept.only(levels), [])

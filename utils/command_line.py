@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from data_provider.splits import DATASETS
 from layers.errors import InputError, input_error
 from utils.flags import FLAGS, REQUIRED, inherited, run_name
-from utils.kinds import BOOL
+from utils.kinds import BOOL, LEVELS
 from utils.saving.record import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
@@ -41,7 +41,9 @@ def build_parser() -> FlagParser:
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         shown = " (required)" if flag.required else "" if flag.default is None else f" (default: {flag.default})"
-        extra: dict[str, Any] = {"nargs": "?", "const": True} if flag.kind is BOOL else {}
+        extra: dict[str, Any] = (
+            {"nargs": "?", "const": True} if flag.kind is BOOL else {"nargs": "+"} if flag.kind is LEVELS else {}
+        )
         groups[heading].add_argument(
             f"--{flag.name}", type=flag.kind, default=flag.default, metavar="X", help=flag.help + shown, **extra
         )
@@ -117,6 +119,10 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         InputError: at the first flag that contradicts another.
     """
+    if args.intervals is not None:
+        if 0 in args.intervals and len(args.intervals) > 1:
+            raise input_error("--intervals", "none beside numbers", LEVELS.expected)
+        args.intervals = tuple(sorted({level for level in args.intervals if level}))
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
     args.data = DATASETS[args.data].read_as or args.data

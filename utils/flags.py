@@ -13,7 +13,22 @@ from typing import Any, NoReturn
 from data_provider.splits import DATASETS
 from layers.errors import input_error
 from models import MODELS
-from utils.kinds import BOOL, COUNT, COUNT_OR_0, FILE, FOLDER, FREQUENCY, SWITCH, TEXT, Kind, one_of, path_of, real, whole
+from utils.kinds import (
+    BOOL,
+    COUNT,
+    COUNT_OR_0,
+    FILE,
+    FOLDER,
+    FREQUENCY,
+    LEVELS,
+    SWITCH,
+    TEXT,
+    Kind,
+    one_of,
+    path_of,
+    real,
+    whole,
+)
 from utils.saving.record import read_record
 
 
@@ -175,6 +190,8 @@ FLAGS = [
     Flag("predict_path", OUTPUT, FILE, None, "forecast what follows this CSV, which has the columns of training"),
     Flag("predict_steps", OUTPUT, COUNT, None, "rows to forecast; more than --pred_len go on from the forecast itself "
          "(default: --pred_len)"),
+    Flag("intervals", OUTPUT, LEVELS, None, "per cent of the truths that each prediction interval is to hold; none: no "
+         "intervals (default: 80 95; of a forecast, what its checkpoint has)"),
     Flag("save_predictions", OUTPUT, SWITCH, 1, "1: each test leaves its forecasts in predictions.npz"),
     Flag("plots", OUTPUT, SWITCH, 1, "1: draw the results as PNG files"),
     Flag("tensorboard", OUTPUT, BOOL, False, "write events for TensorBoard, where it is installed"),

@@ -93,6 +93,17 @@ def _yes_or_no(text: str) -> bool:
     return words[text.lower()]
 
 
+def _per_cent(text: str) -> float:
+    if text.lower() == "none":
+        return 0.0
+    value = float(text)
+    if not 0 < value < 100 or round(value, 4) != value:
+        raise ValueError
+    return value
+
+
+# Of one word or several; 0 stands for none.
+LEVELS = Kind(_per_cent, "numbers between 0 and 100 such as 80 95, or none")
 COUNT, COUNT_OR_0, SWITCH = whole(1), whole(0), whole(0, 1)
 TEXT, FOLDER, FILE = text_of("some text"), path_of("a folder"), path_of("a file name")
 FREQUENCY = text_of("a pandas frequency such as h, t, d or 15min", r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*")

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from utils.errors import RunError
+from utils.intervals import name_of
+from utils.results.calibration import Calibration
 from utils.results.comparison import note_of
 from utils.results.forecast import forecast_future
 from utils.results.log import RunLog
 from utils.results.test_pass import TestPass
-from utils.saving.checkpoint import Checkpoint, save_for_torch, shapes_of
+from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch, shapes_of
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command
 from utils.setup import setup
@@ -85,6 +87,8 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
         Interrupted: a signal has come; nothing is lost.
     """
     checkpoint = load_checkpoint(job)
+    if found is None:
+        checkpoint = calibrate(job, checkpoint)
     results, scores = found or _test_pass(job, checkpoint)
     job.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
     figures = {"mse": scores.mse, "mae": scores.mae}
@@ -96,6 +100,34 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
 
         draw_test(results, metrics)
     return scores
+
+
+def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
+    """Give the job its prediction intervals, unless it has them: one pass over the validation windows.
+
+    A checkpoint of these data keeps them. Returns it as it is then.
+
+    Raises:
+        Interrupted: a signal has come; nothing is lost.
+    """
+    if not job.levels or (job.intervals is not None and job.intervals.has(job.levels)):
+        return checkpoint
+    calibration = Calibration(job)
+    try:
+        score(job, "val", calibration.consume)
+    except Interrupted:
+        calibration.end(use=False)
+        raise
+    calibration.end()
+    levels = " and ".join(f"{name_of(level)} %" for level in job.levels)
+    job.log(f"Prediction intervals of {levels} calibrated on {len(job.windows.windows('val'))} validation windows")
+    if not (checkpoint.record and job.intervals and checkpoint.trained_on(job.series, job.args.fill_missing)):
+        return checkpoint
+    if job.accelerator.is_main_process:
+        checkpoint = add_intervals(checkpoint, job.intervals)
+        job.log(f"They are kept in {checkpoint.file}")
+    job.accelerator.wait_for_everyone()
+    return checkpoint
 
 
 def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
@@ -133,6 +165,8 @@ def load_checkpoint(job: Job) -> Checkpoint:
         job.log(f"WARNING: --load_in_4bit: got {job.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
     job.model.load_state_dict(tensors)
     job.checkpoint, job.has_checkpoint = checkpoint, True
+    if job.args.is_training:
+        job.intervals = checkpoint.intervals  # of the best epoch, and of a run that was finished before
     return checkpoint
 
 

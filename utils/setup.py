@@ -50,6 +50,7 @@ class Plan:
     info: BackboneInfo | None  # the language model's, where there is one
     outline: Forecaster  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
+    intervals: checks.IntervalPlan
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     precision: Precision
@@ -67,7 +68,8 @@ class Plan:
         """The splits that the run goes through, with the series; a history that is gone on from has none."""
         if not isinstance(self.series, SplitSeries):
             return []
-        return [(split, self.series) for split in (SPLITS if self.args.is_training else SPLITS[2:])]
+        calibrates = bool(self.intervals.levels) and self.intervals.kept is None
+        return [(split, self.series) for split in SPLITS[0 if self.args.is_training else 1 if calibrates else 2 :]]
 
 
 def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
@@ -100,6 +102,8 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         step_limit=Limit(at_once),
         evaluation_limit=Limit(at_once),
         checkpoint=plan.checkpoint,
+        levels=plan.intervals.levels,
+        intervals=plan.intervals.kept,
         notes=plan.notes,
     )
     if start is not None:
@@ -133,8 +137,10 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
         if folder.is_dir():
             refuse_links(folder)
+    intervals = checks.plan_intervals(args, series, checkpoint, same_data)
+    notes += intervals.notes if forecasts_only else []
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
-    plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, notes, accelerator, precision)
+    plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
@@ -200,6 +206,8 @@ def _open_log(plan: Plan) -> RunLog:
     if series.synthetic:
         log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
     for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
+        log(line)
+    for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
         log(line)
     if plan.precision.note:
         log(plan.precision.note)

@@ -1,13 +1,15 @@
 """File predictions.npz: every forecast of a test pass beside the truth, written as the batches come."""
 
-import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from utils.intervals import name_of
+from utils.saving.array_file import ArrayFile
 from utils.saving.files import write_atomic, writing
 
 PREDICTIONS = "predictions.npz"
@@ -18,44 +20,46 @@ class Predictions:
 
     Members of the file, for W windows, H steps ahead and N channels, in the data's own units:
 
-    - pred, true `[W, H, N]` float32
+    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
     - start `[W]` datetime64: date of the first forecast row
     - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
 
     Processes of a group on one machine write to the same files.
     """
 
-    def __init__(self, folder: Path, windows: int, pred_len: int, columns: list[str], main: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        windows: int,
+        pred_len: int,
+        columns: list[str],
+        main: bool = True,
+        levels: Sequence[float] = (),
+    ):
         """Args:
         folder: the run's folder; the parts lie in a folder in it until `close`.
         main: whether this process makes the files (the others wait before they write).
+        levels: of the prediction intervals, per cent.
         """
         self.folder, self.columns, self.main = folder, columns, main
         self.parts = folder / ".predictions.parts"
-        self.shape = (windows, pred_len, len(columns))
+        names = ["pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))]
+        shape = (windows, pred_len, len(columns))
+        self.arrays = {name: ArrayFile(self._path(name), shape, folder / PREDICTIONS) for name in names}
         if main:
             with writing(folder / PREDICTIONS):
                 shutil.rmtree(self.parts, ignore_errors=True)
                 self.parts.mkdir()
-                for name in ("pred", "true"):
-                    self._create(name)
+            for array in self.arrays.values():
+                array.create()
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.npy"
 
-    def _create(self, name: str) -> None:
-        # open_memmap writes the header and sets the length; the map itself is not used.
-        np.lib.format.open_memmap(self._path(name), mode="w+", dtype="<f4", shape=self.shape)
-
-    def add(self, first: int, pred: np.ndarray, true: np.ndarray) -> None:
-        """Write neighbouring windows from number `first` on, `[B, H, N]` in own units."""
-        for name, rows in (("pred", pred), ("true", true)):
-            rows = np.ascontiguousarray(rows, dtype="<f4")
-            size = self.shape[1] * self.shape[2] * rows.itemsize  # bytes of a window
-            with writing(self.folder / PREDICTIONS), self._path(name).open("r+b") as file:
-                start = os.fstat(file.fileno()).st_size - self.shape[0] * size  # the header's length
-                file.seek(start + first * size)
-                file.write(rows.data)
+    def add(self, first: int, pred: np.ndarray, true: np.ndarray, bands: dict[str, np.ndarray] | None = None) -> None:
+        """Write neighbouring windows from number `first` on, each `[B, H, N]` in own units."""
+        for name, rows in {"pred": pred, "true": true, **(bands or {})}.items():
+            self.arrays[name].write(first, rows)
 
     def close(self, start: pd.DatetimeIndex | np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
         """Put the parts into predictions.npz; an earlier one stays until this one is whole."""

@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 
 from data_provider.batches import Batch
 from data_provider.data_factory import series_flags
+from layers.norm import instance_norm
+from utils.intervals import name_of
 from utils.results.comparison import METRICS, measured
+from utils.results.interval_metrics import IntervalMetrics
 from utils.results.log import peak_memory_gib
 from utils.results.metrics import Metrics
 from utils.results.predictions import Predictions
@@ -29,6 +33,7 @@ class Window:
     history: np.ndarray  # [T, N]
     true: np.ndarray  # [H, N]
     pred: np.ndarray  # [H, N]
+    bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
 
 
 class TestPass:
@@ -47,30 +52,48 @@ class TestPass:
         self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
         accelerator, horizon = job.accelerator, self.series.pred_len
         self.metrics = Metrics(self.mean, self.deviation, horizon, job.device)
+        intervals = job.intervals
+        self.interval_metrics: IntervalMetrics | None = None
+        if intervals is not None:
+            self.interval_metrics = IntervalMetrics(intervals, self.mean, self.deviation, job.device)
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
         self.predictions: Predictions | None = None
         if job.args.save_predictions:
             self.folder.mkdir(parents=True, exist_ok=True)
             main = accelerator.is_main_process
-            self.predictions = Predictions(self.folder, len(self.data), horizon, self.columns, main)
+            levels = intervals.levels if intervals else ()
+            self.predictions = Predictions(self.folder, len(self.data), horizon, self.columns, main, levels)
             accelerator.wait_for_everyone()
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
         B, N, sequences = len(batch.index), len(self.columns), batch.sequences()
         pred, true = forecast.view(B, N, -1), sequences.y.view(B, N, -1)  # (B, N, H)
+        x = sequences.x.view(B, N, -1)
         self.metrics.add(pred, true)
+        deviation = instance_norm(x)[2]  # (B, N, 1)
+        if self.interval_metrics is not None:
+            self.interval_metrics.add(pred, true, deviation)
         index = batch.index.tolist()
         if self.predictions is None and not self.shown.intersection(index):
             return
-        own_pred, own_true, own_x = (self._own(v) for v in (pred, true, sequences.x.view(B, N, -1)))
+        own_pred, own_true, own_x = (self._own(v) for v in (pred, true, x))
+        bands = {name: self._own(values) for name, values in self._bands(pred, deviation)}
         if self.predictions is not None:  # a batch's windows are neighbours: test batches come in order
-            self.predictions.add(index[0], own_pred, own_true)
+            self.predictions.add(index[0], own_pred, own_true, bands)
         for place, number in enumerate(index):
             if number in self.shown:
                 dates = self.data.dates[number : number + own_x.shape[1] + own_pred.shape[1]]
-                self.windows[number] = Window(dates, own_x[place], own_true[place], own_pred[place])
+                shown = {name: band[place] for name, band in bands.items()}
+                self.windows[number] = Window(dates, own_x[place], own_true[place], own_pred[place], shown)
+
+    def _bands(self, pred: torch.Tensor, deviation: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names of the bands' ends, and their standardised values `[B, N, H]`."""
+        if self.job.intervals is not None:
+            for level in self.job.intervals.levels:
+                for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
+                    yield side + name_of(level), pred + deviation * torch.from_numpy(offsets).to(pred.device)
 
     def _own(self, values: torch.Tensor) -> np.ndarray:
         """Standardised `[B, N, rows]` -> own units `[B, rows, N]`."""
@@ -84,6 +107,8 @@ class TestPass:
         """
         job = self.job
         self.metrics.reduce(job.accelerator)
+        if self.interval_metrics is not None:
+            self.interval_metrics.reduce(job.accelerator)
         job.accelerator.wait_for_everyone()  # all have written their windows
         if not job.accelerator.is_main_process:
             return figures
@@ -97,6 +122,8 @@ class TestPass:
             "flags": series_flags(job.args),  # on what data the test was made
             **self.metrics.result(self.columns),
         }
+        if self.interval_metrics is not None:
+            metrics["intervals"] = self.interval_metrics.result(self.columns)
         began = time.perf_counter()
         metrics["baselines"] = measured(self.series, self._kept())
         if time.perf_counter() - began > 1:

@@ -1,8 +1,8 @@
 """The checkpoint: the trained tensors, and beside them what it takes to use them again.
 
 `checkpoint.safetensors` holds the tensors under the names of existing Time-LLM checkpoints, and in its header
-the record (flags, columns, scaler, backbone, versions) as JSON, so that the two cannot be parted. The same
-record lies in `checkpoint.json` for people to read. A `checkpoint` file of older Time-LLM code loads too.
+the record (flags, columns, scaler, backbone, versions) as JSON and the prediction intervals, so that they cannot be
+parted. The same record lies in `checkpoint.json` for people to read. A `checkpoint` file of older Time-LLM code loads too.
 """
 
 import json
@@ -12,6 +12,7 @@ import platform
 import struct
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from data_provider.data_loader import Series, SplitSeries, fingerprint
 from data_provider.table import Table, read_table
 from layers.errors import input_error
+from utils.intervals import Intervals
 from utils.saving.files import write_atomic, write_json
 from utils.saving.record import TENSORS, Header, parse_record, read_header
 from utils.saving.tensors import damage, write_tensors
 
 RECORD, LEGACY = "checkpoint.json", "checkpoint"
+INTERVALS = "intervals"  # their name in the header
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
 FROZEN = ("llm_model.", "word_embeddings")  # what older checkpoints may hold besides the trained tensors
 Shapes = dict[str, tuple[int, ...]]
@@ -87,6 +90,21 @@ class Checkpoint:
     def backbone(self) -> dict[str, Any]:
         """Name, shape and fingerprint of the language model of the training."""
         return self.record.get("backbone", {})
+
+    @cached_property
+    def intervals(self) -> Intervals | None:
+        """The prediction intervals of the tensors, in the order of the columns that training forecast; None without.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        text = self.header.metadata.get(INTERVALS) if self.header else None
+        if text is None:
+            return None
+        try:
+            return Intervals.decode(text)
+        except ValueError as error:
+            raise input_error(f"--checkpoint {self.file}", str(error), "those that training wrote") from error
 
     def scaler(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The training's columns, and their mean and deviation `[N]` float64.
@@ -168,16 +186,38 @@ def trained_on(record: dict[str, Any], data: Series | Table, fill: str | None = 
     return fingerprint(table.values[:rows, [table.columns.index(name) for name in names]]) == expected
 
 
-def save_checkpoint(folder: Path, model: torch.nn.Module, record: dict[str, Any]) -> None:
-    """Write the trained tensors with their record; an earlier checkpoint stays until this one is safe.
+def save_checkpoint(
+    folder: Path, model: torch.nn.Module, record: dict[str, Any], intervals: Intervals | None = None
+) -> None:
+    """Write the trained tensors, record and prediction intervals; an earlier checkpoint stays until this one is safe.
 
     Raises:
         StorageError: the file system refused.
     """
     record = record | {"versions": versions()}
     metadata = {"record": json.dumps(record, ensure_ascii=False)}
+    if intervals is not None:
+        metadata[INTERVALS] = intervals.encode()
     write_atomic(folder / TENSORS, lambda path: write_tensors(path, model.state_dict(), metadata))
     write_json(folder / RECORD, record)
+
+
+def add_intervals(checkpoint: Checkpoint, intervals: Intervals) -> Checkpoint:
+    """Write a checkpoint anew, with these prediction intervals; the one that was there stays until it is safe.
+
+    Args:
+        checkpoint: one with a record, that `save_checkpoint` wrote.
+
+    Raises:
+        InputError: its tensors cannot be read.
+        StorageError: the file system refused.
+    """
+    assert checkpoint.header is not None, "a file of older code has no place for them"
+    tensors = checkpoint.tensors(checkpoint.header.shapes)
+    metadata = {name: text for name, text in checkpoint.header.metadata.items() if name != "sha256"}
+    metadata[INTERVALS] = intervals.encode()
+    write_atomic(checkpoint.file, lambda path: write_tensors(path, tensors, metadata))
+    return Checkpoint.open(checkpoint.file)
 
 
 def save_for_torch(file: Path, model: torch.nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from utils.errors import RunError, StorageError
+from utils.intervals import Intervals
 from utils.saving.checkpoint import save_checkpoint
 from utils.saving.files import FULL, free_bytes, size_text
 from utils.saving.interrupt import Interrupted, Interrupts
@@ -86,7 +87,7 @@ class Saver:
         self._saved_at = time.monotonic()
         self.mark_saved(progress)
 
-    def save_checkpoint(self, epoch: dict[str, Any]) -> None:
+    def save_checkpoint(self, epoch: dict[str, Any], intervals: Intervals | None = None) -> None:
         """Write the checkpoint of the epoch that has just ended, whose losses go into the record.
 
         Raises:
@@ -94,7 +95,7 @@ class Saver:
         """
         if self.accelerator.is_main_process:
             with self.explained():
-                save_checkpoint(self.folder, self.model, self.record | epoch)
+                save_checkpoint(self.folder, self.model, self.record | epoch, intervals)
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from models.forecaster import Forecaster
+from utils.intervals import Intervals
 from utils.results.journal import Journal
 from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint
@@ -69,6 +70,8 @@ class Job:
     evaluation_limit: Limit
     checkpoint: Checkpoint | None = None
     has_checkpoint: bool = False  # the model has its tensors
+    levels: tuple[float, ...] = ()  # of the prediction intervals, per cent
+    intervals: Intervals | None = None  # of the tensors that the model has, once they are calibrated
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
     _training: Training | None = None
 

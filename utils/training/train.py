@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from data_provider.batches import Batch, Sequences
 from models.forecaster import Forecaster
 from utils.errors import RunError
+from utils.results.calibration import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
 from utils.results.test_pass import TestPass
 from utils.saving.interrupt import Interrupted
@@ -70,8 +71,11 @@ def _run_epochs(job: Job) -> TestFound | None:
             seconds = time.perf_counter() - began
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            vali = score(job, "val")
+            calibration = Calibration(job) if job.levels else None
+            vali = score(job, "val", calibration.consume if calibration else None)
             improved = vali.mse < progress.best_vali_loss
+            if calibration:
+                calibration.end(improved)
             with job.training.saver.explained():  # it writes predictions
                 results, test = test_epoch(job, improved)
             if improved:
@@ -205,7 +209,7 @@ def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) ->
         job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.mse:.6f}). Saving model ...")
         progress.best_vali_loss = vali.mse
         with _explained(job):
-            job.training.saver.save_checkpoint(progress.history[-1])
+            job.training.saver.save_checkpoint(progress.history[-1], job.intervals)
     progress.next_epoch()
     save(job)
 

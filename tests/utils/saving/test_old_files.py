@@ -189,7 +189,7 @@ def test_a_state_resumes_to_the_same_end(old, argv, capsys, tmp_path: Path) -> N
 def test_a_states_best_loss_and_patience_count(old, capsys) -> None:
     before = (old.folder / "checkpoint.safetensors").read_bytes()
     old.write_state(best=1e-9, worse=2)
-    lines = train([*old.words, "--train_epochs", "9", "--patience", "3"], capsys)
+    lines = train([*old.words, "--train_epochs", "9", "--patience", "3", "--intervals", "none"], capsys)
     counters = [line for line in lines if line.startswith("EarlyStopping")]
     assert counters == ["EarlyStopping counter: 3 out of 3"] and "Early stopping" in lines
     assert (old.folder / "checkpoint.safetensors").read_bytes() == before and figures(lines) == figures(old.lines)
