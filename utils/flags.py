@@ -298,8 +298,8 @@ def clean_name(text: str) -> str:
     return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"
 
 
-def run_name(args: argparse.Namespace, repeat: int) -> str:
-    """The run's name, which is its folder under ``--checkpoints``; ``repeat`` counts from 0."""
+def run_name(args: argparse.Namespace, repeat: int | str) -> str:
+    """The run's name, which is its folder under ``--checkpoints``; ``repeat`` counts from 0, "mean" is that of all."""
     # Every part is cleaned, for the whole must be one folder's name whatever a flag comes to hold.
     tagged = [(flag.tag, clean_name(str(getattr(args, flag.name)))) for flag in FLAGS if flag.tag]
     return clean_name("_".join(tag.format(value, repeat=repeat) for tag, value in tagged))

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from utils.errors import RunError
+from utils.flags import run_name
 from utils.intervals import name_of
-from utils.results.calibration import Calibration
+from utils.results.calibration import KEPT, Calibration
 from utils.results.comparison import note_of
+from utils.results.ensemble import score_mean
 from utils.results.forecast import forecast_future
+from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
 from utils.results.test_pass import TestPass
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch, shapes_of
@@ -45,6 +48,8 @@ def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> torch.device:
         found = fit(job) if args.is_training else None
         if args.is_training or not args.do_predict:
             test(job, found)
+            if args.itr > 1 and repeat == args.itr - 1 and not args.checkpoint:
+                test_mean(job)
         if args.do_predict:
             predict(job)
     job.close()
@@ -95,11 +100,26 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     note = note_of(job.record["backbone"])
     model = {"model": job.args.model} | ({"language_model": note} if note else {})
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]} | model)
+    if "intervals" in metrics:
+        job.log(line_of(metrics["intervals"]))
     if job.args.plots and job.accelerator.is_main_process:
         from utils.results.plots import draw_test
 
         draw_test(results, metrics)
     return scores
+
+
+def test_mean(job: Job) -> None:
+    """Score the mean of the forecasts of all repeats, of which `job` is the last; what it leaves has its own folder."""
+    if not job.accelerator.is_main_process:
+        return
+    args = job.args
+    folders = [Path(args.checkpoints) / run_name(args, repeat) for repeat in range(args.itr)]
+    found = score_mean(job, folders, Path(args.checkpoints) / run_name(args, "mean"))
+    if found and args.plots:
+        from utils.results.plots import draw_test
+
+        draw_test(*found)
 
 
 def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
@@ -110,7 +130,8 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
-    if not job.levels or (job.intervals is not None and job.intervals.has(job.levels)):
+    kept = job.args.itr == 1 or not job.args.is_training or (job.folder / KEPT).is_file()  # for the repeats' mean
+    if not job.levels or (job.intervals is not None and job.intervals.has(job.levels) and kept):
         return checkpoint
     calibration = Calibration(job)
     try:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from data_provider.data_loader import SplitSeries, WindowDataset
 from layers.norm import EPSILON
+from utils.intervals import Intervals, deviations, probabilities, quantiles
+from utils.results.interval_metrics import IntervalMetrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
 CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
@@ -30,31 +33,33 @@ class Baseline:
     mae: float
     seconds: float  # fit and test
     detail: str
+    intervals: dict | None = None  # "levels" with their coverage and width, and "wql", see `IntervalMetrics`
 
 
-def baselines(series: SplitSeries, season: int | None = None) -> list[Baseline]:
+def baselines(series: SplitSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[Baseline]:
     """Measure the naive forecasts and the ridge regression on the test windows.
 
     Args:
         season: length of a season in rows; None takes it from the data's step
             (24 hours for steps below a day). The seasonal row is left out
             where a season is one row or does not fit in seq_len.
+        levels: of the prediction intervals that they get as the models do, per cent.
     """
-    test, horizon = series.windows("test"), series.pred_len
+    horizon = series.pred_len
     season = season_length(series.step) if season is None else season
     began = time.perf_counter()
     rows = [
-        _measure(LAST, "repeat the last value", "repeats x[T-1]", test, began,
+        _measure(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began,
                  lambda x: np.repeat(x[:, -1:], horizon, axis=1))
     ]  # fmt: skip
     if 1 < season <= series.seq_len:
         last_season = np.arange(horizon) % season - season
         title, detail = _season_title(season, series.step), f"repeats the last {season} rows"
-        rows.append(_measure(SEASON, title, detail, test, time.perf_counter(), lambda x: x[:, last_season]))
+        rows.append(_measure(SEASON, title, detail, series, levels, time.perf_counter(), lambda x: x[:, last_season]))
     began = time.perf_counter()
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
     detail = f"linear map T to H, relative penalty {penalty:.2g}"
-    rows.append(_measure(RIDGE, "ridge regression", detail, test, began, lambda x: ridge_forecast(x, weights)))
+    rows.append(_measure(RIDGE, "ridge regression", detail, series, levels, began, lambda x: ridge_forecast(x, weights)))
     return rows
 
 
@@ -91,15 +96,45 @@ def _sequences(windows: WindowDataset) -> Iterator[tuple[np.ndarray, np.ndarray]
         yield chunk[:, : windows.seq_len], chunk[:, windows.seq_len :]
 
 
-def _measure(name: str, title: str, detail: str, windows: WindowDataset, start: float, forecast: Forecast) -> Baseline:
+def _measure(
+    name: str, title: str, detail: str, series: SplitSeries, levels: tuple[float, ...], start: float, forecast: Forecast
+) -> Baseline:
+    kept, columns = series.forecast_slice, series.forecast_columns
+    metrics = None
+    if levels:
+        intervals = _calibrate(series.windows("val"), forecast, levels)
+        metrics = IntervalMetrics(intervals, series.mean[kept], series.deviation[kept])
     squares = absolutes = count = 0.0
-    for x, y in _sequences(windows):
-        error = forecast(x) - y
+    for x, y in _sequences(series.windows("test")):
+        made = forecast(x)
+        if metrics is not None:
+            shaped = (torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, deviations(x)))
+            metrics.add(*shaped)  # (B, N, H), (B, N, H), (B, N, 1)
+        error = made - y
         squares += np.square(error).sum()
         absolutes += np.abs(error).sum()
         count += error.size
     seconds = time.perf_counter() - start
-    return Baseline(name, title, float(squares / count), float(absolutes / count), seconds, detail)
+    found = _brief(metrics.result(columns)) if metrics else None
+    return Baseline(name, title, float(squares / count), float(absolutes / count), seconds, detail, found)
+
+
+def _calibrate(windows: WindowDataset, forecast: Forecast, levels: tuple[float, ...]) -> Intervals:
+    """The intervals of a simple forecast; memory holds a channel's errors."""
+    places = range(windows.values.shape[1]) if windows.target_index is None else [windows.target_index]
+    rows = []
+    for place in places:
+        alone = WindowDataset(windows.values, windows.marks, windows.dates, windows.seq_len, windows.label_len,
+                              windows.pred_len, target_index=place)  # fmt: skip
+        errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in _sequences(alone)]
+        rows.append(quantiles(np.concatenate(errors), probabilities(levels)))
+    return Intervals(levels, np.stack(rows, axis=1), len(windows))
+
+
+def _brief(found: dict) -> dict:
+    """What a row of a table needs of `IntervalMetrics.result`."""
+    levels = {name: {key: level[key] for key in ("coverage", "width")} for name, level in found["levels"].items()}
+    return {"levels": levels, "wql": found["wql"]}
 
 
 def normalise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

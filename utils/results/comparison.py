@@ -16,6 +16,10 @@ from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
 
 METRICS = "metrics.json"
+BANDS = (
+    "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised; WQL: weighted quantile loss.",
+    "",
+)
 ALIKE = 0.005  # relative difference of two errors below which neither is called the winner
 
 
@@ -34,12 +38,13 @@ def report(folder: Path) -> str:
     if not isinstance(metrics.get("test"), dict):
         raise input_error(folder / METRICS, "no test figures", "what a test wrote")
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
-    found = measured(series, metrics.get("baselines"))
+    levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
+    found = measured(series, metrics.get("baselines"), levels)
     if found != metrics.get("baselines"):
         write_json(folder / METRICS, metrics | {"baselines": found})
     model, backbone = record["flags"].get("model", "TimeLLM"), record.get("backbone", {})
     name = "Time-LLM" if model == "TimeLLM" else model
-    return table(metrics["test"], found, series.synthetic, name, note_of(backbone))
+    return table(metrics["test"] | {"intervals": metrics.get("intervals")}, found, series.synthetic, name, note_of(backbone))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -53,8 +58,8 @@ def _read(path: Path) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The baselines of a series' test windows: those `kept`, where they are of the same data and lengths.
+def measured(series: SplitSeries, kept: dict[str, Any] | None = None, levels: tuple[float, ...] = ()) -> dict[str, Any]:
+    """The baselines of a series' test windows: those `kept`, where they are of the same data, lengths and `levels`.
 
     Returns:
         {"of": what they were measured on, "rows": [{"name", "title", "mse", "mae", "seconds", "detail"}]}
@@ -68,10 +73,10 @@ def measured(series: SplitSeries, kept: dict[str, Any] | None = None) -> dict[st
         "pred_len": series.pred_len,
         "train_rows": series.splits.few_shot,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
-    }
+    } | ({"levels": list(levels)} if levels else {})  # of prediction intervals
     if kept and kept.get("of") == of:
         return kept
-    return {"of": of, "rows": [dict(vars(row)) for row in baselines(series)]}
+    return {"of": of, "rows": [dict(vars(row)) for row in baselines(series, levels=levels)]}
 
 
 def note_of(backbone: object) -> str:
@@ -84,24 +89,26 @@ def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note
     """An aligned table, best first, and a sentence about who won.
 
     Args:
-        test: {"mse", "mae"} of the run on the standardised scale.
+        test: {"mse", "mae"} of the run on the standardised scale; and "intervals", where it has any.
         found: as `measured` returns it.
         name: of the run's model.
         note: on its language model.
     """
-    rows = [(f"{name} (this run)", test["mse"], test["mae"])]
-    rows += [(row["title"], row["mse"], row["mae"]) for row in found["rows"]]
-    rows.sort(key=lambda row: row[1])
-    width = max(len(row[0]) for row in rows)
+    rows = [{"title": f"{name} (this run)"} | test, *found["rows"]]
+    rows.sort(key=lambda row: row["mse"])
+    width = max(len(row["title"]) for row in rows)
+    levels = list((test.get("intervals") or {}).get("levels", {}))
+    heads = "".join(f"  {f'in {level} %':>8}  {'width':>6}" for level in levels) + (f"  {'WQL':>7}" if levels else "")
     of = found["of"]
     lines = [
         "",
         f"Test windows of {of['file']}, {of['seq_len']} rows -> {of['pred_len']} rows, standardised scale "
         "(lower is better):",
         "",
-        f"  {'':{width}}  {'MSE':>9}  {'MAE':>9}",
-        *(f"  {name:{width}}  {mse:9.4f}  {mae:9.4f}" for name, mse, mae in rows),
+        f"  {'':{width}}  {'MSE':>9}  {'MAE':>9}{heads}",
+        *(f"  {row['title']:{width}}  {row['mse']:9.4f}  {row['mae']:9.4f}{_bands(row, levels)}" for row in rows),
         "",
+        *(BANDS if levels else ()),
         *verdict(test, found["rows"]),
     ]
     if note:
@@ -110,6 +117,16 @@ def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note
         warning = "SYNTHETIC DATA: this series was generated, not measured."
         lines += ["", f"*** {warning} ***", "*** The figures say nothing about real data or about the paper's. ***"]
     return "\n".join(lines)
+
+
+def _bands(row: dict, levels: list[str]) -> str:
+    """What a row's intervals came to: of each level the part of the truths inside and the width; the quantile loss."""
+    held = row.get("intervals")
+    if not levels or not held:
+        return ""
+    bands = [held["levels"][level] for level in levels]
+    wql = "-" if held["wql"] is None else f"{held['wql']:.4f}"
+    return "".join(f"  {100 * b['coverage']:7.1f}%  {b['width']:6.3f}" for b in bands) + f"  {wql:>7}"
 
 
 def verdict(test: dict, rows: list[dict]) -> list[str]:

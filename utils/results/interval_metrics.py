@@ -107,3 +107,11 @@ def _ratio(loss: float, size: float) -> float | None:
 def _sum(values: torch.Tensor) -> torch.Tensor:
     """Over the windows, in float64."""
     return values.sum(dim=0, dtype=torch.float64)
+
+
+def line_of(found: dict[str, Any]) -> str:
+    """What `IntervalMetrics.result` has found, in a line for the log."""
+    levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
+              for name, level in found["levels"].items()]  # fmt: skip
+    wql = "" if found["wql"] is None else f"; weighted quantile loss: {found['wql']:.4f}"
+    return f"Prediction intervals: {'; '.join(levels)}{wql}"

@@ -125,7 +125,7 @@ class TestPass:
         if self.interval_metrics is not None:
             metrics["intervals"] = self.interval_metrics.result(self.columns)
         began = time.perf_counter()
-        metrics["baselines"] = measured(self.series, self._kept())
+        metrics["baselines"] = measured(self.series, self._kept(), job.levels if job.intervals else ())
         if time.perf_counter() - began > 1:
             job.log(f"Simple forecasts measured in {time.perf_counter() - began:.0f} s")
         write_json(self.folder / METRICS, metrics)
