@@ -45,13 +45,15 @@ class IntervalMetrics:
         """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
         forecast, truth, deviation = forecast.float(), truth.float(), deviation.float()
         error = truth - forecast
+        all_error, all_deviation = _sum(error), _sum(deviation)  # (N, H), (N, 1)
         for total, probability, offset in zip(self.pinball, self.intervals.probabilities, self.offsets, strict=True):
-            over = error - deviation * offset  # (B, N, H)
-            total += _sum(over.clamp(min=0)) * probability + _sum(over.clamp(max=0)) * (probability - 1)
+            # p u where u > 0, else (p - 1) u: that is p u less its negative part.
+            below = _sum(torch.addcmul(error, deviation, offset, value=-1).clamp_(max=0))
+            total += probability * (all_error - all_deviation * offset) - below
         for level, inside, width in zip(self.intervals.levels, self.inside, self.width, strict=True):
             low, high = (torch.from_numpy(end).to(error.device) for end in self.intervals.band(level))
             inside += ((error >= deviation * low) & (error <= deviation * high)).sum(dim=0)
-            width += _sum(deviation) * (high - low)
+            width += all_deviation * (high - low)
         self.size += _sum((truth * self.deviation + self.mean).abs())
         self.windows += len(truth)
 
