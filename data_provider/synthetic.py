@@ -1,4 +1,4 @@
-"""A made-up series in the format of the ETT files, for machines without a network."""
+"""Made-up series: in the format of the ETT files, for machines without a network, and two that try prediction intervals."""
 
 import os
 from datetime import datetime, timedelta
@@ -9,6 +9,8 @@ import numpy as np
 COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 ROWS_PER_HOUR = {"ETTh1": 1, "ETTh2": 1, "ETTm1": 4, "ETTm2": 4}
 HOURS = 17420  # as long as the measured files
+RATES = ("AUD", "GBP", "CAD", "CHF", "CNY", "JPY", "NZD", "SGD")
+MADE_UP = ("rates", "drift")  # there is no measured file of these names
 SUFFIX = "-synthetic.csv"
 # The first row's values are the same in every synthetic file and in no
 # measured one, so that a renamed copy is still known for what it is.
@@ -55,6 +57,34 @@ def synthetic_values(name: str) -> np.ndarray:
     return values
 
 
+def rates() -> np.ndarray:
+    """Daily rates `[7588, 8]`, as many as the family's exchange-rate file has, the same on every call.
+
+    Random walks whose steps are quiet and wild by turns, as those of exchange rates are: nothing in them can be
+    foreseen but how wild the next days are.
+    """
+    random, rows = np.random.default_rng(7588), 7588
+    steps = np.empty((rows, len(RATES)))
+    variance = np.ones(len(RATES))
+    for row, normal in enumerate(random.standard_normal((rows, len(RATES)))):
+        steps[row] = np.sqrt(variance) * normal
+        variance = 0.02 + 0.08 * steps[row] ** 2 + 0.9 * variance  # GARCH(1, 1), of unit variance in the long run
+    common = steps[:, :1] * 0.5
+    return np.exp((0.006 * (steps + common)).cumsum(axis=0)) * random.uniform(0.1, 1.5, len(RATES))
+
+
+def drift() -> np.ndarray:
+    """Hourly values `[10000, 2]` whose day of 24 hours becomes one of 27 after 80 % of the rows, the same on every call.
+
+    That is where the test split of `--data custom` begins: what was calibrated before does not hold there.
+    """
+    random, rows = np.random.default_rng(27), 10_000
+    late = int(0.8 * rows)
+    hours = np.concatenate([np.arange(late), late + np.arange(rows - late) * 24 / 27])
+    day = 2 * np.pi * hours / 24
+    return np.column_stack([np.sin(day), np.cos(day) + 0.3 * np.sin(2 * day)]) * 3 + random.standard_normal((rows, 2))
+
+
 def _correlated(random: np.random.Generator, rows: int, memory: int) -> np.ndarray:
     """Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one."""
     slow = _smooth(random.standard_normal(rows), memory)
@@ -81,9 +111,15 @@ def write_synthetic(name: str, folder: str | Path) -> Path:
     """Write `folder`/NAME-synthetic.csv (whole or not at all) and return its path."""
     path = Path(folder) / f"{name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    step = timedelta(minutes=60 // ROWS_PER_HOUR[name])
-    lines = ["date," + ",".join(COLUMNS)]
-    for number, row in enumerate(synthetic_values(name).round(4).tolist()):
+    columns: tuple[str, ...]
+    if name in ROWS_PER_HOUR:
+        columns, values, step = COLUMNS, synthetic_values(name).round(4), timedelta(minutes=60 // ROWS_PER_HOUR[name])
+    elif name == "rates":
+        columns, values, step = RATES, rates().round(6), timedelta(days=1)
+    else:
+        columns, values, step = ("a", "b"), drift().round(4), timedelta(hours=1)
+    lines = ["date," + ",".join(columns)]
+    for number, row in enumerate(values.tolist()):
         lines.append(f"{datetime(2016, 7, 1) + number * step}," + ",".join(map(str, row)))
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -55,6 +56,24 @@ def test_all_four_names(tmp_path):
     assert lines[-4:] == [f"data: out/synthetic/{name}-synthetic.csv" for name in names]
     quarter = pd.read_csv(tmp_path / "out/synthetic/ETTm1-synthetic.csv")
     assert len(quarter) == 69680 and quarter["date"][1] == "2016-07-01 00:15:00"
+
+
+def test_made_up_names_are_made_up_without_asking_anyone(tmp_path):
+    lines = run(tmp_path, "--name", "rates", "drift")
+    assert lines[-2:] == [f"data: out/synthetic/{name}-synthetic.csv" for name in ("rates", "drift")]
+    rates, drift = (read_table(tmp_path / "out/synthetic" / f"{name}-synthetic.csv") for name in ("rates", "drift"))
+    assert (
+        rates.values.shape == (7588, 8)
+        and (rates.values > 0).all()
+        and str(rates.dates[1] - rates.dates[0]) == "1 days 00:00:00"
+    )
+    # wild days come in groups, and their direction says nothing of the next one's
+    steps = np.diff(np.log(rates.values), axis=0)
+    after = [[np.corrcoef(v[1:, n], v[:-1, n])[0, 1] for n in range(8)] for v in (steps, np.abs(steps))]
+    assert np.abs(np.mean(after[0])) < 0.05 < 0.1 < np.mean(after[1])
+    # a day of 24 rows, then of 27
+    power = [np.abs(np.fft.rfft(part[:1944, 0])) for part in (drift.values, drift.values[8000:])]
+    assert [round(1944 / (1 + spectrum[1:].argmax())) for spectrum in power] == [24, 27]
 
 
 def test_synthetic_is_known_by_name_and_by_content(tmp_path):

@@ -10,10 +10,13 @@ import torch
 
 import utils.run
 from data_provider.data_factory import data_provider
+from data_provider.data_loader import load_series
+from data_provider.synthetic import write_synthetic
 from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, run_folder, train, write_csv
 from utils.command_line import parse_flags
 from utils.intervals import DECILES
+from utils.results.baselines import baselines
 from utils.results.interval_metrics import IntervalMetrics
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.tensors import write_tensors
@@ -213,3 +216,10 @@ def test_other_data_get_intervals_of_their_own(dlinear, tmp_path: Path, capsys) 
     assert scores["intervals"]["levels"]["80"]["coverage"] == pytest.approx(0.8, abs=0.05)
     lines = train([*test, "--do_predict"], capsys)
     assert any(line.startswith("No prediction intervals: they would be those of other data") for line in lines)
+
+
+def test_where_the_test_data_change_their_ways_the_promise_breaks(tmp_path: Path) -> None:
+    path = write_synthetic("drift", tmp_path)
+    series = load_series("custom", tmp_path, path.name, seq_len=96, pred_len=24)
+    ridge = baselines(series, levels=(80.0,))[-1]
+    assert ridge.intervals is not None and ridge.intervals["levels"]["80"]["coverage"] < 0.5
