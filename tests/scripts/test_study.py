@@ -89,6 +89,7 @@ def test_a_grid_on_the_command_line_alone() -> None:
     ("text", "axes", "flags", "line"),
     [
         ("[grid\n", (), (), "no TOML"),
+        ("[grid]\noptimizer = ['adma']\n", (), (), "got 'adma', expected one of adam, adamw, adamw8bit; perhaps adam"),
         ("[gird]\nseed = [1]\n", (), (), "gird: got an unknown part, expected perhaps grid"),
         ("[grid]\nsede = [1]\n", (), (), "[grid] sede: got an unknown flag, expected perhaps seed"),
         ("[flags]\nlerning_rate = 1\n", (), (), "expected perhaps learning_rate"),
