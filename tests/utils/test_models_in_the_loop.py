@@ -1,5 +1,6 @@
 """Every model and every variant of Time-LLM in the loop: trained, interrupted, resumed, tested, asked to predict."""
 
+import csv
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import run_main
 import utils.run
 from data_provider.timefeatures import time_marks
 from models.Autoformer import Model as Autoformer
+from scripts import summary
 from tests.realdata import ROOT
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, run_folder, train, write_csv
 from utils.checks import check_checkpoint, check_model, outline
@@ -153,6 +155,25 @@ def test_two_processes_normalise_alike(small, capsys) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert figures(train([*words, "--is_training", "0"], capsys)) == figures(run.stdout.splitlines())
+
+
+def test_a_summary_names_no_language_model_where_none_runs(small, capsys, tmp_path: Path) -> None:
+    def table(folder: str) -> list[dict[str, str]]:
+        assert summary.main([str(tmp_path / folder), "--csv", str(tmp_path / "runs.csv")]) == 0
+        with (tmp_path / "runs.csv").open(encoding="utf-8", newline="") as file:
+            return sorted(csv.DictReader(file), key=lambda row: row["run"])
+
+    def runs(folder: str, *several: dict) -> None:
+        for number, flags in enumerate(several):
+            train(small(**{"max_iters": 1, "checkpoints": tmp_path / folder, "model_id": number} | flags), capsys)
+
+    without = {"llm_ablation": "none"}, {"llm_ablation": "attention"}, {"model": "DLinear"}, {"model": "Ridge"}
+    runs("one", *without, {})
+    assert not table("one")[0].keys() & {"llm_model", "llm_dim", "llm_layers"}  # where one alone runs, there is no choice
+    assert [row["llm_ablation"] for row in table("one")] == ["none", "attention", "", "", "off"]
+    runs("two", *without, {}, {"llm_model": "AUTO", "llm_layers": 2})
+    for flag, values in (("llm_model", ["QWEN", "AUTO"]), ("llm_layers", ["1", "2"])):
+        assert [row[flag] for row in table("two")] == [""] * 4 + values
 
 
 def test_ridge_is_the_baseline(small, capsys) -> None:
