@@ -133,6 +133,8 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
         if folder.is_dir():
             refuse_links(folder)
+    if trains and isinstance(series, SplitSeries):
+        checks.fit_batch(args, series, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
     plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, notes, accelerator, precision)
     for split, split_series in plan.splits:

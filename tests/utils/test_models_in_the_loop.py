@@ -186,6 +186,20 @@ def test_ridge_is_the_baseline(small, capsys) -> None:
         assert sum("Vali Loss" in line for line in lines) == 1  # one epoch; there is nothing to repeat
 
 
+def test_ridge_has_no_batches_that_could_be_too_large(small, capsys) -> None:
+    found = []
+    for size in (1, WINDOWS, WINDOWS + 1, 10**6):
+        words = small(model="Ridge", batch_size=size, model_comment=f"of {size}")
+        train(words, capsys)
+        found.append(scores(run_folder(words)) | {"train": pd.read_csv(run_folder(words) / "history.csv").train_loss[0]})
+        (line,) = (line for line in train([*words, "--resume"], capsys) if "finished" in line)
+        assert line.startswith("This run is finished")
+    assert all(row == pytest.approx(found[0], rel=1e-6) for row in found[1:])
+    assert f"--batch_size: got {WINDOWS + 1}, expected at most {WINDOWS}" in refusal(
+        small(model="DLinear", batch_size=WINDOWS + 1), capsys
+    )
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_ridge_repeated_and_seldom_tested(small, capsys, every: int) -> None:
     words = small(model="Ridge", itr=2, test_every=every, tensorboard=True)
