@@ -122,8 +122,8 @@ FLAGS = [
     Flag("patch_len", FIXED_MODEL, COUNT, 16, "rows in a patch"),
     Flag("stride", FIXED_MODEL, COUNT, 8, "rows from one patch to the next"),
     Flag("skip", FIXED_MODEL, one_of("none", "ridge", "linear"), "none", "TimeLLM's forecast is a linear map of the window, "
-         "and what the head adds to it; ridge: in closed form, not trained; linear: trained from there on (ours, not the "
-         "paper's)"),
+         "and what the head adds to it; ridge: in closed form, not trained, poor where training windows are few (the log "
+         "warns then); linear: trained from there on (ours, not the paper's)"),
     Flag("use_reprogramming", MODEL, SWITCH, 1, "0: w/o reprogramming, a linear map of the patches in its place"),
     Flag("prompt_domain", MODEL, SWITCH, 0, "1: describe the data set by its text in dataset/prompt_bank"),
 

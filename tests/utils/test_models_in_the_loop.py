@@ -232,6 +232,19 @@ def test_the_linear_skip_starts_at_ridge(small, capsys) -> None:
         assert held["output_projection.linear.weight"].any()
 
 
+def test_a_poor_linear_map_is_said_to_be_one(small, capsys, tmp_path: Path) -> None:
+    for flags in ({"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge"}):
+        assert not any("linear map is a poor one" in line for line in train(small(**flags, max_iters=1), capsys))
+    table = pd.read_csv(tmp_path / "series.csv")
+    table[list(COLUMNS)] = np.random.default_rng(5).standard_normal((len(table), len(COLUMNS))).cumsum(axis=0)
+    table.to_csv(tmp_path / "walk.csv", index=False)
+    for flags in ({"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge"}):
+        words = small(**flags, data_path="walk.csv", percent=50, max_iters=1)
+        (line,) = (line for line in train(words, capsys) if "linear map is a poor one" in line)
+        assert line.startswith("WARNING: ") and " training windows made it" in line
+        assert ("--skip none" in line) == ("skip" in flags)
+
+
 def test_a_drawn_language_model_is_that_of_the_training(small, capsys) -> None:
     words = small(llm_ablation="random", max_iters=2, itr=2)
     train(words, capsys)
