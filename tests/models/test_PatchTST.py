@@ -83,6 +83,30 @@ def test_forecast_against_parts_put_together(training: bool) -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_batch_without_numbers_leaves_no_trace(wrong: float) -> None:
+    """Two models see the same batches, PyTorch's normalisation in the one; a wrong batch is seen by the other alone."""
+    ours, plain = random_model(dropout=0.0), random_model(dropout=0.0)
+    for layer in plain.encoder:
+        for name in ("attention_norm", "feed_forward_norm"):
+            norm = nn.BatchNorm1d(16).double()
+            norm.load_state_dict(getattr(layer, name).state_dict())
+            setattr(layer, name, norm)
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(4, 24, 2, dtype=torch.float64, generator=generator) for _ in range(3)]
+    for number, x in enumerate(batches):
+        torch.testing.assert_close(ours.train()(x), plain.train()(x), rtol=0, atol=0)
+        if number == 1:
+            bad = x.clone()
+            bad[0, 5, 0] = wrong
+            out = ours(bad)
+            assert not out.isfinite().all()
+            out.sum().backward()  # as the loop does before it finds out
+    for one, other in zip(ours.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(ours.eval()(batches[0]), plain.eval()(batches[0]))
+
+
 @pytest.mark.parametrize(("seq_len", "patch_len", "stride"), [(24, 6, 4), (25, 6, 4), (16, 16, 8), (5, 5, 9)])
 def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
     model = Model(configs(seq_len=seq_len, patch_len=patch_len, stride=stride))

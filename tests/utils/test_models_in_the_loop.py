@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import layers.backbone
 import run_main
 import utils.run
+from data_provider.batches import Batch, WindowCollate
 from data_provider.timefeatures import time_marks
 from models.Autoformer import Model as Autoformer
 from scripts import summary
@@ -143,6 +144,25 @@ def test_batch_normalisation_counts_the_steps_and_nothing_else(small, capsys) ->
     state = load_file(sorted(run_folder(words).glob("state.*"))[-1])
     counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
     assert counts == [2 * (WINDOWS // 8)] * 4
+
+
+def test_a_step_without_numbers_does_not_spoil_the_batch_normalisation(small, capsys, monkeypatch) -> None:
+    """A window that overflows in the third of six steps: that step is skipped, and what is trained is fit to be scored."""
+    collate, count = WindowCollate.__call__, iter(range(1, 10**6))
+
+    def broken(self: WindowCollate, items: list[dict]) -> Batch:
+        batch = collate(self, items)
+        batch.x[0, 3, 1] = float("inf") if next(count) == 3 else batch.x[0, 3, 1]
+        return batch
+
+    monkeypatch.setattr(WindowCollate, "__call__", broken)
+    words = small(model="PatchTST")
+    lines = train(words, capsys)
+    assert any("epoch 1, iteration 3: the loss is nan; the step is skipped" in line for line in lines)
+    assert all(np.isfinite(list(scores(run_folder(words)).values())))
+    state = load_file(run_folder(words) / "checkpoint.safetensors")
+    counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert counts == [WINDOWS // 16 - 1] * 4
 
 
 def test_two_processes_normalise_alike(small, capsys) -> None:
