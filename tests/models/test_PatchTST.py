@@ -8,13 +8,13 @@ from torch import nn
 
 from layers.errors import InputError
 from models.PatchTST import EncoderLayer, Model
-from utils.flags import FLAGS
+from tests.small_run import assert_channels_are_apart, defaults
 
 
 def configs(**flags: object) -> Namespace:
     """The flags' defaults, for a small window."""
     small = {"seq_len": 24, "label_len": 12, "pred_len": 8, "enc_in": 3, "patch_len": 6, "stride": 4, "n_heads": 4}
-    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+    return defaults(**small | flags)
 
 
 def random_model(**flags: object) -> Model:
@@ -118,12 +118,7 @@ def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
 
 
 def test_a_channel_does_not_see_the_others() -> None:
-    model = random_model().eval()
-    x = torch.randn(2, 24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    together = model(x)
-    assert Model.channel_independent and together.shape == (2, 8, 5)
-    alone = model(x.transpose(1, 2).reshape(10, 24, 1))  # channels as a batch
-    torch.testing.assert_close(alone.view(2, 5, 8).transpose(1, 2), together)
+    assert_channels_are_apart(random_model().eval(), 24, 8, torch.float64)
 
 
 def test_forecast_moves_and_stretches_with_the_series() -> None:

@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,14 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 import layers.backbone
-import run_main
 import utils.run
 from data_provider.batches import Batch, WindowCollate
 from data_provider.timefeatures import time_marks
 from models.Autoformer import Model as Autoformer
 from scripts import summary
-from tests.realdata import ROOT
-from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, run_folder, train, write_csv
+from tests.small_run import (
+    COLUMNS,
+    PRED_LEN,
+    SEQ_LEN,
+    figures,
+    refusal,
+    run_folder,
+    train,
+    train_in_two_processes,
+    write_csv,
+)
 from utils.checks import check_checkpoint, check_model, outline
 from utils.command_line import parse_flags
 from utils.saving.checkpoint import Checkpoint
@@ -168,13 +172,8 @@ def test_a_step_without_numbers_does_not_spoil_the_batch_normalisation(small, ca
 def test_two_processes_normalise_alike(small, capsys) -> None:
     """What PatchTST's batch normalisation has seen is that of both, so that they and a later test score one model."""
     words = small(model="PatchTST", batch_size=8, eval_batch_size=5)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, "run_main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(run.stdout.splitlines())
+    lines = train_in_two_processes(words)
+    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(lines)
 
 
 def test_a_summary_names_no_language_model_where_none_runs(small, capsys, tmp_path: Path) -> None:
@@ -335,19 +334,6 @@ def test_another_step_than_the_trainings_has_other_marks(small, capsys, tmp_path
     table.to_csv(tmp_path / "daily.csv", index=False)
     given = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words)), "--root_path", str(tmp_path)]
     assert "time_embedding" in refusal([*given, "--data_path", "daily.csv"], capsys)
-
-
-def refusal(words: list[str], capsys) -> str:
-    """The one line with which a command line is refused."""
-    capsys.readouterr()
-    try:
-        code = run_main.main(words)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, ""), (code, out, err)
-    assert re.fullmatch(r"run_main\.py: error: \S.*?: got .+, expected .+\n", err), err
-    return err
 
 
 @pytest.mark.parametrize(
