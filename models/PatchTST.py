@@ -71,8 +71,8 @@ class EncoderLayer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_ff), nn.GELU(), nn.Dropout(dropout), nn.Linear(d_ff, d_model, bias=False)
         )  # fmt: skip
-        self.attention_norm = nn.BatchNorm1d(d_model)
-        self.feed_forward_norm = nn.BatchNorm1d(d_model)
+        self.attention_norm = BatchNorm(d_model)
+        self.feed_forward_norm = BatchNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,6 +88,28 @@ class EncoderLayer(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(queries, keys, values)  # (M, h, L, d / h)
         return self.out_projection(mixed.transpose(1, 2).flatten(2))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """PyTorch's, but for a batch whose mean or variance is NaN or infinite: it leaves no trace.
+
+    The loop skips the step of such a batch. What evaluation normalises with is a running mean of all batches: with the
+    batch in it, it would be NaN for the rest of the run.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[M, d, L]` -> `[M, d, L]`."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # autograd keeps what it is given
+        out = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+        with torch.no_grad():  # nothing waits for the device
+            finite = mean.isfinite().all() & var.isfinite().all()
+            self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
+            self.running_var.copy_(torch.where(finite, var, self.running_var))
+            self.num_batches_tracked.add_(finite)
+        return out
 
 
 def _normalise(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ class Forecaster(nn.Module):
             `Model(configs)`.
         channel_independent: whether each channel is forecast from itself alone. Then `forward` is called with N = 1 and
             M sequences; else with whole windows and their time marks.
-        whole_batches: whether what it computes of a window depends on the others of its batch, in training.
+        whole_batches: whether what it computes of a window depends on the others of its batch, in training. Its batches
+            are then not cut where memory is short, those of an evaluation neither: `--eval_batch_size` bounds these.
         is_trained: whether gradients train it; else its linear map is all that it has.
         linear_map: a map `[T, H]` of normalised windows that ridge regression fits before the first iteration.
         prompts, mapping_layer: what writes prompts, and the layer whose gradient may come in factors; None without.

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     mine, words = own.parse_known_args(argv)
     if mine.json == "":
         own.error(str(input_error("--json", "no value right after it", "a file name")))
-    args = parse_flags(words)
+    args = parse_flags(words, own.prog)
     try:
         if args.model != "TimeLLM":
             raise input_error("--model", args.model, "TimeLLM, whose memory on a GPU is the question")

@@ -59,11 +59,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder, which run_main.py prints at its end")
     parser.add_argument("--window", metavar="DATE", help="test window whose forecast begins then (default: the middle one)")
     parser.add_argument("--channel", metavar="NAME", help="column to look at (default: the target)")
-    parser.add_argument("--windows", type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=64,
+        metavar="N",
+        help=f"windows to try the prompt on (default: 64; fewer than {inside.ENOUGH} speak for themselves alone)",
+    )
     parser.add_argument("--description", metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)")
     args, others = parser.parse_known_args(argv)
-    flags = parse_flags([*others, "--is_training", "0", "--checkpoint", str(args.run)])
+    flags = parse_flags([*others, "--is_training", "0", "--checkpoint", str(args.run)], parser.prog)
     try:
         explain(args, flags)
     except (InputError, RunError) as error:
@@ -238,7 +244,7 @@ def look_at_prompt(job: Job, windows: list[int], text: str | None) -> dict[str, 
         print(f"{trial.name:<{width}}  {moved:>17}  {trial.mse:>9.5f}  {inside.percent(trial.mse_change, True):>16}")
     print("(the forecast's move: root mean square, in its own deviation over the horizon; in training the run saw one")
     print("description alone, so another one, or no prompt, also is what it was not trained for)")
-    sentence = inside.conclusion(trials)
+    sentence = inside.conclusion(trials, len(windows))
     print(f"\n{sentence}")
     return {
         "windows": len(windows),

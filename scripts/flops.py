@@ -1,5 +1,10 @@
 """Floating-point operations of a training step on the fast path, and the machine's rate for them."""
 
+import sys
+
+if __name__ == "__main__":  # before the imports, which would not be found
+    sys.exit("scripts/flops.py is a part of scripts/benchmark.py, not a program: python scripts/benchmark.py --help")
+
 import time
 from typing import Any
 

@@ -3,6 +3,11 @@
 Each runs in a process of its own. Shapes: B windows, T rows of history, H rows of horizon, N channels.
 """
 
+import sys
+
+if __name__ == "__main__":  # before the imports, which would not be found
+    sys.exit("scripts/measure.py is a part of scripts/benchmark.py, not a program: python scripts/benchmark.py --help")
+
 import time
 from argparse import Namespace
 from collections.abc import Callable

@@ -4,7 +4,8 @@
     python scripts/summary.py checkpoints/ --sort mae --csv runs.csv
 
 A row a run: the flags in which the runs differ, the best epoch with its validation loss, the test
-errors, the time of training and the peak memory. What a run lacks (it still trains, say) is "-".
+errors, the time of training and the peak memory. What a run lacks (it still trains, or has no
+language model) is "-".
 """
 
 import argparse
@@ -18,13 +19,15 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
+from layers.ablation import make_substitute  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
-from utils.flags import FLAGS  # noqa: E402
+from utils.flags import FLAGS, LLM  # noqa: E402
 from utils.results.journal import HISTORY, read_rows, write_rows  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
 FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "minutes", "memory_gib")
+ABLATION = "llm_ablation"
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
 
 
@@ -58,7 +61,7 @@ def summarise(folder: Path, sort: str, reverse: bool, csv: Path | None) -> None:
     columns = [*differing(runs), *FIGURES, "run"]
     if sort not in columns:
         raise input_error("--sort", repr(sort), f"one of {', '.join(columns)}")
-    rows = [{name: (run | run["flags"]).get(name) for name in columns} for run in runs]
+    rows = [{name: None if name in run["silent"] else (run | run["flags"]).get(name) for name in columns} for run in runs]
     rows.sort(key=lambda row: _order(row[sort]), reverse=reverse)
     print(table(columns, rows))
     if csv:
@@ -67,16 +70,27 @@ def summarise(folder: Path, sort: str, reverse: bool, csv: Path | None) -> None:
 
 
 def read_runs(folder: Path) -> Iterator[dict]:
-    """What each run's folder below `folder` says: "run", "flags" and the FIGURES that are known.
+    """What each run's folder below `folder` says: "run", "flags", names of those that are "silent", and the FIGURES that
+    are known.
 
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
     for record in sorted(folder.rglob(RECORD)):
-        flags = _read(record).get("flags", {})
-        yield _run(folder, record.parent, flags, _read(record).get("epoch"))
+        held = _read(record)
+        flags = held.get("flags", {})
+        silent = _silent(flags, held.get("backbone"))
+        yield _run(folder, record.parent, flags, held.get("epoch")) | {"silent": silent}
         for metrics in sorted(record.parent.glob(f"on_*/{METRICS}")):
             tested = {name: value for name, value in _read(metrics).get("flags", {}).items() if value is not None}
-            yield _run(folder, metrics.parent, flags | tested, None)
+            yield _run(folder, metrics.parent, flags | tested, None) | {"silent": silent}
+
+
+def _silent(flags: dict, backbone: object) -> set[str]:
+    """Names of the flags that say nothing of a run: of one without a language model those about it; of one that is not
+    TimeLLM, whose record has no backbone, all of their group."""
+    without = backbone == {}
+    replaced = make_substitute(str(flags.get(ABLATION)), 1, 1) is not None
+    return {f.name for f in FLAGS if (without and f.role.group == LLM.group) or (replaced and f.role.about_llm)}
 
 
 def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
@@ -113,11 +127,14 @@ def _read(path: Path) -> dict:
 
 
 def differing(runs: list[dict]) -> list[str]:
-    """Names of the flags in which the runs differ, of those that say what was tried."""
+    """Names of the flags in which the runs differ, of those that say what was tried; a run of which a flag says nothing
+    does not count."""
     names = dict.fromkeys(name for run in runs for name in run["flags"])
     left_out = {flag.name for flag in FLAGS if not flag.role.tried}
     kept = [name for name in names if name not in left_out]
-    return [name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs}) > 1]
+    return [
+        name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs if name not in run["silent"]}) > 1
+    ]
 
 
 def _order(value: object) -> tuple:

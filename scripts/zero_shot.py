@@ -52,7 +52,7 @@ def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[s
         *("--pred_len", str(horizon), "--d_model", "32", "--d_ff", "32", "--prompt_domain", "1", *others),
     ]
     train = [*flags, "--is_training", "1", "--data", source]
-    parsed = parse_flags(train)
+    parsed = parse_flags(train, "zero_shot.py")
     folder = Path(parsed.checkpoints) / run_name(parsed, 0)
     if _run([*train, "--resume"]):  # a finished run is only tested, one with other flags is refused
         return None

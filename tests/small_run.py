@@ -1,6 +1,10 @@
 """A series, a command line and a run small enough for a test: seconds on one core."""
 
+import os
 import re
+import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +12,11 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch, WindowCollate
+from models.forecaster import Forecaster
 from models.TimeLLM import Model
+from tests.realdata import ROOT
 from utils.command_line import parse_flags
-from utils.flags import run_name
+from utils.flags import FLAGS, run_name
 
 COLUMNS = ("load", "flow", "OT")
 ROWS = 320  # custom borders: 224 train, 32 validation, 64 test
@@ -66,6 +72,33 @@ def train(argv: list[str], capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def train_in_two_processes(argv: list[str]) -> list[str]:
+    """Run a command line in a group of two processes, as torchrun starts it; the lines on stdout."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, "run_main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def refusal(argv: list[str], capsys) -> str:
+    """The one line with which a command line is refused, without the program's name."""
+    import run_main
+
+    capsys.readouterr()
+    try:
+        code = run_main.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), (code, out, err)
+    line = re.fullmatch(r"run_main\.py: error: (\S.*?: got .+, expected .+)\n", err)
+    assert line, err
+    return line[1]
+
+
 def figures(lines: list[str]) -> tuple[str, str]:
     """MSE and MAE of the final test, as printed."""
     return next(match.groups() for line in reversed(lines) if (match := re.match(r"Test MSE: (\S+) MAE: (\S+)$", line)))
@@ -76,6 +109,20 @@ def small_model(folder: Path, backbone, **flags: object) -> Model:
     args = parse_flags(command_line(folder, backbone.info.folder, **flags))
     torch.manual_seed(1)
     return Model(args, backbone).eval()
+
+
+def defaults(**flags: object) -> Namespace:
+    """The flags' defaults, but for these: what a model is made of without a command line."""
+    return Namespace(**{flag.name: flag.default for flag in FLAGS} | flags)
+
+
+def assert_channels_are_apart(model: Forecaster, seq_len: int, pred_len: int, dtype: torch.dtype = torch.float32) -> None:
+    """Five channels at once are forecast as five windows of one channel are."""
+    x = torch.randn(2, seq_len, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    together = model(x)
+    assert model.channel_independent and together.shape == (2, pred_len, 5)
+    alone = model(x.transpose(1, 2).reshape(10, seq_len, 1))  # channels as a batch
+    torch.testing.assert_close(alone.view(2, 5, pred_len).transpose(1, 2), together)
 
 
 def make_batch(model: Model, x: torch.Tensor, seed: int = 0) -> Batch:

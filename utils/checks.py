@@ -71,6 +71,13 @@ def check_channels(args: Namespace, series: SplitSeries) -> None:
     args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
 
 
+def fit_batch(args: Namespace, series: SplitSeries, model: Forecaster, processes: int) -> None:
+    """Let a `--batch_size` beyond the training windows be all of them for a model that nothing is trained of: batches are
+    how its fit is scored, and no step is made of one."""
+    if not model.is_trained:
+        args.batch_size = min(args.batch_size, max(1, len(series.windows("train")) // processes))
+
+
 def check_model(args: Namespace) -> BackboneInfo | None:
     """Set the flags against the model, the prompt bank and the backbone; fills in `llm_dim`.
 

@@ -25,10 +25,10 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def build_parser() -> FlagParser:
+def build_parser(prog: str = "run_main.py") -> FlagParser:
     """All flags in the groups of ``--help``; whether required ones are there, ``parse_flags`` checks."""
     parser = FlagParser(
-        prog="run_main.py",
+        prog=prog,
         usage="python run_main.py " + " ".join(f"--{name} X" for name in REQUIRED) + " [more flags]",
         description="Time-LLM: train (--is_training 1) or test (--is_training 0) a time series forecaster "
         "around a frozen language model. Flags go in any order.",
@@ -50,9 +50,13 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check a command line; an error prints one line naming the flag and exits with code 2."""
-    parser = build_parser()
+def parse_flags(argv: Sequence[str], prog: str = "run_main.py") -> argparse.Namespace:
+    """Read and check a command line; an error prints one line naming the flag and exits with code 2.
+
+    Args:
+        prog: the script that the user has started, with which that line begins.
+    """
+    parser = build_parser(prog)
     try:
         return _parse(parser, list(argv))
     except argparse.ArgumentError as error:

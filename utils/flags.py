@@ -44,6 +44,7 @@ class Role:
     fixed: bool = False  # it must be as in training for a checkpoint to be used, though no tensor's shape tells
     baselines: bool = False  # models without a language model alone read it
     tried: bool = True  # it says what was tried, so a table of runs shows it where they differ
+    about_llm: bool = False  # it says which language model runs, and nothing of a run in which none does
 
 
 NAME = Role("run", inherited=True, resumed=True)
@@ -59,7 +60,9 @@ FIXED_MODEL = replace(MODEL, fixed=True)
 BASELINE = replace(FIXED_MODEL, baselines=True)
 LLM = Role("language model", inherited=True, resumed=True)
 FIXED_LLM = replace(LLM, fixed=True)
-LLM_PLACE = replace(LLM, resumed=False)  # a run that resumes compares the weights themselves
+LLM_ITSELF = replace(LLM, about_llm=True)
+LLM_LAYERS = replace(LLM_ITSELF, fixed=True)
+LLM_PLACE = replace(LLM_ITSELF, resumed=False)  # a run that resumes compares the weights themselves
 TRAINING = Role("training", resumed=True)
 FIXED_TRAINING = replace(TRAINING, inherited=True, fixed=True)
 LENGTH = Role("training")  # a run may resume with more epochs or more patience
@@ -134,18 +137,18 @@ FLAGS = [
     Flag("patch_len", FIXED_MODEL, COUNT, 16, "rows in a patch"),
     Flag("stride", FIXED_MODEL, COUNT, 8, "rows from one patch to the next"),
     Flag("skip", FIXED_MODEL, one_of("none", "ridge", "linear"), "none", "TimeLLM's forecast is a linear map of the window, "
-         "and what the head adds to it; ridge: in closed form, not trained; linear: trained from there on (ours, not the "
-         "paper's)"),
+         "and what the head adds to it; ridge: in closed form, not trained, poor where training windows are few (the log "
+         "warns then); linear: trained from there on (ours, not the paper's)"),
     Flag("use_reprogramming", MODEL, SWITCH, 1, "0: w/o reprogramming, a linear map of the patches in its place"),
     Flag("prompt_domain", MODEL, SWITCH, 0, "1: describe the data set by its text in dataset/prompt_bank"),
 
-    Flag("llm_model", LLM, one_of("QWEN", "LLAMA", "GPT2", "BERT", "AUTO"), "QWEN", "family of the backbone: QWEN, LLAMA, "
-         "GPT2, BERT; AUTO: what its folder says"),
+    Flag("llm_model", LLM_ITSELF, one_of("QWEN", "LLAMA", "GPT2", "BERT", "AUTO"), "QWEN", "family of the backbone: QWEN, "
+         "LLAMA, GPT2, BERT; AUTO: what its folder says"),
     Flag("llm_model_path", LLM_PLACE, path_of("a folder or a hub id"), None, "folder or hub id of the weights (default for "
          "QWEN: base_models/Qwen2.5-3B, else Qwen/Qwen2.5-3B; the others have none)"),
-    Flag("llm_dim", LLM, COUNT, None, "hidden size (default: read off the backbone; Qwen2.5-3B has 2048)"),
-    Flag("llm_layers", FIXED_LLM, COUNT, 6, "the backbone's first X layers are loaded and used"),
-    Flag("load_in_4bit", LLM, BOOL, False, "hold the backbone in 4 bits (bitsandbytes NF4)"),
+    Flag("llm_dim", LLM_ITSELF, COUNT, None, "hidden size (default: read off the backbone; Qwen2.5-3B has 2048)"),
+    Flag("llm_layers", LLM_LAYERS, COUNT, 6, "the backbone's first X layers are loaded and used"),
+    Flag("load_in_4bit", LLM_ITSELF, BOOL, False, "hold the backbone in 4 bits (bitsandbytes NF4)"),
     Flag("prototypes", LLM, one_of("vocab", "direct"), "vocab", "vocab: mapped from the vocabulary, as published; direct: "
          "trained as they are, far smaller"),
     Flag("llm_ablation", FIXED_LLM, one_of("off", "none", "attention", "transformer", "random"), "off", "in the language "

@@ -1,6 +1,7 @@
 """Kinds of flag values: how the words of a command line are read, and what a message says was expected."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -13,16 +14,27 @@ LONGEST_NAME, LONGEST_PATH = 255, 2000  # bytes; a system call takes 4096, for f
 
 @dataclass(frozen=True)
 class Kind:
-    """What a flag's value must be: how it is read (ValueError: it is not) and the words for a message."""
+    """What a flag's value must be: how it is read (ValueError: it is not), the words for a message, and the names that it
+    is one of, where it is."""
 
     read: Callable[[str], Any]
     expected: str
+    names: tuple[str, ...] = ()
 
     def __call__(self, text: str) -> Any:
         try:
             return self.read(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {self.expected}") from None
+            hint = self.hint(text)
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected {self.expected}" + (f"; {hint}" if hint else "")
+            ) from None
+
+    def hint(self, text: str) -> str:
+        """The name that a wrong value may have been meant for; empty where none is near."""
+        known = {name.lower(): name for name in self.names}
+        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.7)
+        return f"perhaps {known[near[0]]}" if near else ""
 
 
 def whole(low: int, high: int | None = None) -> Kind:
@@ -59,7 +71,7 @@ def one_of(*names: str) -> Kind:
             raise ValueError
         return known[text.lower()]
 
-    return Kind(read, names[0] if len(names) == 1 else "one of " + ", ".join(names))
+    return Kind(read, names[0] if len(names) == 1 else "one of " + ", ".join(names), names)
 
 
 def text_of(expected: str, pattern: str = r"(?s).*\S.*") -> Kind:

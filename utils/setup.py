@@ -23,7 +23,7 @@ from models.forecaster import Forecaster
 from models.TimeLLM import layers_of
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
-from utils.results.baselines import fit_ridge
+from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import read_history
 from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
@@ -139,6 +139,8 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
             refuse_links(folder)
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
+    if trains and isinstance(series, SplitSeries):
+        checks.fit_batch(args, series, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
     plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision)
     for split, split_series in plan.splits:
@@ -303,10 +305,14 @@ def _begin(job: Job, start: Start) -> Training:
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
     """Ridge regression into the model's map `[T, H]`."""
     began = time.perf_counter()
-    weights, penalty = fit_ridge(job.windows.windows("train"), job.windows.windows("val"))
+    train, val = job.windows.windows("train"), job.windows.windows("val")
+    weights, penalty = fit_ridge(train, val)
     with torch.no_grad():
         linear_map.copy_(torch.from_numpy(weights))
     job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
+    if against := doubts(weights, penalty, val):
+        without = ", --skip none does without it" if job.model.uses_llm else ""
+        job.log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
 
 
 def _resume(job: Job, state: SavedState, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from layers.decomposition import SeasonalNorm
 from layers.embedding import CALENDAR, CalendarEmbedding, sinusoids
 from layers.errors import InputError
 from models.Autoformer import Model, mark_count
-from utils.flags import FLAGS
+from tests.small_run import defaults
 
 T, LABEL, H, N, KERNEL = 20, 8, 6, 3, 5
 
@@ -25,7 +25,7 @@ def configs(**flags: object) -> Namespace:
         "seq_len": T, "label_len": LABEL, "pred_len": H, "enc_in": N, "moving_avg": KERNEL, "d_model": 8, "d_ff": 12,
         "e_layers": 2, "d_layers": 2,
     }  # fmt: skip
-    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+    return defaults(**small | flags)
 
 
 def batch(windows: int = 3, embed: str = "timeF", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

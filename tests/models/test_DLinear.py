@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from models.DLinear import Model
-from utils.flags import FLAGS
+from tests.small_run import assert_channels_are_apart, defaults
 
 
 def configs(**flags: object) -> Namespace:
     """The flags' defaults, for a small window."""
     small = {"seq_len": 24, "label_len": 12, "pred_len": 8, "enc_in": 3, "moving_avg": 5}
-    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+    return defaults(**small | flags)
 
 
 def averaging_matrix(steps: int, kernel: int) -> np.ndarray:
@@ -39,12 +39,7 @@ def test_the_forecast_is_an_affine_map_of_the_window(kernel: int) -> None:
 
 
 def test_a_channel_does_not_see_the_others() -> None:
-    model = Model(configs())
-    x = torch.randn(2, 24, 5, generator=torch.Generator().manual_seed(0))
-    together = model(x)
-    assert Model.channel_independent and together.shape == (2, 8, 5)
-    alone = model(x.transpose(1, 2).reshape(10, 24, 1))  # channels as a batch
-    torch.testing.assert_close(alone.view(2, 5, 8).transpose(1, 2), together)
+    assert_channels_are_apart(Model(configs()), 24, 8)
 
 
 def test_it_learns_a_wave_on_a_line() -> None:

@@ -8,13 +8,13 @@ from torch import nn
 
 from layers.errors import InputError
 from models.PatchTST import EncoderLayer, Model
-from utils.flags import FLAGS
+from tests.small_run import assert_channels_are_apart, defaults
 
 
 def configs(**flags: object) -> Namespace:
     """The flags' defaults, for a small window."""
     small = {"seq_len": 24, "label_len": 12, "pred_len": 8, "enc_in": 3, "patch_len": 6, "stride": 4, "n_heads": 4}
-    return Namespace(**({flag.name: flag.default for flag in FLAGS} | small | flags))
+    return defaults(**small | flags)
 
 
 def random_model(**flags: object) -> Model:
@@ -83,6 +83,30 @@ def test_forecast_against_parts_put_together(training: bool) -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_batch_without_numbers_leaves_no_trace(wrong: float) -> None:
+    """Two models see the same batches, PyTorch's normalisation in the one; a wrong batch is seen by the other alone."""
+    ours, plain = random_model(dropout=0.0), random_model(dropout=0.0)
+    for layer in plain.encoder:
+        for name in ("attention_norm", "feed_forward_norm"):
+            norm = nn.BatchNorm1d(16).double()
+            norm.load_state_dict(getattr(layer, name).state_dict())
+            setattr(layer, name, norm)
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(4, 24, 2, dtype=torch.float64, generator=generator) for _ in range(3)]
+    for number, x in enumerate(batches):
+        torch.testing.assert_close(ours.train()(x), plain.train()(x), rtol=0, atol=0)
+        if number == 1:
+            bad = x.clone()
+            bad[0, 5, 0] = wrong
+            out = ours(bad)
+            assert not out.isfinite().all()
+            out.sum().backward()  # as the loop does before it finds out
+    for one, other in zip(ours.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(ours.eval()(batches[0]), plain.eval()(batches[0]))
+
+
 @pytest.mark.parametrize(("seq_len", "patch_len", "stride"), [(24, 6, 4), (25, 6, 4), (16, 16, 8), (5, 5, 9)])
 def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
     model = Model(configs(seq_len=seq_len, patch_len=patch_len, stride=stride))
@@ -94,12 +118,7 @@ def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
 
 
 def test_a_channel_does_not_see_the_others() -> None:
-    model = random_model().eval()
-    x = torch.randn(2, 24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    together = model(x)
-    assert Model.channel_independent and together.shape == (2, 8, 5)
-    alone = model(x.transpose(1, 2).reshape(10, 24, 1))  # channels as a batch
-    torch.testing.assert_close(alone.view(2, 5, 8).transpose(1, 2), together)
+    assert_channels_are_apart(random_model().eval(), 24, 8, torch.float64)
 
 
 def test_forecast_moves_and_stretches_with_the_series() -> None:

@@ -156,7 +156,7 @@ def test_errors_are_one_line(runs, tmp_path, capsys) -> None:
             code = stop.code
         error = capsys.readouterr().err
         assert code == 2 and error.count("\n") == 1, (words, error)
-        assert re.match(r"(explain|run_main)\.py: error: (" + line + ")", error), error
+        assert re.match(r"explain\.py: error: (" + line + ")", error), error
 
 
 def test_attention_is_a_softmax_over_the_prototypes(runs, tmp_path) -> None:
@@ -316,7 +316,7 @@ def test_a_head_of_zeros_is_moved_by_no_prompt(runs, tmp_path) -> None:
     # Its forecasts are the windows' means: they have no deviation, and their error is what counts.
     assert all(trial.mse == trial.mse_before for key, trial in trials.items() if key != "nudged")
     assert trials["nudged"].mse != trials["nudged"].mse_before
-    assert conclusion(trials).endswith(": this run does not use its prompt.")
+    assert conclusion(trials, 64).endswith(": this run does not use its prompt.")
 
 
 def test_a_run_that_ignores_its_prompt_is_said_to(runs, tmp_path) -> None:
@@ -334,6 +334,7 @@ def test_a_run_that_ignores_its_prompt_is_said_to(runs, tmp_path) -> None:
     assert (
         found["conclusion"].endswith("this run does not use its prompt.") and found["other_description"] == "Something else."
     )
+    assert ": on these 4 windows, fewer than the 20 that would speak for others, this run" in found["conclusion"]
 
 
 def trials(**changes: tuple[float | None, float]) -> dict[str, Trial]:
@@ -342,7 +343,7 @@ def trials(**changes: tuple[float | None, float]) -> dict[str, Trial]:
 
 
 def test_the_conclusion_follows_from_the_numbers() -> None:
-    nothing = conclusion(trials(shuffled=(0.004, 0.002), description=(0.003, 0.0)))
+    nothing = conclusion(trials(shuffled=(0.004, 0.002), description=(0.003, 0.0)), 20)
     assert nothing == (
         "With other statistics the forecast moves by 0.40 % of its deviation and the error changes by +0.20 %, with another "
         "description by 0.30 % and 0 %, with no prompt at all by 0 % and 0 %: this run does not use its prompt."
@@ -362,9 +363,11 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
         # What rounding does as well is no effect.
         ({"rounding": (0.03, 0.0), "shuffled": (0.05, 0.0)}, "this run does not use its prompt"),
     ):
-        assert conclusion(trials(**changes)).endswith(f"{verdict}.")
+        assert conclusion(trials(**changes), 64).endswith(f"{verdict}.")
+        few = conclusion(trials(**changes), 19)
+        assert few.endswith(f"{verdict}.") and ": on these 19 windows, fewer than the 20 " in few
     flat = {kind: Trial(kind, None, 1.0, 1.0) for kind in trials()}
-    assert conclusion(flat).startswith(
+    assert conclusion(flat, 64).startswith(
         "With other statistics the error changes by 0 %, with another description by 0 %, with"
     )
     assert [percent(v) for v in (0, 1e-6, 0.0042, 0.042, 0.42)] == ["0 %", "less than 0.01 %", "0.42 %", "4.2 %", "42 %"]

@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layers.backbone import Backbone
 from layers.backbone_files import find_backbone
 from layers.errors import InputError
-from scripts import get_backbone
-from scripts.get_backbone import MARK, MODELS, PRETRAINED, Model, main, perplexity
+from scripts.backbones.checks import PRETRAINED, check_folder, checksum, perplexity
+from scripts.backbones.known import MODELS, Model
+from scripts.backbones.sources import dequantise
+from scripts.get_backbone import MARK, main
 from scripts.make_backbone import make_backbone
 from tests.realdata import ROOT
 
@@ -43,7 +45,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def record(self, path: Path) -> dict:
         record: dict = {"size": path.stat().st_size, "etag": hashlib.sha1(path.read_bytes()).hexdigest()}
         if path.suffix == ".safetensors":
-            record["etag"] = get_backbone.checksum(path)
+            record["etag"] = checksum(path)
             record["lfs"] = {"sha256": record["etag"], "oid": record["etag"], "size": record["size"], "pointerSize": 134}
         return record
 
@@ -190,14 +192,20 @@ def test_damaged_folder_is_named_and_left(hub: Hub, tmp_path: Path, capsys, kind
 
 def test_folder_of_somebody_is_kept(hub: Hub, tmp_path: Path, capsys) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    for folder, words in ((out, "something else"), (partial, "not made by this script")):
+    names = [f"{number}.txt" for number in range(5)]
+    for folder, words in (
+        (out, "something else in it (0.txt, 1.txt, 2.txt and 2 more)"),
+        (partial, "not made by this script"),
+    ):
         folder.mkdir()
-        (folder / "mine.txt").write_text("mine")
-        assert words in refused(capsys, "tiny", "--out", out)
-        assert contents(folder) == {"mine.txt": b"mine"}
+        for name in names:
+            (folder / name).write_text("mine")
+        error = refused(capsys, "tiny", "--out", out)
+        assert words in error and "move " in error and "give --out " in error and "--llm_model_path" not in error
+        assert contents(folder) == dict.fromkeys(names, b"mine")
         shutil.rmtree(folder)
     out.write_text("a file")
-    refused(capsys, "tiny", "--out", out)
+    assert "got a file, expected tiny, whole, or a new folder" in refused(capsys, "tiny", "--out", out)
     assert out.read_text() == "a file" and not partial.exists()
 
 
@@ -298,9 +306,9 @@ def test_gguf_becomes_the_same_model(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write_gguf(tmp_path / "tiny.gguf", source)
-    get_backbone.dequantise(tmp_path / "tiny.gguf", out)
+    dequantise(tmp_path / "tiny.gguf", out)
     info = find_backbone("LLAMA", str(out))
-    get_backbone.check_folder(out, Model("", "", 0, (info.layers, info.hidden_size, info.vocab_size), ""), {})
+    check_folder(out, Model("", "", 0, (info.layers, info.hidden_size, info.vocab_size), ""), {})
     ids = torch.arange(10, 40)[None]
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits  # (1, 30, V)
     got = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits

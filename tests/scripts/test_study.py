@@ -34,7 +34,16 @@ from utils.study.statistics import (
     read_published,
     sections,
 )
-from utils.study.table import _as_latex, _errors, difference_texts, figure_text
+from utils.study.table import (
+    _as_latex,
+    _as_markdown,
+    _as_text,
+    _differences,
+    _errors,
+    _few_pairs,
+    difference_texts,
+    figure_text,
+)
 
 FLAGS = """
 [flags]
@@ -89,6 +98,7 @@ def test_a_grid_on_the_command_line_alone() -> None:
     ("text", "axes", "flags", "line"),
     [
         ("[grid\n", (), (), "no TOML"),
+        ("[grid]\noptimizer = ['adma']\n", (), (), "got 'adma', expected one of adam, adamw, adamw8bit; perhaps adam"),
         ("[gird]\nseed = [1]\n", (), (), "gird: got an unknown part, expected perhaps grid"),
         ("[grid]\nsede = [1]\n", (), (), "[grid] sede: got an unknown flag, expected perhaps seed"),
         ("[flags]\nlerning_rate = 1\n", (), (), "expected perhaps learning_rate"),
@@ -164,6 +174,8 @@ def test_mean_deviation_and_interval_by_hand() -> None:
     assert ours is not None and (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
     single = paired({1: 0.5}, {1: 0.4})
     assert single is not None and difference_texts(single) == ("+0.1000", "1 seed: no interval")
+    two = paired({1: 0.5, 2: 0.6, 3: 0.7}, {1: 0.4, 2: 0.4})
+    assert two is not None and two.number == 2 and difference_texts(two) == ("+0.1500", "2 seeds: no interval")
     assert paired({1: 0.5}, {2: 0.4}) is None
 
 
@@ -201,7 +213,19 @@ def test_a_table_has_means_best_baselines_published_and_paired_differences(tmp_p
     theirs = stats.ttest_rel(errors["short, 4"], errors["plain"]).confidence_interval(0.95)
     ours = by_column[Column(96, "mse")]
     assert (ours.number, ours.low, ours.high) == (3, pytest.approx(theirs.low), pytest.approx(theirs.high))
-    assert by_column[Column(192, "mse")].number == 2
+    assert by_column[Column(192, "mse")].number == 2 and by_column[Column(192, "mse")].low is None
+    differing = _differences(grid, section)
+    assert differing is not None
+    for text in (
+        _as_text("", [differing], []),
+        _as_markdown(tmp_path, "", [differing], [], []),
+        _as_latex("", [differing], []),
+    ):
+        (line,) = (line for line in text.splitlines() if re.search(r"\b192\b", line))
+        assert line.count("2 seeds: no interval") == 2
+    assert len(_few_pairs(grid, [section])) == 1
+    three = [(cell, found) for cell, found in results if cell.args.pred_len == 96]
+    assert not _few_pairs(grid, sections(grid, three, []))
     assert all(path.stat().st_size > 5000 for path in draw(tmp_path, [section])) and len(list(tmp_path.glob("*.png"))) == 2
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -90,3 +92,12 @@ def test_results_page_joins_studies(tmp_path: Path) -> None:
         [sys.executable, *map(str, command[1:3]), str(tmp_path), *map(str, command[4:])], capture_output=True
     )
     assert missing.returncode == 2 and missing.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("name", ["flops", "measure"])
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_a_part_that_is_started_says_whose_it_is(tmp_path: Path, name: str, words: list[str]) -> None:
+    script = ROOT / "scripts" / f"{name}.py"
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"scripts/{name}.py is a part of scripts/benchmark.py")

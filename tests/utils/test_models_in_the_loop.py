@@ -1,11 +1,8 @@
 """Every model and every variant of Time-LLM in the loop: trained, interrupted, resumed, tested, asked to predict."""
 
+import csv
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,12 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 import layers.backbone
-import run_main
 import utils.run
+from data_provider.batches import Batch, WindowCollate
 from data_provider.timefeatures import time_marks
 from models.Autoformer import Model as Autoformer
-from tests.realdata import ROOT
-from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, run_folder, train, write_csv
+from scripts import summary
+from tests.small_run import (
+    COLUMNS,
+    PRED_LEN,
+    SEQ_LEN,
+    figures,
+    refusal,
+    run_folder,
+    train,
+    train_in_two_processes,
+    write_csv,
+)
 from utils.checks import check_checkpoint, check_model, outline
 from utils.command_line import parse_flags
 from utils.saving.checkpoint import Checkpoint
@@ -143,16 +150,49 @@ def test_batch_normalisation_counts_the_steps_and_nothing_else(small, capsys) ->
     assert counts == [2 * (WINDOWS // 8)] * 4
 
 
+def test_a_step_without_numbers_does_not_spoil_the_batch_normalisation(small, capsys, monkeypatch) -> None:
+    """A window that overflows in the third of six steps: that step is skipped, and what is trained is fit to be scored."""
+    collate, count = WindowCollate.__call__, iter(range(1, 10**6))
+
+    def broken(self: WindowCollate, items: list[dict]) -> Batch:
+        batch = collate(self, items)
+        batch.x[0, 3, 1] = float("inf") if next(count) == 3 else batch.x[0, 3, 1]
+        return batch
+
+    monkeypatch.setattr(WindowCollate, "__call__", broken)
+    words = small(model="PatchTST")
+    lines = train(words, capsys)
+    assert any("epoch 1, iteration 3: the loss is nan; the step is skipped" in line for line in lines)
+    assert all(np.isfinite(list(scores(run_folder(words)).values())))
+    state = load_file(run_folder(words) / "checkpoint.safetensors")
+    counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert counts == [WINDOWS // 16 - 1] * 4
+
+
 def test_two_processes_normalise_alike(small, capsys) -> None:
     """What PatchTST's batch normalisation has seen is that of both, so that they and a later test score one model."""
     words = small(model="PatchTST", batch_size=8, eval_batch_size=5)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, "run_main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(run.stdout.splitlines())
+    lines = train_in_two_processes(words)
+    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(lines)
+
+
+def test_a_summary_names_no_language_model_where_none_runs(small, capsys, tmp_path: Path) -> None:
+    def table(folder: str) -> list[dict[str, str]]:
+        assert summary.main([str(tmp_path / folder), "--csv", str(tmp_path / "runs.csv")]) == 0
+        with (tmp_path / "runs.csv").open(encoding="utf-8", newline="") as file:
+            return sorted(csv.DictReader(file), key=lambda row: row["run"])
+
+    def runs(folder: str, *several: dict) -> None:
+        for number, flags in enumerate(several):
+            train(small(**{"max_iters": 1, "checkpoints": tmp_path / folder, "model_id": number} | flags), capsys)
+
+    without = {"llm_ablation": "none"}, {"llm_ablation": "attention"}, {"model": "DLinear"}, {"model": "Ridge"}
+    runs("one", *without, {})
+    assert not table("one")[0].keys() & {"llm_model", "llm_dim", "llm_layers"}  # where one alone runs, there is no choice
+    assert [row["llm_ablation"] for row in table("one")] == ["none", "attention", "", "", "off"]
+    runs("two", *without, {}, {"llm_model": "AUTO", "llm_layers": 2})
+    for flag, values in (("llm_model", ["QWEN", "AUTO"]), ("llm_layers", ["1", "2"])):
+        assert [row[flag] for row in table("two")] == [""] * 4 + values
 
 
 def test_ridge_is_the_baseline(small, capsys) -> None:
@@ -163,6 +203,20 @@ def test_ridge_is_the_baseline(small, capsys) -> None:
         ridge = next(row for row in metrics["baselines"]["rows"] if row["name"] == "ridge")
         assert metrics["test"] == pytest.approx({"mse": ridge["mse"], "mae": ridge["mae"]}, abs=1e-6)
         assert sum("Vali Loss" in line for line in lines) == 1  # one epoch; there is nothing to repeat
+
+
+def test_ridge_has_no_batches_that_could_be_too_large(small, capsys) -> None:
+    found = []
+    for size in (1, WINDOWS, WINDOWS + 1, 10**6):
+        words = small(model="Ridge", batch_size=size, model_comment=f"of {size}")
+        train(words, capsys)
+        found.append(scores(run_folder(words)) | {"train": pd.read_csv(run_folder(words) / "history.csv").train_loss[0]})
+        (line,) = (line for line in train([*words, "--resume"], capsys) if "finished" in line)
+        assert line.startswith("This run is finished")
+    assert all(row == pytest.approx(found[0], rel=1e-6) for row in found[1:])
+    assert f"--batch_size: got {WINDOWS + 1}, expected at most {WINDOWS}" in refusal(
+        small(model="DLinear", batch_size=WINDOWS + 1), capsys
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -195,6 +249,19 @@ def test_the_linear_skip_starts_at_ridge(small, capsys) -> None:
         held = load_file(run_folder(moved) / "checkpoint.safetensors")
         assert torch.equal(held["linear_map"], fitted) == (skip == "ridge")
         assert held["output_projection.linear.weight"].any()
+
+
+def test_a_poor_linear_map_is_said_to_be_one(small, capsys, tmp_path: Path) -> None:
+    for flags in ({"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge"}):
+        assert not any("linear map is a poor one" in line for line in train(small(**flags, max_iters=1), capsys))
+    table = pd.read_csv(tmp_path / "series.csv")
+    table[list(COLUMNS)] = np.random.default_rng(5).standard_normal((len(table), len(COLUMNS))).cumsum(axis=0)
+    table.to_csv(tmp_path / "walk.csv", index=False)
+    for flags in ({"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge"}):
+        words = small(**flags, data_path="walk.csv", percent=50, max_iters=1)
+        (line,) = (line for line in train(words, capsys) if "linear map is a poor one" in line)
+        assert line.startswith("WARNING: ") and " training windows made it" in line
+        assert ("--skip none" in line) == ("skip" in flags)
 
 
 def test_a_drawn_language_model_is_that_of_the_training(small, capsys) -> None:
@@ -267,19 +334,6 @@ def test_another_step_than_the_trainings_has_other_marks(small, capsys, tmp_path
     table.to_csv(tmp_path / "daily.csv", index=False)
     given = ["--is_training", "0", "--device", "cpu", "--checkpoint", str(run_folder(words)), "--root_path", str(tmp_path)]
     assert "time_embedding" in refusal([*given, "--data_path", "daily.csv"], capsys)
-
-
-def refusal(words: list[str], capsys) -> str:
-    """The one line with which a command line is refused."""
-    capsys.readouterr()
-    try:
-        code = run_main.main(words)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, ""), (code, out, err)
-    assert re.fullmatch(r"run_main\.py: error: \S.*?: got .+, expected .+\n", err), err
-    return err
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,20 @@ def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, flo
     return candidates[best], float(PENALTIES[best])
 
 
+def doubts(weights: np.ndarray, penalty: float, val: WindowDataset) -> str:
+    """What speaks against a map `[T, H]` that `fit_ridge` has chosen; empty where nothing does.
+
+    The penalty is the largest that is tried (a larger one might have been chosen; at the other end is 0, with nothing
+    beyond), or its errors in validation are larger than those of the last value.
+    """
+    found = _measure(RIDGE, "", "", val, 0.0, lambda x: ridge_forecast(x, weights)).mse
+    last = _measure(LAST, "", "", val, 0.0, lambda x: np.repeat(x[:, -1:], weights.shape[1], axis=1)).mse
+    said = [f"its penalty is the largest that is tried, {penalty:g}"] if penalty == PENALTIES[-1] else []
+    if found > last:
+        said.append(f"its validation MSE is {found:.4f}, that of the last value {last:.4f}")
+    return ", and ".join(said)
+
+
 def ridge_maps(xx: np.ndarray, xy: np.ndarray, penalties: np.ndarray) -> Iterator[np.ndarray]:
     """Ridge solutions `[T, H]`, one a penalty, from one eigendecomposition of xx `[T, T]`; with the penalty 0
     the least-squares solution of smallest norm."""

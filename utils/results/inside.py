@@ -30,6 +30,7 @@ DRAWN = 100  # prototypes and mixtures of words, for a yardstick
 SEQUENCES = 64  # run at once at most
 NUDGE = 0.01  # of a window's deviation: what its last value is moved by, for scale
 SMALL = 0.01  # a change of less is called none
+ENOUGH = 20  # windows, from which on a verdict speaks for the run
 
 
 class Word(NamedTuple):
@@ -313,8 +314,8 @@ def _other_encoder(model: Model, description: str) -> PromptEncoder:
     return PromptEncoder(backbone.tokenizer, replace(ours.template, description=description), positions - patches)
 
 
-def conclusion(trials: dict[str, Trial]) -> str:
-    """One sentence on what the prompt does, with the numbers that say so."""
+def conclusion(trials: dict[str, Trial], windows: int) -> str:
+    """One sentence on what the prompt does, with the numbers that say so; of few windows it says that they are few."""
     shown = {"other statistics": _statistics(trials), "another description": trials["description"]}
     shown["no prompt at all"] = trials["left_out"]
     moves = all(trial.change is not None for trial in shown.values())
@@ -323,7 +324,8 @@ def conclusion(trials: dict[str, Trial]) -> str:
     for what, trial in shown.items():
         parts.append(f"with {what}{means.format(*[percent(trial.change or 0)] * moves, percent(trial.mse_change, True))}")
         means = f" by {' and '.join(['{}'] * (1 + moves))}"
-    sentence = f"{', '.join(parts)}: {_verdict(trials)}."
+    few = f"on these {windows} windows, fewer than the {ENOUGH} that would speak for others, " * (windows < ENOUGH)
+    sentence = f"{', '.join(parts)}: {few}{_verdict(trials)}."
     return sentence[0].upper() + sentence[1:]
 
 

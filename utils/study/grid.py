@@ -196,12 +196,13 @@ def _known(where: str, name: str) -> None:
 
 def _word(where: str, name: str, value: object) -> str:
     """A value as the word of a command line, in the one form that the flag's kind gives it."""
+    kind = KINDS[name]
     if not isinstance(value, (str, int, float)):
-        raise input_error(f"{where} {name}", repr(value), KINDS[name].expected)
+        raise input_error(f"{where} {name}", repr(value), kind.expected)
     try:
-        return str(KINDS[name](str(value)))
+        return str(kind(str(value)))
     except argparse.ArgumentTypeError:
-        raise input_error(f"{where} {name}", repr(value), KINDS[name].expected) from None
+        raise input_error(f"{where} {name}", repr(value), kind.expected, kind.hint(str(value))) from None
 
 
 def _read_words(words: Sequence[str]) -> dict[str, str]:

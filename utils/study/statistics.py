@@ -16,6 +16,7 @@ from utils.study.grid import DATA, HORIZON, SEED, SHARE, VARIANT, Cell, Grid
 
 ERRORS = ("mse", "mae")
 LEVEL = 0.95  # of the intervals
+PAIRS = 3  # from which on there is an interval: of two, Student's t is 12.7 (of three 4.3)
 Key = tuple[tuple[str, str], ...]  # axis and value, of all axes that make a table's row
 Result = tuple[Cell, Measured]
 
@@ -45,7 +46,7 @@ class Difference:
     """The mean of paired differences, with Student's interval."""
 
     mean: float
-    low: float | None  # None with one pair, which says nothing of the spread
+    low: float | None  # None with fewer than PAIRS, which say next to nothing of the spread
     high: float | None
     number: int
 
@@ -99,12 +100,12 @@ def mean_over(values: Sequence[float]) -> Figure | None:
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> Difference | None:
-    """`one` minus `other` over the seeds that both have: the mean, and its interval mean ± t s / sqrt(n)."""
+    """`one` minus `other` over the seeds that both have: the mean, and from `PAIRS` on its interval mean ± t s / sqrt(n)."""
     found = mean_over([one[seed] - other[seed] for seed in one if seed in other])
     if found is None:
         return None
-    if found.deviation is None:
-        return Difference(found.mean, None, None, 1)
+    if found.deviation is None or found.number < PAIRS:
+        return Difference(found.mean, None, None, found.number)
     t = float(stdtrit(found.number - 1, (1 + LEVEL) / 2))
     half = t * found.deviation / math.sqrt(found.number)
     return Difference(found.mean, found.mean - half, found.mean + half, found.number)

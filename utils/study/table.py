@@ -15,6 +15,7 @@ from utils.study.queue import Queue, time_text
 from utils.study.statistics import (
     ERRORS,
     MEAN,
+    PAIRS,
     Column,
     Difference,
     Figure,
@@ -74,6 +75,7 @@ def write_tables(study: Path, grid: Grid, places: list[Place], published: list[d
     made = sections(grid, found, published)
     tables = [table for section in made for table in (_errors(section), _differences(grid, section)) if table]
     facts = [*_facts(places), *(fact for section in made for fact in _windows(section)), *_notes(made)]
+    facts += _few_pairs(grid, made)
     commands = [(place.cell.id, _command(place)) for place in places]
     write_text(study / TEXT, _as_text(grid.title, tables, facts))
     write_text(study / MARKDOWN, _as_markdown(study, grid.title, tables, facts, commands))
@@ -112,6 +114,14 @@ def _notes(made: list[Section]) -> list[str]:
     for fixed in (fixed for section in made for fixed in section.published):
         by_note.setdefault(fixed.note, {})[fixed.label.removesuffix(" (published)")] = None
     return [f"Published, not measured here: {', '.join(labels)}: {note}." for note, labels in by_note.items()]
+
+
+def _few_pairs(grid: Grid, made: list[Section]) -> list[str]:
+    """Why a mean difference of two seeds has no interval, where there is one."""
+    pairs = (pair for section in made for *_, by_column in differences(grid, section) for pair in by_column.values())
+    if not any(1 < pair.number < PAIRS for pair in pairs):
+        return []
+    return [f"A difference over fewer than {PAIRS} seeds has no interval: Student's t of two is 12.7, of three 4.3."]
 
 
 def _errors(section: Section) -> Table:
@@ -182,9 +192,9 @@ def _differences(grid: Grid, section: Section) -> Table | None:
 
 
 def difference_texts(pair: Difference) -> tuple[str, str]:
-    """The mean difference, and the interval of Student's t."""
+    """The mean difference, and the interval of Student's t, or of how few seeds there is none."""
     if pair.low is None or pair.high is None:
-        return f"{pair.mean:+.4f}", "1 seed: no interval"
+        return f"{pair.mean:+.4f}", f"{pair.number} seed{'s' * (pair.number > 1)}: no interval"
     return f"{pair.mean:+.4f}", f"{pair.low:+.4f} to {pair.high:+.4f}"
 
 

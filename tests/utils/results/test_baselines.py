@@ -10,7 +10,7 @@ from data_provider.synthetic import write_synthetic
 from data_provider.timestamps import infer_step
 from tests.realdata import real_data
 from utils.results import baselines as module
-from utils.results.baselines import baselines, fit_ridge, ridge_forecast, season_length
+from utils.results.baselines import PENALTIES, baselines, doubts, fit_ridge, ridge_forecast, season_length
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,27 @@ def test_ridge_is_scikit_learns(folder, monkeypatch):
             denormalised = ridge.predict(z_val) * weight_val[:, None] + x_val.mean(axis=1, keepdims=True)
             np.testing.assert_allclose(ridge_forecast(x_val, weights), denormalised, atol=1e-7)
     assert module.PENALTIES[int(np.argmin(scores))] == penalty
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest", "worse"), [("waves", False, False), ("noise", True, False), ("walk", False, True)]
+)
+def test_what_speaks_against_a_map(folder, tmp_path, kind, largest, worse):
+    """Of noise the window's mean is the best forecast, a map of zeros; of a random walk it is the last value."""
+    random = np.random.default_rng(7)
+    frame = pd.read_csv(folder / "own.csv")
+    steps = random.standard_normal((600, 3))
+    frame[["a", "OT", "c"]] = {"waves": frame[["a", "OT", "c"]], "noise": steps, "walk": steps.cumsum(axis=0)}[kind]
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    series = small(tmp_path, percent=100 if kind == "waves" else 10)
+    weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
+    said = doubts(weights, penalty, series.windows("val"))
+    x, y = stacked(series.windows("val"), [0, 1, 2])
+    errors = [np.mean((forecast - y) ** 2) for forecast in (ridge_forecast(x, weights), x[:, -1:])]
+    assert (penalty == PENALTIES[-1], errors[0] > errors[1]) == (largest, worse)
+    assert ("its penalty is the largest that is tried, 100" in said) == largest
+    assert (f"validation MSE is {errors[0]:.4f}, that of the last value {errors[1]:.4f}" in said) == worse
+    assert bool(said) == (largest or worse)
 
 
 @pytest.mark.parametrize(

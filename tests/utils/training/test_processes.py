@@ -1,27 +1,17 @@
 """The same loop in a group of two processes (gloo on the CPU), as torchrun or accelerate start it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch.distributed
 
-from tests.realdata import ROOT
-from tests.small_run import command_line, figures, train
+from tests.small_run import command_line, figures, train, train_in_two_processes
 
 
 def test_two_processes_train_and_score_as_one(backbones, capsys, tmp_path: Path) -> None:
     words = command_line(tmp_path, backbones["qwen2"], batch_size=8, eval_batch_size=5)
     assert torch.distributed.is_gloo_available()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, "run_main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
+    lines = train_in_two_processes(words)
     # every line once; 185 windows are 11 iterations of 2 x 8
     assert [line for line in lines if line in ("train 185", "val 25", "test 57")] == [
         "train 185",
