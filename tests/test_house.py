@@ -23,8 +23,8 @@ FLOORS = [
     "utils.training.trial", "utils.training.memory", "utils.training.session", "utils.training.step",
     "utils.training.precision", "utils.results.journal", "utils.results.predictions", "utils.results.metrics",
     "utils.results.log", "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver",
-    "utils.saving.checkpoint", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
-    "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.files", "utils.errors",
+    "utils.saving.checkpoint", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line",
+    "utils.flags", "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.files", "utils.errors",
     "utils.threads",
 ]  # fmt: skip
 NAMES = {flag.name for flag in FLAGS}
