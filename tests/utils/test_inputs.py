@@ -14,7 +14,7 @@ import pytest
 
 import layers.backbone_files
 from layers.errors import InputError
-from models import MODELS, model_class
+from models import MODELS, _read_switches, model_class
 from tests.realdata import ROOT
 from tests.small_run import run_folder, train, write_csv
 from utils.command_line import parse_flags
@@ -129,8 +129,26 @@ def test_a_models_switches_are_the_same_read_as_text() -> None:
     assert not loaded & (SLOW | TABLES)
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("uses_llm: bool = True", True),
+        ("uses_llm = is_trained = True", True),
+        ("prompts = None", False),
+        ("uses_llm = not False", None),
+        ("if True:\n        uses_llm = True", None),
+    ],
+)
+def test_a_models_switches_are_read_where_the_text_tells_them(tmp_path: Path, body: str, told: bool | None) -> None:
+    file = tmp_path / "Other.py"
+    file.write_text(f"class Model(Forecaster):\n    {body}\n")
+    found = _read_switches(file)
+    assert found == (None if told is None else dict(zip(SWITCHES, (told, True, False, True), strict=True)))
+
+
 def test_a_models_switches_may_come_from_another_model(tmp_path: Path) -> None:
     (tmp_path / "Child.py").write_text("from models import Ridge\n\nclass Model(Ridge.Model):\n    whole_batches = True\n")
+    shutil.copy(ROOT / "models" / "forecaster.py", tmp_path)
     code = "import models, pathlib\nmodels.FOLDER = pathlib.Path(sys.argv[1])\nmodels.__path__.append(sys.argv[1])\n"
     found, _, _ = python(code + f"found = [getattr(models.traits('Child'), s) for s in {SWITCHES}]", str(tmp_path))
     assert found == [False, True, True, False]
