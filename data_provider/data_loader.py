@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 
 from data_provider.description import frequency, step_words
@@ -178,6 +177,9 @@ def load_series(
     Raises:
         InputError: file, column, name or lengths that cannot be used.
     """
+    # Only now: scikit-learn takes half a second to load, and a forecast from a checkpoint has its scaler there.
+    from sklearn.preprocessing import StandardScaler
+
     _check_lengths(seq_len, label_len, pred_len)
     table = read_table(find_csv(root_path, data_path), fill_missing)
     chosen, target = _choose_columns(table, features, target)

@@ -1,18 +1,20 @@
 """The language model's folder: found, checked and read for what it says of itself, without its weights.
 
 What differs between the language models stands in `FAMILIES`; everything else is the same for all.
+Only the standard library is imported at the top, so that `check_folder` answers before transformers and torch are loaded,
+which takes seconds.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from typing import TYPE_CHECKING
 
 from layers.errors import InputError, input_error
+
+if TYPE_CHECKING:
+    import transformers
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 ABOUT = "backbone.json"  # what scripts/get_backbone.py says of a folder that it made
@@ -52,9 +54,24 @@ class BackboneInfo:
     max_positions: int
     causal: bool
     window: int | None  # of sliding-window attention; None: every token sees all before it
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: "transformers.PreTrainedTokenizerBase"
     identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
     note: str = ""  # where the weights come from, where the folder says so
+
+
+def check_folder(name: str, path: str | None) -> None:
+    """Refuse a language model's folder that is not there, or lacks files; parameters as of `find_backbone`.
+
+    What only transformers can tell is not looked at, and the hub, which may have what this disk has not, is not asked.
+
+    Raises:
+        InputError: as `find_backbone`.
+    """
+    family = FAMILIES[name]
+    folder = _local_folder(family, path)
+    if folder is not None:
+        _check_config_file(name, family, folder)
+        _check_files(folder, family)
 
 
 def find_backbone(name: str, path: str | None) -> BackboneInfo:
@@ -68,11 +85,10 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         InputError: folder, configuration, tokenizer or safetensors files missing or unreadable.
     """
     family = FAMILIES[name]
-    folder = _local_folder(family, path)
+    folder = _local_folder(family, path) or _fetch(family, path)
+    _check_config_file(name, family, folder)
     config = _read_config(name, family, folder)
-    shards = _weight_files(folder, family)
-    if not (folder / "tokenizer_config.json").is_file():
-        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
+    fingerprint = _check_files(folder, family)
     # GPT2 names its positions differently; the attribute map of its config knows both names.
     positions = getattr(config, "max_position_embeddings", None) or 2**31
     return BackboneInfo(
@@ -91,29 +107,64 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "model_type": config.model_type,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
-            "fingerprint": _fingerprint(folder, shards),
+            "fingerprint": fingerprint,
         },
         note=_note(folder),
     )
 
 
-def _read_config(name: str, family: Family, folder: Path) -> transformers.PreTrainedConfig:
+def _check_config_file(name: str, family: Family, folder: Path) -> None:
+    """Refuse a config.json that is missing, no JSON object, or says that it is of another family than `name`."""
+    file = folder / "config.json"
+    if not file.is_file():
+        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
+        raise _unusable(folder, "no config.json", "a language model's configuration beside its weights", fetch)
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable_config(folder, error) from error
+    if not isinstance(said, dict):
+        raise _unusable_config(folder, TypeError("no JSON object"))
+    if isinstance(said.get("model_type"), str):
+        _check_family(name, family, said["model_type"], folder)
+
+
+def _check_family(name: str, family: Family, model_type: str, folder: Path) -> None:
+    if not model_type.startswith(family.model_type):
+        raise input_error(
+            f"--llm_model {name}",
+            f"a model of type {model_type} in {folder}",
+            family.model_type,
+            f"name its own family ({', '.join(FAMILIES)})",
+        )
+
+
+def _check_files(folder: Path, family: Family) -> str:
+    """The fingerprint of a folder's weights.
+
+    Raises:
+        InputError: it has none, or no tokenizer, or a file of it is cut short.
+    """
+    shards = _weight_files(folder, family)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
+    return _fingerprint(folder, shards)
+
+
+def _read_config(name: str, family: Family, folder: Path) -> "transformers.PreTrainedConfig":
     """A folder's configuration.
 
     Raises:
         InputError: it cannot be read, is of another family than `name`, or not that of a language model of text.
     """
+    from huggingface_hub.errors import StrictDataclassError  # only now: with transformers it takes a second to load
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise _unusable(folder, f"a config.json that cannot be used ({_first_line(error)})", "a readable one") from error
-    if not config.model_type.startswith(family.model_type):
-        raise input_error(
-            f"--llm_model {name}",
-            f"a model of type {config.model_type} in {folder}",
-            family.model_type,
-            f"name its own family ({', '.join(FAMILIES)})",
-        )
+        raise _unusable_config(folder, error) from error
+    _check_family(name, family, config.model_type, folder)
     sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
     nested = config.is_encoder_decoder or config.get_text_config() is not config
     if nested or not all(isinstance(size, int) for size in sizes):
@@ -122,13 +173,15 @@ def _read_config(name: str, family: Family, folder: Path) -> transformers.PreTra
     return config
 
 
-def _load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase":
     """A folder's tokenizer.
 
     Raises:
         InputError: its files are damaged, or too few (from a configuration alone transformers makes
             a tokenizer without a vocabulary, to which every text is empty).
     """
+    from transformers import AutoTokenizer  # only now: transformers takes a second to load
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
@@ -139,40 +192,54 @@ def _load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _is_causal(config: transformers.PreTrainedConfig) -> bool:
+def _is_causal(config: "transformers.PreTrainedConfig") -> bool:
     """Whether a configuration is that of a decoder, by the names of its architectures."""
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
-def _window(config: transformers.PreTrainedConfig) -> int | None:
+def _window(config: "transformers.PreTrainedConfig") -> int | None:
     """The sliding window of a configuration's attention, if any of its layers has one."""
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _local_folder(family: Family, path: str | None) -> Path:
+def _local_folder(family: Family, path: str | None) -> Path | None:
+    """The folder on this disk; None: the hub may have it.
+
+    Raises:
+        InputError: `path` is no folder, and no hub id either.
+    """
     if path is not None and Path(path).expanduser().is_dir():
         return Path(path).expanduser()
-    default = ROOT / "base_models" / family.hub_id.split("/")[-1]
+    default = _default_folder(family.hub_id)
     if path is None and default.is_dir():
         return default
-    hub_id, place = path or family.hub_id, str(default)
     if path is None or _looks_like_hub_id(path):
-        place = str(ROOT / "base_models" / hub_id.split("/")[-1])
-        from huggingface_hub import snapshot_download
+        return None
+    hub_id, place = (family.hub_id, str(default)) if family.hub_id else ("<hub id>", path)
+    raise _no_weights(path, "no such folder", hub_id, place)
 
-        try:
-            return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-        except Exception as error:  # the hub client raises dozens of types; each means: not to be had
-            reason = _first_line(error)
-    else:
-        hub_id, reason = family.hub_id, "no such folder"
-        if not hub_id:
-            hub_id, place = "<hub id>", path
-    looked = default if path is None else path
+
+def _fetch(family: Family, path: str | None) -> Path:
+    """The folder of what the hub has, fetched unless the hub's cache holds it."""
+    from huggingface_hub import snapshot_download
+
+    hub_id = path or family.hub_id
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub client raises dozens of types; each means: not to be had
+        looked = _default_folder(hub_id) if path is None else path
+        raise _no_weights(looked, _first_line(error), hub_id, str(_default_folder(hub_id))) from error
+
+
+def _default_folder(hub_id: str) -> Path:
+    return ROOT / "base_models" / hub_id.split("/")[-1]
+
+
+def _no_weights(looked: str | Path, reason: str, hub_id: str, place: str) -> InputError:
     fetch = f"fetch them with: hf download {hub_id} --local-dir {place}"
-    raise input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", fetch)
+    return input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", fetch)
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -250,6 +317,10 @@ def _note(folder: Path) -> str:
     if not usable:
         raise _unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"')
     return note
+
+
+def _unusable_config(folder: Path, error: Exception) -> InputError:
+    return _unusable(folder, f"a config.json that cannot be used ({_first_line(error)})", "a readable one")
 
 
 def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:

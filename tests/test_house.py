@@ -24,7 +24,7 @@ FLOORS = [
     "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
     "utils.results.predictions", "utils.results.metrics", "utils.results.interval_metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
-    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.command_line", "utils.flags",
+    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line", "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
     "utils.errors",
     "utils.threads",

@@ -16,6 +16,7 @@ from layers.errors import input_error
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
+from utils.inputs import check_model_flags
 from utils.intervals import LEVELS, Intervals, fewest_windows, name_of, supported
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
@@ -90,21 +91,11 @@ def check_model(args: Namespace) -> BackboneInfo | None:
     kind = model_class(args.model)
     if args.optimizer == "adamw8bit":
         require_bitsandbytes("optimizer adamw8bit")
-    if args.moving_avg % 2 == 0:
-        raise input_error("--moving_avg", args.moving_avg, "an odd number of rows")
-    if kind.whole_batches and args.max_sequences:
-        raise input_error("--max_sequences", args.max_sequences, f"0, for --model {args.model} takes its batches whole")
-    if not kind.channel_independent and args.features == "MS":
-        raise input_error("--features", "MS", f"M or S, for --model {args.model} forecasts all that it reads")
+    check_model_flags(args)
     if not kind.uses_llm:
-        for flag, off in (("llm_ablation", "off"), ("skip", "none"), ("load_in_4bit", False)):
-            if getattr(args, flag) != off:
-                raise input_error(f"--{flag}", getattr(args, flag), f"{off}, for --model {args.model} has no language model")
         if not kind.is_trained:
             args.train_epochs = 1  # there is nothing to repeat
         return None
-    if args.llm_ablation == "random" and args.load_in_4bit:
-        raise input_error("--llm_ablation random", "it with --load_in_4bit", "drawn weights, which are not quantised")
     dataset_description(args)
     info = find_backbone(args.llm_model, args.llm_model_path)
     args.llm_dim = _agree("llm_dim", args.llm_dim, info.hidden_size, f"hidden size of {info.folder}")

@@ -119,6 +119,11 @@ def _measure(
     return Baseline(name, title, float(squares / count), float(absolutes / count), seconds, detail, found)
 
 
+def _mse(windows: WindowDataset, forecast: Forecast) -> float:
+    errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in _sequences(windows)]
+    return float(sum(squares for squares, _ in errors) / sum(count for _, count in errors))
+
+
 def _calibrate(windows: WindowDataset, forecast: Forecast, levels: tuple[float, ...]) -> Intervals:
     """The intervals of a simple forecast; memory holds a channel's errors."""
     places = range(windows.values.shape[1]) if windows.target_index is None else [windows.target_index]
@@ -190,8 +195,8 @@ def doubts(weights: np.ndarray, penalty: float, val: WindowDataset) -> str:
     The penalty is the largest that is tried (a larger one might have been chosen; at the other end is 0, with nothing
     beyond), or its errors in validation are larger than those of the last value.
     """
-    found = _measure(RIDGE, "", "", val, 0.0, lambda x: ridge_forecast(x, weights)).mse
-    last = _measure(LAST, "", "", val, 0.0, lambda x: np.repeat(x[:, -1:], weights.shape[1], axis=1)).mse
+    found = _mse(val, lambda x: ridge_forecast(x, weights))
+    last = _mse(val, lambda x: np.repeat(x[:, -1:], weights.shape[1], axis=1))
     said = [f"its penalty is the largest that is tried, {penalty:g}"] if penalty == PENALTIES[-1] else []
     if found > last:
         said.append(f"its validation MSE is {found:.4f}, that of the last value {last:.4f}")

@@ -26,10 +26,10 @@ from data_provider.table import Table, read_table
 from layers.errors import input_error
 from utils.intervals import Intervals
 from utils.saving.files import write_atomic, write_json
-from utils.saving.record import TENSORS, Header, parse_record, read_header
+from utils.saving.record import LEGACY, TENSORS, Header, find_checkpoint, parse_record, read_header
 from utils.saving.tensors import damage, write_tensors
 
-RECORD, LEGACY = "checkpoint.json", "checkpoint"
+RECORD = "checkpoint.json"
 INTERVALS = "intervals"  # their name in the header
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
 FROZEN = ("llm_model.", "word_embeddings")  # what older checkpoints may hold besides the trained tensors
@@ -61,7 +61,7 @@ class Checkpoint:
         Raises:
             InputError: there is none, or its header or record cannot be used.
         """
-        file = _find(path)
+        file = find_checkpoint(path)
         if file.suffix != ".safetensors":
             return cls(file, {}, None)
         try:
@@ -257,16 +257,6 @@ def shapes_of(model: torch.nn.Module) -> Shapes:
 def value_count(shapes: Shapes) -> int:
     """Number of trained values."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in (TENSORS, LEGACY):
-        if (path / name).is_file():
-            return path / name
-    hint = "train first with --is_training 1 and the same flags, or name a folder with --checkpoint"
-    raise input_error(f"--checkpoint {path}", "no checkpoint", f"{TENSORS} (or older {LEGACY}) in it", hint)
 
 
 def _read_legacy(file: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TENSORS = "checkpoint.safetensors"
+from layers.errors import input_error
+
+TENSORS, LEGACY = "checkpoint.safetensors", "checkpoint"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 PARTS = ("flags", "data", "scaler", "backbone")  # of a record: each a dict, or absent
 
@@ -21,6 +23,21 @@ class Header:
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]  # by the tensors' names
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file of a checkpoint: `path`, or the one in that folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.is_file():
+        return path
+    for name in (TENSORS, LEGACY):
+        if (path / name).is_file():
+            return path / name
+    hint = "train first with --is_training 1 and the same flags, or name a folder with --checkpoint"
+    raise input_error(f"--checkpoint {path}", "no checkpoint", f"{TENSORS} (or older {LEGACY}) in it", hint)
 
 
 def read_header(file: Path) -> Header:
