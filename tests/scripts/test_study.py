@@ -290,14 +290,20 @@ def test_a_study_leaves_its_tables(lab: Lab) -> None:
 
 
 def wait_for_cells_to_begin(lab: Lab, process: subprocess.Popen, seconds: float) -> None:
-    """Until a new process of a cell has begun, and a while longer."""
-    before = {log: log.stat().st_size for log in (lab.folder / "killed").glob("cells/*/log.txt")}
+    """Until this study has begun a cell and that has printed something, and a while longer.
+
+    A run that a killed study has left behind goes on to print; the study alone writes the notes.
+    """
+
+    def found(name: str) -> set[tuple[Path, int, int]]:
+        files = [(file, file.stat()) for file in (lab.folder / "killed").glob(f"cells/*/{name}")]
+        return {(file, stat.st_mtime_ns, stat.st_size) for file, stat in files}
+
     end = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < end:
-        logs = (lab.folder / "killed").glob("cells/*/log.txt")
-        if any(log.stat().st_size > before.get(log, 0) for log in logs):
-            break
-        time.sleep(0.01)
+    for name in ("cell.json", "log.txt"):
+        before = found(name)
+        while process.poll() is None and time.monotonic() < end and found(name) == before:
+            time.sleep(0.01)
     time.sleep(seconds)
 
 
