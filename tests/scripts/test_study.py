@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from scripts.make_backbone import make_backbone
 from scripts.study import PUBLISHED, main
 from tests.realdata import ROOT
 from tests.small_run import command_line
-from utils.study.cells import Measured
+from utils.study.cells import Measured, interval_figures
 from utils.study.grid import Grid, read_grid
 from utils.study.pictures import draw
 from utils.study.queue import time_text
@@ -41,6 +42,7 @@ from utils.study.table import (
     _differences,
     _errors,
     _few_pairs,
+    _intervals,
     difference_texts,
     figure_text,
 )
@@ -182,6 +184,27 @@ def test_mean_deviation_and_interval_by_hand() -> None:
 def measured(mse: float, ridge: float = 0.5) -> Measured:
     return Measured(mse, mse + 0.1, 2785, 10, 1, 1, 0.4, 60.0, "a machine", "ETTh1.csv", False,
                     {"ridge regression": (ridge, ridge), "repeat the last value": (1.3, 0.7)})  # fmt: skip
+
+
+def test_a_table_of_prediction_intervals(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, FLAGS + VARIANTS + "[grid]\npred_len = [96]\nseed = [1, 2]\n")
+    levels = {"80": {"coverage": 0.79, "width": 1.25}, "95": {"coverage": 0.94, "width": 2.5}}
+    ridge = interval_figures({"levels": levels, "wql": 0.2})
+    assert ridge == {"in 80 %": 0.79, "width 80 %": 1.25, "in 95 %": 0.94, "width 95 %": 2.5, "WQL": 0.2}
+    results = []
+    for cell in grid.cells:
+        own = ridge | {"in 80 %": 0.8 + cell.args.seed / 100} if cell.values["variant"] == "plain" else {}
+        results.append((cell, replace(measured(0.37), intervals=own, baseline_intervals={"ridge regression": ridge})))
+    (section,) = sections(grid, results, [])
+    table = _intervals(section)
+    assert table is not None and table.heads == ["", "in 80 %", "width 80 %", "in 95 %", "width 95 %", "WQL"]
+    assert [[[cell.text for cell in line] for line in block] for block in table.blocks] == [
+        [["plain", "81.5 %", "1.25", "94.0 %", "2.5", "0.2"]],  # the mean of two seeds; a run without any has no row
+        [["ridge regression", "79.0 %", "1.25", "94.0 %", "2.5", "0.2"]],
+    ]
+    assert section.columns == [Column(96, "mse"), Column(96, "mae")]
+    (bare,) = sections(grid, [(cell, measured(0.37)) for cell in grid.cells], [])
+    assert _intervals(bare) is None and interval_figures(None) == {}
 
 
 def test_a_table_has_means_best_baselines_published_and_paired_differences(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Measured:
     data: str  # the file's name
     synthetic: bool
     baselines: dict[str, tuple[float, float]]  # title -> MSE and MAE on the same windows
+    intervals: dict[str, float] = field(default_factory=dict)  # see `interval_figures`
+    baseline_intervals: dict[str, dict[str, float]] = field(default_factory=dict)  # by title
 
 
 class Place:
@@ -111,7 +113,20 @@ class Place:
             data=str(metrics.get("data", {}).get("file", "")),
             synthetic=bool(metrics.get("data", {}).get("synthetic")),
             baselines={row["title"]: (row["mse"], row["mae"]) for row in rows},
+            intervals=interval_figures(metrics.get("intervals")),
+            baseline_intervals={row["title"]: interval_figures(row.get("intervals")) for row in rows},
         )
+
+
+def interval_figures(found: dict[str, Any] | None) -> dict[str, float]:
+    """What metrics.json says of prediction intervals, under the heads of a table: "in 80 %" is the part of the truths that
+    the 80 % intervals held."""
+    if not found:
+        return {}
+    figures: dict[str, float] = {}
+    for level, held in found["levels"].items():
+        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
+    return figures if found["wql"] is None else figures | {"WQL": found["wql"]}
 
 
 def left_over(study: Path, grid: Grid) -> list[str]:

@@ -83,6 +83,7 @@ class Section:
     baselines: list[Fixed]
     published: list[Fixed]
     windows: dict[int, list[int]]  # horizon -> numbers of test windows scored (more than one: runs differ)
+    intervals: list[str] = field(default_factory=list)  # figures of prediction intervals that there are, as columns
 
     @property
     def columns(self) -> list[Column]:
@@ -132,6 +133,7 @@ def sections(grid: Grid, results: list[Result], published: list[dict[str, Any]])
 def _section(data: str, share: int, group: list[Result], published: list[dict[str, Any]]) -> Section:
     rows: dict[Key, Row] = {}
     windows: dict[int, set[int]] = {}
+    intervals: dict[str, None] = {}
     simple: dict[str, list[tuple[Fixed, list[str]]]] = {}
     for cell, found in group:
         key, horizon, seed = row_key(cell), getattr(cell.args, HORIZON), getattr(cell.args, SEED)
@@ -139,8 +141,12 @@ def _section(data: str, share: int, group: list[Result], published: list[dict[st
         windows.setdefault(horizon, set()).add(found.windows)
         for error in ERRORS:
             row.by_seed.setdefault(Column(horizon, error), {})[seed] = getattr(found, error)
+        for name, value in found.intervals.items():
+            row.by_seed.setdefault(Column(horizon, name), {})[seed] = value
+            intervals[name] = None
         for title, errors in found.baselines.items():
             values = {Column(horizon, error): value for error, value in zip(ERRORS, errors, strict=True)}
+            values |= {Column(horizon, name): value for name, value in found.baseline_intervals.get(title, {}).items()}
             _add_simple(simple.setdefault(title, []), title, values, row.label)
     horizons = sorted(windows)
     for row in rows.values():
@@ -158,7 +164,8 @@ def _section(data: str, share: int, group: list[Result], published: list[dict[st
     known = [] if first.synthetic or first.data != f"{data}.csv" else _published(data, horizons, group, published)
     for fixed in [*baselines, *known]:
         fixed.values |= _means(fixed.values, horizons)
-    return Section(title, horizons, list(rows.values()), baselines, known, {h: sorted(n) for h, n in windows.items()})
+    counts = {h: sorted(n) for h, n in windows.items()}
+    return Section(title, horizons, list(rows.values()), baselines, known, counts, list(intervals))
 
 
 def _add_simple(held: list[tuple[Fixed, list[str]]], title: str, values: dict[Column, float], label: str) -> None:

@@ -73,7 +73,9 @@ def write_tables(study: Path, grid: Grid, places: list[Place], published: list[d
     write_csv(study, grid, places)
     found = [(place.cell, result) for place in places if (result := place.measured())]
     made = sections(grid, found, published)
-    tables = [table for section in made for table in (_errors(section), _differences(grid, section)) if table]
+    tables = [
+        table for section in made for table in (_errors(section), _intervals(section), _differences(grid, section)) if table
+    ]
     facts = [*_facts(places), *(fact for section in made for fact in _windows(section)), *_notes(made)]
     facts += _few_pairs(grid, made)
     commands = [(place.cell.id, _command(place)) for place in places]
@@ -140,6 +142,33 @@ def _errors(section: Section) -> Table:
     others = [[Text(f.label), Text(NONE), *(_fixed(f, c, {}) for c in section.columns)] for f in section.published]
     blocks = [block for block in (runs, simple, others) if block]
     return Table(section.title, ["", "seeds", *(_head(column) for column in section.columns)], blocks)
+
+
+def _intervals(section: Section) -> Table | None:
+    """Coverage and width of prediction intervals, and the quantile loss: of the runs, and of the simple forecasts."""
+    columns = [Column(horizon, name) for horizon in section.horizons for name in section.intervals]
+    runs = [
+        [Text(row.label), *(_interval(column, row.figure(column)) for column in columns)]
+        for row in section.rows
+        if any(row.figure(column) for column in columns)
+    ]
+    simple = [
+        [Text(f.label), *(_interval(c, Figure(f.values[c], None, 1) if c in f.values else None) for c in columns)]
+        for f in section.baselines
+        if any(column in f.values for column in columns)
+    ]
+    if not runs:
+        return None
+    several = len(section.horizons) > 1
+    heads = ["", *(f"{column.horizon}: {column.error}" if several else column.error for column in columns)]
+    return Table(f"Prediction intervals ({section.title})", heads, [block for block in (runs, simple) if block])
+
+
+def _interval(column: Column, figure: Figure | None) -> Text:
+    """A coverage in per cent, a width or a loss; mean over the seeds."""
+    if figure is None:
+        return Text(NONE)
+    return Text(f"{100 * figure.mean:.1f} %" if column.error.startswith("in ") else f"{figure.mean:.4g}")
 
 
 def _head(column: Column) -> str:
