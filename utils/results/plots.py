@@ -190,6 +190,7 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
 
 def _future(figure: Figure, panels: list[Panel], step: str) -> None:
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    apart = any(panel.dates[0] != panels[0].dates[0] for panel in panels)  # series that end on different dates
     for axes, panel in zip(grid, panels, strict=True):
         known, values = panel.history
         if len(known):
@@ -199,11 +200,12 @@ def _future(figure: Figure, panels: list[Panel], step: str) -> None:
         dates, joined = known[-1:].append(panel.dates), np.append(values[-1:], panel.values)
         axes.plot(dates, joined, color=FORECAST, label="forecast", marker="o" if len(joined) < 4 else None)
         _label(axes, panel.name, panel.otherwise)
-        dress(axes, dated=True, labelled=axes is grid[-1])
+        dress(axes, dated=True, labelled=apart or axes is grid[-1])
     figure.align_ylabels(grid)
     first = panels[0].dates
     rows = f"{len(first)} row{'s' if len(first) > 1 else ''}"
-    figure.suptitle(f"{rows} ahead from {day_of(first[0])} (1 row: {step}; units of the file)")
+    start = "" if apart else f" from {day_of(first[0])}"
+    figure.suptitle(f"{rows} ahead{start} (1 row: {step}; units of the file)")
     _legend(figure, grid[0])
 
 
