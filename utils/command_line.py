@@ -87,8 +87,8 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
     Raises:
         InputError: at the first that is unknown, wrong or missing.
     """
+    given |= dict(checkpoint=checkpoint, is_training=0, do_predict=True)
     words = {name: str(value) for name, value in given.items() if value is not None}
-    words |= {"checkpoint": str(checkpoint), "is_training": "0", "do_predict": "True"}
     kinds = {flag.name: flag.kind for flag in FLAGS}
     unknown = sorted(words.keys() - kinds.keys())
     if unknown:

@@ -117,11 +117,16 @@ class Forecaster:
             steps: rows to forecast; more than pred_len go on from the forecast itself. None: pred_len.
             intervals: levels in per cent, such as (80, 95), which the checkpoint must have; "auto": all that it has;
                 None or (): no bands.
-            id_column: names the series of each row. They are forecast at once, each from its own rows.
+            id_column: names the series of each row. They are forecast at once, each from its own rows: what each has
+                alone, up to the rounding of float32 (see below).
 
         Returns:
             `date`, with `id_column` that column, the forecast columns, and then the ends of each one's bands, as in
             forecast.csv; a row a step, series after series in the order of their first rows.
+
+        Time-LLM's prompts print statistics of the rows. Beyond pred_len these are forecasts, so there a difference in
+        the last bit, as between a series alone and among others, or between a CPU and a GPU, may change a printed digit,
+        and the forecast by more than rounding.
 
         Raises:
             InputError: rows, columns, dates, steps or levels that cannot be used, in one line that names them.
