@@ -17,8 +17,8 @@ ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
 FLOORS = [
     "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.statistics", "utils.study.cells",
     "utils.study.grid",
-    "utils.run", "utils.setup", "utils.results.forecast", "utils.results.inside", "utils.results.ensemble",
-    "utils.results.plots",
+    "utils.run", "utils.forecaster", "utils.setup", "utils.results.past", "utils.results.forecast_files",
+    "utils.results.inside", "utils.results.ensemble", "utils.results.plots", "utils.results.forecast",
     "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.comparison",
     "utils.results.baselines", "utils.training.evaluate", "utils.training.trial", "utils.training.memory",
     "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
@@ -147,7 +147,7 @@ OLD_STATE = {
 NEWER = {"skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation"}
 NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
-    "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals",
+    "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals", "append",
 }  # fmt: skip
 FIXED = {
     "label_len",

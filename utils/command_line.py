@@ -76,6 +76,49 @@ def _parse(parser: FlagParser, argv: list[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _stray(parser, unknown[0])
+    _refuse_missing(args)
+    _complete(args, given)
+    return args
+
+
+def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
+    """The flags of a program that forecasts with a checkpoint: those of the command line
+    `--is_training 0 --do_predict --checkpoint X`, read by the same table, without a command line.
+
+    Args:
+        given: other flags by their names; None leaves one out.
+
+    Raises:
+        InputError: at the first that is unknown, wrong or missing.
+    """
+    given |= dict(checkpoint=checkpoint, is_training=0, do_predict=True)
+    words = {name: str(value) for name, value in given.items() if value is not None}
+    kinds = {flag.name: flag.kind for flag in FLAGS}
+    unknown = sorted(words.keys() - kinds.keys())
+    if unknown:
+        raise input_error(f"--{unknown[0]}", "an unknown flag", "one that python run_main.py --help lists")
+    args = argparse.Namespace(**{flag.name: flag.default for flag in FLAGS})
+    # The checkpoint's name first: the file is opened for what the others are.
+    args.checkpoint = _value("checkpoint", words["checkpoint"])
+    words = inherited(Path(checkpoint), set(words)) | words
+    for name, text in words.items():
+        setattr(args, name, _value(name, text))
+    _refuse_missing(args)
+    _complete(args, set(words))
+    return args
+
+
+def _value(name: str, text: str) -> Any:
+    """A flag's value from its word, as the parser reads it."""
+    kind = next(flag.kind for flag in FLAGS if flag.name == name)
+    try:
+        return kind.read(text)
+    except ValueError:
+        raise input_error(f"--{name}", repr(text), kind.expected) from None
+
+
+def _refuse_missing(args: argparse.Namespace) -> None:
+    """Raise InputError for a required flag that neither the user nor a checkpoint has given."""
     missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
     if missing and args.checkpoint and not read_record(Path(args.checkpoint)):
         # The flags would have come from it.
@@ -84,8 +127,6 @@ def _parse(parser: FlagParser, argv: list[str]) -> argparse.Namespace:
     if missing:
         others = f"missing too: {', '.join(missing[1:])}" if missing[1:] else ""
         raise input_error(missing[0], "nothing", "a value", others)
-    _complete(args, given)
-    return args
 
 
 def _refuse_bare_dashes(argv: list[str]) -> None:
@@ -151,6 +192,8 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         raise input_error("--predict_path", "it without --do_predict", "both")
     if not args.do_predict and args.predict_steps is not None:
         raise input_error("--predict_steps", "it without --do_predict", "both")
+    if not args.do_predict and args.append:
+        raise input_error("--append", "it without --do_predict", "both")
     length = len(run_name(args, args.itr - 1).encode())
     if length > MAX_NAME_BYTES:
         longest = max((args.model_id, args.model_comment, args.des), key=len)

@@ -193,6 +193,8 @@ FLAGS = [
     Flag("predict_path", OUTPUT, FILE, None, "forecast what follows this CSV, which has the columns of training"),
     Flag("predict_steps", OUTPUT, COUNT, None, "rows to forecast; more than --pred_len go on from the forecast itself "
          "(default: --pred_len)"),
+    Flag("append", OUTPUT, BOOL, False, "with --do_predict: keep the forecast in forecasts.csv, too, the history of all "
+         "forecasts by the last date that they knew"),
     Flag("intervals", OUTPUT, LEVELS, None, "per cent of the truths that each prediction interval is to hold; none: no "
          "intervals (default: 80 95; of a forecast, what its checkpoint has)"),
     Flag("save_predictions", OUTPUT, SWITCH, 1, "1: each test leaves its forecasts in predictions.npz"),

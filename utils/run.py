@@ -9,18 +9,19 @@ import torch
 
 from utils.errors import RunError
 from utils.flags import run_name
+from utils.forecaster import Forecaster
 from utils.intervals import name_of
 from utils.results.calibration import KEPT, Calibration
 from utils.results.comparison import note_of
 from utils.results.ensemble import score_mean
-from utils.results.forecast import forecast_future
+from utils.results.forecast_files import leave_forecast
 from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
 from utils.results.test_pass import TestPass
-from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch, shapes_of
+from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command
-from utils.setup import setup
+from utils.setup import load_checkpoint, setup
 from utils.training.evaluate import Scores, score
 from utils.training.memory import free_memory
 from utils.training.session import Job
@@ -111,12 +112,10 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
 
 def test_mean(job: Job) -> None:
     """Score the mean of the forecasts of all repeats, of which `job` is the last; what it leaves has its own folder."""
-    if not job.accelerator.is_main_process:
-        return
     args = job.args
     folders = [Path(args.checkpoints) / run_name(args, repeat) for repeat in range(args.itr)]
     found = score_mean(job, folders, Path(args.checkpoints) / run_name(args, "mean"))
-    if found and args.plots:
+    if found and args.plots and job.accelerator.is_main_process:
         from utils.results.plots import draw_test
 
         draw_test(*found)
@@ -162,33 +161,16 @@ def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
 
 
 def predict(job: Job) -> Path:
-    """Forecast what follows the last row of the data; the path of forecast.csv."""
+    """Forecast what follows the last row of the data; the path of forecast.csv.
+
+    Raises:
+        InputError: `--append`, and the history cannot take the forecast.
+    """
     load_checkpoint(job)
     for note in job.notes:
         job.log(note)
-    return forecast_future(job)
-
-
-def load_checkpoint(job: Job) -> Checkpoint:
-    """Give the model the tensors to test or forecast with, unless it has them.
-
-    Raises:
-        InputError: see `Checkpoint`.
-    """
-    checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
-    if job.has_checkpoint:
-        return checkpoint
-    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
-    if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
-        job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
-    if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
-        four_bit = trained["load_in_4bit"]
-        job.log(f"WARNING: --load_in_4bit: got {job.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
-    job.model.load_state_dict(tensors)
-    job.checkpoint, job.has_checkpoint = checkpoint, True
-    if job.args.is_training:
-        job.intervals = checkpoint.intervals  # of the best epoch, and of a run that was finished before
-    return checkpoint
+    (forecast,) = Forecaster(job).forecast([job.series], job.args.predict_steps, job.intervals)
+    return leave_forecast(job, forecast)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from models.TimeLLM import layers_of
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
 from utils.results.baselines import doubts, fit_ridge
-from utils.results.forecast import read_history
+from utils.results.forecast import no_rows_yet, read_history
 from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -36,7 +36,7 @@ from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, identity, restore
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
 from utils.training.precision import LossScale, Precision, choose_precision
-from utils.training.session import Job, Limit, Training
+from utils.training.session import Alone, Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
 
 
@@ -85,10 +85,23 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
     plan = make_plan(args, repeat)
     record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat))
     start = _claim_folder(plan, record)
-    log = _open_log(plan)
+    job = make_job(plan, repeat, record, _open_log(plan), interrupts)
+    if start is not None:
+        job.training = _begin(job, start)
+    if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
+        interrupts.defer()
+    return job
+
+
+def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, interrupts: Interrupts) -> Job:
+    """Load the model of a plan, with untrained weights, and all that does not belong to training.
+
+    Raises:
+        RunError: no memory for it.
+    """
     model = _load_model(plan, repeat, log)
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
-    job = Job(
+    return Job(
         args=plan.args,
         folder=plan.folder,
         log=log,
@@ -106,15 +119,14 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         intervals=plan.intervals.kept,
         notes=plan.notes,
     )
-    if start is not None:
-        job.training = _begin(job, start)
-    if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
-        interrupts.defer()
-    return job
 
 
-def make_plan(args: Namespace, repeat: int) -> Plan:
+def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     """Complete the flags and set them against device, data, language model and checkpoint.
+
+    Args:
+        in_program: the rows come later, from a program: the plan's series has none, its device is its own, and
+            nothing will be written.
 
     Raises:
         InputError: at the first contradiction.
@@ -122,11 +134,14 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
     args = Namespace(**vars(args))
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
     checks.check_device(args)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    accelerator = alone(args) if in_program else Accelerator(cpu=args.device == "cpu", mixed_precision="no")
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
-    series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
-    if args.do_predict:
+    if in_program and checkpoint is not None:
+        series, same_data, notes = no_rows_yet(args, checkpoint)
+    else:
+        series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
+    if args.do_predict and not in_program:
         series.future_dates(1)
     info = checks.check_model(args)
     if not model_class(args.model).channel_independent and args.freq is None:
@@ -135,7 +150,7 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
     if checkpoint is not None:
         checks.check_checkpoint(args, checkpoint, outline, same_data)
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
-        if folder.is_dir():
+        if folder.is_dir() and not in_program:
             refuse_links(folder)
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
@@ -146,6 +161,34 @@ def make_plan(args: Namespace, repeat: int) -> Plan:
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
+
+
+def alone(args: Namespace) -> Accelerator:
+    """The device of a program, which `--device` chooses."""
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return cast(Accelerator, Alone(device))  # it answers all that a forecast asks
+
+
+def load_checkpoint(job: Job) -> Checkpoint:
+    """Give the model the tensors to test or forecast with, unless it has them.
+
+    Raises:
+        InputError: see `Checkpoint`.
+    """
+    checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
+    if job.has_checkpoint:
+        return checkpoint
+    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
+    if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
+        job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
+    if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
+        four_bit = trained["load_in_4bit"]
+        job.log(f"WARNING: --load_in_4bit: got {job.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
+    job.model.load_state_dict(tensors)
+    job.checkpoint, job.has_checkpoint = checkpoint, True
+    if job.args.is_training:
+        job.intervals = checkpoint.intervals  # of the best epoch, and of a run that was finished before
+    return checkpoint
 
 
 def describe_run(

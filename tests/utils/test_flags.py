@@ -138,7 +138,7 @@ def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
     }  # fmt: skip
     same_kind_as_one_tried = {
         "--dec_in", "--c_out", "--e_layers", "--d_layers", "--factor", "--moving_avg", "--align_epochs",
-        "--output_attention", "--use_amp", "--grad_checkpoint", "--resume", "--do_predict", "--tensorboard",
+        "--output_attention", "--use_amp", "--grad_checkpoint", "--resume", "--do_predict", "--append", "--tensorboard",
     }  # fmt: skip
     assert {f"--{flag.name}" for flag in FLAGS} == {flag for flag, _ in BAD_VALUES} | set(
         PATHS
@@ -169,6 +169,7 @@ def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
         ("--qqqqqqqq=4", "--qqqqqqqq: got an unknown flag, expected one that --help lists"),
         ("--seq_len 96 97", "'97': got a value without a flag"),
         ("--checkpoint somewhere", "--checkpoint: got it with --is_training 1, expected --is_training 0"),
+        ("--append", "--append: got it without --do_predict, expected both"),
         ("--do_predict --predict_path x", "--predict_path: got it with --is_training 1, expected --is_training 0"),
         (f"--des {'x' * 300}", "--model_id, --model_comment, --des: got 'xxxxxxxxxxxxxxxxxxxx'... in a run name of "),
         ("--help=x", "--help: got a value, expected none"),

@@ -103,7 +103,7 @@ def test_trained_interrupted_tested_and_asked_to_predict(small, capsys, tmp_path
     ablation = str(flags.get("llm_ablation", "off"))
     llm = f"no language model ({stands_in[ablation]})" if ablation in stands_in else "fast path"
     assert path == ("" if name in OTHERS else llm)
-    assert pd.read_csv(folder / "forecast.csv").shape == (PRED_LEN, 1 + len(COLUMNS))
+    assert pd.read_csv(folder / "forecast.csv").shape == (PRED_LEN, 1 + 3 * len(COLUMNS))  # the ends of 80 %, too
 
     # interrupted in the middle, and resumed
     stopped = small(**flags, checkpoints=tmp_path / "stopped")
@@ -133,7 +133,7 @@ def test_trained_interrupted_tested_and_asked_to_predict(small, capsys, tmp_path
 def test_one_column_is_forecast(small, capsys, name: str, features: str) -> None:
     words = small(**VARIANTS[name], features=features, target="flow", do_predict=True, max_iters=3)
     lines, folder = train(words, capsys), run_folder(words)
-    assert list(pd.read_csv(folder / "forecast.csv")) == ["date", "flow"]
+    assert list(pd.read_csv(folder / "forecast.csv")) == ["date", "flow", "flow_lo80", "flow_hi80"]
     assert figures(train([*words, "--is_training", "0", "--do_predict", "False"], capsys)) == figures(lines)
     if name != "none":  # the others read the target alone
         record = json.loads((folder / "checkpoint.json").read_text())

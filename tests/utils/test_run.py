@@ -78,7 +78,7 @@ def test_record_of_a_checkpoint(argv, backbones, capsys, tmp_path: Path) -> None
     # Where and how a run is saved is not in it: one that was stopped and resumed leaves the same checkpoint.
     left_out = {
         "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
-        "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals",
+        "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals", "append",
     }  # fmt: skip
     assert record["flags"] == {k: v for k, v in vars(args).items() if k not in left_out} | filled
     assert record["columns"] == list(COLUMNS)

@@ -24,32 +24,41 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     """Score the mean of the repeats' test forecasts; leaves in `folder` what a test leaves in a run's.
 
     Args:
-        job: of the last repeat, tested.
+        job: of the last repeat, tested. Of a group of processes each scores its share.
         repeats: the runs' folders.
 
     Returns:
         The pass and its metrics; None where a repeat has left no predictions of these test windows.
     """
-    held = [_predictions(place, job) for place in repeats]
-    if any(each is None for each in held):
+    accelerator = job.accelerator
+    accelerator.wait_for_everyone()  # the last predictions.npz is whole
+    held = [pred for place in repeats if (pred := _predictions(place, job)) is not None]
+    if len(held) < len(repeats):
         job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left their {PREDICTIONS}")
         return None
     job = replace(job, folder=folder, intervals=_intervals(job, repeats))
     results = TestPass(job)
     mean, deviation = results.mean[:, None], results.deviation[:, None]  # (N, 1)
-    args = job.args
-    _, loader = data_provider(args, "test", job.windows, whole=not job.model.channel_independent)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    whole = not job.model.channel_independent
+    _, loader = data_provider(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
+    totals = torch.zeros(3, dtype=torch.float64, device=job.device)
     for batch in loader:
         first, last = int(batch.index[0]), int(batch.index[-1])
-        some = np.stack([each[first : last + 1] for each in held if each is not None]).astype(np.float64)
+        some = np.stack([pred[first : last + 1] for pred in held]).astype(np.float64)
         own = some.mean(axis=0).swapaxes(1, 2)  # (B, N, H)
-        forecast = torch.from_numpy((own - mean) / deviation).flatten(0, 1)
-        results.consume(batch.to(job.device), forecast.float().to(job.device))
-    figures = results.metrics.result(results.columns)["standardised"]["all"]
-    test = {"mse": figures["mse"], "mae": figures["mae"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RECORD, job.record | {"repeats": [place.name for place in repeats]})
-    metrics = results.finish({"test": test, "repeats": len(repeats), "data": job.record["data"], "model": args.model})
+        forecast = torch.from_numpy((own - mean) / deviation).flatten(0, 1).float().to(job.device)
+        batch = batch.to(job.device)
+        error = (forecast - batch.sequences().y).double()
+        totals += torch.stack([error.square().sum(), error.abs().sum(), torch.full_like(totals[2], error.numel())])
+        results.consume(batch, forecast)
+    squared, absolute, count = accelerator.reduce(totals).tolist()
+    test = {"mse": squared / count, "mae": absolute / count}
+    figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, job.record | {"repeats": [place.name for place in repeats]})
+    metrics = results.finish(figures)
     job.log(f"Mean of {len(repeats)} repeats: Test MSE: {test['mse']:.7f} MAE: {test['mae']:.7f}; saved at: {folder}")
     return results, metrics
 

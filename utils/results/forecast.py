@@ -1,8 +1,9 @@
-"""Forecasts of the future: the last rows of a file -> forecast.csv, with its timestamps and units."""
+"""Forecasts of the future: what goes before them, and the rows and bands that follow it."""
 
 import itertools
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,11 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import Table, read_table
 from data_provider.timefeatures import time_marks
 from layers.errors import input_error
+from utils.intervals import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.files import write_text
-from utils.training.evaluate import forecast_within_memory
+from utils.training.evaluate import Shared, forecast_within_memory
 from utils.training.session import Job
 
-FORECAST = "forecast.csv"
 SEQUENCES = 64  # run at once at most
 
 
@@ -56,7 +56,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
     if trained:
-        series = _on_the_trainings_scale(table, checkpoint, args)
+        series = on_the_trainings_scale(table, checkpoint, args)
         args.prompt_text = args.prompt_text or checkpoint.prompt_text
         notes += _differences(table, series, checkpoint)
     else:
@@ -80,8 +80,29 @@ def _find(args: Namespace) -> Path:
     return found[0]
 
 
-def _on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace) -> Series:
-    """The columns that the training forecast, with its mean and deviation."""
+def no_rows_yet(args: Namespace, checkpoint: Checkpoint) -> History:
+    """The columns and the scale of a training, for rows that come later, from a program. Fills in as `read_history`.
+
+    Raises:
+        InputError: the checkpoint is one of older code, which has no record.
+    """
+    if not checkpoint.record:
+        got = "a file of older code, which does not say its columns"
+        raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record")
+    names = checkpoint.scaler()[0]
+    empty = Table(checkpoint.file, pd.DatetimeIndex([]), names, np.empty((0, len(names))))
+    series = on_the_trainings_scale(empty, checkpoint, args)
+    args.prompt_text = args.prompt_text or checkpoint.prompt_text
+    args.enc_in = len(series.columns)
+    return History(series, True, [])
+
+
+def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace) -> Series:
+    """The columns that the training forecast, with its mean and deviation.
+
+    Raises:
+        InputError: the table lacks one of them.
+    """
     names, mean, deviation = checkpoint.scaler()
     target = checkpoint.record.get("target") or args.target
     if args.features == "MS":
@@ -133,61 +154,108 @@ def roll(forecast: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, step
     return torch.cat(rows)[:steps]
 
 
-def predict_rows(job: Job, steps: int) -> tuple[pd.DatetimeIndex, np.ndarray]:
-    """Dates `[steps]` and values `[steps, N]` in own units that follow the job's series."""
-    model, series, T, H = job.model.eval(), job.series, job.args.seq_len, job.args.pred_len
-    dates = series.future_dates(steps)
-    marks = None
-    if not model.channel_independent:
-        rows = pd.DatetimeIndex(series.dates[-T:].append(series.future_dates(-(-steps // H) * H)))
-        marks = torch.from_numpy(time_marks(rows, job.args.freq, job.args.embed)).to(job.device)  # (T + rounds * H, F)
+@dataclass(frozen=True)
+class Forecast:
+    """The rows that follow a series, its forecast columns in their own units.
 
-    with torch.inference_mode():
-        shared = model.shared()
+    Attributes:
+        dates: `[steps]`.
+        values: `[steps, N]`.
+        bands: level in per cent -> lower and upper ends, each `[steps, N]`.
+        calibrated: how many of the rows have bands that were calibrated; those of later ones are only widened.
+    """
 
+    columns: list[str]
+    dates: pd.DatetimeIndex
+    values: np.ndarray
+    bands: dict[float, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    calibrated: int = 0
+
+    def frame(self) -> pd.DataFrame:
+        """`date`, a column a channel, then of each channel the ends of its bands: `OT_lo80`, `OT_hi80`, ..."""
+        parts = {"date": self.dates} | dict(zip(self.columns, self.values.T, strict=True))
+        ends = [end[:, n] for n in range(len(self.columns)) for band in self.bands.values() for end in band]
+        return pd.DataFrame(parts | dict(zip(band_columns(self.columns, list(self.bands)), ends, strict=True)))
+
+
+def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
+    """The names of the bands' ends, by column and then by level. One that a column of the data has gets a `_` behind it.
+
+    `columns` "OT", `levels` 80: `OT_lo80`, `OT_hi80`.
+    """
+    names, taken = [], set(columns)
+    for column in columns:
+        for name in (f"{column}_{side}{name_of(level)}" for level in levels for side in ("lo", "hi")):
+            while name in taken:
+                name += "_"
+            names.append(name)
+            taken.add(name)
+    return names
+
+
+def forecast_rows(
+    job: Job, histories: Sequence[Series], steps: int, shared: Shared, intervals: Intervals | None
+) -> list[Forecast]:
+    """Forecast the `steps` rows that follow each of the series, all of them at once.
+
+    Args:
+        histories: series of the same columns on the same scale, each of seq_len rows or more.
+        shared: what the model's `shared` gave.
+        intervals: of which all levels become bands; None: no bands.
+
+    Raises:
+        InputError: rows without a common step.
+    """
+    T, H, S = job.args.seq_len, job.args.pred_len, len(histories)
+    model, kept = job.model.eval(), histories[0].forecast_slice
+    dates = [series.future_dates(steps) for series in histories]
+    marks = None if model.channel_independent else _marks(job, histories, -(-steps // H) * H)
     starts = itertools.count(0, H)  # of the windows, in rows after the first one's
 
     def forecast(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(job.device)
-        sequences = Sequences(x.t(), x.new_empty(x.shape[1], 0))
-        if marks is not None:
-            start = next(starts)
-            known, ahead = marks[start : start + T], marks[start + T - job.args.label_len : start + T + H]
-            sequences.windows = Windows(x[None], known[None], ahead[None], slice(None))
-        return forecast_within_memory(job, sequences, shared, SEQUENCES).t().cpu()  # (H, N)
+        x = x.to(job.device)  # (T, S*N)
+        if marks is None:
+            return forecast_within_memory(job, _sequences(x.t()), shared, SEQUENCES).t().cpu()  # (H, S*N)
+        start = next(starts)
+        windows = x.unflatten(1, (S, -1)).transpose(0, 1)  # (S, T, N)
+        known, ahead = marks[:, start : start + T], marks[:, start + T - job.args.label_len : start + T + H]
+        rows = []
+        for part in torch.arange(S).split(job.args.eval_batch_size):  # whole windows are not cut any smaller
+            sequences = _sequences(windows[part].transpose(1, 2).flatten(0, 1))
+            sequences.windows = Windows(windows[part], known[part], ahead[part], slice(None))
+            rows.append(forecast_within_memory(job, sequences, shared))
+        return torch.cat(rows).t().cpu()
 
-    window = torch.from_numpy(series.values[-T:, series.forecast_slice])
-    return dates, series.to_own_units(roll(forecast, window, steps).numpy())
+    # The series lie side by side, so that the sums of each are those that it has alone.
+    window = np.concatenate([series.values[-T:, kept] for series in histories], axis=1)  # (T, S*N)
+    rows = np.split(roll(forecast, torch.from_numpy(window), steps).numpy(), S, axis=1)  # S of (steps, N)
+    units = np.split(deviations(window.T), S)  # S of (N, 1)
+    found = []
+    for series, days, values, unit in zip(histories, dates, rows, units, strict=True):
+        bands = {} if intervals is None else _bands(series, values, unit, intervals)
+        columns = series.forecast_columns
+        found.append(Forecast(columns, days, series.to_own_units(values), bands, min(steps, H) if bands else 0))
+    return found
 
 
-def write_forecast(folder: Path, columns: list[str], dates: pd.DatetimeIndex, values: np.ndarray) -> Path:
-    """Write forecast.csv: `date` and a column a channel, own units."""
-    frame = pd.DataFrame(values, columns=columns)
-    frame.insert(0, "date", dates)
-    path = folder / FORECAST
-    write_text(path, frame.to_csv(index=False, float_format="%.8g", lineterminator="\n"))
-    return path
+def _bands(
+    series: Series, values: np.ndarray, unit: np.ndarray, intervals: Intervals
+) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """Bands in own units around standardised forecasts `[steps, N]`; unit `[N, 1]`: deviation of the last known window."""
+    found = {}
+    for level in intervals.levels:
+        low, high = (values + (unit * continued(offsets, len(values))).T for offsets in intervals.band(level))
+        found[level] = series.to_own_units(low), series.to_own_units(high)
+    return found
 
 
-def forecast_future(job: Job) -> Path:
-    """Forecast what follows the series, write it (and its picture) to the job's folder, say so; the CSV's path."""
-    args, log, series = job.args, job.log, job.series
-    dates, values = predict_rows(job, args.predict_steps or args.pred_len)
-    rounds = -(-len(dates) // args.pred_len)
-    log(f"Forecast of the {len(dates)} rows after {series.dates[-1]}, step: {series.step_words}")
-    if rounds > 1:
-        log(
-            f"--predict_steps {len(dates)} is more than --pred_len {args.pred_len}: the forecast was continued "
-            f"from itself {rounds - 1} time{'s' if rounds > 2 else ''}, so its errors add up"
-        )
-    path = job.folder / FORECAST
-    if job.accelerator.is_main_process:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_forecast(job.folder, series.forecast_columns, dates, values)
-        if args.plots:
-            from utils.results.plots import draw_forecast  # only now: matplotlib takes a second to load
+def _sequences(x: torch.Tensor) -> Sequences:
+    """Sequences `[M, T]` whose truth is not known."""
+    return Sequences(x, x.new_empty(len(x), 0))
 
-            past = (series.dates, series.own[:, series.forecast_slice])
-            draw_forecast(job.folder, series.forecast_columns, past, (dates, values), series.step_words)
-    log(f"Forecast saved at: {path}")
-    return path
+
+def _marks(job: Job, histories: Sequence[Series], ahead: int) -> torch.Tensor:
+    """Time marks `[S, T + ahead, F]` of the last T rows of each series, and of those that follow them."""
+    rows = [series.dates[-job.args.seq_len :].append(series.future_dates(ahead)) for series in histories]
+    marks = [time_marks(pd.DatetimeIndex(dates), job.args.freq, job.args.embed) for dates in rows]
+    return torch.from_numpy(np.stack(marks)).to(job.device)

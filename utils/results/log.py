@@ -57,6 +57,22 @@ class SilentLog(RunLog):
         """Print nothing."""
 
 
+class KeptLog(RunLog):
+    """The log of a program: nothing is printed, and the lines that a user would have read are kept.
+
+    Attributes:
+        lines: so far.
+    """
+
+    def __init__(self):
+        super().__init__(None)
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+
+
 def progress_bar(total: int, done: int = 0) -> tqdm:
     """A bar on stderr; none where that is not a terminal."""
     return tqdm(total=total, initial=done, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)

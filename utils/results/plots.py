@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,15 +14,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from utils.intervals import name_of
+from utils.results.forecast import Forecast
 from utils.results.test_pass import TestPass, Window
 from utils.saving.files import write_atomic, writing
 
 PLOTS = "plots"  # the folder in the run's folder
 PANELS = 7  # channels on a page
 HISTORY, TRUTH, FORECAST = "#7f7f7f", "#1f77b4", "#d95f02"
+SHADES = (0.16, 0.3)  # of the widest band, and of the narrowest
 SHOWN_HORIZONS, SHOWN_ROWS = 2, 24  # history in a picture: so many horizons, and at least so many rows
 # Column names in Chinese need a font that has them; those that are installed stand behind the usual one.
 CJK = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "WenQuanYi Zen Hei")
+
+
+Bands = list[tuple[float, np.ndarray, np.ndarray]]  # level in per cent, lower and upper ends [rows]
 
 
 def draw_test(results: TestPass, metrics: dict) -> None:
@@ -42,23 +49,61 @@ def draw_windows(folder: Path, columns: list[str], windows: list[Window], step: 
     ]  # fmt: skip
 
 
-def draw_forecast(
-    folder: Path, columns: list[str], history: tuple[pd.DatetimeIndex, np.ndarray],
-    future: tuple[pd.DatetimeIndex, np.ndarray], step: str,
-) -> list[Path]:  # fmt: skip
-    """The forecast of the future behind its history.
+class Panel(NamedTuple):
+    """A panel of a forecast's picture: one column of one series, in its own units."""
+
+    name: str
+    otherwise: str  # where no font has the name's characters
+    history: tuple[pd.DatetimeIndex, np.ndarray]  # [rows]; of a forecast alone, no rows
+    dates: pd.DatetimeIndex  # [steps]
+    values: np.ndarray  # [steps]
+    bands: Bands
+    calibrated: int  # rows whose bands are
+
+
+def panels_of(history: tuple[pd.DatetimeIndex, np.ndarray], forecast: Forecast, prefix: str = "") -> list[Panel]:
+    """A panel a column.
 
     Args:
-        history, future: dates `[rows]` and values `[rows, N]` in own units.
+        history: dates `[rows]` and values `[rows, N]` in own units, of which as many are kept as a picture shows.
+        prefix: in front of the columns' names.
     """
-    shown = max(SHOWN_HORIZONS * len(future[0]), SHOWN_ROWS)
-    history = (history[0][-shown:], history[1][-shown:])
-    pages = _pages(columns)
+    shown = max(SHOWN_HORIZONS * len(forecast.dates), SHOWN_ROWS)
+    dates, values = history[0][-shown:], history[1][-shown:]
+    return [
+        Panel(
+            prefix + name,
+            f"column {n + 1}",
+            (dates, values[:, n]),
+            forecast.dates,
+            forecast.values[:, n],
+            [(level, low[:, n], high[:, n]) for level, (low, high) in forecast.bands.items()],
+            forecast.calibrated,
+        )
+        for n, name in enumerate(forecast.columns)
+    ]
+
+
+def draw_forecast(
+    folder: Path, history: tuple[pd.DatetimeIndex, np.ndarray], forecast: Forecast, step: str
+) -> list[Path]:  # fmt: skip
+    """The forecast of the future behind its history, `PANELS` columns a page; arguments as those of `panels_of`."""
+    panels = panels_of(history, forecast)
+    pages = _pages(forecast.columns)
     return [
         _save(folder, _name("forecast", page, len(pages)),
-              partial(_future, columns=columns, shown=part, history=history, future=future, step=step), 11, len(part))
+              partial(_future, panels=[panels[n] for n in part], step=step), 11, len(part))
         for page, part in enumerate(pages)
     ]  # fmt: skip
+
+
+def forecast_figure(panels: list[Panel], step: str, path: Path | None = None) -> Figure:
+    """A figure of `panels`, one below the other, written to `path` where one is given.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    return _figure(partial(_future, panels=panels, step=step), 11, len(panels), path)
 
 
 def draw_steps(folder: Path, scale: dict, step: str) -> Path:
@@ -124,6 +169,12 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             # The last row of history joins the lines.
             last = window.history[-1:, channel]
             axes.plot(dates[first:T], window.history[first:, channel], color=HISTORY, label="history")
+            bands = [
+                (float(name[2:]), low[:, channel], window.bands[f"hi{name[2:]}"][:, channel])
+                for name, low in window.bands.items()
+                if name.startswith("lo")
+            ]
+            _shade(axes, (dates[T - 1 : T], last), dates[T:], bands, H)
             axes.plot(dates[T - 1 :], np.append(last, window.true[:, channel]), color=TRUTH, label="truth")
             axes.plot(dates[T - 1 :], np.append(last, window.pred[:, channel]), color=FORECAST, label="forecast",
                       marker="o" if H == 1 else None)  # fmt: skip
@@ -131,25 +182,58 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
             dress(axes, dated=True, labelled=row == len(shown) - 1)
             if row == 0:
                 axes.set_title(f"forecast from {day_of(dates[T])}", fontsize=10)
-        _label(grid[row][0], columns, channel)
+        _label(grid[row][0], columns[channel], f"column {channel + 1}")
     figure.align_ylabels(grid[:, 0])
     figure.suptitle(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)")
     _legend(figure, grid[0][0])
 
 
-def _future(figure: Figure, columns: list[str], shown: list[int], history: tuple, future: tuple, step: str) -> None:
-    grid = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    for axes, channel in zip(grid, shown, strict=True):
-        axes.plot(history[0], history[1][:, channel], color=HISTORY, label="history")
-        dates, values = history[0][-1:].append(future[0]), np.append(history[1][-1, channel], future[1][:, channel])
-        axes.plot(dates, values, color=FORECAST, label="forecast", marker="o" if len(values) < 4 else None)
-        axes.axvline(history[0][-1], color="black", linewidth=0.7, linestyle=":")
-        _label(axes, columns, channel)
-        dress(axes, dated=True, labelled=axes is grid[-1])
+def _future(figure: Figure, panels: list[Panel], step: str) -> None:
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    apart = any(panel.dates[0] != panels[0].dates[0] for panel in panels)  # series that end on different dates
+    for axes, panel in zip(grid, panels, strict=True):
+        known, values = panel.history
+        if len(known):
+            axes.plot(known, values, color=HISTORY, label="history")
+            axes.axvline(known[-1], color="black", linewidth=0.7, linestyle=":")
+        _shade(axes, (known[-1:], values[-1:]), panel.dates, panel.bands, panel.calibrated)
+        dates, joined = known[-1:].append(panel.dates), np.append(values[-1:], panel.values)
+        axes.plot(dates, joined, color=FORECAST, label="forecast", marker="o" if len(joined) < 4 else None)
+        _label(axes, panel.name, panel.otherwise)
+        dress(axes, dated=True, labelled=apart or axes is grid[-1])
     figure.align_ylabels(grid)
-    rows = f"{len(future[0])} row{'s' if len(future[0]) > 1 else ''}"
-    figure.suptitle(f"{rows} ahead from {day_of(future[0][0])} (1 row: {step}; units of the file)")
+    first = panels[0].dates
+    rows = f"{len(first)} row{'s' if len(first) > 1 else ''}"
+    start = "" if apart else f" from {day_of(first[0])}"
+    figure.suptitle(f"{rows} ahead{start} (1 row: {step}; units of the file)")
     _legend(figure, grid[0])
+
+
+def _shade(
+    axes: Axes, last: tuple[pd.DatetimeIndex, np.ndarray], dates: pd.DatetimeIndex, bands: Bands, calibrated: int
+) -> None:
+    """Shade bands, the widest first and lightest; those that are only widened are lighter still, behind a dotted line.
+
+    Args:
+        last: date and value `[1]` of the last known row, from which the bands open; or none.
+    """
+    if not bands:
+        return
+    start = len(last[0])
+    days = last[0].append(dates)
+    ordered = sorted(bands, key=lambda band: -band[0])
+    for (level, low, high), alpha in zip(
+        ordered, np.linspace(*SHADES, len(ordered)) if bands[1:] else SHADES[1:], strict=True
+    ):
+        low, high = (np.append(last[1], end) for end in (low, high))
+        end = start + calibrated
+        axes.fill_between(
+            days[:end], low[:end], high[:end], color=FORECAST, alpha=alpha, linewidth=0, label=f"{name_of(level)} %"
+        )
+        axes.fill_between(days[end - 1 :], low[end - 1 :], high[end - 1 :], color=FORECAST, alpha=alpha / 2, linewidth=0)
+    if calibrated < len(dates):
+        label = "bands calibrated up to here"
+        axes.axvline(mdates.date2num(dates[calibrated - 1]), color=FORECAST, linewidth=1, linestyle=":", label=label)
 
 
 def dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
@@ -173,13 +257,20 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _save(folder: Path, name: str, paint: Callable[[Figure], None], width: float, panels: int) -> Path:
     """Paint a figure of `panels` rows and write it to `folder`/plots."""
     path = folder / PLOTS / f"{name}.png"
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _figure(paint, width, panels, path)
+    return path
+
+
+def _figure(paint: Callable[[Figure], None], width: float, panels: int, path: Path | None) -> Figure:
+    """Paint a figure of `panels` rows, and write it to `path` where one is given."""
     with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
         paint(figure)
-        write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
-    return path
+        if path is not None:
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
+    return figure
 
 
 def fonts() -> list[str]:
@@ -197,14 +288,13 @@ def _name(kind: str, page: int, pages: int) -> str:
     return kind if pages == 1 else f"{kind}_{page + 1}"
 
 
-def _label(axes: Axes, columns: list[str], channel: int) -> None:
+def _label(axes: Axes, name: str, otherwise: str = "column") -> None:
     """A column's name beside its panel: no mathematics, not longer than the panel is high.
 
-    A name that no installed font can draw becomes the column's number.
+    A name that no installed font can draw becomes the words `otherwise`.
     """
-    name = columns[channel]
     if not set(map(ord, name)) <= glyphs():
-        name = f"column {channel + 1}"
+        name = otherwise
     short = name if len(name) <= 20 else name[:19] + "…"
     axes.set_ylabel(short.replace("$", r"\$"), fontsize=10 if len(short) <= 12 else 8)
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from data_provider.data_factory import series_flags
 from layers.norm import instance_norm
-from utils.intervals import name_of
+from utils.intervals import Intervals, name_of
 from utils.results.comparison import METRICS, measured
 from utils.results.interval_metrics import IntervalMetrics
 from utils.results.log import peak_memory_gib
@@ -36,6 +37,43 @@ class Window:
     bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
 
 
+class Tally:
+    """Sums of a pass: its errors, and how good the job's prediction intervals were."""
+
+    def __init__(self, job: Job, intervals: Intervals | None, columns: list[str], mean: np.ndarray, deviation: np.ndarray):
+        """Args:
+        columns, mean, deviation: `[N]` of the forecast columns.
+        """
+        self.columns = columns
+        self.metrics = Metrics(mean, deviation, job.args.pred_len, job.device)
+        self.interval_metrics = IntervalMetrics(intervals, mean, deviation, job.device) if intervals is not None else None
+
+    def add(self, batch: Batch, forecast: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`.
+
+        Returns:
+            forecast and truth `[B, N, H]`, history `[B, N, T]` and its deviation `[B, N, 1]`.
+        """
+        B, N, sequences = len(batch.index), len(self.columns), batch.sequences()
+        pred, true, x = forecast.view(B, N, -1), sequences.y.view(B, N, -1), sequences.x.view(B, N, -1)
+        self.metrics.add(pred, true)
+        deviation = instance_norm(x)[2]
+        if self.interval_metrics is not None:
+            self.interval_metrics.add(pred, true, deviation)
+        return pred, true, x, deviation
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add up the sums of all processes."""
+        self.metrics.reduce(accelerator)
+        if self.interval_metrics is not None:
+            self.interval_metrics.reduce(accelerator)
+
+    def result(self) -> dict[str, Any]:
+        """What metrics.json has of it."""
+        found = self.metrics.result(self.columns)
+        return found if self.interval_metrics is None else found | {"intervals": self.interval_metrics.result(self.columns)}
+
+
 class TestPass:
     """Takes in the batches of one pass over the test split, and writes what they come to.
 
@@ -51,11 +89,8 @@ class TestPass:
         kept = self.series.forecast_slice
         self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
         accelerator, horizon = job.accelerator, self.series.pred_len
-        self.metrics = Metrics(self.mean, self.deviation, horizon, job.device)
         intervals = job.intervals
-        self.interval_metrics: IntervalMetrics | None = None
-        if intervals is not None:
-            self.interval_metrics = IntervalMetrics(intervals, self.mean, self.deviation, job.device)
+        self.tally = Tally(job, intervals, self.columns, self.mean, self.deviation)
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
         self.predictions: Predictions | None = None
@@ -68,13 +103,7 @@ class TestPass:
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        B, N, sequences = len(batch.index), len(self.columns), batch.sequences()
-        pred, true = forecast.view(B, N, -1), sequences.y.view(B, N, -1)  # (B, N, H)
-        x = sequences.x.view(B, N, -1)
-        self.metrics.add(pred, true)
-        deviation = instance_norm(x)[2]  # (B, N, 1)
-        if self.interval_metrics is not None:
-            self.interval_metrics.add(pred, true, deviation)
+        pred, true, x, deviation = self.tally.add(batch, forecast)
         index = batch.index.tolist()
         if self.predictions is None and not self.shown.intersection(index):
             return
@@ -106,9 +135,7 @@ class TestPass:
             figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
         """
         job = self.job
-        self.metrics.reduce(job.accelerator)
-        if self.interval_metrics is not None:
-            self.interval_metrics.reduce(job.accelerator)
+        self.tally.reduce(job.accelerator)
         job.accelerator.wait_for_everyone()  # all have written their windows
         if not job.accelerator.is_main_process:
             return figures
@@ -120,10 +147,8 @@ class TestPass:
             "windows": windows,
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(job.args),  # on what data the test was made
-            **self.metrics.result(self.columns),
+            **self.tally.result(),
         }
-        if self.interval_metrics is not None:
-            metrics["intervals"] = self.interval_metrics.result(self.columns)
         began = time.perf_counter()
         metrics["baselines"] = measured(self.series, self._kept(), job.levels if job.intervals else ())
         if time.perf_counter() - began > 1:

@@ -44,6 +44,26 @@ class Limit:
     was_short: bool = False
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What a job asks of an accelerate.Accelerator, for a program that forecasts on a device of its choice.
+
+    Accelerate settles the device once a process, for all that runs in it; here the next one may be another.
+    """
+
+    device: torch.device
+    num_processes: int = 1
+    process_index: int = 0
+    is_main_process: bool = True
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is there."""
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over one process."""
+        return tensor
+
+
 @dataclass
 class Job:
     """A run that is set up; its flags are complete and final.
@@ -59,7 +79,7 @@ class Job:
     args: Namespace
     folder: Path
     log: RunLog
-    accelerator: Accelerator
+    accelerator: Accelerator  # or what stands in for it, `Alone`
     precision: Precision
     model: Forecaster
     series: Series

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from utils.errors import StorageError
+from utils.results.forecast import Forecast
 from utils.results.plots import draw_forecast, draw_losses, draw_steps, draw_windows
 from utils.results.predictions import Predictions
 from utils.results.test_pass import Window
@@ -16,8 +17,9 @@ from utils.results.test_pass import Window
 @pytest.mark.parametrize(("channels", "pages"), [(1, 1), (7, 1), (21, 3)])
 def test_pages(tmp_path, channels, pages):
     dates, values = pd.date_range("2020", periods=30, freq="h"), np.random.default_rng(0).random((30, channels))
-    future = (pd.date_range("2020-01-02 06:00", periods=6, freq="h"), values[:6])
-    drawn = draw_forecast(tmp_path, [f"c{i}" for i in range(channels)], (dates, values), future, "1 hour")
+    later = pd.date_range("2020-01-02 06:00", periods=6, freq="h")
+    forecast = Forecast([f"c{i}" for i in range(channels)], later, values[:6])
+    drawn = draw_forecast(tmp_path, (dates, values), forecast, "1 hour")
     assert [path.name for path in drawn] == (
         ["forecast.png"] if pages == 1 else [f"forecast_{page}.png" for page in range(1, pages + 1)]
     )

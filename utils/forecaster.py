@@ -1,0 +1,267 @@
+"""Forecasts from Python: a trained run, loaded once, that forecasts pandas frames many times.
+
+    from utils.forecaster import Forecaster
+
+    forecaster = Forecaster.load("checkpoints/<run>")
+    forecaster.predict(frame)  # date, a column a channel, and the ends of their bands: OT_lo80, OT_hi80, ...
+
+`run_main.py --do_predict` forecasts with the same class.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import ConcatDataset
+
+from data_provider.batches import Batch, WindowCollate
+from data_provider.data_factory import epoch_batches, make_loader
+from data_provider.data_loader import Series, WindowDataset
+from data_provider.description import frequency
+from data_provider.frames import check_rows, tables_of
+from data_provider.timefeatures import time_marks
+from layers.errors import input_error
+from utils.command_line import flags_for
+from utils.intervals import Intervals, name_of
+from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
+from utils.results.log import KeptLog
+from utils.results.test_pass import Tally
+from utils.saving.interrupt import Interrupts
+from utils.saving.state import random_state, set_random_state
+from utils.setup import describe_run, load_checkpoint, make_job, make_plan
+from utils.training.evaluate import Shared, score
+from utils.training.session import Job
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AUTO = "auto"  # the prediction intervals that the checkpoint has
+Levels = Sequence[float] | str | None
+
+
+class Forecaster:
+    """A trained model that forecasts; it prints nothing, writes nothing, and what a user can mend is an InputError.
+
+    Attributes:
+        notes: lines that the command line would have printed: warnings, and why there are no prediction intervals.
+    """
+
+    def __init__(self, job: Job):
+        """Args:
+        job: one that has its checkpoint; see `load` for programs.
+        """
+        self.job, self.notes = job, list(job.notes)
+        job.model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        llm_model_path: str | Path | None = None,
+        fill_missing: str | None = None,
+        **flags: object,
+    ) -> "Forecaster":
+        """Load the run of a training: its folder, or the checkpoint in it.
+
+        Args:
+            device: auto (the GPU where there is one), cpu or cuda.
+            llm_model_path: folder or hub id of the language model, where it no longer is where the training had it.
+            fill_missing: fill empty cells of the frames, "linear" or "ffill"; None: as the training did.
+            flags: other flags of the command line by their names, such as max_sequences.
+
+        Raises:
+            InputError: no checkpoint there, or one that cannot be used with these flags on this machine.
+            RunError: no memory for the model.
+        """
+        args = flags_for(path, device=device, llm_model_path=llm_model_path, fill_missing=fill_missing, **flags)
+        plan = make_plan(args, 0, in_program=True)
+        log = KeptLog()
+        before = random_state(plan.accelerator.device)
+        job = make_job(plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts())
+        log.lines.clear()  # what a run says of itself in any case
+        load_checkpoint(job)
+        set_random_state(before, plan.accelerator.device)  # the caller's own draws go on as if nothing had been loaded
+        made = cls(job)
+        made.notes += log.lines
+        return made
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are forecast."""
+        return self.job.series.forecast_columns
+
+    @cached_property
+    def shared(self) -> Shared:
+        """What all forecasts share, such as the text prototypes: made by the first one, then kept."""
+        with torch.inference_mode():
+            return self.job.model.shared()
+
+    def predict(
+        self,
+        frame: pd.DataFrame,
+        steps: int | None = None,
+        intervals: Levels = AUTO,
+        id_column: str | None = None,
+    ) -> pd.DataFrame:
+        """Forecast the rows that follow a frame.
+
+        Args:
+            frame: a column `date` or a DatetimeIndex, and the columns of the training in their own units; its last
+                seq_len rows are read, others are left alone. Their step is that of the training.
+            steps: rows to forecast; more than pred_len go on from the forecast itself. None: pred_len.
+            intervals: levels in per cent, such as (80, 95), which the checkpoint must have; "auto": all that it has;
+                None or (): no bands.
+            id_column: names the series of each row. They are forecast at once, each from its own rows: what each has
+                alone, up to the rounding of float32 (see below).
+
+        Returns:
+            `date`, with `id_column` that column, the forecast columns, and then the ends of each one's bands, as in
+            forecast.csv; a row a step, series after series in the order of their first rows.
+
+        Time-LLM's prompts print statistics of the rows. Beyond pred_len these are forecasts, so there a difference in
+        the last bit, as between a series alone and among others, or between a CPU and a GPU, may change a printed digit,
+        and the forecast by more than rounding.
+
+        Raises:
+            InputError: rows, columns, dates, steps or levels that cannot be used, in one line that names them.
+            RunError: not even one sequence fits into the GPU's memory.
+        """
+        histories = self._histories(frame, id_column)
+        found = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+        frames = [forecast.frame() for forecast in found]
+        if id_column is not None:
+            taken = [name for name in frames[0].columns if name == id_column]
+            if taken:
+                raise input_error("id_column", repr(id_column), "a name that no column of the forecast has")
+            for part, name in zip(frames, histories, strict=True):
+                part.insert(1, id_column, pd.Series([name] * len(part), dtype=frame[id_column].dtype))
+        return pd.concat(frames, ignore_index=True)
+
+    def forecast(self, histories: Sequence[Series], steps: int | None, intervals: Intervals | None) -> list[Forecast]:
+        """As `predict`, for series on the job's scale; the one way that the program forecasts the future.
+
+        Raises:
+            InputError: steps that are no number of rows, or rows without a common step.
+        """
+        steps = self.job.args.pred_len if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise input_error("steps", repr(steps), "a whole number of at least 1")
+        return forecast_rows(self.job, histories, int(steps), self.shared, intervals)
+
+    def evaluate(self, frame: pd.DataFrame, intervals: Levels = AUTO, id_column: str | None = None) -> dict[str, Any]:
+        """Score every window of a frame: forecasts of its rows from those before them.
+
+        Args:
+            frame, intervals, id_column: as those of `predict`.
+
+        Returns:
+            As metrics.json: `test` (mse, mae on the standardised scale), `windows`, `first_forecast_row`, `standardised`
+            and `own_units` (by channel and step), and `intervals` (coverage, width, losses) with prediction intervals.
+
+        Raises:
+            InputError: see `predict`; a series shorter than seq_len + pred_len.
+        """
+        job, args = self.job, self.job.args
+        T, H = args.seq_len, args.pred_len
+        parts = [self._windows(series) for series in self._histories(frame, id_column, T + H).values()]
+        starts = [day for part in parts for day in (part.dates[T], part.dates[len(part.dates) - H])]
+        kept = job.series.forecast_slice
+        columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
+        tally = Tally(job, self._intervals(intervals), columns, mean, deviation)
+
+        def consume(batch: Batch, forecast: torch.Tensor) -> None:
+            tally.add(batch, forecast)
+
+        windows: ConcatDataset[Any] = ConcatDataset(parts)
+        collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
+        batches = epoch_batches(args, windows, "test")  # type: ignore[arg-type]  # of which the length alone is asked
+        loader = make_loader(windows, batches, num_workers=0, collate=collate)
+        scores = score(replace(job, loaders={"test": loader}), "test", consume)
+        return {
+            "test": {"mse": scores.mse, "mae": scores.mae},
+            "windows": len(windows),
+            "first_forecast_row": [str(min(starts)), str(max(starts))],
+            **tally.result(),
+        }
+
+    def plot(
+        self,
+        frame: pd.DataFrame,
+        steps: int | None = None,
+        intervals: Levels = AUTO,
+        id_column: str | None = None,
+        path: str | Path | None = None,
+    ) -> "Figure | Path":
+        """Draw the forecast of a frame behind its last rows, a panel a column and series; the first seven are drawn.
+
+        Args:
+            frame, steps, intervals, id_column: as those of `predict`.
+            path: a PNG file to write; its folder is made where need be.
+
+        Returns:
+            The matplotlib figure, or `path`.
+
+        Raises:
+            InputError: see `predict`.
+            StorageError: the file cannot be written.
+        """
+        from utils.results.plots import PANELS, forecast_figure, panels_of  # only now: matplotlib takes a second to load
+
+        histories = self._histories(frame, id_column)
+        found = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+        panels = []
+        for (name, series), forecast in zip(histories.items(), found, strict=True):
+            prefix = "" if id_column is None else f"{name}: "
+            panels += panels_of((series.dates, series.own[:, series.forecast_slice]), forecast, prefix)
+        step = next(iter(histories.values())).step_words
+        figure = forecast_figure(panels[:PANELS], step, None if path is None else Path(path))
+        return figure if path is None else Path(path)
+
+    def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int | None = None) -> dict[Hashable, Series]:
+        """The series of a frame, on the training's scale.
+
+        Args:
+            rows: the fewest of each; None: seq_len.
+        """
+        job, checkpoint = self.job, self.job.checkpoint
+        assert checkpoint is not None, "the job has its checkpoint"
+        step = checkpoint.record.get("data", {}).get("step")
+        found = {}
+        for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
+            check_rows(table, job.args.seq_len, step)
+            if rows is not None and len(table.dates) < rows:
+                got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
+                raise input_error(table.path, got, expected)
+            found[name] = on_the_trainings_scale(table, checkpoint, job.args)
+        return found
+
+    def _windows(self, series: Series) -> WindowDataset:
+        args = self.job.args
+        marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
+        return WindowDataset(series.values, marks, series.dates, args.seq_len, args.label_len, args.pred_len)
+
+    def _intervals(self, asked: Levels) -> Intervals | None:
+        """Those of the checkpoint that are asked for."""
+        held = self.job.intervals
+        if isinstance(asked, str):
+            if asked != AUTO:
+                raise input_error("intervals", repr(asked), "levels such as (80, 95), 'auto' or None")
+            return held
+        levels = () if asked is None else tuple(sorted({float(level) for level in asked}))
+        if not levels:
+            return None
+        assert self.job.checkpoint is not None
+        if held is None or not held.has(levels):
+            wrong = levels[0] if held is None else next(level for level in levels if not held.has([level]))
+            had = f"those that it has, {' '.join(map(name_of, held.levels))}" if held else "none, for it has none"
+            named = " ".join(map(name_of, levels))
+            hint = "calibrate them without training: python run_main.py --is_training 0 --checkpoint "
+            hint += f"{self.job.checkpoint.file} --intervals {named}"
+            raise input_error("intervals", f"{name_of(wrong)} of {self.job.checkpoint.file}", had, hint)
+        return held.only(levels)
