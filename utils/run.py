@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from utils.forecaster import Forecaster
 from utils.intervals import name_of
 from utils.results.calibration import KEPT, Calibration
 from utils.results.comparison import note_of
-from utils.results.ensemble import score_mean
+from utils.results.ensemble import mean_intervals, score_mean
+from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
 from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
@@ -36,23 +38,27 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         RunError: the disk, the numbers or the memory do not let the run go on.
         Interrupted: a signal has come, and what has to be saved is saved.
     """
+    forecasts: list[Forecast] = []  # of the repeats
     for repeat in range(args.itr):
-        device = _run(args, repeat, interrupts or Interrupts())
+        device = _run(args, repeat, interrupts or Interrupts(), forecasts)
         free_memory(device)  # the next repeat loads its model into the memory of this one's
     return 0
 
 
-def _run(args: Namespace, repeat: int, interrupts: Interrupts) -> torch.device:
-    """One repeat; the device that it ran on."""
+def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[Forecast]) -> torch.device:
+    """One repeat, which adds its forecast to those of the repeats before; the device that it ran on."""
     job = setup(args, repeat, interrupts)
+    ensemble = args.itr > 1 and repeat == args.itr - 1 and not args.checkpoint  # else all repeats are of one checkpoint
     with _noted(job.log):
         found = fit(job) if args.is_training else None
         if args.is_training or not args.do_predict:
             test(job, found)
-            if args.itr > 1 and repeat == args.itr - 1 and not args.checkpoint:
+            if ensemble:
                 test_mean(job)
         if args.do_predict:
-            predict(job)
+            forecasts.append(predict(job))
+            if ensemble:
+                predict_mean(job, forecasts)
     job.close()
     return job.device
 
@@ -112,10 +118,9 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
 
 def test_mean(job: Job) -> None:
     """Score the mean of the forecasts of all repeats, of which `job` is the last; what it leaves has its own folder."""
-    args = job.args
-    folders = [Path(args.checkpoints) / run_name(args, repeat) for repeat in range(args.itr)]
-    found = score_mean(job, folders, Path(args.checkpoints) / run_name(args, "mean"))
-    if found and args.plots and job.accelerator.is_main_process:
+    repeats, folder = _folders(job)
+    found = score_mean(job, repeats, folder)
+    if found and job.args.plots and job.accelerator.is_main_process:
         from utils.results.plots import draw_test
 
         draw_test(*found)
@@ -160,8 +165,15 @@ def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
         raise
 
 
-def predict(job: Job) -> Path:
-    """Forecast what follows the last row of the data; the path of forecast.csv.
+def _folders(job: Job) -> tuple[list[Path], Path]:
+    """Those of the repeats, and that of their mean."""
+    args = job.args
+    repeats = [Path(args.checkpoints) / run_name(args, repeat) for repeat in range(args.itr)]
+    return repeats, Path(args.checkpoints) / run_name(args, "mean")
+
+
+def predict(job: Job) -> Forecast:
+    """Forecast what follows the last row of the data, and write it.
 
     Raises:
         InputError: `--append`, and the history cannot take the forecast.
@@ -170,7 +182,17 @@ def predict(job: Job) -> Path:
     for note in job.notes:
         job.log(note)
     (forecast,) = Forecaster(job).forecast([job.series], job.args.predict_steps, job.intervals)
-    return leave_forecast(job, forecast)
+    leave_forecast(job, forecast)
+    return forecast
+
+
+def predict_mean(job: Job, forecasts: list[Forecast]) -> None:
+    """Write the mean of the repeats' forecasts, of which `job` made the last; it has its own folder and bands."""
+    repeats, folder = _folders(job)
+    intervals = mean_intervals(job, repeats)
+    forecast = mean_forecast(forecasts, job.series, job.args.seq_len, job.args.pred_len, intervals)
+    job.log(f"Mean of {len(repeats)} repeats:")
+    leave_forecast(replace(job, folder=folder), forecast)
 
 
 @contextmanager

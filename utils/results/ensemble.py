@@ -36,7 +36,7 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     if len(held) < len(repeats):
         job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left their {PREDICTIONS}")
         return None
-    job = replace(job, folder=folder, intervals=_intervals(job, repeats))
+    job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
     results = TestPass(job)
     mean, deviation = results.mean[:, None], results.deviation[:, None]  # (N, 1)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -74,7 +74,7 @@ def _predictions(folder: Path, job: Job) -> np.ndarray | None:
     return pred if pred.shape == expected else None
 
 
-def _intervals(job: Job, repeats: list[Path]) -> Intervals | None:
+def mean_intervals(job: Job, repeats: list[Path]) -> Intervals | None:
     """Those of the mean, where all repeats have left the errors of their validation windows; memory holds a channel's."""
     files = [place / KEPT for place in repeats]
     if not job.levels or not all(file.is_file() for file in files):

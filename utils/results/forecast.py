@@ -3,7 +3,7 @@
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -236,6 +236,19 @@ def forecast_rows(
         columns = series.forecast_columns
         found.append(Forecast(columns, days, series.to_own_units(values), bands, min(steps, H) if bands else 0))
     return found
+
+
+def mean_forecast(
+    forecasts: Sequence[Forecast], series: Series, seq_len: int, pred_len: int, intervals: Intervals | None
+) -> Forecast:
+    """The mean of several models' forecasts of one series, with bands of its own."""
+    first, kept = forecasts[0], series.forecast_slice
+    own = np.mean([each.values for each in forecasts], axis=0)
+    if intervals is None:
+        return replace(first, values=own, bands={}, calibrated=0)
+    standardised = (own - series.mean[kept]) / series.deviation[kept]
+    bands = _bands(series, standardised, deviations(series.values[-seq_len:, kept].T), intervals)
+    return replace(first, values=own, bands=bands, calibrated=min(len(own), pred_len))
 
 
 def _bands(

@@ -173,7 +173,7 @@ def test_none_is_what_there_was_before(dlinear, capsys) -> None:
 
 
 def test_the_mean_of_the_repeats(dlinear, capsys) -> None:
-    words = dlinear(itr=2, intervals="80", dropout=0.3)
+    words = dlinear(itr=2, intervals="80", dropout=0.3, do_predict=True)
     lines = train(words, capsys)
     first = run_folder(words)
     second, mean = (first.with_name(first.name.replace("test_0-", f"test_{which}-")) for which in (1, "mean"))
@@ -189,6 +189,11 @@ def test_the_mean_of_the_repeats(dlinear, capsys) -> None:
     assert float(line.split("MSE: ")[1].split()[0]) == pytest.approx(np.square(standardised).mean(), rel=1e-4)
     scores = json.loads((mean / "metrics.json").read_text())
     assert scores["repeats"] == 2 and centre.shape == (N,)
+    frames = [pd.read_csv(folder / "forecast.csv") for folder in (first, second, mean)]
+    for name in COLUMNS:
+        middle = (frames[0][name] + frames[1][name]) / 2
+        np.testing.assert_allclose(frames[2][name], middle, rtol=1e-5)
+        assert (frames[2][f"{name}_lo80"] < middle).all() and (middle < frames[2][f"{name}_hi80"]).all()
     errors = [np.load(folder / "validation_errors.npy") for folder in (first, second)]
     n, ordered = len(errors[0]), np.sort((errors[0] + errors[1]) / 2, axis=0)
     widths = ordered[-(-9 * (n + 1) // 10) - 1] - ordered[(n + 1) // 10 - 1]  # in deviations of the histories
