@@ -57,7 +57,7 @@ def tables_of(
     groups = frame.groupby(id_column, sort=False, observed=True).indices
     ordered = sorted(groups.items(), key=lambda group: group[1][0])
     return {
-        name: _table(Path(f"{FRAME}, series {name!r}"), frame.iloc[rows], dates[rows], columns, fill)
+        name: _table(Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], dates[rows], columns, fill)
         for name, rows in ordered
     }
 

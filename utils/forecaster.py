@@ -75,6 +75,8 @@ class Forecaster:
             fill_missing: fill empty cells of the frames, "linear" or "ffill"; None: as the training did.
             flags: other flags of the command line by their names, such as max_sequences.
 
+        On a GPU PyTorch takes no more memory from here on than is free now, as in a run.
+
         Raises:
             InputError: no checkpoint there, or one that cannot be used with these flags on this machine.
             RunError: no memory for the model.
@@ -158,7 +160,8 @@ class Forecaster:
         """Score every window of a frame: forecasts of its rows from those before them.
 
         Args:
-            frame, intervals, id_column: as those of `predict`.
+            frame, intervals, id_column: as those of `predict`. All rows are read; where one is missing, windows go
+                over the gap, as those of a test do.
 
         Returns:
             As metrics.json: `test` (mse, mae on the standardised scale), `windows`, `first_forecast_row`, `standardised`
@@ -192,16 +195,18 @@ class Forecaster:
 
     def plot(
         self,
-        frame: pd.DataFrame,
+        frame: pd.DataFrame | None = None,
         steps: int | None = None,
         intervals: Levels = AUTO,
         id_column: str | None = None,
         path: str | Path | None = None,
+        forecast: pd.DataFrame | None = None,
     ) -> "Figure | Path":
         """Draw the forecast of a frame behind its last rows, a panel a column and series; the first seven are drawn.
 
         Args:
-            frame, steps, intervals, id_column: as those of `predict`.
+            frame, steps, intervals, id_column: as those of `predict`. Without a frame the forecast is drawn alone.
+            forecast: what `predict` has returned; None: it is made here, of the frame.
             path: a PNG file to write; its folder is made where need be.
 
         Returns:
@@ -213,15 +218,36 @@ class Forecaster:
         """
         from utils.results.plots import PANELS, forecast_figure, panels_of  # only now: matplotlib takes a second to load
 
-        histories = self._histories(frame, id_column)
-        found = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+        if frame is None and forecast is None:
+            raise input_error("plot", "neither frame nor forecast", "one of them, or both")
+        histories = {} if frame is None else self._histories(frame, id_column)
+        if forecast is None:
+            made = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+            found = dict(zip(histories, made, strict=True))
+        else:
+            found = self._read(forecast, id_column)
         panels = []
-        for (name, series), forecast in zip(histories.items(), found, strict=True):
-            prefix = "" if id_column is None else f"{name}: "
-            panels += panels_of((series.dates, series.own[:, series.forecast_slice]), forecast, prefix)
-        step = next(iter(histories.values())).step_words
+        for name, rows in found.items():
+            known = (rows.dates[:0], rows.values[:0])
+            if name in histories:
+                known = histories[name].dates, histories[name].own
+            panels += panels_of(known, rows, "" if id_column is None else f"{name}: ")
+        step = self._step() or "the step of the training"
         figure = forecast_figure(panels[:PANELS], step, None if path is None else Path(path))
         return figure if path is None else Path(path)
+
+    def _read(self, forecast: pd.DataFrame, id_column: str | None) -> dict[Hashable, Forecast]:
+        """What `predict` has returned, series by series."""
+        if not isinstance(forecast, pd.DataFrame) or (id_column is not None and id_column not in forecast.columns):
+            got = f"a {type(forecast).__name__} without {'rows' if id_column is None else repr(id_column)}"
+            raise input_error("forecast", got, "what predict has returned")
+        groups = {None: forecast} if id_column is None else dict(iter(forecast.groupby(id_column, sort=False)))
+        return {name: Forecast.of(part, self.columns, self.job.args.pred_len) for name, part in groups.items()}
+
+    def _step(self) -> str | None:
+        """The step of the training in words, where its record has it."""
+        assert self.job.checkpoint is not None, "the job has its checkpoint"
+        return self.job.checkpoint.record.get("data", {}).get("step")
 
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int | None = None) -> dict[Hashable, Series]:
         """The series of a frame, on the training's scale.
@@ -231,7 +257,7 @@ class Forecaster:
         """
         job, checkpoint = self.job, self.job.checkpoint
         assert checkpoint is not None, "the job has its checkpoint"
-        step = checkpoint.record.get("data", {}).get("step")
+        step = self._step()
         found = {}
         for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
             check_rows(table, job.args.seq_len, step)
@@ -249,11 +275,12 @@ class Forecaster:
     def _intervals(self, asked: Levels) -> Intervals | None:
         """Those of the checkpoint that are asked for."""
         held = self.job.intervals
-        if isinstance(asked, str):
-            if asked != AUTO:
-                raise input_error("intervals", repr(asked), "levels such as (80, 95), 'auto' or None")
+        if isinstance(asked, str) and asked == AUTO:
             return held
-        levels = () if asked is None else tuple(sorted({float(level) for level in asked}))
+        try:
+            levels = () if asked is None else tuple(sorted({float(level) for level in asked}))
+        except (TypeError, ValueError):
+            raise input_error("intervals", repr(asked), "levels such as (80, 95), 'auto' or None") from None
         if not levels:
             return None
         assert self.job.checkpoint is not None

@@ -150,8 +150,9 @@ def test_levels_that_are_asked_for(loaded, frame, tmp_path: Path) -> None:
         InputError, match=r"^intervals: got 90 of .*, expected those that it has, 80 95; calibrate them with"
     ):
         forecaster.predict(frame, intervals=(80, 90))
-    with pytest.raises(InputError, match="^intervals: got 'all', expected levels such as"):
-        forecaster.predict(frame, intervals="all")
+    for wrong in ("all", 80, ("a",), (None,)):
+        with pytest.raises(InputError, match="^intervals: got .*, expected levels such as"):
+            forecaster.predict(frame, intervals=wrong)
 
 
 def test_a_checkpoint_without_intervals_forecasts_without_them(trained, folder, backbones, frame, capsys) -> None:
@@ -226,6 +227,21 @@ def test_pictures(loaded, frame, tmp_path: Path) -> None:
     many = pd.concat([frame.assign(shop=name) for name in "abc"])
     drawn = forecaster.plot(many, id_column="shop")
     assert [axes.get_ylabel() for axes in drawn.axes] == [f"{s}: {c}" for s in "abc" for c in COLUMNS][:7]
+    made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")
+    again = forecaster.plot(many, forecast=made, id_column="shop")
+    alone = forecaster.plot(forecast=made[made["shop"] == "b"])
+    expected = forecaster.plot(many, steps=2 * PRED_LEN, id_column="shop")
+    for axes, same, only in zip(expected.axes[3:6], again.axes[3:6], alone.axes, strict=True):  # those of shop b
+        for line, other in zip(axes.get_lines(), same.get_lines(), strict=True):
+            assert np.array_equal(line.get_ydata(), other.get_ydata())
+        assert len(axes.collections) == len(same.collections) == len(only.collections) == 4
+        forecast = next(line for line in axes.get_lines() if line.get_label() == "forecast").get_ydata()
+        assert np.array_equal(
+            next(line for line in only.get_lines() if line.get_label() == "forecast").get_ydata(), forecast[1:]
+        )
+    for wrong in ({}, {"forecast": made.drop(columns="OT")}, {"forecast": made["OT"]}, {"forecast": made.iloc[:0]}):
+        with pytest.raises(InputError, match="^(plot|forecast): got "):
+            forecaster.plot(**wrong)
     path = forecaster.plot(frame, path=tmp_path / "new" / "picture.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 

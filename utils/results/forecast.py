@@ -1,6 +1,7 @@
 """Forecasts of the future: what goes before them, and the rows and bands that follow it."""
 
 import itertools
+import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import torch
 from data_provider.batches import Sequences, Windows
 from data_provider.data_loader import Series, own_scale
 from data_provider.description import bank_file, make_description
+from data_provider.frames import FRAME
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import Table, read_table
@@ -90,7 +92,7 @@ def no_rows_yet(args: Namespace, checkpoint: Checkpoint) -> History:
         got = "a file of older code, which does not say its columns"
         raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record")
     names = checkpoint.scaler()[0]
-    empty = Table(checkpoint.file, pd.DatetimeIndex([]), names, np.empty((0, len(names))))
+    empty = Table(FRAME, pd.DatetimeIndex([]), names, np.empty((0, len(names))))
     series = on_the_trainings_scale(empty, checkpoint, args)
     args.prompt_text = args.prompt_text or checkpoint.prompt_text
     args.enc_in = len(series.columns)
@@ -177,6 +179,30 @@ class Forecast:
         ends = [end[:, n] for n in range(len(self.columns)) for band in self.bands.values() for end in band]
         return pd.DataFrame(parts | dict(zip(band_columns(self.columns, list(self.bands)), ends, strict=True)))
 
+    @classmethod
+    def of(cls, frame: pd.DataFrame, columns: list[str], pred_len: int) -> "Forecast":
+        """What `frame` made, read again; other columns are left alone.
+
+        Args:
+            columns: those that are forecast.
+            pred_len: of the run, up to which bands are calibrated.
+
+        Raises:
+            InputError: it is no forecast of these columns.
+        """
+        missing = [name for name in ["date", *columns] if name not in frame.columns]
+        if missing or frame.empty:
+            got = f"no column {missing[0]!r}" if missing else "no rows"
+            raise input_error("forecast", got, "what predict has returned")
+        levels = levels_of([str(name) for name in frame.columns], columns)
+        names = iter(band_columns(columns, levels))
+        ends = np.array([frame[name].to_numpy(np.float64) for name in names]).reshape(
+            len(columns), len(levels), 2, len(frame)
+        )
+        bands = {level: (ends[:, i, 0].T, ends[:, i, 1].T) for i, level in enumerate(levels)}
+        dates = pd.DatetimeIndex(pd.to_datetime(frame["date"]), name=None)
+        return cls(columns, dates, frame[columns].to_numpy(np.float64), bands, min(len(frame), pred_len) if bands else 0)
+
 
 def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
     """The names of the bands' ends, by column and then by level. One that a column of the data has gets a `_` behind it.
@@ -191,6 +217,13 @@ def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
             names.append(name)
             taken.add(name)
     return names
+
+
+def levels_of(names: Sequence[str], columns: Sequence[str]) -> list[float]:
+    """The levels of which all bands of `columns` are among `names`, in the order of the names."""
+    found = (re.fullmatch(re.escape(columns[0]) + r"_lo(\d+(?:\.\d+)?)_*", name) for name in names if name not in columns)
+    levels = list(dict.fromkeys(float(match[1]) for match in found if match))
+    return [level for level in levels if set(band_columns(columns, [level])) <= set(names)]
 
 
 def forecast_rows(
@@ -220,7 +253,8 @@ def forecast_rows(
         windows = x.unflatten(1, (S, -1)).transpose(0, 1)  # (S, T, N)
         known, ahead = marks[:, start : start + T], marks[:, start + T - job.args.label_len : start + T + H]
         rows = []
-        for part in torch.arange(S).split(job.args.eval_batch_size):  # whole windows are not cut any smaller
+        for first in range(0, S, job.args.eval_batch_size):  # whole windows are not cut any smaller
+            part = slice(first, first + job.args.eval_batch_size)
             sequences = _sequences(windows[part].transpose(1, 2).flatten(0, 1))
             sequences.windows = Windows(windows[part], known[part], ahead[part], slice(None))
             rows.append(forecast_within_memory(job, sequences, shared))

@@ -4,7 +4,6 @@ A row of a forecast has come true once the data file has a row of its date.
 """
 
 import io
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ import pandas as pd
 from data_provider.splits import find_csv
 from data_provider.table import Table, read_table
 from data_provider.timestamps import read_timestamps
-from layers.errors import InputError, input_error
+from layers.errors import input_error
 from utils.intervals import name_of
-from utils.results.forecast import band_columns
+from utils.results.forecast import band_columns, levels_of
 from utils.results.forecast_files import HISTORY, ORIGIN
-from utils.saving.checkpoint import Checkpoint
+from utils.saving.checkpoint import LEGACY, Checkpoint
+from utils.saving.record import TENSORS
 
 
 @dataclass(frozen=True)
@@ -122,23 +122,18 @@ def _columns(path: Path, names: list[str], known: Sequence[str]) -> tuple[list[s
     """Which of the names are columns of the data, and the levels of the bands that the others are the ends of."""
     for N in range(len(names), 0, -1):
         columns, rest = names[:N], names[N:]
-        if any(name not in known for name in columns) or len(rest) % (2 * N):
-            continue
-        found = [re.search(r"_lo([0-9.]+)_*$", name) for name in rest[: len(rest) // N : 2]]
-        levels = [float(match[1]) for match in found if match]
-        if band_columns(columns, levels) == rest:
-            return columns, levels
+        if all(name in known for name in columns):
+            levels = levels_of(rest, columns)
+            if band_columns(columns, levels) == rest:
+                return columns, levels
     raise input_error(path, f"the columns {', '.join(names)[:200]}", f"columns of the data such as {known[0]}, and bands")
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:
     """The run's checkpoint, whose scale the forecasts have; a folder of forecasts on other data has none."""
-    try:
-        checkpoint = Checkpoint.open(folder)
-    except InputError:
-        if not (folder / HISTORY).is_file():
-            raise
+    if (folder / HISTORY).is_file() and not any((folder / name).is_file() for name in (TENSORS, LEGACY)):
         return None
+    checkpoint = Checkpoint.open(folder)
     return checkpoint if checkpoint.record else None
 
 
