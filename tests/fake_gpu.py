@@ -292,12 +292,13 @@ class FourBitLinear(nn.Module):
         return product.to(x.dtype)
 
 
-def fake_load(info: Any, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> nn.Module:
+def fake_load(
+    info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, words_on_host: bool
+) -> nn.Module:
     """Stands for `layers.backbone._load`: the folder's model without its weights."""
-    with device:
-        model = AutoModel.from_config(
-            AutoConfig.from_pretrained(info.folder), attn_implementation="sdpa", dtype=dtype, **dict(info.family.options)
-        )
+    config = AutoConfig.from_pretrained(info.folder)
+    model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype, **dict(info.family.options))
+    layers.backbone._move(model, device, words_on_host)
     for parent in list(model.modules()) if four_bit else ():
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
