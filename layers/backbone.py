@@ -137,7 +137,8 @@ class Backbone:
         The GPU's memory is left with a hole of their size.
         """
         self._words_on_host = True
-        self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
+        if self.embeddings.device.type != "cpu":
+            self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
     def plain(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """The whole sequence with gradients, through transformers' own masks and attention.
