@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,7 @@ class FakeGPU(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes that live on the GPU.
-        operations: how many there were.
+        operations: how many there were; `counts`, by name.
         waits: where the program waited for the device while `watching`: operation, file and line.
         answer: what the program reads where it reads a value, as a truth value or as a number.
         fail_in: operations until one raises out-of-memory; None: none does.
@@ -124,6 +125,7 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.operations = self.step = 0
+        self.counts: Counter[str] = Counter()
         self.waits: list[str] = []
         self.watching = False
         self.answer = 0.0
@@ -165,6 +167,7 @@ class FakeGPU(TorchDispatchMode):
         if name.startswith("prim."):
             return function(*args, **kwargs)
         self.operations += 1
+        self.counts[name] += 1
         if self.fail_in is not None:
             self.fail_in -= 1
             if self.fail_in < 0:
