@@ -48,9 +48,10 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Read and check a command line; an error prints one line naming the flag and exits with code 2."""
+def parse_flags(argv: Sequence[str], program: str = "run_main.py") -> argparse.Namespace:
+    """Read and check a command line; an error prints one line naming program and flag and exits with code 2."""
     parser = build_parser()
+    parser.prog = program
     try:
         return _parse(parser, list(argv))
     except argparse.ArgumentError as error:
