@@ -5,6 +5,8 @@ One builder serves every language model through transformers' Auto classes.
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -46,6 +48,7 @@ class Backbone:
         recompute: bool = False,
         dtype: torch.dtype | None = None,
         random_seed: int | None = None,
+        words_on_host: bool = False,
     ):
         """Read the first `layers` layers; with 0, the word embeddings alone.
 
@@ -54,6 +57,8 @@ class Backbone:
                 CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
             random_seed: draw the weights, of the same architecture, instead of reading them.
+            words_on_host: the embeddings go to the computer's memory, whatever the device: for who looks words up in
+                them, and multiplies with no more than a block of them at once.
 
         Raises:
             InputError: more layers than there are, or weights that the folder lacks.
@@ -66,15 +71,15 @@ class Backbone:
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
         if random_seed is not None:
-            self.model = _draw(info, layers, device, dtype, random_seed)
+            self.model = _draw(info, layers, device, dtype, random_seed, words_on_host)
         else:
-            self.model = _load(info, layers, device, four_bit, dtype)
+            self.model = _load(info, layers, device, four_bit, dtype, words_on_host)
         if dtype == torch.float16:
             make_safe(self.model)
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.word_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-        self._words_on_host = False
+        self._words_on_host = words_on_host
         if recompute:
             _recompute_layers(self.model)
 
@@ -127,13 +132,13 @@ class Backbone:
         return found.to(self.device, self.stream_dtype, non_blocking=True)
 
     def keep_words_on_host(self) -> None:
-        """Leave the embeddings in the computer's memory, for who looks words up in them and nothing else.
+        """Bring the embeddings to the computer's memory, where `words_on_host` would have put them at once.
 
-        A fast path that was made before still holds them where they were.
+        The GPU's memory is left with a hole of their size.
         """
         self._words_on_host = True
         if self.embeddings.device.type != "cpu":
-            self.model.get_input_embeddings().weight = nn.Parameter(self.embeddings.cpu(), requires_grad=False)
+            self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
     def plain(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """The whole sequence with gradients, through transformers' own masks and attention.
@@ -163,9 +168,7 @@ class Backbone:
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
-        self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
-        if self._words_on_host:
-            self.keep_words_on_host()
+        _move(self.model, device, self._words_on_host)
         return self
 
     def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:
@@ -231,22 +234,46 @@ def _config(info: BackboneInfo, layers: int) -> Any:
     return config
 
 
-def _draw(info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _move(model: PreTrainedModel, device: torch.device, words_on_host: bool) -> None:
+    """Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back."""
+    layer: Any = model.get_input_embeddings()
+    words, where = layer.weight, layer.weight.device
+    if words_on_host:
+        layer.weight = nn.Parameter(words.new_empty(0), requires_grad=False)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
+    if words_on_host:
+        layer.weight = words
+        layer.to(where)  # what it has besides
+
+
+def _draw(
+    info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, words_on_host: bool
+) -> PreTrainedModel:
     """The architecture, with weights as its authors' training would have begun."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(info.family.options)
         model = AutoModel.from_config(_config(info, layers), attn_implementation="sdpa", dtype=dtype, **options)
-    return model.to(device)
+    _move(model, device, words_on_host)
+    return model
 
 
-def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
+def _load(
+    info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, words_on_host: bool
+) -> PreTrainedModel:
     config = _config(info, layers)
     options = dict(info.family.options)
+    places: dict[str, torch.device | str] = {"": device}
+    apart = words_on_host and device.type != "cpu"
+    if apart:
+        places[_words_name(config, options)] = "cpu"
     if four_bit:
         require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_enable_fp32_cpu_offload=apart,  # allows any part on the CPU, in any number type
         )
     # The layers left out are reported as unexpected; that report would only alarm. What is missing
     # is checked below.
@@ -255,17 +282,18 @@ def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool,
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        model, found = AutoModel.from_pretrained(
-            info.folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with _no_hooks():
+            model, found = AutoModel.from_pretrained(
+                info.folder,
+                config=config,
+                dtype=dtype,
+                device_map=places,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
     if found["missing_keys"]:
@@ -275,6 +303,30 @@ def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool,
         )
     _tame_four_bit_layers(model)
     return model
+
+
+def _words_name(config: Any, options: dict[str, Any]) -> str:
+    """What the embedding layer is called in a model of this architecture."""
+    with torch.device("meta"):
+        outline = AutoModel.from_config(config, **options)
+    layer = outline.get_input_embeddings()
+    return next(name for name, module in outline.named_modules() if module is layer)
+
+
+@contextmanager
+def _no_hooks() -> Iterator[None]:
+    """Keep transformers from leaving a model whose parts are on several devices to accelerate.
+
+    Its hooks would copy the embeddings to the GPU for each look-up, and drop them again. `Backbone.words` brings the
+    ids to the embeddings instead.
+    """
+    module: Any = transformers.modeling_utils
+    dispatch = module.accelerate_dispatch
+    module.accelerate_dispatch = lambda *_: None
+    try:
+        yield
+    finally:
+        module.accelerate_dispatch = dispatch
 
 
 def _tame_four_bit_layers(model: nn.Module) -> None:

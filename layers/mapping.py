@@ -38,6 +38,15 @@ class MappingLayer(nn.Linear):
             product = product * scale
         return product + self.bias.to(embeddings.device)[:, None]
 
+    @torch.no_grad()
+    def once(self, embeddings: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
+        """What `forward` gives, where it is asked for once: E may lie elsewhere than the device that can multiply.
+
+        In half precision the device is given a block of words at a time. No gradient; the result is on some device.
+        """
+        product = _multiply(self.weight, embeddings, device) * scale
+        return product + self.bias.to(product.device)[:, None]
+
     def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Rows of W and their gradient `[rows, V]`, block after block."""
         G = self.row_gradient
@@ -53,27 +62,28 @@ class MappingLayer(nn.Linear):
             yield block, _gradient_times(G[block], E.t()).to(self.weight.dtype)
 
 
-def _multiply(weight: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """W·E `[K, D]`, multiplied in E's type, in W's type."""
-    if not _gives_float32(embeddings):
+def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """W·E `[K, D]`, multiplied in E's type, in W's type; on a GPU in half precision, else where E is."""
+    device = device or embeddings.device
+    if not _gives_float32(device, embeddings.dtype):
         return _times(weight, embeddings).to(weight.dtype)
     # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are float32.
     words = max(1, BLOCK_BYTES // (len(weight) * embeddings.element_size()))
-    out = torch.zeros(len(weight), embeddings.shape[1], device=embeddings.device)
+    out = torch.zeros(len(weight), embeddings.shape[1], device=device)
     for some, E in zip(weight.split(words, dim=1), embeddings.split(words), strict=True):
-        out += _times(some, E)
+        out += _times(some, E.to(device))
     return out.to(weight.dtype)
 
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a `[m, k]` times b `[k, n]`, multiplied in b's type, where b is; in float32 where a kernel gives that."""
     a = a.to(b.device, b.dtype)
-    return torch.mm(a, b, out_dtype=torch.float32) if _gives_float32(b) else a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if _gives_float32(b.device, b.dtype) else a @ b
 
 
-def _gives_float32(x: torch.Tensor) -> bool:
-    """Whether products of matrices like x come as the float32 sums that they are made of."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of such matrices come as the float32 sums that they are made of."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _gradient_times(gradient: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

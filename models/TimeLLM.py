@@ -37,6 +37,11 @@ def layers_of(configs: Namespace) -> int:
     return 0 if configs.llm_ablation in ("none", "attention", "transformer") else configs.llm_layers
 
 
+def words_on_host(configs: Namespace) -> bool:
+    """Whether words are but looked up, so that their embeddings need not be on the GPU: no step multiplies with them."""
+    return configs.prototypes == "direct" or not configs.use_reprogramming
+
+
 class Model(Forecaster):
     """The trained parts, and the frozen language model they feed.
 
@@ -73,6 +78,7 @@ class Model(Forecaster):
                 four_bit=configs.load_in_4bit,
                 recompute=configs.grad_checkpoint,
                 random_seed=configs.seed if configs.llm_ablation == "random" else None,
+                words_on_host=words_on_host(configs),
             )
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
         # A BackboneInfo has its shapes, and that is all that it is asked for.
@@ -90,7 +96,7 @@ class Model(Forecaster):
             )
         else:
             self.reprogramming_layer = nn.Linear(configs.d_model, backbone.hidden_size)
-        if isinstance(backbone, Backbone) and self.mapping_layer is None:
+        if isinstance(backbone, Backbone) and words_on_host(configs):
             backbone.keep_words_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
         self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
@@ -210,7 +216,9 @@ class Model(Forecaster):
         """
         if mapping.bias.is_meta:
             return nn.Parameter(mapping.bias.new_empty(PROTOTYPES, self.backbone.hidden_size))
-        return nn.Parameter(self.text_prototypes().to(mapping.bias.device))
+        backbone = self.backbone
+        start = mapping.once(backbone.embeddings, backbone.word_scale, backbone.device)
+        return nn.Parameter(start.to(mapping.bias.device))
 
     def _choose_language_model(self) -> LanguageModel:
         if self.substitute is not None:

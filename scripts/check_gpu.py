@@ -3,6 +3,7 @@
     python scripts/check_gpu.py FLAGS...                                   the flags of run_main.py
     TIMELLM_PROGRAM=scripts/check_gpu.py bash scripts/TimeLLM_ETTh1_2.sh   those of a script
     python scripts/check_gpu.py --json FILE FLAGS...                       the figures in a file, too
+    python run_main.py --help                                              all flags of run_main.py
 
 Steps, a save of the state and an evaluation of a few batches run in a temporary folder. The report is made to be
 pasted into an issue. On a machine without a GPU it is about the processor and its memory.
@@ -44,7 +45,11 @@ def main(argv: list[str]) -> int:
     """Measure and print the report; return the exit code, 2 for what the user can mend."""
     own = FlagParser(prog="check_gpu.py", add_help=False, allow_abbrev=False)
     own.add_argument("--json", nargs="?", const="")
+    own.add_argument("-h", "--help", action="store_true")
     mine, words = own.parse_known_args(argv)
+    if mine.help:
+        print(str(__doc__).strip())
+        return 0
     if mine.json == "":
         own.error(str(input_error("--json", "no value right after it", "a file name")))
     args = parse_flags(words, own.prog)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,7 @@ class FakeGPU(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes that live on the GPU.
-        operations: how many there were.
+        operations: how many there were; `counts`, by name.
         waits: where the program waited for the device while `watching`: operation, file and line.
         answer: what the program reads where it reads a value, as a truth value or as a number.
         fail_in: operations until one raises out-of-memory; None: none does.
@@ -124,6 +125,7 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.operations = self.step = 0
+        self.counts: Counter[str] = Counter()
         self.waits: list[str] = []
         self.watching = False
         self.answer = 0.0
@@ -165,6 +167,7 @@ class FakeGPU(TorchDispatchMode):
         if name.startswith("prim."):
             return function(*args, **kwargs)
         self.operations += 1
+        self.counts[name] += 1
         if self.fail_in is not None:
             self.fail_in -= 1
             if self.fail_in < 0:
@@ -292,12 +295,13 @@ class FourBitLinear(nn.Module):
         return product.to(x.dtype)
 
 
-def fake_load(info: Any, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> nn.Module:
+def fake_load(
+    info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, words_on_host: bool
+) -> nn.Module:
     """Stands for `layers.backbone._load`: the folder's model without its weights."""
-    with device:
-        model = AutoModel.from_config(
-            AutoConfig.from_pretrained(info.folder), attn_implementation="sdpa", dtype=dtype, **dict(info.family.options)
-        )
+    config = AutoConfig.from_pretrained(info.folder)
+    model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype, **dict(info.family.options))
+    layers.backbone._move(model, device, words_on_host)
     for parent in list(model.modules()) if four_bit else ():
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

@@ -20,7 +20,7 @@ from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
 from models import model_class
 from models.forecaster import Forecaster
-from models.TimeLLM import layers_of
+from models.TimeLLM import layers_of, words_on_host
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
 from utils.results.baselines import doubts, fit_ridge
@@ -284,6 +284,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
                 args.grad_checkpoint,
                 plan.precision.weights_dtype,
                 plan.random_seed(repeat),
+                words_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
     free_memory(device)  # what loading took for a while would lie between the parts of a step

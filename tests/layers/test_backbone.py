@@ -260,3 +260,42 @@ def test_without_layers_the_words_are_there(backbones, load) -> None:
         assert torch.equal(bare.embeddings, load(family).embeddings)
         positions = 1024 if family == "gpt2" else 514 if family == "bert" else 0  # the longest tables of them
         assert sum(p.numel() for p in bare.model.parameters()) <= bare.embeddings.numel() + (positions + 2) * 128
+
+
+# The meta device stands for a GPU: what has been there has lost its values, and shows whether it was.
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+@pytest.mark.parametrize("how", ["read", "in 4 bits", "drawn"])
+def test_words_on_the_host_never_were_on_the_device(backbones, family: str, how: str) -> None:
+    name = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2", "bert": "BERT"}[family]
+    info = find_backbone(name, str(backbones[family]))
+    options = {"dtype": torch.bfloat16, "random_seed": 7 if how == "drawn" else None}
+    expected = Backbone(info, 2, **options)
+    generator = torch.get_rng_state()
+    apart = Backbone(info, 2, "meta", four_bit=how == "in 4 bits", words_on_host=True, **options)
+    assert torch.equal(torch.get_rng_state(), generator)  # the trained weights are drawn as without it
+    check_apart(apart, expected.embeddings)
+    check_apart(apart.to(torch.device("meta")), expected.embeddings)
+    if how == "read":
+        moved = Backbone(info, 2, words_on_host=True, **options).to(torch.device("meta"))
+        check_apart(moved, expected.embeddings)
+
+
+def check_apart(backbone: Backbone, words: torch.Tensor) -> None:
+    """Words on the CPU, all else on the meta device, and no hook that would bring the words there."""
+    assert backbone.embeddings.device.type == "cpu" and torch.equal(backbone.embeddings, words)
+    layer = backbone.model.get_input_embeddings()
+    others = [p for p in backbone.model.parameters() if p is not layer.weight]
+    assert backbone.device.type == "meta" and {p.device.type for p in others} == {"meta"}
+    assert not any(hasattr(module, "_hf_hook") for module in backbone.model.modules())
+    ids = torch.tensor([[3, 5]])
+    assert torch.equal(layer(ids), words[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_words_on_the_host_change_nothing_on_the_cpu(backbones, dtype: torch.dtype) -> None:
+    info = find_backbone("QWEN", str(backbones["qwen2"]))
+    apart, whole = (Backbone(info, 2, dtype=dtype, words_on_host=on_host) for on_host in (True, False))
+    ids = torch.tensor([[3, 5, 8]])
+    assert torch.equal(apart.words(ids), whole.words(ids))
+    for ours, theirs in zip(apart.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.device.type == "cpu"

@@ -101,6 +101,8 @@ def test_direct_prototypes_start_where_the_mapping_layer_does(load, tmp_path: Pa
     W, b = vocab.state_dict()["mapping_layer.weight"], vocab.state_dict()["mapping_layer.bias"]
     start = direct.state_dict()["prototypes"]
     torch.testing.assert_close(start, W @ load("qwen2").embeddings + b[:, None])
+    with torch.no_grad():
+        assert torch.equal(start, vocab.text_prototypes())
     names = set(TRAINED) - {"mapping_layer.weight", "mapping_layer.bias"} | {"prototypes"}
     assert set(direct.state_dict()) == {name for name, _ in direct.named_parameters()} == names
     x = random_windows()

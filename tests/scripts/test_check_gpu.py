@@ -42,10 +42,17 @@ def test_a_report_to_paste_and_nothing_left(backbones, tmp_path: Path, capsys, m
     assert all(gib < peak for flags, gib in would.items() if not flags.endswith("--llm_layers"))
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_about_this_program(capsys, flag: str) -> None:
+    assert main(["--features", "X", flag]) == 0
+    said = capsys.readouterr().out
+    assert "scripts/check_gpu.py --json FILE" in said and "run_main.py --help" in said and "--pct_start" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"features": "X"}, "--features: got 'X', expected one of M, S, MS"),
+        ({"features": "X"}, "check_gpu.py: error: --features: got 'X', expected one of M, S, MS"),
         ({"llm_layers": 9}, "check_gpu.py: error: --llm_layers: got 9, expected at most 2"),
         ({"json": None}, "check_gpu.py: error: --json: got no value right after it, expected a file name"),
     ],

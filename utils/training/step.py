@@ -59,6 +59,7 @@ class RowAdam(torch.optim.Adam):
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
                 amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
             )  # fmt: skip
+            del gradient  # before the next block is formed
         if found_inf is not None:
             state["step"] -= found_inf
 

@@ -106,6 +106,53 @@ def test_norm_computes_what_the_module_does() -> None:
     check_norm(torch.randn(5, 7, 24), torch.rand(24) + 0.5, None, 1e-5)
 
 
+def gradient_by_hand(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The norm's gradient, which the processor has no kernel for, by automatic differentiation in float64."""
+    eps = (scale.double().pow(-2) - x.double().square().mean(-1, keepdim=True)).mean()
+    wide = x.double().requires_grad_()
+    out = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return torch.autograd.grad(out, wide, gradient.double())[0].to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("into_out", "into_gradient", "is_used"), [(1, 1, True), (1.1, 1, False), (1, 1.1, False), (float("nan"), 1, False)]
+)
+def test_a_norm_that_differs_is_not_used(
+    monkeypatch, dtype: torch.dtype, into_out: float, into_gradient: float, is_used: bool
+) -> None:
+    norm = kernels.rms_norm
+
+    def forward(x, weight, eps):
+        out, scale = norm(x, weight, eps)
+        return out * into_out, scale
+
+    def backward(gradient, x, scale, weight):
+        with torch.enable_grad():
+            return gradient_by_hand(gradient, x, scale, weight) * into_gradient
+
+    monkeypatch.setattr(kernels, "rms_norm", forward)
+    monkeypatch.setattr(kernels, "rms_norm_gradient", backward)
+    before = torch.get_rng_state()
+    for width in (24, 130):
+        assert kernels._norm_agrees.__wrapped__(torch.device("cpu"), dtype, width) is is_used
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_norm_without_a_kernel_is_not_used() -> None:
+    """The processor has none for the gradient."""
+    assert kernels._norm_agrees.__wrapped__(torch.device("cpu"), torch.float32, 24) is False
+
+
+def test_out_of_memory_says_nothing_of_a_kernel(monkeypatch) -> None:
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "rms_norm", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels._norm_agrees.__wrapped__(torch.device("cpu"), torch.float32, 24)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu(dtype: torch.dtype) -> None:
@@ -115,4 +162,5 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     for ours, theirs in zip(found, expected(*values), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=1e-2)
     x, gradient = (torch.randn(5, 7, 64, device="cuda", dtype=dtype) for _ in range(2))
+    assert all(kernels._norm_agrees(x.device, dtype, width) for width in (64, 130, 2048))
     check_norm(x, torch.rand(64, device="cuda", dtype=dtype) + 0.5, gradient, 2e-2)
