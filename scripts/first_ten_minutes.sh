@@ -153,7 +153,7 @@ full=(--data ETTh1 --root_path "$(dirname "$csv")" --data_path "$(basename "$csv
 [ -n "$tiny" ] || hold_memory
 
 measure "plain, 7 at once" 3.97 --fast_path plain --max_sequences 7
-measure "fast" 2.75
+measure "fast" 3.34
 measure "fast, adamw8bit" - --optimizer adamw8bit
 measure "fast, direct" 1.20 --prototypes direct
 measure "fast, direct, 4 decimals" 1.20 --prototypes direct --prompt_decimals 4

@@ -89,6 +89,11 @@ def test_saving_takes_no_more_memory_than_a_step(found, case: str) -> None:
         assert found[saved] <= found["step"], f"{saved}: {found}"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_evaluation_does_not_lie_beside_the_idle_blocks_of_steps(found, case: str) -> None:
+    assert found["emptied"] == 1  # and not once a batch, as that waits for the device
+
+
 @pytest.mark.parametrize("case", [RETRY])
 def test_nothing_is_left_on_the_device_where_a_step_is_tried_again(found, case: str) -> None:
     tries = found["tries"]
@@ -126,7 +131,9 @@ def examine(bench: "Bench") -> dict[str, Any]:
         layer.register_forward_pre_hook(lambda _, inputs: kinds.add(str(inputs[0].dtype).removeprefix("torch.")))
     found: dict[str, Any] = {"step": gpu.peak_of(lambda: bench.train(STEPS, save=True)), "held": gpu.now}
     bench.batches = BATCHES
+    gpu.emptied.clear()
     found["evaluation"] = gpu.peak_of(lambda: score(job, "val"), answer=1.0)
+    found["emptied"] = len(gpu.emptied)
     found["checkpoint"] = gpu.peak_of(lambda: training.saver.save_checkpoint({}), answer=1.0)
     training.progress.next_epoch()
     save(job)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from data_provider.batches import Batch, Sequences
 from models.forecaster import Forecaster
-from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.memory import advice, explain_out_of_memory, give_back_idle, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
 
@@ -39,6 +39,7 @@ def evaluate(
         forecast: forecasts sequences, in parts where need be.
         consume: called with each batch and its forecasts `[M, H]`, both on the device.
     """
+    give_back_idle(accelerator.device)
     training = model.training
     model.eval()
     shared = model.shared()  # once for the whole evaluation
