@@ -41,8 +41,8 @@ def repository(tmp_path_factory) -> Path:
         else:
             shutil.copy(source, copy)
     shutil.copytree(ROOT / "dataset" / "prompt_bank", copy / "dataset" / "prompt_bank")
-    write_days(copy / "my.csv", ["sales", "visitors"], 260, "2023-01-01")
-    write_days(copy / "newer.csv", ["sales", "visitors"], 100, "2023-11-22")  # just enough; ends on a leap day
+    write_days(copy / "my.csv", ["sales", "visitors"], 800, "2021-11-23")
+    write_days(copy / "newer.csv", ["sales", "visitors"], 130, "2023-10-23")  # ends on a leap day, 29 rows after my.csv
     write_days(copy / "other.csv", ["a", "b", "c"], 250, "2022-01-01")
     (copy / "bin").mkdir()
     python = copy / "bin" / "python"
@@ -63,15 +63,27 @@ def test_own_csv_section_runs_as_it_stands(repository):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (repository / "checkpoints").iterdir()
-    assert "260 rows from 2023-01-01 00:00:00 to 2023-09-17 00:00:00, step: 1 day" in done.stdout
-    assert "rows: train 182, val 26, test 52" in done.stdout and "2 channels: sales, visitors" in done.stdout
-    assert "date,sales,visitors\n2023-09-18," in done.stdout
+    assert "800 rows from 2021-11-23 00:00:00 to 2024-01-31 00:00:00, step: 1 day" in done.stdout
+    assert "rows: train 560, val 80, test 160" in done.stdout and "2 channels: sales, visitors" in done.stdout
+    ends = [f"{name}_{end}" for name in ("sales", "visitors") for end in ("lo80", "hi80", "lo95", "hi95")]
+    header = ",".join(["date", "sales", "visitors", *ends])
+    assert f"{header}\n2024-02-01," in done.stdout
     assert "the forecast was continued from itself 2 times" in done.stdout
     assert "Time-LLM (this run)" in done.stdout and "ridge regression" in done.stdout
-    forecast = pd.read_csv(run / "forecast.csv", parse_dates=["date"])  # the last one: of newer.csv
-    assert list(forecast.columns) == ["date", "sales", "visitors"] and len(forecast) == 24
-    assert str(forecast["date"][0]) == "2024-03-01 00:00:00"
+    assert "Prediction intervals: from row 25, 2024-02-25 00:00:00, on they are not calibrated" in done.stdout
+    history = pd.read_csv(run / "forecasts.csv", parse_dates=["origin", "date"])
+    assert list(history.columns) == ["origin", "date", "sales", "visitors", *ends]
+    assert [(str(day.date()), len(rows)) for day, rows in history.groupby("origin")] == [
+        ("2024-01-31", 24),
+        ("2024-02-29", 24),
+    ]
+    assert str(history["date"][24]) == "2024-03-01 00:00:00"
+    forecast = pd.read_csv(run / "forecast.csv", parse_dates=["date"])  # the last one
+    assert list(forecast.columns) == ["date", "sales", "visitors", *ends] and len(forecast) == 60
     assert 50 < forecast["sales"].mean() < 150  # own units
+    assert (forecast["sales_lo95"] < forecast["sales_lo80"]).all() and (
+        forecast["sales_hi80"] < forecast["sales_hi95"]
+    ).all()
     assert {path.name for path in (run / "plots").iterdir()} == {
         "error_by_step.png", "forecast.png", "loss_by_epoch.png", "test_windows.png",
     }  # fmt: skip

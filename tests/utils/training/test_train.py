@@ -73,7 +73,13 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     monkeypatch.setattr(utils.training.train, "learning_rate", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
-    own_file = [r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*", "prompt: The data hold .*"]
+    own_file = [
+        r".*series\.csv: 320 rows .*",
+        "3 channels: .*",
+        "rows: train 224, .*",
+        "prompt: The data hold .*",
+        "No prediction intervals of 95 %: .*",
+    ]
     head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
     trial = r"Trial: \d+\.\d{4}s/iter; .*"
@@ -81,6 +87,7 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
         "Early stopping",
         f"Checkpoints saved at: {re.escape(str(folder))}",
         r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}",
+        "Prediction intervals: 80 %: .*",
     ]
     assert_lines(lines, [*head, saving, trial] + epoch_lines(1, 0, 2) + epoch_lines(2, 1, 2) + epoch_lines(3, 2, 2) + tail)
     assert (folder / "train.log").read_text().splitlines() == lines
@@ -97,7 +104,7 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     # and again from the checkpoint, by itself
     kept = (folder / "checkpoint.safetensors").read_bytes()
     again = train([*words, "--is_training", "0"], capsys)
-    assert_lines(again, [*head[:6], head[-1], tail[2]])
+    assert_lines(again, [*head[:7], head[-1], *tail[2:]])
     assert figures(again) == (mse, mae)
     assert (folder / "checkpoint.safetensors").read_bytes() == kept
     assert (folder / "test.log").read_text().splitlines() == again
@@ -232,11 +239,11 @@ def test_eight_bit_states_go_through_a_resume(argv, capsys, monkeypatch, tmp_pat
     whole = argv(max_iters=3, train_epochs=2, optimizer="adamw8bit", prototypes="direct", checkpoints=tmp_path / "whole")
     expected = train(whole, capsys)
 
-    def interrupted(job, split):
+    def interrupted(job, split, consume):
         states = {s["state1"].dtype for s in job.training.optimizer.state.values() if s["state1"].numel() >= 4096}
         assert states == {torch.uint8}
         os.kill(os.getpid(), signal.SIGTERM)
-        return score(job, split)
+        return score(job, split, consume)
 
     with monkeypatch.context() as patch, Interrupts() as interrupts, pytest.raises(Interrupted):
         patch.setattr(utils.training.train, "score", interrupted)
