@@ -41,7 +41,7 @@ def repository(tmp_path_factory) -> Path:
         else:
             shutil.copy(source, copy)
     shutil.copytree(ROOT / "dataset" / "prompt_bank", copy / "dataset" / "prompt_bank")
-    write_days(copy / "my.csv", ["sales", "visitors"], 800, "2021-11-23")
+    write_days(copy / "my.csv", ["sales", "visitors"], 630, "2022-05-12")
     write_days(copy / "newer.csv", ["sales", "visitors"], 130, "2023-10-23")  # ends on a leap day, 29 rows after my.csv
     write_days(copy / "other.csv", ["a", "b", "c"], 250, "2022-01-01")
     (copy / "bin").mkdir()
@@ -63,8 +63,8 @@ def test_own_csv_section_runs_as_it_stands(repository):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (repository / "checkpoints").iterdir()
-    assert "800 rows from 2021-11-23 00:00:00 to 2024-01-31 00:00:00, step: 1 day" in done.stdout
-    assert "rows: train 560, val 80, test 160" in done.stdout and "2 channels: sales, visitors" in done.stdout
+    assert "630 rows from 2022-05-12 00:00:00 to 2024-01-31 00:00:00, step: 1 day" in done.stdout
+    assert "rows: train 441, val 63, test 126" in done.stdout and "2 channels: sales, visitors" in done.stdout
     ends = [f"{name}_{end}" for name in ("sales", "visitors") for end in ("lo80", "hi80", "lo95", "hi95")]
     header = ",".join(["date", "sales", "visitors", *ends])
     assert f"{header}\n2024-02-01," in done.stdout
