@@ -40,12 +40,12 @@ def tables_of(
     if frame.empty:
         raise input_error(FRAME, f"{len(frame)} rows of {len(frame.columns)} columns", "rows with a date and numbers")
     dates = _dates(frame)
-    names = [*columns, *([] if id_column is None else [id_column])]
-    for name in names:
+    asked = [*columns, *([] if id_column is None else [id_column])]
+    for name in asked:
         found = int((frame.columns == name).sum())
         if found != 1:
             got = f"no column {name!r}" if not found else f"{found} columns {name!r}"
-            raise input_error(FRAME, got, f"the columns {', '.join(map(repr, names))}, each once")
+            raise input_error(FRAME, got, f"the columns {', '.join(map(repr, asked))}, each once")
     if id_column is None:
         return {None: _table(FRAME, frame, dates, columns, fill)}
     if id_column in (*columns, DATE):

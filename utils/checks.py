@@ -17,7 +17,7 @@ from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
 from utils.inputs import check_model_flags
-from utils.intervals import LEVELS, Intervals, fewest_windows, name_of, supported
+from utils.intervals import LEVELS, MOST_OFFSETS, Intervals, fewest_windows, name_of, probabilities, supported
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
@@ -210,21 +210,33 @@ def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | Non
     Raises:
         InputError: levels that were asked for and cannot be had, or a checkpoint whose intervals cannot be used.
     """
-    kept = checkpoint.intervals if checkpoint is not None and same_data else None
-    expected = (len(series.forecast_columns), args.pred_len)
-    if kept is not None and checkpoint is not None and kept.offsets.shape[1:] != expected:
-        got = f"intervals of {kept.offsets.shape[1]} channels and {kept.offsets.shape[2]} steps"
-        raise input_error(f"--checkpoint {checkpoint.file}", got, f"{expected[0]} and {expected[1]}")
     if args.intervals == ():
         return IntervalPlan((), None, [])
+    kept = checkpoint.intervals if checkpoint is not None and same_data else None
+    if kept is not None and checkpoint is not None:
+        kept = _of_columns(kept, checkpoint, series, args.pred_len)
     if isinstance(series, SplitSeries):
-        return _from_windows(args, len(series.windows("val")), kept)
+        return _from_windows(args, series, kept)
     assert checkpoint is not None, "a forecast alone has a checkpoint"
     return _from_checkpoint(args, checkpoint, kept, same_data)
 
 
-def _from_windows(args: Namespace, windows: int, kept: Intervals | None) -> IntervalPlan:
-    asked = LEVELS if args.intervals is None else args.intervals
+def _of_columns(kept: Intervals, checkpoint: Checkpoint, series: Series, steps: int) -> Intervals | None:
+    """Those of the columns that are forecast: fewer than the training's with `--features MS` of a checkpoint of M."""
+    names, wanted = checkpoint.forecast_columns, series.forecast_columns
+    if kept.offsets.shape[1:] != (len(names), steps) or any(name not in names for name in wanted):
+        return None
+    return kept.of([names.index(name) for name in wanted])
+
+
+def _from_windows(args: Namespace, series: SplitSeries, kept: Intervals | None) -> IntervalPlan:
+    asked, windows = LEVELS if args.intervals is None else args.intervals, len(series.windows("val"))
+    size = len(probabilities(asked)) * len(series.forecast_columns) * args.pred_len
+    if size > MOST_OFFSETS:  # more would not fit into a checkpoint's header
+        got = f"{size:,} numbers for {len(series.forecast_columns)} columns and {args.pred_len} rows ahead"
+        if args.intervals is not None:
+            raise input_error("--intervals", got, f"at most {MOST_OFFSETS:,}", "ask for fewer levels, or for none")
+        return IntervalPlan((), None, [f"No prediction intervals: {got}, a checkpoint holds {MOST_OFFSETS:,}"])
     levels = supported(asked, windows)
     few = [level for level in asked if level not in levels]
     notes = []
@@ -246,7 +258,7 @@ def _from_checkpoint(args: Namespace, checkpoint: Checkpoint, kept: Intervals | 
     if kept is None:
         if args.intervals:
             raise input_error("--intervals", f"a checkpoint without any, {checkpoint.file}", "one that has them", how)
-        return IntervalPlan((), None, [f"No prediction intervals: the checkpoint is older than they are; {how}"])
+        return IntervalPlan((), None, [f"No prediction intervals: the checkpoint has none; {how}"])
     levels = kept.levels if args.intervals is None else args.intervals
     if not kept.has(levels):
         wrong = next(level for level in levels if not kept.has([level]))

@@ -48,7 +48,9 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
 def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[Forecast]) -> torch.device:
     """One repeat, which adds its forecast to those of the repeats before; the device that it ran on."""
     job = setup(args, repeat, interrupts)
-    ensemble = args.itr > 1 and repeat == args.itr - 1 and not args.checkpoint  # else all repeats are of one checkpoint
+    # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
+    own = job.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint
+    ensemble = own and args.itr > 1 and repeat == args.itr - 1
     with _noted(job.log):
         found = fit(job) if args.is_training else None
         if args.is_training or not args.do_predict:
@@ -137,20 +139,26 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
     kept = job.args.itr == 1 or not job.args.is_training or (job.folder / KEPT).is_file()  # for the repeats' mean
     if not job.levels or (job.intervals is not None and job.intervals.has(job.levels) and kept):
         return checkpoint
-    calibration = Calibration(job)
-    try:
+    held = checkpoint.intervals if checkpoint.belongs_to(job.series, job.args.fill_missing) else None
+    levels = tuple(sorted({*job.levels, *(held.levels if held else ())}))  # what it had is not taken from it
+    with Calibration(job, levels) as calibration:
         score(job, "val", calibration.consume)
-    except Interrupted:
-        calibration.end(use=False)
-        raise
-    calibration.end()
-    levels = " and ".join(f"{name_of(level)} %" for level in job.levels)
-    job.log(f"Prediction intervals of {levels} calibrated on {len(job.windows.windows('val'))} validation windows")
-    if not (checkpoint.record and job.intervals and checkpoint.trained_on(job.series, job.args.fill_missing)):
+        calibration.end()
+    found = job.intervals
+    if found is None:
+        return checkpoint
+    job.intervals = found.only(job.levels)
+    named = " and ".join(f"{name_of(level)} %" for level in job.levels)
+    job.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
+    if not checkpoint.belongs_to(job.series, job.args.fill_missing):
         return checkpoint
     if job.accelerator.is_main_process:
-        checkpoint = add_intervals(checkpoint, job.intervals)
-        job.log(f"They are kept in {checkpoint.file}")
+        now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile
+        if now.header != checkpoint.header:
+            job.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
+        else:
+            checkpoint = add_intervals(checkpoint, found)
+            job.log(f"They are kept in {checkpoint.file}")
     job.accelerator.wait_for_everyone()
     return checkpoint
 

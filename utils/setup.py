@@ -186,8 +186,9 @@ def load_checkpoint(job: Job) -> Checkpoint:
         job.log(f"WARNING: --load_in_4bit: got {job.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
     job.model.load_state_dict(tensors)
     job.checkpoint, job.has_checkpoint = checkpoint, True
-    if job.args.is_training:
-        job.intervals = checkpoint.intervals  # of the best epoch, and of a run that was finished before
+    if job.args.is_training:  # of the best epoch, and of a run that was finished before
+        held = checkpoint.intervals if job.levels else None
+        job.intervals = held.only(job.levels) if held and held.has(job.levels) else None
     return checkpoint
 
 

@@ -4,6 +4,8 @@ The repeats differ in their seed. Their test forecasts lie in their predictions.
 validation windows beside it: the mean of these errors is the error of the mean, so that it has intervals of its own.
 """
 
+import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from utils.results.predictions import PREDICTIONS
 from utils.results.test_pass import TestPass
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
+from utils.saving.folder import move_aside
+from utils.saving.record import TENSORS
 from utils.training.session import Job
 
 
@@ -32,10 +36,14 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     """
     accelerator = job.accelerator
     accelerator.wait_for_everyone()  # the last predictions.npz is whole
-    held = [pred for place in repeats if (pred := _predictions(place, job)) is not None]
-    if len(held) < len(repeats):
-        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left their {PREDICTIONS}")
+    try:
+        held = [_Predictions(place, job) for place in repeats]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
         return None
+    if accelerator.is_main_process and _is_anothers(folder, job):
+        job.log(f"An earlier mean is now in: {move_aside(folder)}")
+    accelerator.wait_for_everyone()
     job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
     results = TestPass(job)
     mean, deviation = results.mean[:, None], results.deviation[:, None]  # (N, 1)
@@ -45,12 +53,11 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     totals = torch.zeros(3, dtype=torch.float64, device=job.device)
     for batch in loader:
         first, last = int(batch.index[0]), int(batch.index[-1])
-        some = np.stack([pred[first : last + 1] for pred in held]).astype(np.float64)
-        own = some.mean(axis=0).swapaxes(1, 2)  # (B, N, H)
+        own = np.mean([pred.read(first, last + 1) for pred in held], axis=0).swapaxes(1, 2)  # (B, N, H)
         forecast = torch.from_numpy((own - mean) / deviation).flatten(0, 1).float().to(job.device)
         batch = batch.to(job.device)
-        error = (forecast - batch.sequences().y).double()
-        totals += torch.stack([error.square().sum(), error.abs().sum(), torch.full_like(totals[2], error.numel())])
+        missed = (forecast - batch.sequences().y).double()
+        totals += torch.stack([missed.square().sum(), missed.abs().sum(), torch.full_like(totals[2], missed.numel())])
         results.consume(batch, forecast)
     squared, absolute, count = accelerator.reduce(totals).tolist()
     test = {"mse": squared / count, "mae": absolute / count}
@@ -63,15 +70,42 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     return results, metrics
 
 
-def _predictions(folder: Path, job: Job) -> np.ndarray | None:
-    """The test forecasts `[W, H, N]` that a repeat has left, in own units; None where it has left none of these windows."""
-    path = folder / PREDICTIONS
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as held:
-        pred = held["pred"]
-    expected = (len(job.windows.windows("test")), job.windows.pred_len, len(job.windows.forecast_columns))
-    return pred if pred.shape == expected else None
+def _is_anothers(folder: Path, job: Job) -> bool:
+    """Whether the folder has the mean of runs with other flags."""
+    try:
+        held = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not isinstance(held, dict) or held.get("flags") != json.loads(json.dumps(job.record["flags"]))
+
+
+class _Predictions:
+    """The test forecasts that a repeat has left, in own units; read as they are asked for."""
+
+    def __init__(self, folder: Path, job: Job):
+        """Raises:
+        OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
+        """
+        path, series = folder / PREDICTIONS, job.windows
+        windows = series.windows("test")
+        with np.load(path, allow_pickle=False) as held:
+            first = np.datetime64(windows.window_dates(0)[1].tz_localize(None), "ns")
+            fits = held["columns"].tolist() == series.forecast_columns and held["start"][0] == first
+        stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
+        # Its members are stored as they are, so a place in one is a place in the file.
+        self._file = zipfile.ZipFile(path).open("pred.npy")
+        np.lib.format.read_magic(self._file)
+        self.shape, _, self._dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._start = self._file.tell()
+        if not fits or stale or self.shape != (len(windows), series.pred_len, len(series.forecast_columns)):
+            raise ValueError("forecasts of other windows, or of an earlier checkpoint")
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Windows `[stop - first, H, N]`, float64."""
+        size = int(np.prod(self.shape[1:])) * self._dtype.itemsize
+        self._file.seek(self._start + first * size)
+        values = np.frombuffer(self._file.read((stop - first) * size), self._dtype)
+        return values.reshape(-1, *self.shape[1:]).astype(np.float64)
 
 
 def mean_intervals(job: Job, repeats: list[Path]) -> Intervals | None:
@@ -79,7 +113,14 @@ def mean_intervals(job: Job, repeats: list[Path]) -> Intervals | None:
     files = [place / KEPT for place in repeats]
     if not job.levels or not all(file.is_file() for file in files):
         return None
-    errors = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]  # each (W, N, H)
+    series = job.windows
+    expected = (len(series.windows("val")), len(series.forecast_columns), series.pred_len)
+    try:
+        errors = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]  # each (W, N, H)
+    except (OSError, ValueError):
+        return None
+    if any(each.shape != expected for each in errors):
+        return None
     channels = range(errors[0].shape[1])
     rows = [quantiles(np.mean([e[:, n] for e in errors], axis=0), probabilities(job.levels)) for n in channels]
     return Intervals(job.levels, np.stack(rows, axis=1), len(errors[0]))

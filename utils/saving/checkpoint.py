@@ -123,6 +123,18 @@ class Checkpoint:
             raise input_error(f"--checkpoint {self.file}", got, "the one that training wrote")
         return lists[0], np.array(lists[1], dtype=np.float64), np.array(lists[2], dtype=np.float64)
 
+    @property
+    def forecast_columns(self) -> list[str]:
+        """The columns that the training forecast, in the order of its prediction intervals; empty where that is unknown."""
+        names, target = self.record.get("columns"), self.record.get("target")
+        if self.flags.get("features") == "MS":
+            return [target] if isinstance(target, str) else []
+        return names if isinstance(names, list) else []
+
+    def belongs_to(self, series: Series, fill: str | None = None) -> bool:
+        """Whether the record is of a training on these rows that forecast these columns."""
+        return bool(self.record) and self.forecast_columns == series.forecast_columns and self.trained_on(series, fill)
+
     def trained_on(self, data: Series | Table, fill: str | None = None) -> bool:
         """Whether the first rows of `data` are the training rows, see the function of that name."""
         return trained_on(self.record, data, fill)

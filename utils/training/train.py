@@ -71,11 +71,8 @@ def _run_epochs(job: Job) -> TestFound | None:
             seconds = time.perf_counter() - began
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            calibration = Calibration(job) if job.levels else None
-            vali = score(job, "val", calibration.consume if calibration else None)
+            vali = validate(job)
             improved = vali.mse < progress.best_vali_loss
-            if calibration:
-                calibration.end(improved)
             with job.training.saver.explained():  # it writes predictions
                 results, test = test_epoch(job, improved)
             if improved:
@@ -138,6 +135,17 @@ def train_epoch(job: Job, clock: "Clock") -> float:
     guard.settle(progress)
     loss_sum = job.accelerator.reduce(progress.loss_sum.to(job.device), reduction="mean")
     return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
+
+
+def validate(job: Job) -> Scores:
+    """Score the validation split; of the best epoch so far, the errors become the job's prediction intervals."""
+    if not job.levels:
+        return score(job, "val")
+    with job.training.saver.explained(), Calibration(job) as calibration:  # it writes the errors
+        vali = score(job, "val", calibration.consume)
+        if vali.mse < job.training.progress.best_vali_loss:
+            calibration.end()
+    return vali
 
 
 def score_epoch(job: Job, clock: "Clock") -> float:

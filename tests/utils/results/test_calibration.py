@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import utils.run
+import utils.training.train
 from data_provider.data_factory import data_provider
 from data_provider.data_loader import load_series
 from data_provider.synthetic import write_synthetic
@@ -228,3 +229,89 @@ def test_where_the_test_data_change_their_ways_the_promise_breaks(tmp_path: Path
     series = load_series("custom", tmp_path, path.name, seq_len=96, pred_len=24)
     ridge = baselines(series, levels=(80.0,))[-1]
     assert ridge.intervals is not None and ridge.intervals["levels"]["80"]["coverage"] < 0.5
+
+
+def test_other_levels_are_added_to_those_that_are_kept(dlinear, capsys) -> None:
+    words = dlinear()
+    train(words, capsys)
+    folder = run_folder(words)
+    before = Checkpoint.open(folder).intervals
+    lines = train(["--is_training", "0", "--checkpoint", str(folder), "--intervals", "50"], capsys)
+    assert any(line.startswith("Prediction intervals: 50 %") for line in lines)
+    after = Checkpoint.open(folder).intervals
+    assert before is not None and after is not None and after.levels == (50.0, 80.0, 95.0)
+    np.testing.assert_allclose(after.only(before.levels).offsets, before.offsets, rtol=1e-5, atol=1e-6)
+
+
+def test_the_targets_intervals_of_a_training_on_all_columns(dlinear, tmp_path: Path, capsys) -> None:
+    words = dlinear(model_id="all")
+    train(words, capsys)
+    folder = run_folder(words)
+    train(["--is_training", "0", "--checkpoint", str(folder), "--features", "MS", "--do_predict"], capsys)
+    (ms,) = folder.glob("**/forecast.csv")
+    alone = pd.read_csv(ms)
+    train(["--is_training", "0", "--checkpoint", str(folder), "--do_predict"], capsys)
+    whole = pd.read_csv(folder / "forecast.csv")
+    ends = [f"OT_{end}" for end in ("lo80", "hi80", "lo95", "hi95")]
+    assert list(alone.columns) == ["date", "OT", *ends]
+    np.testing.assert_allclose(alone[["OT", *ends]], whole[["OT", *ends]], rtol=1e-5)
+
+
+def test_a_finished_run_gives_the_intervals_that_are_asked_for(dlinear, capsys) -> None:
+    words = dlinear(do_predict=True)
+    train(words, capsys)
+    folder = run_folder(words)
+    lines = train([*words, "--resume", "--intervals", "none"], capsys)
+    assert not any(line.startswith("Prediction intervals") for line in lines)
+    assert list(pd.read_csv(folder / "forecast.csv").columns) == ["date", *COLUMNS]
+    train([*words, "--resume", "--intervals", "80"], capsys)
+    assert [name for name in pd.read_csv(folder / "forecast.csv").columns if name.startswith("OT")] == [
+        "OT", "OT_lo80", "OT_hi80",
+    ]  # fmt: skip
+    kept = Checkpoint.open(folder).intervals
+    assert kept is not None and kept.levels == (80.0, 95.0)
+
+
+def test_an_interrupted_validation_leaves_no_file(dlinear, capsys, monkeypatch) -> None:
+    words = dlinear()
+
+    def stopped(job, split, consume=None):
+        assert list(job.folder.glob(".validation*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils.training.train, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        utils.run.main(parse_flags(words))
+    assert not list(run_folder(words).glob(".validation*"))
+
+
+def test_no_mean_of_forecasts_that_do_not_belong_together(dlinear, tmp_path: Path, capsys) -> None:
+    words = dlinear(itr=2, intervals="80")
+    train(words, capsys)
+    first = run_folder(words)
+    mean = first.with_name(first.name.replace("test_0-", "test_mean-"))
+    before = (mean / "metrics.json").read_bytes()
+    # the repeats have gone on since, and left no forecasts
+    lines = train([*words, "--resume", "--train_epochs", "2", "--save_predictions", "0"], capsys)
+    assert any("an earlier checkpoint" in line for line in lines) and (mean / "metrics.json").read_bytes() == before
+    (first / "predictions.npz").write_bytes((first / "predictions.npz").read_bytes()[:1000])
+    lines = train([*words, "--resume", "--train_epochs", "2", "--save_predictions", "0"], capsys)
+    assert any(line.startswith("No mean of the 2 repeats' forecasts") for line in lines)
+    # tested on other data in the file's place, they lie elsewhere
+    frame = pd.read_csv(tmp_path / "series.csv")
+    frame["load"] += 1000 * np.random.default_rng(1).normal(size=len(frame))
+    frame.to_csv(tmp_path / "series.csv", index=False)
+    lines = train([*words, "--is_training", "0"], capsys)
+    assert not any(line.startswith("Mean of") for line in lines) and (mean / "metrics.json").read_bytes() == before
+
+
+def test_an_earlier_mean_of_other_flags_moves_aside(dlinear, capsys) -> None:
+    words = dlinear(itr=2, intervals="80")
+    train(words, capsys)
+    first = run_folder(words)
+    mean = first.with_name(first.name.replace("test_0-", "test_mean-"))
+    before = (mean / "metrics.json").read_bytes()
+    lines = train([*words, "--batch_size", "8"], capsys)
+    aside = mean.with_name(f"{mean.name}.1")
+    assert f"An earlier mean is now in: {aside}" in lines and (aside / "metrics.json").read_bytes() == before
+    assert (mean / "metrics.json").read_bytes() != before
