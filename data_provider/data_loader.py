@@ -186,9 +186,9 @@ def load_series(
     columns = [table.columns[place] for place in chosen]
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
     own = table.values[:, chosen]
-    _check_size(table.path, columns, own, 1e150, "as it is")  # squares of more overflow float64
+    check_size(table.path, columns, own, 1e150, "as it is")  # squares of more overflow float64
     scaler = StandardScaler().fit(own[: splits.train])
-    _check_size(table.path, columns, scaler.transform(own), LARGEST_STANDARDISED, "in deviations of the training rows")
+    check_size(table.path, columns, scaler.transform(own), LARGEST_STANDARDISED, "in deviations of the training rows")
     if freq:
         frequency_key(freq)  # an unknown one is refused here, not where the marks are made
     return SplitSeries(
@@ -267,7 +267,7 @@ def _choose_columns(table: Table, features: str, target: str | None) -> tuple[li
     return [table.columns.index(target)] if features == "S" else list(range(len(table.columns))), target
 
 
-def _check_size(path: Path, columns: list[str], values: np.ndarray, limit: float, scale: str) -> None:
+def check_size(path: Path, columns: list[str], values: np.ndarray, limit: float, scale: str) -> None:
     """Raise InputError for a value `[rows, N]` that is too large to compute with."""
     large = np.argwhere(np.abs(values) > limit)
     if large.size:

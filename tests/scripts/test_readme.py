@@ -89,6 +89,16 @@ def test_own_csv_section_runs_as_it_stands(repository):
     }  # fmt: skip
     assert (run / "on_other" / "metrics.json").is_file() and (run / "predictions.npz").is_file()
 
+    # From Python, in both languages, with a frame of the reader's
+    for name in ("README.md", "README.zh-CN.md"):
+        (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+        code = re.sub(r"checkpoints/<[^>]*>", str(run), lines)
+        assert str(run) in code and "predict(frame)" in code
+        code = f'import pandas as pd\nframe = pd.read_csv("my.csv")\n{code}'
+        done = subprocess.run([sys.executable, "-c", code], cwd=repository, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout == "", done.stderr[-2000:]
+        (repository / "forecast.png").unlink()
+
 
 def test_both_guides_name_flags_that_exist():
     from utils.command_line import build_parser

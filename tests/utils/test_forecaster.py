@@ -273,6 +273,7 @@ BAD_FRAMES = {
     "NaN": (lambda f: worth(f, np.nan), r"frame: row 2020-01-01 05:00:00, column 'flow': got NaN, expected a number; "
             r"fill the gaps, or load with fill_missing="),
     "infinite": (lambda f: worth(f, np.inf), "frame: row 2020-01-01 05:00:00, column 'flow': got inf, expected a number"),
+    "too large": (lambda f: worth(f, 1e300), "frame: row .*, column 'flow': got .* in deviations of the training"),
     "text": (lambda f: worth(f, "low"), "frame: row 2020-01-01 05:00:00, column 'flow': got 'low', expected a number"),
     "short": (lambda f: f.iloc[-31:], "frame: got 31 rows, expected at least 32, the seq_len of the training"),
     "step": (lambda f: f.iloc[::2], "frame: got rows that are 2 hours apart, expected 1 hour, the step of the training"),

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Sequences, Windows
-from data_provider.data_loader import Series, own_scale
+from data_provider.data_loader import LARGEST_STANDARDISED, Series, check_size, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.frames import FRAME
 from data_provider.splits import csv_places, find_csv
@@ -103,7 +103,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     """The columns that the training forecast, with its mean and deviation.
 
     Raises:
-        InputError: the table lacks one of them.
+        InputError: the table lacks one of them, or has values too large to compute with.
     """
     names, mean, deviation = checkpoint.scaler()
     target = checkpoint.record.get("target") or args.target
@@ -115,11 +115,13 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {', '.join(names)}")
+    own = table.values[:, [table.columns.index(name) for name in names]]
+    check_size(table.path, names, (own - mean) / deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
     return Series(
         path=table.path,
         dates=table.dates,
         columns=names,
-        own=table.values[:, [table.columns.index(name) for name in names]],
+        own=own,
         mean=mean,
         deviation=deviation,
         target=target,
