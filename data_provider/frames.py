@@ -11,7 +11,7 @@ import pandas as pd
 
 from data_provider.description import step_words
 from data_provider.table import Table, fill_empty
-from data_provider.timestamps import infer_step, read_timestamps
+from data_provider.timestamps import gaps_in, infer_step, read_timestamps
 from layers.errors import input_error
 
 FRAME = Path("frame")  # what a message calls it
@@ -76,14 +76,9 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
     own = infer_step(table.dates)
     if step not in (None, step_words(own)):
         raise input_error(table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training")
-    if own is None or isinstance(own, pd.offsets.BDay):  # whose gaps are holidays
-        return
-    last = table.dates[-length:]
-    expected = [date + own for date in last[:-1]] if type(own) is pd.DateOffset else last[:-1] + own
-    late = np.flatnonzero(last[1:] != pd.DatetimeIndex(expected))
-    if late.size:
-        before, after = last[late[0]], last[late[0] + 1]
-        got = f"no row between {before} and {after}"
+    gaps = gaps_in(table.dates[-length:], own)
+    if gaps:
+        got = "no row between {} and {}".format(*gaps[0])
         raise input_error(table.path, got, f"a row every {step_words(own).removeprefix('1 ')}", "fill the gap")
 
 

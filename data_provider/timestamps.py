@@ -69,6 +69,16 @@ def _best_form(text: pd.Series, best: pd.DatetimeIndex) -> pd.DatetimeIndex:
     return best
 
 
+def gaps_in(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> list[tuple[pd.Timestamp, pd.Timestamp]]:
+    """Neighbouring timestamps that are not one step apart; none where no step is known, or for business days, whose gaps
+    are holidays."""
+    if step is None or isinstance(step, pd.offsets.BDay) or len(dates) < 2:
+        return []
+    expected = [date + step for date in dates[:-1]] if type(step) is pd.DateOffset else dates[:-1] + step
+    late = np.flatnonzero(dates[1:] > pd.DatetimeIndex(expected))
+    return list(zip(dates[late], dates[late + 1], strict=True))
+
+
 def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     """The step between rows, a few gaps and repeats aside.
 

@@ -10,6 +10,7 @@ import torch
 
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import bank_file, dataset_description, make_description
+from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error
@@ -185,6 +186,11 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
         f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
         f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
     ]
+    gaps = gaps_in(dates, series.step)
+    if gaps:
+        wheres = "between {} and {}".format(*gaps[0])
+        count = "1 gap" if len(gaps) == 1 else f"{len(gaps)} gaps, the first"
+        lines.append(f"WARNING: rows are missing: {count} {wheres}; windows go over it as if nothing were")
     if model_class(args.model).uses_llm:
         lines.append(f"prompt: {dataset_description(args)}")
     if series.filled:

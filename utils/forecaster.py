@@ -283,6 +283,8 @@ class Forecaster:
             raise input_error("intervals", repr(asked), "levels such as (80, 95), 'auto' or None") from None
         if not levels:
             return None
+        if not all(0 < level < 100 for level in levels):
+            raise input_error("intervals", repr(asked), "levels between 0 and 100")
         assert self.job.checkpoint is not None
         if held is None or not held.has(levels):
             wrong = levels[0] if held is None else next(level for level in levels if not held.has([level]))

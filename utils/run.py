@@ -158,7 +158,7 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
             job.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
         else:
             checkpoint = add_intervals(checkpoint, found)
-            job.log(f"They are kept in {checkpoint.file}")
+            job.log(f"They are kept in {checkpoint.file}, which has {' '.join(map(name_of, found.levels))} now")
     job.accelerator.wait_for_everyone()
     return checkpoint
 

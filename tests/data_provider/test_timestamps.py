@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from data_provider.timefeatures import frequency_key, time_marks
-from data_provider.timestamps import future_dates, infer_step, read_timestamps
+from data_provider.timestamps import future_dates, gaps_in, infer_step, read_timestamps
 from layers.errors import InputError
 
 FORMS = {
@@ -89,3 +89,15 @@ def test_frequency_names(freq, key):
 def test_unknown_frequency():
     with pytest.raises(InputError, match="--freq: got 'fortnight', expected one of s, t"):
         frequency_key("fortnight")
+
+
+def test_gaps_are_where_rows_are_missing() -> None:
+    hours = pd.date_range("2024-01-01", periods=10, freq="h")
+    assert gaps_in(hours, infer_step(hours)) == []
+    cut = hours.delete([3, 4, 8])
+    assert gaps_in(cut, infer_step(hours)) == [(hours[2], hours[5]), (hours[7], hours[9])]
+    months = pd.date_range("2023-11-30", periods=6, freq="ME")
+    assert gaps_in(months, infer_step(months)) == []
+    assert gaps_in(months.delete(3), infer_step(months)) == [(months[2], months[4])]
+    days = pd.bdate_range("2024-01-01", periods=30)
+    assert gaps_in(days.delete(7), infer_step(days)) == [] == gaps_in(hours[:1], infer_step(hours[:1]))

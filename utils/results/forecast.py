@@ -20,6 +20,7 @@ from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import Table, read_table
 from data_provider.timefeatures import time_marks
+from data_provider.timestamps import gaps_in
 from layers.errors import input_error
 from utils.intervals import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
@@ -67,6 +68,11 @@ def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
+    gaps = gaps_in(series.dates[-args.seq_len :], series.step)
+    if gaps:
+        between = "between {} and {}".format(*gaps[0])
+        more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
+        notes.append(f"WARNING: rows are missing {between}{more}, where the forecast goes on from; fill them first")
     args.enc_in = len(series.columns)
     return History(series, trained, notes)
 
