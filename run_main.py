@@ -12,6 +12,7 @@ from layers.errors import InputError
 from utils.command_line import parse_flags
 from utils.errors import RunError
 from utils.inputs import check_inputs
+from utils.processes.group import in_group, launched, start_those_of_accelerate
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.threads import spin_briefly
 
@@ -25,9 +26,14 @@ def main(argv: Sequence[str]) -> int:
     args = parse_flags(argv)
     spin_briefly()
     with Interrupts() as interrupts:
-        try:
+
+        def work() -> int:
             check_inputs(args)
             return _load_run()(args, interrupts)
+
+        try:
+            start_those_of_accelerate()
+            return work() if launched() == 1 else in_group(args, work)
         except (InputError, RunError) as error:
             print(f"run_main.py: error: {error}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1

@@ -78,20 +78,20 @@ def epoch_batches(
     """Training: shuffled with the seed, short last batch dropped. Otherwise in order, nothing dropped.
 
     Args:
-        rank, world: the batches of process `rank` among `world` processes.
+        rank, world: the share of process `rank` among `world` processes, see `EpochBatches`.
         seed: of the order; None: `--seed`.
 
     Raises:
-        InputError: fewer training windows than one batch for each rank.
+        InputError: fewer training windows than one batch, or a batch that has no window for each process.
     """
     train = flag == "train"
     size = args.batch_size if train else args.eval_batch_size
     if size < 1:
         raise input_error("--batch_size" if train else "--eval_batch_size", size, "a whole number of at least 1")
-    if train and len(dataset) < size * world:
-        ranks = f" on each of {world} processes" if world > 1 else ""
-        most = f"at most {len(dataset) // world}"
-        raise input_error("--batch_size", f"{size}{ranks}", f"{most}, for {len(dataset)} training windows")
+    if train and len(dataset) < size:
+        raise input_error("--batch_size", size, f"at most {len(dataset)}, for {len(dataset)} training windows")
+    if train and size < world:
+        raise input_error("--batch_size", size, f"at least {world}, a window of each step for each process")
     seed = args.seed if seed is None else seed
     return EpochBatches(len(dataset), size, seed, shuffle=train, drop_last=train, rank=rank, world=world)
 

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from layers.ranks import sum_over_processes
+
 
 def delay_count(length: int, factor: int) -> int:
     """How many delays are followed in a series of `length` steps: floor(factor * ln(length)), at least 1, at most all."""
@@ -76,7 +78,8 @@ class AutoCorrelation(nn.Module):
         keys = _resize(self.key_projection(source), L)  # (B, L, d)
         values = _resize(self.value_projection(source), L)  # (B, L, d)
         scores = correlation(queries, keys)  # (B, L)
-        ranked = scores.mean(dim=0, keepdim=True) if self.training else scores  # (1, L) or (B, L)
+        # A delay's rank needs no mean: the sum over the batch, of all processes, has the same.
+        ranked = sum_over_processes(scores.detach().sum(dim=0, keepdim=True)) if self.training else scores  # (1 or B, L)
         delays = ranked.topk(delay_count(L, self.factor), dim=1).indices.expand(len(x), -1)  # (B, k)
         return self.out_projection(aggregate(values, scores, delays))
 

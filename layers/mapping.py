@@ -3,13 +3,16 @@
 Its weight W has a row a prototype and a column a word: for Qwen2.5-3B 1000 x 151,936, nearly all that is trained.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from layers.half import shrink
+from layers.ranks import Rows, rows_of
 
+QUANTISED = 256  # values that 8-bit AdamW's moments have a common scale for
 BLOCK_BYTES = 2**26  # of a block of rows of W's gradient
 
 
@@ -20,15 +23,36 @@ class MappingLayer(nn.Linear):
     that works on rows, a backward pass leaves G in `row_gradient` and None in `weight.grad`, and that optimizer asks
     for one block of dW after the other (`gradient_blocks`). Without it the layer is as any other.
 
+    In a group of processes each may hold some rows of W (`split`), and then W·E + b has these rows alone.
+
     Attributes:
         row_gradient: G, summed over the backward passes since it was last None; in W's type.
+        rows: those that this process holds of W, where it is split; b is whole in every process.
     """
 
     def __init__(self, vocabulary: int, prototypes: int):
         super().__init__(vocabulary, prototypes)
         self.factored = False
         self.row_gradient: torch.Tensor | None = None
+        self.rows: Rows | None = None
         self._embeddings: list[torch.Tensor] = []  # those of the last forward pass; in a list, where nn.Module does not look
+
+    def split(self, rank: int, world: int, quantised: bool = False) -> None:
+        """Keep the rows of process `rank` alone. A state dict that is loaded may have all rows, or these.
+
+        Args:
+            quantised: moments are in 8 bits. Their blocks must not go over a border between processes, where they would
+                have other scales than one process gives them.
+        """
+        K, V = self.weight.shape
+        self.rows = rows_of(K, rank, world, rows_together(V) if quantised else 1)
+        self.weight = nn.Parameter(self.weight.detach()[self.rows.start : self.rows.stop].clone())
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        held = state_dict.get(f"{prefix}weight")
+        if self.rows is not None and held is not None and len(held) == self.rows.total:
+            state_dict[f"{prefix}weight"] = held[self.rows.start : self.rows.stop]  # load_state_dict works on a copy
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, embeddings: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """E `[V, D]` -> scale·W·E + b `[K, D]`, multiplied in E's type, in W's type."""
@@ -36,7 +60,8 @@ class MappingLayer(nn.Linear):
         product = _Mapped.apply(self.weight, embeddings, self)
         if scale != 1:
             product = product * scale
-        return product + self.bias.to(embeddings.device)[:, None]
+        bias = self.bias if self.rows is None else self.bias[self.rows.start : self.rows.stop]
+        return product + bias.to(embeddings.device)[:, None]
 
     @torch.no_grad()
     def once(self, embeddings: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
@@ -60,6 +85,11 @@ class MappingLayer(nn.Linear):
         for start in range(0, K, rows):
             block = slice(start, min(start + rows, K))
             yield block, _gradient_times(G[block], E.t()).to(self.weight.dtype)
+
+
+def rows_together(vocabulary: int) -> int:
+    """How many rows of W, or a multiple, make whole blocks of 8-bit moments."""
+    return QUANTISED // math.gcd(vocabulary, QUANTISED)
 
 
 def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

@@ -14,6 +14,7 @@ from layers.errors import input_error
 from layers.head import FlattenHead
 from layers.norm import instance_norm
 from layers.patch import patch_count
+from layers.ranks import processes, sum_over_processes
 from models.forecaster import Forecaster
 
 
@@ -103,13 +104,31 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         mean, var = self.running_mean.clone(), self.running_var.clone()  # autograd keeps what it is given
-        out = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+        if processes() == 1:
+            out = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+        else:
+            out = self._over_processes(x, mean, var)
         with torch.no_grad():  # nothing waits for the device
             finite = mean.isfinite().all() & var.isfinite().all()
             self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
             self.running_var.copy_(torch.where(finite, var, self.running_var))
             self.num_batches_tracked.add_(finite)
         return out
+
+    def _over_processes(self, x: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor) -> torch.Tensor:
+        """Normalise by mean and variance over the batch of all processes, and let the running ones follow.
+
+        What PyTorch has for this runs on GPUs alone.
+        """
+        dtype, x = x.dtype, x.float()  # half precision is no type to add up in
+        count = sum_over_processes(torch.tensor(float(len(x) * x.shape[2]), device=x.device))
+        mean = sum_over_processes(x.sum((0, 2))) / count  # (d)
+        centred = x - mean[:, None]
+        var = sum_over_processes(centred.square().sum((0, 2))) / count  # (d)
+        with torch.no_grad():
+            running_mean.lerp_(mean, self.momentum or 0.0)
+            running_var.lerp_(var * count / (count - 1), self.momentum or 0.0)
+        return (centred * ((var + self.eps).rsqrt() * self.weight)[:, None] + self.bias[:, None]).to(dtype)
 
 
 def _normalise(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:

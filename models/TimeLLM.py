@@ -169,10 +169,12 @@ class Model(Forecaster):
         """
         if not isinstance(self.reprogramming_layer, ReprogrammingLayer):
             return ()
-        return self.reprogramming_layer.keys_values(self.text_prototypes())
+        rows = None if self.mapping_layer is None else self.mapping_layer.rows
+        return self.reprogramming_layer.keys_values(self.text_prototypes(), rows)
 
     def text_prototypes(self) -> torch.Tensor:
-        """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type."""
+        """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type; of a group of processes each has
+        its rows."""
         if self.mapping_layer is None:
             return self.prototypes
         return self.mapping_layer(self.backbone.embeddings, self.backbone.word_scale)  # (V, D) -> (K, D)

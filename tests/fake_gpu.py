@@ -328,7 +328,7 @@ class Bench:
         (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
-        utils.setup.Accelerator = _Accelerator
+        utils.setup.join = lambda _args: _Accelerator()
         utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
@@ -387,10 +387,10 @@ class _Saver(Saver):
         super().__init__(*args)
         self.bench = bench
 
-    def check_signal(self) -> None:
+    def due(self, progress: Any) -> bool:
         """Called when a step has ended."""
         self.bench.gpu.watching = False
-        super().check_signal()
+        return super().due(progress)
 
     def save(self, progress: Any) -> None:
         """As Saver's, told that all is finite."""

@@ -14,6 +14,8 @@ from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error
+from layers.mapping import rows_together
+from layers.ranks import rows_of
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
@@ -73,11 +75,37 @@ def check_channels(args: Namespace, series: SplitSeries) -> None:
     args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
 
 
-def fit_batch(args: Namespace, series: SplitSeries, model: Forecaster, processes: int) -> None:
+def fit_batch(args: Namespace, series: SplitSeries, model: Forecaster) -> None:
     """Let a `--batch_size` beyond the training windows be all of them for a model that nothing is trained of: batches are
     how its fit is scored, and no step is made of one."""
     if not model.is_trained:
-        args.batch_size = min(args.batch_size, max(1, len(series.windows("train")) // processes))
+        args.batch_size = min(args.batch_size, max(1, len(series.windows("train"))))
+
+
+def quantises(args: Namespace) -> bool:
+    """Whether moments are kept in 8 bits."""
+    return args.optimizer == "adamw8bit"
+
+
+def check_processes(args: Namespace, model: Forecaster, processes: int) -> None:
+    """Raises InputError where the mapping layer's rows cannot be dealt out so that each of the processes has some."""
+    if processes == 1 or model.mapping_layer is None:
+        return
+    prototypes, words = model.mapping_layer.weight.shape
+    size = rows_of(prototypes, 0, processes, rows_together(words) if quantises(args) else 1).size
+    if size * (processes - 1) >= prototypes:
+        most = -(-prototypes // size)
+        raise input_error(f"--optimizer {args.optimizer}", f"{processes} processes", f"at most {most}, or --optimizer adamw")
+
+
+def shares(args: Namespace, processes: int) -> list[str]:
+    """Lines that say what each of several processes has of a batch."""
+    if processes == 1:
+        return []
+    fewest, most = args.batch_size // processes, -(-args.batch_size // processes)
+    each = f"{most}" if fewest == most else f"{fewest} or {most}"
+    step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process"
+    return [f"{processes} processes: {step}; --eval_batch_size {args.eval_batch_size} and --max_sequences are of each"]
 
 
 def check_model(args: Namespace) -> BackboneInfo | None:

@@ -23,6 +23,7 @@ from utils.results.test_pass import TestPass
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command
+from utils.saving.shares import whole_state
 from utils.setup import load_checkpoint, setup
 from utils.training.evaluate import Scores, score
 from utils.training.memory import free_memory
@@ -85,9 +86,11 @@ def fit(job: Job) -> TestFound | None:
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
     checkpoint = load_checkpoint(job)
-    if args.torch_checkpoint and job.accelerator.is_main_process:
-        with job.training.saver.explained():
-            save_for_torch(checkpoint.file, job.model)
+    if args.torch_checkpoint:
+        tensors = whole_state(job.model)
+        if job.accelerator.is_main_process:
+            with job.training.saver.explained():
+                save_for_torch(checkpoint.file, tensors)
     return found
 
 

@@ -18,24 +18,29 @@ from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
+from layers.ranks import from_first
 from models import model_class
 from models.forecaster import Forecaster
 from models.TimeLLM import layers_of, words_on_host
 from utils import checks
 from utils.flags import FinalFlags, recorded, run_name
+from utils.processes.group import join
 from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import no_rows_yet, read_history
 from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
+from utils.saving.asks import Asks
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import Start, open_folder, refuse_links, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
-from utils.saving.state import Progress, SavedState, identity, restore
+from utils.saving.shares import whole_shapes
+from utils.saving.state import Progress, SavedState, identity, part_random, restore
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
 from utils.training.precision import LossScale, Precision, choose_precision
+from utils.training.reduction import GradientReducer
 from utils.training.session import Alone, Job, Limit, Training
 from utils.training.step import Guard, build_optimizer
 
@@ -134,7 +139,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     args = Namespace(**vars(args))
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
     checks.check_device(args)
-    accelerator = alone(args) if in_program else Accelerator(cpu=args.device == "cpu", mixed_precision="no")
+    accelerator = alone(args) if in_program else join(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     if in_program and checkpoint is not None:
@@ -155,7 +160,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     if trains and isinstance(series, SplitSeries):
-        checks.fit_batch(args, series, outline, accelerator.num_processes)
+        checks.fit_batch(args, series, outline)
+        checks.check_processes(args, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
     plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision)
     for split, split_series in plan.splits:
@@ -178,7 +184,7 @@ def load_checkpoint(job: Job) -> Checkpoint:
     checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
     if job.has_checkpoint:
         return checkpoint
-    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
+    tensors, trained = checkpoint.tensors(whole_shapes(job.model)), checkpoint.backbone
     if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
         job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
@@ -236,7 +242,7 @@ def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
     """The folder of a run that trains, locked, and what it finds there; None for one that does not."""
     if not (plan.args.is_training and isinstance(plan.series, SplitSeries)):
         return None
-    ours = identity(plan.args, plan.series, record["backbone"], plan.accelerator.num_processes)
+    ours = identity(plan.args, plan.series, record["backbone"])
     return open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
 
 
@@ -249,6 +255,8 @@ def _open_log(plan: Plan) -> RunLog:
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
     numbered = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else device
     log(f"Using device: {numbered}")
+    for line in checks.shares(args, plan.accelerator.num_processes):
+        log(line)
     if series.synthetic:
         log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
     for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
@@ -287,10 +295,13 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
                 plan.random_seed(repeat),
                 words_on_host(args),
             )
-            model = model_class(args.model)(args, backbone, plan.outline.prompts).to(device)
+            model = model_class(args.model)(args, backbone, plan.outline.prompts)
+            if plan.accelerator.num_processes > 1:  # before the whole of what is split takes room on the device
+                model.split(plan.accelerator.process_index, plan.accelerator.num_processes, checks.quantises(args))
+            model.to(device)
     free_memory(device)  # what loading took for a while would lie between the parts of a step
     path = f"; {model.path()}" if model.path() else ""
-    log(f"Trained values: {value_count(shapes_of(model)):,}{path}")
+    log(f"Trained values: {value_count(shapes_of(plan.outline)):,}{path}")
     if plan.info is not None and plan.info.note:
         log(f"Language model: {plan.info.note}")
     return model
@@ -331,7 +342,8 @@ def _begin(job: Job, start: Start) -> Training:
     for line in start.lines:
         log(line)
     last = start.state.path if start.state else None
-    saver = Saver(job.folder, args, model, optimizer, accelerator, job.interrupts, start.identity, job.record, last)
+    asks = Asks(job.interrupts, accelerator.num_processes)
+    saver = Saver(job.folder, args, model, optimizer, accelerator, asks, start.identity, job.record, last)
     progress = Progress()
     if start.state is not None:
         with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
@@ -341,10 +353,17 @@ def _begin(job: Job, start: Start) -> Training:
             job.step_limit.sequences = progress.max_sequences
             job.evaluation_limit.sequences = progress.evaluation_sequences
         _resume(job, start.state, progress)
-    elif model.linear_map is not None:
-        _fit_linear_map(job, model.linear_map)
+    else:
+        if model.linear_map is not None:
+            _fit_linear_map(job, model.linear_map)
+        from_first(tensor for name, tensor in model.state_dict().items() if name not in model.rows)
+        part_random(job.args.seed, job.device)
     scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
-    return Training(optimizer, Guard(model, optimizer, accelerator, log, scale), saver, progress, journal, start.lock)
+    reducer = None
+    if accelerator.num_processes > 1:
+        reducer = GradientReducer(model.parameters(), [model.get_parameter(name) for name in model.rows])
+    guard = Guard(model, optimizer, asks, log, scale)
+    return Training(optimizer, guard, saver, progress, journal, start.lock, reducer)
 
 
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import pickle
 import platform
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -199,7 +200,7 @@ def trained_on(record: dict[str, Any], data: Series | Table, fill: str | None = 
 
 
 def save_checkpoint(
-    folder: Path, model: torch.nn.Module, record: dict[str, Any], intervals: Intervals | None = None
+    folder: Path, tensors: Mapping[str, torch.Tensor], record: dict[str, Any], intervals: Intervals | None = None
 ) -> None:
     """Write the trained tensors, record and prediction intervals; an earlier checkpoint stays until this one is safe.
 
@@ -210,7 +211,7 @@ def save_checkpoint(
     metadata = {"record": json.dumps(record, ensure_ascii=False)}
     if intervals is not None:
         metadata[INTERVALS] = intervals.encode()
-    write_atomic(folder / TENSORS, lambda path: write_tensors(path, model.state_dict(), metadata))
+    write_atomic(folder / TENSORS, lambda path: write_tensors(path, tensors, metadata))
     write_json(folder / RECORD, record)
 
 
@@ -232,9 +233,9 @@ def add_intervals(checkpoint: Checkpoint, intervals: Intervals) -> Checkpoint:
     return Checkpoint.open(checkpoint.file)
 
 
-def save_for_torch(file: Path, model: torch.nn.Module) -> None:
-    """Write the trained tensors of `model`, which are those of the checkpoint `file`, as the state dict that `torch.load`
-    reads, to `checkpoint` beside it; nothing is done where that has been done.
+def save_for_torch(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write the trained tensors, which are those of the checkpoint `file`, as the state dict that `torch.load` reads, to
+    `checkpoint` beside it; nothing is done where that has been done.
 
     Raises:
         StorageError: the file system refused.
@@ -245,7 +246,7 @@ def save_for_torch(file: Path, model: torch.nn.Module) -> None:
 
     def write(path: Path) -> None:
         with path.open("wb") as opened:  # given a name, torch would write it into the file
-            torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, opened)
+            torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, opened)
 
     write_atomic(target, write)
 

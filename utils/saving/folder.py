@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from accelerate import Accelerator
 
 from data_provider.data_loader import Series
 from layers.errors import InputError, input_error
+from layers.ranks import from_all
 from utils.flags import default_of, same_experiment
 from utils.saving.checkpoint import LEGACY, Checkpoint, trained_on
 from utils.saving.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
 from utils.saving.record import TENSORS, read_record
-from utils.saving.saver import SECONDS
+from utils.saving.asks import SECONDS
 from utils.saving.state import SavedState, compare, find_state, state_bytes, state_files
 
 try:
@@ -182,10 +184,32 @@ def open_folder(
         if start.lock.warning:
             start.lines.append(start.lock.warning)
         start.lines.append(_check_room(args, folder, trained_values))
-    accelerator.wait_for_everyone()
-    if args.resume and not accelerator.is_main_process:
-        start.state, _ = find_state(folder)
+    if accelerator.num_processes > 1:
+        _meet(folder, start)
+        if args.resume and not accelerator.is_main_process:
+            start.state, _ = find_state(folder)
     return start
+
+
+def _meet(folder: Path, start: Start) -> None:
+    """See to it that all processes of a group are of one run, and write to one folder.
+
+    Raises:
+        InputError: this process has other flags or other data than the first, or sees another folder.
+    """
+    sign = folder / f".group.{secrets.token_hex(8)}{PARTIAL}"
+    if start.lock is not None:
+        sign.touch()
+    name, identity = from_all((sign.name, start.identity))[0]
+    for what, value in start.identity.items():
+        if identity.get(what) != value:
+            raise input_error(what, str(value)[:80], f"{str(identity.get(what))[:80]}, as the first process has it")
+    if not (folder / name).is_file():
+        hint = "one that all machines share, under the same name"
+        raise input_error(f"--checkpoints {folder.parent}", "a folder in which the first process's files are not", hint)
+    from_all(None)  # all have looked
+    if start.lock is not None:
+        sign.unlink(missing_ok=True)
 
 
 def _holds_work(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,6 +30,10 @@ class Interrupts:
 
     def __init__(self):
         self.received = 0  # the signal's number
+        self.speaks = os.environ.get("RANK", "0") == "0"  # one of a group
+        # A launcher passes on what the terminal has told the group already.
+        self.repeats_within = 5.0 if os.environ.get("WORLD_SIZE", "1") != "1" else 0.0
+        self._received_at = 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -59,26 +64,29 @@ class Interrupts:
 
     def _handle(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
-        if self._deferred and not self.received:
-            self.received = number
-            _tell(f"{name}: ending after the work in hand; once more ends at once")
+        if self._deferred and self.received and time.monotonic() - self._received_at < self.repeats_within:
             return
-        _tell(f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written")
-        _end_workers()
+        if self._deferred and not self.received:
+            self.received, self._received_at = number, time.monotonic()
+            self._tell(f"{name}: ending after the work in hand; once more ends at once")
+            return
+        self._tell(f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written")
+        end_workers()
         os._exit(128 + number)
 
+    def _tell(self, line: str) -> None:
+        """A line on stderr, past Python's buffers, which the interrupted code may be holding."""
+        if not self.speaks:
+            return
+        try:
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
+        except OSError:
+            return  # the terminal is gone, which is what the signal says
 
-def _end_workers() -> None:
+
+def end_workers() -> None:
     """End the loader's workers, which would complain of a parent that is gone."""
     if hasattr(signal, "SIGCHLD"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # PyTorch raises an error at it
     for worker in multiprocessing.active_children():
         worker.kill()
-
-
-def _tell(line: str) -> None:
-    """A line on stderr, past Python's buffers, which the interrupted code may be holding."""
-    try:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
-    except OSError:
-        return  # the terminal is gone, which is what the signal says

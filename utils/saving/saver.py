@@ -3,25 +3,26 @@
 import os
 import shlex
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
+from layers.ranks import processes
+from models.forecaster import Forecaster
 from utils.errors import RunError, StorageError
 from utils.intervals import Intervals
-from utils.saving.checkpoint import save_checkpoint
+from utils.saving.asks import Asks
+from utils.saving.checkpoint import save_checkpoint, value_count
 from utils.saving.files import FULL, free_bytes, size_text
-from utils.saving.interrupt import Interrupted, Interrupts
+from utils.saving.shares import whole_shapes, whole_state
 from utils.saving.state import Progress, pack, save_state, state_bytes
-
-SECONDS = 600  # between two saves, unless --save_steps says otherwise
 
 
 @dataclass
@@ -36,41 +37,28 @@ class Saver:
 
     folder: Path
     args: Namespace
-    model: torch.nn.Module
+    model: Forecaster
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    interrupts: Interrupts
+    asks: Asks
     identity: dict[str, Any]
     record: dict[str, Any]
     last: Path | None = None
-    _saved_at: float = field(default_factory=time.monotonic)
     _saved_step: tuple[int, int] | None = None
 
     def mark_saved(self, progress: Progress) -> None:
         """Where the run stands now is what the last state holds."""
         self._saved_step = _step(progress)
 
-    def check_signal(self) -> None:
-        """Raises Interrupted if a signal has come to one of the processes."""
-        received = self._agree(self.interrupts.received)
-        if received:
-            raise Interrupted(received)
-
     def due(self, progress: Progress) -> bool:
         """Whether it is time for a state."""
         every = self.args.save_steps
         if every is None:
-            return self._agree(int(time.monotonic() - self._saved_at >= SECONDS)) > 0
+            return self.asks.due()
         return every > 0 and progress.iteration % every == 0
 
-    def _agree(self, number: int) -> int:
-        """The largest of the processes' numbers: they must save and stop at the same iteration."""
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
     def save(self, progress: Progress) -> None:
-        """Save the state, unless it is saved already.
+        """Save the state, unless it is saved already. All processes of a group take part, and the first one writes.
 
         Raises:
             StorageError: the file system refused; the last state is still there.
@@ -78,24 +66,23 @@ class Saver:
         """
         if self._saved_step == _step(progress):
             return
-        device = self.accelerator.device
-        progress.loss_sum = self.accelerator.reduce(progress.loss_sum.to(device), "mean")
-        if self.accelerator.is_main_process:
-            with self.explained():
-                packed = pack(self.model, self.optimizer, progress, self.identity, device)
+        with self.explained():
+            packed = pack(self.model, self.optimizer, progress, self.identity, self.accelerator.device)
+            if self.accelerator.is_main_process:
                 self.last = save_state(self.folder, packed, self.last)
-        self._saved_at = time.monotonic()
+        self.asks.saved()
         self.mark_saved(progress)
 
     def save_checkpoint(self, epoch: dict[str, Any], intervals: Intervals | None = None) -> None:
-        """Write the checkpoint of the epoch that has just ended, whose losses go into the record.
+        """Write the checkpoint of the epoch that has just ended, whose losses go into the record; see `save`.
 
         Raises:
             StorageError: the file system refused; the checkpoint before is still there.
         """
+        tensors = whole_state(self.model)
         if self.accelerator.is_main_process:
             with self.explained():
-                save_checkpoint(self.folder, self.model, self.record | epoch, intervals)
+                save_checkpoint(self.folder, tensors, self.record | epoch, intervals)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -105,7 +92,7 @@ class Saver:
         except StorageError as error:
             room = ""
             if error.errno in FULL:
-                values = sum(parameter.numel() for parameter in self.model.parameters())
+                values = value_count(whole_shapes(self.model))
                 size = state_bytes(self.args.optimizer, values)
                 room = f"free {size_text(max(size - free_bytes(self.folder), size // 10))} there, then "
             raise StorageError(f"{error}; {room}{self.kept()}", error.errno) from error
@@ -124,7 +111,12 @@ def _step(progress: Progress) -> tuple[int, int]:
 
 
 def resume_command(args: Namespace) -> str:
-    """The command line of this process, for any folder; --resume is added where a training run lacks it."""
-    words = [*sys.orig_argv, *(["--resume"] if args.is_training and not args.resume else [])]
+    """The command line of this process, for any folder; --resume is added where a training run lacks it. Of a group of
+    processes it is that of their launcher on this machine."""
+    words = list(sys.orig_argv)
+    launcher = psutil.Process().parent() if processes() > 1 else None
+    if launcher is not None and sys.argv[0] in (started := launcher.cmdline()):
+        words = started
+    words += ["--resume"] if args.is_training and not args.resume else []
     # The scripts run in the repository's folder, which need not be the user's: relative paths mean this one.
     return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"

@@ -24,13 +24,17 @@ from safetensors import safe_open
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
 from layers.errors import input_error
+from layers.ranks import from_all, processes, this_process
+from models.forecaster import Forecaster
 from utils.errors import RunError, StorageError
 from utils.flags import resumed, resumed_defaults
 from utils.saving.files import FULL, write_atomic
 from utils.saving.record import read_header
+from utils.saving.shares import Shares
 from utils.saving.tensors import damage, write_tensors
 
 VERSION = 1
+PROCESSES = "the number of processes"  # in the identity that earlier versions wrote
 FIRST_SCALE = 2.0**16  # of the loss, see utils/training/precision.py
 Packed = tuple[dict[str, torch.Tensor], dict[str, str]]  # named tensors, metadata
 _NAME = re.compile(r"state\.(\d+)\.safetensors")
@@ -114,7 +118,7 @@ class SavedState:
         return f"epoch {self.progress['epoch']}, iteration {self.progress['iteration']}"
 
 
-def identity(args: Namespace, series: SplitSeries, backbone: dict[str, Any], processes: int = 1) -> dict[str, Any]:
+def identity(args: Namespace, series: SplitSeries, backbone: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to resume: JSON values, compared one by one."""
     data = hashlib.sha256(series.values.tobytes())
     data.update(series.dates.asi8.tobytes())
@@ -124,7 +128,6 @@ def identity(args: Namespace, series: SplitSeries, backbone: dict[str, Any], pro
         "the data's values (SHA-256)": data.hexdigest(),
         "the prompt's description": dataset_description(args),
         **{f"the language model's {name}": value for name, value in backbone.items()},
-        "the number of processes": processes,
     }
 
 
@@ -137,6 +140,9 @@ def compare(saved: SavedState, now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
     # A flag that came to be after the state was saved had its default then.
     was = {name: value for name, value in _defaults().items() if name in now} | saved.identity
+    # Earlier versions gave each of several processes a whole --batch_size: what one alone has saved is as now.
+    if was.get(PROCESSES) == 1:
+        del was[PROCESSES]
     different = [name for name in now | was if now.get(name) != was.get(name)]
     if different:
         found, expected = ("; ".join(f"{name} {_short(of.get(name))}" for name in different) for of in (now, was))
@@ -195,24 +201,31 @@ def _read_header(path: Path) -> SavedState:
 
 def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict,
          device: torch.device) -> Packed:  # fmt: skip
-    """The whole state as named tensors (not copied) and metadata.
+    """The whole state as named tensors (not copied) and metadata; of a group of processes, in the first, of all together.
 
     Raises:
         RunError: a trained value is NaN or infinite.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
-            raise RunError(f"{name.removeprefix('model.')} has become NaN or infinite, so it is not saved")
+    # A sum is finite only if every value is, and takes no memory of its own.
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
+    if wrong := [name for found in from_all(wrong) for name in found]:
+        raise RunError(f"{wrong[0].removeprefix('model.')} has become NaN or infinite, so it is not saved")
+    moments = optimizer.state_dict()["state"].items()
+    trees = [[index, _flatten(state, f"optimizer.{index}", tensors)] for index, state in moments]
+    if processes() > 1:
+        tensors = Shares(cast(Forecaster, model)).collect(tensors)
     generators = random_state(device)
     tensors |= generators.pop("tensors")
-    moments = optimizer.state_dict()["state"].items()
+    for rank, other in enumerate(from_all({name: tensor.cpu() for name, tensor in _generators(device).items()})):
+        if rank > 0:
+            tensors |= {f"{name}.{rank}": tensor for name, tensor in other.items()}
     held = {
         "version": VERSION,
         "identity": identity,
         "progress": progress.to_json(),
         "random": generators,
-        "optimizer": [[index, _flatten(state, f"optimizer.{index}", tensors)] for index, state in moments],
+        "optimizer": trees,
     }
     return tensors, {"state": json.dumps(held, ensure_ascii=False)}
 
@@ -271,36 +284,67 @@ def _unflatten(tree: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> A
 
 def restore(saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
     """Bring model, optimizer and random generators to a saved state; return how far it is."""
+    shares = Shares(cast(Forecaster, model)) if processes() > 1 else None
     # Opened on the CPU, where a tensor is a window into the file. For another device the library would
     # stage each tensor in pinned memory of its full size.
     with safe_open(saved.path, framework="pt", device="cpu") as file:
 
+        def held(name: str) -> torch.Tensor:
+            rows = shares.range(name) if shares else None
+            return file.get_slice(name)[rows[0] : rows[1]] if rows else file.get_tensor(name)
+
         def tensor(name: str) -> torch.Tensor:
             # A copy: the window would keep a removed file's space taken.
-            return file.get_tensor(name).to(device, copy=True)
+            return held(name).to(device, copy=True)
 
         with torch.no_grad():
             for name, parameter in model.state_dict().items():
-                parameter.copy_(file.get_tensor(f"model.{name}"))
+                parameter.copy_(held(f"model.{name}"))
         states = {index: _unflatten(tree, tensor) for index, tree in saved.optimizer}
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         generators = {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith("random.")}
-    set_random_state(saved.random | {"tensors": generators}, device)
+    set_random_state(saved.random | {"tensors": _own(generators)}, device)
     return Progress.from_json(saved.progress)
+
+
+def _own(generators: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of this process: its own, where there was one of its number; else new ones, which follow from the first's."""
+    rank = this_process()
+    if rank == 0:
+        return generators
+    own = {name.removesuffix(f".{rank}"): held for name, held in generators.items() if name.endswith(f".{rank}")}
+    if "random.torch" in own:
+        return own
+    digest = hashlib.sha256(generators["random.torch"].numpy().tobytes() + rank.to_bytes(4, "little")).digest()
+    seed = int.from_bytes(digest[:7], "little")
+    return {"random.torch": torch.Generator().manual_seed(seed).get_state()}
+
+
+def part_random(seed: int, device: torch.device) -> None:
+    """Let each process of a group draw other numbers than the first, from now on: each drops out of its own windows."""
+    if this_process() == 0:
+        return
+    drawn = np.random.SeedSequence([seed % 2**63, this_process()]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(drawn >> np.uint64(1)))  # of the GPU, too
 
 
 def random_state(device: torch.device) -> dict:
     """Every generator that a training step may draw from: JSON values, and under "tensors" tensors."""
     kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     version, numbers, spare = random.getstate()
-    tensors = {"random.torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     return {
         "python": [version, list(numbers), spare],
         "numpy": [kind, keys.tolist(), *rest],
-        "tensors": tensors,
+        "tensors": _generators(device),
     }
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """PyTorch's own."""
+    tensors = {"random.torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
 
 
 def set_random_state(state: dict, device: torch.device) -> None:

@@ -1,13 +1,15 @@
 """One evaluation for validation, test and inference."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch, Sequences
 from models.forecaster import Forecaster
+from utils.saving.interrupt import Interrupted
 from utils.training.memory import advice, explain_out_of_memory, give_back_idle, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
@@ -83,11 +85,26 @@ def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] |
         Interrupted: a signal has come between two batches.
         RunError: not even one sequence fits into the GPU's memory.
     """
-    batches: Iterable[Batch] = job.loaders[split]
-    if job.accelerator.num_processes == 1:  # of several, one alone must not leave
-        batches = job.interrupts.between(batches)
+    loader = job.loaders[split]
+    batches = job.interrupts.between(loader) if job.accelerator.num_processes == 1 else _together(job, loader)
     # Beside the parts, the prototypes take memory.
     with explain_out_of_memory("an evaluation", lambda: advice(job.args, job.model)):
         return evaluate(
             job.model, batches, job.accelerator, lambda part, shared: forecast_within_memory(job, part, shared), consume
         )
+
+
+def _together(job: Job, loader: "DataLoader[Batch]") -> Iterator[Batch]:
+    """This process's batches, with a look before each whether a signal has come to any of the group: all leave at once.
+
+    Raises:
+        Interrupted: one has.
+    """
+    batches = iter(loader)
+    for _ in range(loader.batch_sampler.most_batches):  # type: ignore[union-attr]
+        received = job.accelerator.gather(torch.tensor([job.interrupts.received], device=job.device)).max()
+        if received:
+            raise Interrupted(int(received))
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch

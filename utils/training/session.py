@@ -21,6 +21,7 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.saver import Saver
 from utils.saving.state import Progress
 from utils.training.precision import Precision
+from utils.training.reduction import GradientReducer
 from utils.training.step import Guard
 
 
@@ -34,6 +35,7 @@ class Training:
     progress: Progress
     journal: Journal | None  # history.csv and what goes with it; one process has it
     lock: FolderLock | None  # one process has it
+    reducer: GradientReducer | None = None  # of several processes' gradients
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """The optimizer's step: which optimizer, and the guard that skips a step whose numbers have gone wrong."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from torch import nn
 
 from data_provider.batches import Batch
@@ -12,6 +12,7 @@ from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
 from models.forecaster import Forecaster
 from utils.results.log import RunLog
+from utils.saving.asks import Asks
 from utils.saving.state import Progress
 from utils.training.precision import LossScale
 
@@ -99,23 +100,37 @@ class Guard:
         self,
         model: Forecaster,
         optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
+        asks: Asks,
         log: RunLog,
         scale: LossScale | None = None,
     ):
-        """scale: what the loss was multiplied with, so that the gradients are as much too large; None: 1."""
-        self.model, self.optimizer, self.accelerator, self.log, self.scale = model, optimizer, accelerator, log, scale
+        """Args:
+        asks: what the processes of a group ask of each other, which travels with the step's own numbers.
+        scale: what the loss was multiplied with, so that the gradients are as much too large; None: 1.
+        """
+        self.model, self.optimizer, self.asks, self.log, self.scale = model, optimizer, asks, log, scale
         self._wrong = torch.zeros((), dtype=torch.bool)  # what is known of the step in hand, on the device
         self._pending: _Step | None = None
+        self._asked: _Later | None = None
 
-    def allows_step(self, loss: torch.Tensor) -> bool:
-        """Whether the optimizer may step. A fused one always may: it is told on the device to skip a wrong step itself."""
+    def whole(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss of the whole batch, of this process's part of it. Gradients are there already, those of all added up."""
         # A sum is finite only if every term is, and takes no memory of its own.
         sums = [gradient.sum() for gradient in self.model.gradients()]
-        wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
-        if self.accelerator.num_processes > 1:
-            wrong = self.accelerator.reduce(wrong.float(), "sum") > 0
-        self._wrong = wrong
+        self._wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
+        if self.asks.alone:
+            return loss
+        if self._asked is not None:
+            self.asks.hear(self._asked.read())
+        own = torch.tensor(self.asks.say(), device=loss.device)
+        told = torch.cat([torch.stack([loss.float(), self._wrong.float()]), own])
+        dist.all_reduce(told)
+        self._wrong, self._asked = told[1] > 0, _Later(told[2:])
+        return told[0]
+
+    def allows_step(self) -> bool:
+        """Whether the optimizer may step. A fused one always may: it is told on the device to skip a wrong step itself."""
+        wrong = self._wrong
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused optimizers
             self.optimizer.found_inf = wrong.float()  # type: ignore[attr-defined]
             if self.scale is not None:
@@ -179,18 +194,18 @@ class _Step(NamedTuple):
 
 
 class _Later:
-    """A number on its way from the device."""
+    """Numbers on their way from the device."""
 
     def __init__(self, value: torch.Tensor):
         self._value, self._event = value, None
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> float:
-        """The number; waits for the device if it has not come that far."""
+    def read(self) -> Any:
+        """The numbers; waits for the device if it has not come that far."""
         if self._event is not None:
             self._event.synchronize()
-        return self._value.item()
+        return self._value.tolist()

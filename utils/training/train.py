@@ -2,15 +2,16 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 from torch.nn import functional as F
 
 from data_provider.batches import Batch, Sequences
+from layers.ranks import from_all, processes
 from models.forecaster import Forecaster
 from utils.errors import RunError
 from utils.results.calibration import Calibration
@@ -21,12 +22,14 @@ from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
 from utils.training.precision import Autocast
+from utils.training.reduction import GradientReducer
 from utils.training.schedule import learning_rate
 from utils.training.session import Job
 from utils.training.step import TooManySkips
 from utils.training.trial import trial
 
 TestFound = tuple[TestPass, Scores]
+Parts = tuple[torch.Tensor, list[torch.Tensor | None]]  # the loss [], and the gradients of what sequences share
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 
 
@@ -62,7 +65,7 @@ def _run_epochs(job: Job) -> TestFound | None:
     if journal:
         journal.start(progress.epoch, progress.iteration)
     if job.model.is_trained:
-        trial(job, lambda sequences, size: forward_backward(job.model, sequences, job.precision, size), clock.left)
+        trial(job, lambda sequences: leave_gradients(job, sequences), clock.left)
     train_one = train_epoch if job.model.is_trained else score_epoch
     try:
         while not progress.finished(args.train_epochs, args.patience):
@@ -110,13 +113,10 @@ def train_epoch(job: Job, clock: "Clock") -> float:
                 group["lr"] = rate
 
             sequences = batch.to(job.device).sequences()
-            scale = guard.scale.value if guard.scale else None
-            work = partial(forward_backward, model, sequences, job.precision, scale=scale)
-            loss = halve_on_out_of_memory(job, job.step_limit, len(sequences), work)
-            average_gradients(model, job.accelerator)
+            loss = guard.whole(leave_gradients(job, sequences))
             # The first step makes the optimizer's moments, which are larger than the trained values.
             with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
-                if guard.allows_step(loss):
+                if guard.allows_step():
                     optimizer.step()
             progress.loss_sum = progress.loss_sum + guard.count(batch, loss, progress)
             model.zero_grad(set_to_none=True)  # here, so that no gradient lies in memory while the run saves or evaluates
@@ -133,8 +133,7 @@ def train_epoch(job: Job, clock: "Clock") -> float:
                     journal.flush()
             save_if_due(job)
     guard.settle(progress)
-    loss_sum = job.accelerator.reduce(progress.loss_sum.to(job.device), reduction="mean")
-    return float(loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
+    return float(progress.loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
 def validate(job: Job) -> Scores:
@@ -154,37 +153,71 @@ def score_epoch(job: Job, clock: "Clock") -> float:
     return score(job, "train").mse
 
 
+def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
+    """Leave the gradients of this process's sequences, those of all processes added up; return its part of the loss.
+
+    Raises:
+        RunError: not even one sequence fits into the GPU's memory.
+    """
+    guard, reducer = job.training.guard, job.training.reducer
+    scale = guard.scale.value if guard.scale else None
+    passes = partial(forward_backward, job.model, sequences, job.precision)
+    smaller = partial(halve_on_out_of_memory, job, job.step_limit, len(sequences))
+    if reducer is None:
+        return smaller(lambda size: passes(size, scale=scale))
+    # One of several processes must not come back alone to what all do together.
+    total = job.args.batch_size * len(job.series.forecast_columns)
+    with explain_out_of_memory("a step", lambda: advice(job.args, job.model)):
+        return passes(scale=scale, total=total, reducer=reducer, within=smaller)
+
+
 def forward_backward(
-    model: Forecaster, batch: Sequences, precision: Autocast, max_sequences: int = 0, scale: torch.Tensor | None = None
+    model: Forecaster,
+    batch: Sequences,
+    precision: Autocast,
+    max_sequences: int = 0,
+    scale: torch.Tensor | None = None,
+    total: int | None = None,
+    reducer: GradientReducer | None = None,
+    within: Callable[[Callable[[int], Parts]], Parts] | None = None,
 ) -> torch.Tensor:
     """Leave the batch's gradients in the trained tensors; return its mean squared error, detached.
 
     The prototypes' keys and values are made once. The sequences run in micro-batches of at most
     `max_sequences` (0: one), whose gradients add up at the keys and values, and flow on from there once.
     All gradients are `scale` (None: 1) times too large.
+
+    Args:
+        total: sequences of the whole batch, of which this process has some: loss and gradients are then its part of
+            the whole batch's. None: it has all.
+        reducer: adds the gradients of all processes up; None: there is one.
+        within: calls the work on the micro-batches with their size, again where it was too large; None: `max_sequences`.
     """
     with precision.autocast():
         shared = model.shared()
-    leaves = [tensor.detach().requires_grad_() for tensor in shared]
-    loss = torch.zeros((), device=batch.x.device)
-    for part in batch.micro_batches(max_sequences):
-        with precision.autocast():
-            forecast = model.forecast_part(part, tuple(leaves))
-        share = F.mse_loss(forecast.float(), part.y) * (len(part) / len(batch))
-        (share if scale is None else share * scale).backward()
-        loss += share.detach()
+    if reducer is not None:
+        reducer.begin()
+
+    def work(size: int) -> Parts:
+        leaves = [tensor.detach().requires_grad_() for tensor in shared]
+        loss = torch.zeros((), device=batch.x.device)
+        parts = batch.micro_batches(size)
+        for number, part in enumerate(parts, 1):
+            if reducer is not None:
+                reducer.expect_last(number == len(parts))
+            with precision.autocast():
+                forecast = model.forecast_part(part, tuple(leaves))
+            share = F.mse_loss(forecast.float(), part.y) * (len(part) / (total or len(batch)))
+            (share if scale is None else share * scale).backward()
+            loss += share.detach()
+        return loss, [leaf.grad for leaf in leaves]
+
+    loss, gradients = within(work) if within else work(max_sequences)
     if shared:
-        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
+        torch.autograd.backward(shared, gradients)
+    if reducer is not None:
+        reducer.finish()
     return loss
-
-
-def average_gradients(model: Forecaster, accelerator: Accelerator) -> None:
-    """Let every process have the mean of all processes' gradients, and of what their batch normalisations have seen."""
-    if accelerator.num_processes > 1:
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
-        running = [seen for norm in norms for seen in (norm.running_mean, norm.running_var) if seen is not None]
-        for tensor in (*model.gradients(), *running):
-            tensor.copy_(accelerator.reduce(tensor, reduction="mean"))
 
 
 def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
@@ -228,7 +261,7 @@ def save_if_due(job: Job) -> None:
     Raises:
         Interrupted: a signal has come.
     """
-    job.training.saver.check_signal()
+    job.training.saver.asks.check_signal()
     if job.training.saver.due(job.training.progress):
         save(job)
 
@@ -285,28 +318,43 @@ class Clock:
         return steps * speed + windows * each
 
 
-@torch.no_grad()
 def _culprits(job: Job, batch: Batch) -> str:
-    """Dates of the batch's windows, and the columns that go wrong in them."""
+    """Dates of the whole batch's windows, and the columns that go wrong in them."""
+    found = from_all(_wrong_windows(job, batch))
+    found = [some for some in found if some.columns] or found
+    windows = [window for some in found for window in some.windows]
+    columns = [name for name in job.series.forecast_columns if any(name in some.columns for some in found)]
+    return f"the windows that start at {_some(windows)}" + (f", columns {_some(columns)}" if columns else "")
+
+
+class _Wrong(NamedTuple):
+    """Windows, those that go wrong where there are such, and the columns that do."""
+
+    windows: list[str]
+    columns: list[str]
+
+
+@torch.no_grad()
+def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     data = job.loaders["train"].dataset
-    dates = [data.window_dates(int(index))[0] for index in batch.index]  # type: ignore[attr-defined]
+    dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
+    sequences = batch.to(job.device).sequences()
+    with job.precision.autocast():
+        shared = job.model.shared()
     try:
-        sequences = batch.to(job.device).sequences()
-        with job.precision.autocast():
-            shared = job.model.shared()
         forecast = forecast_in_parts(job.model, job.precision, sequences, shared, job.step_limit.sequences)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         # The numbers end the run; that they cannot be looked at more closely must not hide it.
-        return f"the windows that start at {_some([str(date) for date in dates])}"
+        return _Wrong(dates, [])
     errors = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
     bad = ~torch.isfinite(errors)
     if not bad.any():
-        bad = torch.ones_like(bad)
-    windows = [str(date) for date, row in zip(dates, bad, strict=True) if row.any()]
+        return _Wrong(dates, job.series.forecast_columns if processes() == 1 else [])
+    windows = [date for date, row in zip(dates, bad, strict=True) if row.any()]
     named = [name for name, column in zip(job.series.forecast_columns, bad.T, strict=True) if column.any()]
-    return f"the windows that start at {_some(windows)}, columns {_some(named)}"
+    return _Wrong(windows, named)
 
 
 def _some(names: list[str]) -> str:

@@ -10,11 +10,11 @@ import torch
 from data_provider.batches import Batch, Sequences
 from utils.results.log import peak_memory_gib
 from utils.saving.state import random_state, set_random_state
-from utils.training.memory import OPTIMIZER_BYTES, halve_on_out_of_memory
+from utils.training.memory import OPTIMIZER_BYTES
 from utils.training.session import Job
 
 FEWEST_STEPS = 20  # a shorter run is over before its trial would be worth it
-Work = Callable[[Sequences, int], torch.Tensor]  # (sequences, how many of them at once) -> loss; leaves gradients
+Work = Callable[[Sequences], torch.Tensor]  # -> loss; leaves gradients, in parts that fit into memory
 
 
 def trial(job: Job, work: Work, left: Callable[[float], float]) -> None:
@@ -38,7 +38,7 @@ def trial(job: Job, work: Work, left: Callable[[float], float]) -> None:
         for _ in range(2):  # the first one also makes caches and loads kernels
             job.model.zero_grad(set_to_none=True)
             began = now(job.device)
-            halve_on_out_of_memory(job, job.step_limit, len(sequences), lambda size: work(sequences, size))
+            work(sequences)
             seconds = now(job.device) - began
     whole = left(seconds)
     job.log(

@@ -1,0 +1,69 @@
+"""The group of processes that accelerate or torchrun has started; of one process, nothing."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from layers.errors import input_error
+
+
+def launched() -> int:
+    """How many processes the launcher has started, as it tells each."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_those_of_accelerate() -> None:
+    """Start the processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    With --cpu accelerate leaves it to MPI's launcher to start processes, and starts one itself. Where no MPI has been,
+    its own command line is run again here as it would be for GPUs, which does start them; this process becomes that
+    launcher. Where there is nothing to mend, this returns.
+
+    Raises:
+        InputError: accelerate's command line cannot be found.
+    """
+    # It sets an address to meet at where it was asked for more than one process, and leaves the number untold.
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    by_mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK"))
+    if not asked or by_mpi or "WORLD_SIZE" in os.environ:
+        return
+    import psutil
+
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent else []
+    script = next((place for place, word in enumerate(words) if word == sys.argv[0]), None)
+    if "launch" not in words or script is None:
+        hint = "start them with --config_file scripts/accelerate/cpu.yaml, or with torchrun"
+        raise input_error("accelerate launch --cpu", "one process", "as many as --num_processes says", hint)
+    options = [word for word in words[words.index("launch") + 1 : script] if word != "--cpu"]
+    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
+
+
+def in_group(args: Namespace, work: Callable[[], int]) -> int:
+    """The exit code of `work`, under the group's watch."""
+    import torch.distributed as dist
+
+    from utils.processes.watch import Watch
+
+    join(args)
+
+    def from_first(value: Any) -> Any:
+        held = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    return Watch(dist.get_rank(), dist.get_world_size(), from_first).run(work)
+
+
+def join(args: Namespace) -> Any:
+    """The process's accelerator, which is in the group that its launcher has started, if it has."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The watch sees who fails; who is slow, because the first one measures and writes alone, may take its time.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    cpu = args.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
