@@ -116,6 +116,19 @@ def test_a_cell_has_a_gpu_and_frees_it_when_it_fails(tmp_path, monkeypatch, caps
         assert place.log.read_text() == f"study.py: on GPU {card}\n"
 
 
+def test_a_tasks_run_that_has_not_heard_the_signal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that has the task sent SIGTERM, which does not reach it."""
+    monkeypatch.setattr(queue, "PROGRAM", tmp_path / "program.py")
+    queue.PROGRAM.write_text("import os, time; os.kill(os.getppid(), 15); time.sleep(60)")
+    (place,) = places_of(tmp_path, 1)
+    place.write_note()
+    place.log.write_text("\nSIGTERM: ending after the work in hand\n")  # of an earlier call
+    cells = queue.Queue([place], task=True)
+    began = time.monotonic()
+    cells.run()
+    assert queue.GRACE < time.monotonic() - began < 30 and cells.received == signal.SIGTERM and not cells.failed
+
+
 def test_numbers_of_an_array() -> None:
     assert array_of([0], None) == "0" and array_of([0, 1, 2, 5, 7, 8], 4) == "0-2,5,7-8%4"
     assert read_options("--partition=gpu --comment='two words'") == ["--partition=gpu", "--comment=two words"]
@@ -186,10 +199,10 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """A cluster in whose folder `plain` the study has run on one machine."""
+    """A cluster in whose folder `plain` the study has run on one machine, on two cards by their names."""
     cluster = Cluster(tmp_path_factory.mktemp("it's 100 %"))
-    code, said = cluster.run("plain")
-    assert code == 0, said
+    code, said = cluster.run("plain", "--gpus", "GPU-a", "GPU-b")
+    assert code == 0 and len(re.findall(r"cell \d of 2 done in \d+ s on GPU GPU-[ab]: ", said)) == 2, said
     return cluster
 
 
@@ -298,13 +311,6 @@ def test_a_task_whose_time_is_up_saves_and_goes_back_into_the_queue(cluster: Clu
     assert again.process.wait(60) == 128 + signal.SIGTERM
     assert again.log.count("SIGTERM: ending after") == 2 and "ended at once" not in again.log
     assert (cluster.folder / "log.scontrol").read_text() == "requeue 77_1\n"
-
-    # The batch shell alone may be told, too.
-    again = Task(cluster, "limit", LONG)
-    again.until_after("ending after the work in hand", "Resuming from")
-    again.process.send_signal(signal.SIGTERM)
-    assert again.process.wait(60) == 128 + signal.SIGTERM
-    assert again.log.count("SIGTERM: end") == 3
     assert [row["state"] for row in cluster.rows("limit")] == ["to do", "half way"]
 
 
@@ -312,5 +318,5 @@ def test_tables_are_written_one_after_the_other(cluster: Cluster) -> None:
     with ResultsLock(cluster.folder / "plain"):
         table = subprocess.Popen(cluster.words("plain", "--table"), cwd=cluster.folder, stdout=subprocess.DEVNULL)
         with pytest.raises(subprocess.TimeoutExpired):
-            table.wait(4)
+            table.wait(2)
     assert table.wait(60) == 0
