@@ -116,17 +116,34 @@ def test_a_cell_has_a_gpu_and_frees_it_when_it_fails(tmp_path, monkeypatch, caps
         assert place.log.read_text() == f"study.py: on GPU {card}\n"
 
 
-def test_a_tasks_run_that_has_not_heard_the_signal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that has the task sent SIGTERM, which does not reach it."""
+HEARER = """
+import os, signal, sys, time
+heard = []
+def handle(number, frame):
+    heard.append(number)
+    os.write(2, b"\\nSIGTERM: ending after the work in hand; once more ends at once\\n")
+signal.signal(signal.SIGTERM, handle)
+for process in PROCESSES:
+    os.kill(process, signal.SIGTERM)
+time.sleep(1.5)
+with open(sys.argv[sys.argv.index("--checkpoints") + 1] + "/heard", "w") as file:
+    print(len(heard), file=file)
+sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize("processes", ["os.getpid(), os.getppid()", "os.getppid(),"], ids=["all", "the first one"])
+def test_a_tasks_run_hears_the_signal_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
+    """A program that ends its task as Slurm does, by SIGTERM to all of its processes or to the first one."""
     monkeypatch.setattr(queue, "PROGRAM", tmp_path / "program.py")
-    queue.PROGRAM.write_text("import os, time; os.kill(os.getppid(), 15); time.sleep(60)")
+    monkeypatch.setattr(queue, "GRACE", 0.4)
+    queue.PROGRAM.write_text(HEARER.replace("PROCESSES", f"({processes})"))
     (place,) = places_of(tmp_path, 1)
     place.write_note()
     place.log.write_text("\nSIGTERM: ending after the work in hand\n")  # of an earlier call
-    cells = queue.Queue([place], task=True)
-    began = time.monotonic()
-    cells.run()
-    assert queue.GRACE < time.monotonic() - began < 30 and cells.received == signal.SIGTERM and not cells.failed
+    task = queue.Queue([place], task=True)
+    task.run()
+    assert (place.folder / "heard").read_text() == "1\n" and task.received == signal.SIGTERM and not task.failed
 
 
 def test_numbers_of_an_array() -> None:
