@@ -15,8 +15,8 @@ from utils.flags import FLAGS, Role, recorded, resumed, run_name
 ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
 # Within utils: what is above imports what is below.
 FLOORS = [
-    "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.statistics", "utils.study.cells",
-    "utils.study.grid",
+    "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.slurm", "utils.study.statistics",
+    "utils.study.cells", "utils.study.grid", "utils.study.devices",
     "utils.run", "utils.forecaster", "utils.setup", "utils.results.past", "utils.results.forecast_files",
     "utils.results.inside", "utils.results.ensemble", "utils.results.plots", "utils.results.forecast",
     "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.comparison",

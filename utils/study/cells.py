@@ -7,8 +7,6 @@ import json
 import math
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from layers.errors import InputError, input_error
 from utils.flags import run_name
 from utils.saving.files import write_json
 from utils.saving.record import TENSORS, read_header
+from utils.study.devices import ask_cards
 from utils.study.grid import Cell, Grid
 
 try:
@@ -24,7 +23,7 @@ try:
 except ImportError:  # Windows without WSL: nothing there keeps two studies apart
     fcntl = None  # type: ignore[assignment]
 
-CELLS, NOTE, LOG, LOCK = "cells", "cell.json", "log.txt", ".lock"
+CELLS, NOTE, LOG, LOCK, RESULTS_LOCK = "cells", "cell.json", "log.txt", ".lock", ".results.lock"
 RECORD, METRICS, HISTORY = "checkpoint.json", "metrics.json", "history.csv"  # what a run leaves in its folder
 NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"
 
@@ -146,11 +145,7 @@ def machine() -> str:
     except OSError:
         text = ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), name)
-    cards = ""
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
-        cards = "".join(f", {card.strip()}" for card in found if card.strip())
+    cards = "".join(f", {card}" for card in ask_cards("name") or [])
     return f"{name}, {cores()} cores{cards}, torch {importlib.metadata.version('torch')}"
 
 
@@ -162,18 +157,17 @@ def cores() -> int:
 class StudyLock:
     """The study's folder is this process's until it ends, however it ends."""
 
-    def __init__(self, study: Path):
+    def __init__(self, study: Path, shared: bool = False):
         """Make the folder if need be, and lock it.
+
+        Args:
+            shared: with others that share it, such as tasks that run a cell each (see `CellLock`).
 
         Raises:
             InputError: it cannot be written, or another study runs in it.
         """
-        try:
-            (study / CELLS).mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(study / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except OSError as error:
-            raise input_error(f"--out {study}", f"no writing ({error.strerror})", "a folder that can be written") from None
-        if not _lock(self._handle):
+        self._handle = _open_lock(study, study / LOCK)
+        if not _lock(self._handle, shared):
             os.close(self._handle)
             raise input_error(f"--out {study}", "another study that runs in it", "none", "wait for it or end it")
 
@@ -182,10 +176,76 @@ class StudyLock:
         os.close(self._handle)
 
 
+class CellLock:
+    """A cell is this task's until it ends, however it ends."""
+
+    def __init__(self, study: Path, place: Place):
+        """Lock a cell of a study.
+
+        Raises:
+            InputError: its folder cannot be written, or another task runs it.
+        """
+        self._handle = _open_lock(study, _lock_of(place))
+        if not _lock(self._handle):
+            os.close(self._handle)
+            raise input_error(f"--cell {place.cell.id}", "another task that runs it", "none", "wait for it or end it")
+
+    def release(self) -> None:
+        """Give the cell back."""
+        os.close(self._handle)
+
+
+class ResultsLock:
+    """A context in which no other process writes a study's tables: each is made from all cells that are done, and one that
+    had looked earlier must not replace one that has seen more."""
+
+    def __init__(self, study: Path):
+        self._study = study
+
+    def __enter__(self) -> None:
+        """Wait for the others.
+
+        Raises:
+            InputError: the study's folder cannot be written.
+        """
+        self._handle = _open_lock(self._study, self._study / RESULTS_LOCK)
+        _lock(self._handle, wait=True)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+def _lock_of(place: Place) -> Path:
+    # Beside the cell's folder, which may be moved aside.
+    return place.folder.with_name(f".{place.folder.name}{LOCK}")
+
+
+def _open_lock(study: Path, path: Path) -> int:
+    """A lock's file, made where there is none.
+
+    Raises:
+        InputError: the study's folder cannot be written.
+    """
+    try:
+        (study / CELLS).mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as error:
+        raise input_error(f"--out {study}", f"no writing ({error.strerror})", "a folder that can be written") from None
+
+
+def has_task(place: Place) -> bool:
+    """Whether a task runs the cell, as far as this machine can see."""
+    return _is_locked(_lock_of(place))
+
+
 def in_use(run: Path) -> bool:
     """Whether a process trains in a run's folder: one that has outlived a study that was killed."""
+    return _is_locked(run / LOCK)
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        handle = os.open(run / LOCK, os.O_RDWR)
+        handle = os.open(path, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -194,12 +254,12 @@ def in_use(run: Path) -> bool:
         os.close(handle)  # gives a lock back, too
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
     """Take a lock that dies with the process; False: another process has it."""
     if fcntl is None:
         return True
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks goes without
     return True
