@@ -72,13 +72,22 @@ def train(argv: list[str], capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def launched(argv: list[str], processes: int = 2, program: str = "run_main.py") -> list[str]:
+    """The command line with which torchrun starts another in a group of processes; of one process, itself."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else []), program, *argv]
+
+
+def run_in_group(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """What a command line of several processes prints, each with one thread."""
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
 def train_in_two_processes(argv: list[str]) -> list[str]:
-    """Run a command line in a group of two processes, as torchrun starts it; the lines on stdout."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*launch, "run_main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Run a command line in a group of two processes; the lines on stdout."""
+    run = run_in_group(launched(argv))
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

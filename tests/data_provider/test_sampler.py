@@ -42,21 +42,32 @@ def test_order_depends_on_seed_and_epoch_both():
     order(-1, 0)  # any seed will do
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_the_batches(drop_last):
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_each_training_batch(world):
     def make(rank, world):
-        return EpochBatches(103, 10, 3, drop_last=drop_last, rank=rank, world=world)
+        return EpochBatches(103, 10, 3, rank=rank, world=world)
+
+    alone, ranks = list(make(0, 1)), [list(make(rank, world)) for rank in range(world)]
+    assert all(len(batches) == len(alone) == len(make(0, world)) for batches in ranks)
+    for number, batch in enumerate(alone):
+        shares = [batches[number] for batches in ranks]
+        assert sum(shares, []) == batch  # each window once
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_take_batches_in_order_in_turn():
+    def make(rank, world):
+        return EpochBatches(103, 10, 3, shuffle=False, drop_last=False, rank=rank, world=world)
 
     alone, ranks = list(make(0, 1)), [list(make(rank, 3)) for rank in range(3)]
     for rank, batches in enumerate(ranks):
-        assert batches == alone[rank::3][: len(batches)]
-        assert len(batches) == len(make(rank, 3))
-    if drop_last:
-        assert [len(batches) for batches in ranks] == [3, 3, 3]
-    else:
-        assert sum(len(batch) for batches in ranks for batch in batches) == 103
+        assert batches == alone[rank::3]
+        assert len(batches) == len(make(rank, 3)) <= make(rank, 3).most_batches == 4
+    assert sum(len(batch) for batches in ranks for batch in batches) == 103
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="batch_size"):
         EpochBatches(10, 0, seed=0)
+    with pytest.raises(ValueError, match="a window for each rank"):
+        EpochBatches(10, 2, seed=0, world=3)

@@ -10,6 +10,10 @@ from typing import Any
 from layers.errors import input_error
 
 
+# The last word before accelerate's own flags: of `accelerate launch`, `accelerate-launch`, or `python -m`.
+LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
+
+
 def launched() -> int:
     """How many processes the launcher has started, as it tells each."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -35,10 +39,11 @@ def start_those_of_accelerate() -> None:
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent else []
     script = next((place for place, word in enumerate(words) if word == sys.argv[0]), None)
-    if "launch" not in words or script is None:
+    start = next((place for place, word in enumerate(words) if word in LAUNCH or word.endswith(LAUNCH[1:])), None)
+    if start is None or script is None:
         hint = "start them with --config_file scripts/accelerate/cpu.yaml, or with torchrun"
         raise input_error("accelerate launch --cpu", "one process", "as many as --num_processes says", hint)
-    options = [word for word in words[words.index("launch") + 1 : script] if word != "--cpu"]
+    options = [word for word in words[start + 1 : script] if word != "--cpu"]
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 

@@ -339,9 +339,9 @@ def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     data = job.loaders["train"].dataset
     dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
     sequences = batch.to(job.device).sequences()
-    with job.precision.autocast():
-        shared = job.model.shared()
     try:
+        with job.precision.autocast():
+            shared = job.model.shared()
         forecast = forecast_in_parts(job.model, job.precision, sequences, shared, job.step_limit.sequences)
     except RuntimeError as error:
         if not is_out_of_memory(error):

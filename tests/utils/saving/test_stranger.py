@@ -19,7 +19,7 @@ SHAPES = {"weight": (3, 2), "bias": (3,)}
 
 
 def saved(folder: Path) -> Path:
-    save_checkpoint(folder, torch.nn.Linear(2, 3), {"columns": ["ü"]})
+    save_checkpoint(folder, torch.nn.Linear(2, 3).state_dict(), {"columns": ["ü"]})
     return folder / TENSORS
 
 
