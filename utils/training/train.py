@@ -305,7 +305,7 @@ def _culprits(job: Job, batch: Batch) -> str:
     if not bad.any():
         bad = torch.ones_like(bad)
     windows = [str(date) for date, row in zip(dates, bad, strict=True) if row.any()]
-    named = [name for name, column in zip(job.series.forecast_columns, bad.T, strict=True) if column.any()]
+    named = [name for name, column in zip(job.trained_series.forecast_columns, bad.T, strict=True) if column.any()]
     return f"the windows that start at {_some(windows)}, columns {_some(named)}"
 
 
