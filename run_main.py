@@ -17,13 +17,13 @@ from utils.saving.interrupt import Interrupted, Interrupts
 from utils.threads import spin_briefly
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line ``argv``; return the exit code.
+def main(argv: Sequence[str], prog: str = "run_main.py") -> int:
+    """Run the command line ``argv`` of the script ``prog``; return the exit code.
 
     2: one line has said what to mend; 1: the run had to end, and one line has said why; 130 and 143:
     a signal has ended it.
     """
-    args = parse_flags(argv)
+    args = parse_flags(argv, prog)
     spin_briefly()
     with Interrupts() as interrupts:
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
             start_those_of_accelerate()
             return work() if launched() == 1 else in_group(args, work)
         except (InputError, RunError) as error:
-            print(f"run_main.py: error: {error}", file=sys.stderr)
+            print(f"{prog}: error: {error}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
         except Interrupted as signal:
             return signal.exit_code

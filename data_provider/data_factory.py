@@ -64,6 +64,16 @@ def series_from_args(args: Namespace) -> SplitSeries:
     return load_series(**series_flags(args))
 
 
+def pretraining_series(args: Namespace) -> SplitSeries:
+    """The series of `--data_pretrain`, on a scale of its own; all other flags are those of `series_from_args`.
+
+    Raises:
+        InputError: see `load_series`.
+    """
+    other = {"data": args.data_pretrain, "data_path": args.data_path_pretrain}
+    return load_series(**series_flags(args) | other)
+
+
 def series_flags(args: Namespace) -> dict[str, Any]:
     """The flags that `load_series` takes, which are its parameters.
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,6 +142,21 @@ class SplitSeries(Series):
     def marks(self) -> np.ndarray:
         """Time marks `[rows, F]` float32."""
         return time_marks(self.dates, self.freq or frequency(self.step), self.embed)
+
+    def as_record(self) -> dict[str, Any]:
+        """What a checkpoint says of the series: JSON values, by which it is known again and scaled."""
+        return {
+            "data": {
+                "file": self.path.name,
+                "rows": len(self.dates),
+                "synthetic": self.synthetic,
+                "step": self.step_words,
+                "mark": {"rows": self.splits.train, "sha256": self.fingerprint},
+            },
+            "columns": self.columns,
+            "target": self.target,
+            "scaler": {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()},
+        }
 
     def windows(self, flag: str) -> WindowDataset:
         """The windows of "train", "val" or "test"."""

@@ -2,7 +2,8 @@
 #
 #   PYTHON    the Python to use (default: .venv of this repository, else python3)
 #   LLM_PATH  folder or hub id of the language model (default: base_models/Qwen2.5-3B of this repository)
-#   TIMELLM_PROGRAM  what gets the flags (default: run_main.py); scripts/check_gpu.py measures what the run would take
+#   TIMELLM_PROGRAM  what gets the flags (default: run_main.py, of a transfer run_pretrain.py); scripts/check_gpu.py
+#                    measures what the run would take
 #
 # run_main.py runs in the repository's folder: relative paths in flags (--root_path, --checkpoints) mean that one.
 
@@ -87,4 +88,15 @@ run_ett() {
   set_allocator || return 1
   find_data "$name" "$@" || return 1
   "$python" "${TIMELLM_PROGRAM:-run_main.py}" --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
+}
+
+# run_transfer SOURCE TARGET FLAGS...: one run that trains on SOURCE, and validates and tests on TARGET.
+run_transfer() {
+  local source=$1 target=$2
+  shift 2
+  set_allocator || return 1
+  find_data "$source" "$@" || return 1
+  find_data "$target" "$@" || return 1
+  "$python" "${TIMELLM_PROGRAM:-run_pretrain.py}" --data_pretrain "$source" --data_path_pretrain "$source.csv" \
+    --data "$target" --root_path "$data_dir" --data_path "$target.csv" --llm_model_path "$weights" "$@"
 }

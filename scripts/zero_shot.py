@@ -2,10 +2,10 @@
 
     python scripts/zero_shot.py --source ETTh1 --target ETTh2 --llm_layers 6 --load_in_4bit
 
-For each horizon a model is trained on the source (a run that is there already resumes, or is only tested,
-if it has the same flags) and tested on the target without seeing a row of it in training. All other
-flags go to run_main.py. The table has beside it what simple forecasts reach on the target; the ridge
-regression there was fitted on the target.
+For each horizon a model is trained on the source (a run that is there already resumes, or is only tested, if it has
+the same flags), and tested on the target by the test of run_pretrain.py. Here no row of the target is seen before: the
+source's validation windows choose the epoch, where run_pretrain.py lets the target's choose it. All other flags go to
+both. The table has beside it what simple forecasts reach on the target; the ridge regression there was fitted on it.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[s
     folder = Path(parsed.checkpoints) / run_name(parsed, 0)
     if _run([*train, "--resume"]):  # a finished run is only tested, one with other flags is refused
         return None
-    if _run([*flags, "--is_training", "0", "--data", target, "--checkpoint", str(folder)]):
+    test = [*flags, "--is_training", "0", "--data_pretrain", source, "--data", target, "--checkpoint", str(folder)]
+    if _run(test, "run_pretrain.py"):
         return None
     tested = REPO / folder / f"on_{target}" / "metrics.json"
     own, other = (json.loads(path.read_text(encoding="utf-8")) for path in (REPO / folder / "metrics.json", tested))
@@ -65,8 +66,8 @@ def measure(source: str, target: str, horizon: int, others: list[str]) -> dict[s
     return dict(zip(COLUMNS, [*figures, simple.get("last season"), simple["ridge"]], strict=True))
 
 
-def _run(flags: list[str]) -> int:
-    return subprocess.run([sys.executable, "run_main.py", *flags], cwd=REPO).returncode
+def _run(flags: list[str], program: str = "run_main.py") -> int:
+    return subprocess.run([sys.executable, program, *flags], cwd=REPO).returncode
 
 
 def table(source: str, target: str, rows: dict[int, dict[str, Errors]]) -> str:

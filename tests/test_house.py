@@ -12,7 +12,7 @@ from utils.command_line import parse_flags
 from utils.flags import FLAGS, Role, recorded, resumed, run_name
 
 # A room imports those below it and its own.
-ROOMS = ["run_main", "utils", "models", "data_provider", "layers"]
+ROOMS = ["run_pretrain", "run_main", "utils", "models", "data_provider", "layers"]
 # Within utils: what is above imports what is below.
 FLOORS = [
     "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.slurm", "utils.study.statistics",
@@ -34,7 +34,11 @@ NAMES = {flag.name for flag in FLAGS}
 
 def program() -> dict[str, ast.Module]:
     """Module name -> its syntax tree, for all of the program that is no script."""
-    files = [ROOT / "run_main.py", *(file for room in ROOMS[1:] for file in (ROOT / room).rglob("*.py"))]
+    files = [
+        ROOT / "run_pretrain.py",
+        ROOT / "run_main.py",
+        *(file for room in ROOMS[2:] for file in (ROOT / room).rglob("*.py")),
+    ]
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     return {name.removesuffix(".__init__"): ast.parse(file.read_text("utf-8")) for name, file in modules.items()}
 
@@ -144,7 +148,9 @@ OLD_STATE = {
     "prompt_decimals", "batch_size", "learning_rate", "optimizer", "loss", "lradj", "pct_start", "use_amp", "max_iters",
 }  # fmt: skip
 # What has come since; a state without it had the default.
-NEWER = {"skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation"}
+NEWER = {
+    "skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation", "data_pretrain",
+}  # fmt: skip
 NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
     "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals", "append",
@@ -163,6 +169,7 @@ FIXED = {
 }
 INHERITED_WITH_THE_DATA = {
     "data", "root_path", "data_path", "target", "freq", "percent", "fill_missing", "prompt_text", "enc_in",
+    "data_pretrain", "data_path_pretrain",
 }  # fmt: skip
 INHERITED = {
     "task_name", "model_id", "model_comment", "model", "des", "seed", "features", "embed", "num_workers", "seq_len",
@@ -178,7 +185,9 @@ def test_roles_make_of_each_flag_what_earlier_versions_did() -> None:
     assert NAMES - set(recorded(args)) == NEVER_RECORDED
     assert {flag.name for flag in FLAGS if flag.role.fixed} - NEWER == FIXED
     assert {flag.name for flag in FLAGS if flag.role.inherited and flag.role.about_data} == INHERITED_WITH_THE_DATA
-    assert {flag.name for flag in FLAGS if flag.role.inherited and not flag.role.about_data} == INHERITED | NEWER
+    assert {flag.name for flag in FLAGS if flag.role.inherited and not flag.role.about_data} == (
+        INHERITED | NEWER - INHERITED_WITH_THE_DATA
+    )
 
 
 def test_modules_say_what_is_inside_and_fit_a_head() -> None:

@@ -4,12 +4,13 @@ import shlex
 import shutil
 import subprocess
 from argparse import Namespace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from data_provider.data_loader import Series, SplitSeries
-from data_provider.description import bank_file, dataset_description, make_description
+from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
@@ -106,6 +107,25 @@ def shares(args: Namespace, processes: int) -> list[str]:
     each = f"{most}" if fewest == most else f"{fewest} or {most}"
     step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process"
     return [f"{processes} processes: {step}; --eval_batch_size {args.eval_batch_size} and --max_sequences are of each"]
+
+
+def check_pretraining(args: Namespace, series: Series, pretrain: SplitSeries | None, checkpoint: Checkpoint | None) -> None:
+    """Set `--data_pretrain` against the data that are forecast, and of a test against what its checkpoint was trained on.
+
+    Args:
+        pretrain: the series that it names; None where nothing is trained on it.
+
+    Raises:
+        InputError: at the first contradiction.
+    """
+    if pretrain is not None and not model_class(args.model).channel_independent and pretrain.columns != series.columns:
+        got = f"the columns {', '.join(pretrain.columns[:LISTED])} of {pretrain.path}"
+        reason = f"for --model {args.model} forecasts each from all"
+        raise input_error("--data_pretrain", got, f"those of {series.path}, {', '.join(series.columns[:LISTED])}, {reason}")
+    trained = checkpoint.trained_data.get("file") if checkpoint else None
+    if args.data_pretrain and trained not in (None, Path(args.data_path_pretrain).name) and checkpoint:
+        got = f"{args.data_pretrain}, file {args.data_path_pretrain}"
+        raise input_error("--data_pretrain", got, f"{trained}, on which {checkpoint.file} was trained", "or leave it out")
 
 
 def check_model(args: Namespace) -> BackboneInfo | None:
@@ -214,17 +234,29 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
         f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
         f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
     ]
-    gaps = gaps_in(dates, series.step)
-    if gaps:
-        wheres = "between {} and {}".format(*gaps[0])
-        count = "1 gap" if len(gaps) == 1 else f"{len(gaps)} gaps, the first"
-        lines.append(f"WARNING: rows are missing: {count} {wheres}; windows go over it as if nothing were")
+    lines += _gaps(series, "")
     if model_class(args.model).uses_llm:
         lines.append(f"prompt: {dataset_description(args)}")
     if series.filled:
         cells = "1 empty cell" if series.filled == 1 else f"{series.filled} empty cells"
         lines.append(f"{cells} filled (--fill_missing {args.fill_missing})")
     return lines
+
+
+def transfer(series: Series, pretrain: SplitSeries) -> list[str]:
+    """Lines that say what trains, in place of the series that is validated, tested and forecast."""
+    trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
+    line = f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})"
+    return [line, *_gaps(pretrain, f" in {pretrain.path}")]
+
+
+def _gaps(series: SplitSeries, where: str) -> list[str]:
+    gaps = gaps_in(series.dates, series.step)
+    if not gaps:
+        return []
+    between = "between {} and {}".format(*gaps[0])
+    count = "1 gap" if len(gaps) == 1 else f"{len(gaps)} gaps, the first"
+    return [f"WARNING: rows are missing{where}: {count} {between}; windows go over it as if nothing were"]
 
 
 class IntervalPlan(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from data_provider.splits import DATASETS
 from layers.errors import InputError, input_error
-from utils.flags import FLAGS, REQUIRED, inherited, run_name
+from models import traits
+from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, run_name
 from utils.kinds import BOOL, LEVELS
 from utils.saving.record import read_record
 
@@ -29,7 +30,7 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
     """All flags in the groups of ``--help``; whether required ones are there, ``parse_flags`` checks."""
     parser = FlagParser(
         prog=prog,
-        usage="python run_main.py " + " ".join(f"--{name} X" for name in REQUIRED) + " [more flags]",
+        usage=f"python {prog} " + " ".join(f"--{name} X" for name in required_by(prog)) + " [more flags]",
         description="Time-LLM: train (--is_training 1) or test (--is_training 0) a time series forecaster "
         "around a frozen language model. Flags go in any order.",
         allow_abbrev=False,
@@ -40,14 +41,20 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
         heading = flag.role.group
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        shown = " (required)" if flag.required else "" if flag.default is None else f" (default: {flag.default})"
+        default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
+        shown = " (required)" if flag.name in required_by(prog) else "" if default is None else f" (default: {default})"
         extra: dict[str, Any] = (
             {"nargs": "?", "const": True} if flag.kind is BOOL else {"nargs": "+"} if flag.kind is LEVELS else {}
         )
         groups[heading].add_argument(
-            f"--{flag.name}", type=flag.kind, default=flag.default, metavar="X", help=flag.help + shown, **extra
+            f"--{flag.name}", type=flag.kind, default=default, metavar="X", help=flag.help + shown, **extra
         )
     return parser
+
+
+def required_by(prog: str) -> list[str]:
+    """Names of the flags that a training with the script `prog` cannot do without."""
+    return [*REQUIRED, *REQUIRED_BY.get(prog, [])]
 
 
 def parse_flags(argv: Sequence[str], prog: str = "run_main.py") -> argparse.Namespace:
@@ -76,7 +83,8 @@ def _parse(parser: FlagParser, argv: list[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _stray(parser, unknown[0])
-    _refuse_missing(args)
+    # What was trained on matters no more to a test, whose checkpoint knows it.
+    _refuse_missing(args, REQUIRED if args.is_training == 0 else required_by(parser.prog))
     _complete(args, given)
     return args
 
@@ -103,7 +111,7 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
     words = inherited(Path(checkpoint), set(words)) | words
     for name, text in words.items():
         setattr(args, name, _value(name, text))
-    _refuse_missing(args)
+    _refuse_missing(args, REQUIRED)
     _complete(args, set(words))
     return args
 
@@ -117,9 +125,9 @@ def _value(name: str, text: str) -> Any:
         raise input_error(f"--{name}", repr(text), kind.expected) from None
 
 
-def _refuse_missing(args: argparse.Namespace) -> None:
+def _refuse_missing(args: argparse.Namespace, required: list[str]) -> None:
     """Raise InputError for a required flag that neither the user nor a checkpoint has given."""
-    missing = [f"--{name}" for name in REQUIRED if getattr(args, name) is None]
+    missing = [f"--{name}" for name in required if getattr(args, name) is None]
     if missing and args.checkpoint and not read_record(Path(args.checkpoint)):
         # The flags would have come from it.
         got = "no record of a training in it" if Path(args.checkpoint).exists() else "no such file or folder"
@@ -176,8 +184,11 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         args.freq = args.freq if "freq" in given else None
     if args.data_path is None and args.data != "custom":
         args.data_path = f"{args.data}.csv"
+    _complete_pretraining(args)
     if args.seq_len < args.patch_len:
         raise input_error("--seq_len", f"{args.seq_len}, shorter than a patch", f"--patch_len {args.patch_len} or more")
+    if args.label_len > args.seq_len and traits(args.model).channel_independent:
+        args.label_len = args.seq_len  # nothing reads it; published command lines have such a one
     if args.label_len > args.seq_len:
         raise input_error("--label_len", args.label_len, f"at most --seq_len {args.seq_len}")
     if args.data_path is None:
@@ -199,3 +210,21 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         longest = max((args.model_id, args.model_comment, args.des), key=len)
         got = f"{longest[:20]!r}... in a run name of {length} bytes"
         raise input_error("--model_id, --model_comment, --des", got, f"at most {MAX_NAME_BYTES}")
+
+
+def _complete_pretraining(args: argparse.Namespace) -> None:
+    """Fill in the file of `--data_pretrain`.
+
+    Raises:
+        InputError: one of the two flags lacks the other.
+    """
+    name = args.data_pretrain
+    if name is None:
+        if args.data_path_pretrain is not None:
+            raise input_error("--data_path_pretrain", "it without --data_pretrain", "both")
+        return
+    args.data_pretrain = DATASETS[name].read_as or name
+    if args.data_path_pretrain is None:
+        if args.data_pretrain == "custom":
+            raise input_error("--data_path_pretrain", "nothing", "the CSV's name with --data_pretrain custom")
+        args.data_path_pretrain = f"{args.data_pretrain}.csv"

@@ -105,6 +105,9 @@ FLAGS = [
               f"{', '.join(name for name in DATASETS if DATASETS[name].read_as)}", DATA, "{}"),
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
     Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
+    Flag("data_pretrain", DATA, one_of(*DATASETS), None, "transfer: train on the training rows of this data set; --data "
+         "validates, tests and is forecast (run_pretrain.py asks for it)"),
+    Flag("data_path_pretrain", FILE_READ, FILE, None, "its CSV file in --root_path (default: that of --data_pretrain)"),
     Flag("target", DATA, TEXT, "OT", "target column for S and MS; custom files without OT: their last column"),
     Flag("freq", FILE_READ, FREQUENCY, "h", "step of the data, for the time marks, which Autoformer alone reads; custom "
          "files: read off their timestamps"),
@@ -119,7 +122,8 @@ FLAGS = [
          "read, --target is scored", "ft{}"),
     # Fewer than 5 rows have no 5 lags to name in the prompt.
     Flag("seq_len", FIXED_TASK, whole(5), 96, "rows of history in a window, at least --patch_len", "sl{}"),
-    Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows before the target (default: 48, or --seq_len)", "ll{}"),
+    Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows before the target, which Autoformer alone reads "
+         "(default: 48, or --seq_len); of the others more than --seq_len are taken for --seq_len", "ll{}"),
     Flag("pred_len", TASK, COUNT, 96, "rows to forecast", "pl{}"),
 
     Flag("d_model", MODEL, COUNT, 16, "width of a patch token", "dm{}"),
@@ -216,6 +220,9 @@ FLAGS = [
 ]
 # fmt: on
 REQUIRED = [flag.name for flag in FLAGS if flag.required]
+# Where the published script of that name differs from run_main.py: defaults, and what a training cannot do without.
+DEFAULTS_OF: dict[str, dict[str, Any]] = {"run_pretrain.py": {"patience": 5}}
+REQUIRED_BY = {"run_pretrain.py": ["data_pretrain"]}
 
 
 class FinalFlags(argparse.Namespace):

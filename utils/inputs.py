@@ -25,6 +25,8 @@ def check_inputs(args: Namespace) -> None:
         find_checkpoint(Path(args.checkpoint or Path(args.checkpoints) / run_name(args, 0)))
     if args.predict_path is None:
         find_csv(args.root_path, args.data_path)
+    if args.is_training and args.data_pretrain:
+        find_csv(args.root_path, args.data_path_pretrain)
     if not traits(args.model).uses_llm:
         return
     if args.is_training and args.prompt_domain:  # a test or a forecast may have the training's description

@@ -111,6 +111,8 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = note_of(job.record["backbone"])
     model = {"model": job.args.model} | ({"language_model": note} if note else {})
+    if "pretrain" in checkpoint.record or not checkpoint.trained_on(job.series, job.args.fill_missing):
+        model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]} | model)
     if "intervals" in metrics:
         job.log(line_of(metrics["intervals"]))

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from data_provider.data_factory import data_provider, epoch_batches, series_from_args
+from data_provider.data_factory import data_provider, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import frequency
 from data_provider.splits import SPLITS
@@ -59,6 +59,7 @@ class Plan:
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     precision: Precision
+    pretrain: SplitSeries | None = None  # trained on in the series' place
 
     def random_seed(self, repeat: int) -> int | None:
         """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
@@ -74,7 +75,9 @@ class Plan:
         if not isinstance(self.series, SplitSeries):
             return []
         calibrates = bool(self.intervals.levels) and self.intervals.kept is None
-        return [(split, self.series) for split in SPLITS[0 if self.args.is_training else 1 if calibrates else 2 :]]
+        first = 0 if self.args.is_training else 1 if calibrates else 2
+        series = {"train": self.pretrain or self.series}
+        return [(split, series.get(split, self.series)) for split in SPLITS[first:]]
 
 
 def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
@@ -88,7 +91,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
         RunError: no memory for the model, or the folder cannot be written.
     """
     plan = make_plan(args, repeat)
-    record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat))
+    record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat), plan.pretrain)
     start = _claim_folder(plan, record)
     job = make_job(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
@@ -123,6 +126,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
         levels=plan.intervals.levels,
         intervals=plan.intervals.kept,
         notes=plan.notes,
+        pretrain=plan.pretrain,
     )
 
 
@@ -151,6 +155,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     info = checks.check_model(args)
     if not model_class(args.model).channel_independent and args.freq is None:
         args.freq = frequency(series.step)  # tells how many time marks there are
+    pretrain = pretraining_series(args) if trains and args.data_pretrain else None
+    checks.check_pretraining(args, series, pretrain, checkpoint)
     outline = checks.outline(args, info)
     if checkpoint is not None:
         checks.check_checkpoint(args, checkpoint, outline, same_data)
@@ -160,10 +166,11 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     if trains and isinstance(series, SplitSeries):
-        checks.fit_batch(args, series, outline)
+        checks.fit_batch(args, pretrain or series, outline)
         checks.check_processes(args, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
-    plan = Plan(FinalFlags(args), folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision)
+    final = FinalFlags(args)
+    plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision, pretrain)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
@@ -199,9 +206,14 @@ def load_checkpoint(job: Job) -> Checkpoint:
 
 
 def describe_run(
-    args: Namespace, series: Series, info: BackboneInfo | None, random_seed: int | None = None
+    args: Namespace,
+    series: Series,
+    info: BackboneInfo | None,
+    random_seed: int | None = None,
+    pretrain: SplitSeries | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run."""
+    """What a checkpoint says of its run; data, columns and scaler are those of what it forecasts, and under "pretrain" those
+    of what it trained on, where that is another series."""
     backbone: dict[str, Any] = {}
     if info is not None:
         backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
@@ -210,18 +222,7 @@ def describe_run(
     record: dict[str, Any] = {"flags": recorded(args), "backbone": backbone}
     if not isinstance(series, SplitSeries):
         return record
-    return record | {
-        "data": {
-            "file": series.path.name,
-            "rows": len(series.dates),
-            "synthetic": series.synthetic,
-            "step": series.step_words,
-            "mark": {"rows": series.splits.train, "sha256": series.fingerprint},
-        },
-        "columns": series.columns,
-        "target": series.target,
-        "scaler": {"mean": series.mean.tolist(), "deviation": series.deviation.tolist()},
-    }
+    return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
 
 
 def _read_series(args: Namespace, checkpoint: Checkpoint | None, forecasts_only: bool) -> tuple[Series, bool, list[str]]:
@@ -242,7 +243,7 @@ def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
     """The folder of a run that trains, locked, and what it finds there; None for one that does not."""
     if not (plan.args.is_training and isinstance(plan.series, SplitSeries)):
         return None
-    ours = identity(plan.args, plan.series, record["backbone"])
+    ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
     return open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
 
 
@@ -257,8 +258,12 @@ def _open_log(plan: Plan) -> RunLog:
     log(f"Using device: {numbered}")
     for line in checks.shares(args, plan.accelerator.num_processes):
         log(line)
-    if series.synthetic:
-        log(f"SYNTHETIC DATA: {series.path} was generated, not measured; results on it say nothing about real series")
+    for each in (series, plan.pretrain):
+        if each is not None and each.synthetic:
+            log(f"SYNTHETIC DATA: {each.path} was generated, not measured; results on it say nothing about real series")
+    if plan.pretrain is not None:
+        for line in checks.transfer(series, plan.pretrain):
+            log(line)
     for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
         log(line)
     for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
@@ -369,7 +374,7 @@ def _begin(job: Job, start: Start) -> Training:
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
     """Ridge regression into the model's map `[T, H]`."""
     began = time.perf_counter()
-    train, val = job.windows.windows("train"), job.windows.windows("val")
+    train, val = job.trained_series.windows("train"), job.windows.windows("val")
     weights, penalty = fit_ridge(train, val)
     with torch.no_grad():
         linear_map.copy_(torch.from_numpy(weights))

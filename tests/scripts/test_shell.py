@@ -25,7 +25,8 @@ case $1 in
   scripts/get_data.py) echo "progress" >&2; echo "said by get_data"; echo "data: $FAKE_DATA" ;;
   scripts/make_backbone.py) echo "backbone=$*" ;;
   scripts/report.py) echo "table=$2" ;;
-  run_main.py)
+  run_main.py | run_pretrain.py)
+    echo "program=$1"
     echo "cwd=$PWD"
     echo "alloc=${PYTORCH_ALLOC_CONF-} cuda=${PYTORCH_CUDA_ALLOC_CONF-}"
     shift; printf 'arg=%s\\n' "$@"
@@ -106,6 +107,18 @@ def test_every_script_parses_and_names_its_data(copy: Copy, script: str) -> None
 def test_small_scripts_differ_only_in_the_data_set() -> None:
     texts = {(ROOT / "scripts" / script).read_text().replace(script.split("_")[1], "NAME") for script in SMALL}
     assert len(texts) == 1
+
+
+def test_transfer_script(copy: Copy) -> None:
+    argv = copy.run("TimeLLM_ETTh1_ETTh2.sh", "--pred_len", "192")
+    args = parse_flags(argv, "run_pretrain.py")
+    assert (args.data_pretrain, args.data_path_pretrain, args.data, args.data_path) == (
+        "ETTh1", "ETTh1.csv", "ETTh2", "ETTh2.csv"
+    )  # fmt: skip
+    assert (args.model_id, args.pred_len, args.resume) == ("ETTh1_ETTh2_512_96", 192, True)
+    assert "program=run_pretrain.py\n" in copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_ETTh2.sh"').stdout
+    other = copy.bash(f'bash "{copy.root}/scripts/TimeLLM_ETTh1_ETTh2.sh"', TIMELLM_PROGRAM="run_main.py")
+    assert "program=run_main.py\n" in other.stdout  # in that variable's place, check_gpu.py measures what the run would take
 
 
 def test_server_script(copy: Copy) -> None:

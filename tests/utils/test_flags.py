@@ -111,6 +111,7 @@ BAD_VALUES = [
     ("--save_predictions", "all"), ("--plots", "2"), ("--amp_dtype", "int8"),
     ("--torch_checkpoint", "2"), ("--test_every", "-1"), ("--llm_ablation", "all"), ("--skip", "yes"),
     ("--use_prompt", "2"), ("--use_reprogramming", "no"), ("--prompt_lags", "5"), ("--activation", "tanh"),
+    ("--data_pretrain", "ETTh9"),
 ]  # fmt: skip
 
 
@@ -122,7 +123,15 @@ def test_bad_value_is_named(flag: str, value: str, capsys: pytest.CaptureFixture
         assert "perhaps" not in line
 
 
-PATHS = ["--root_path", "--data_path", "--llm_model_path", "--checkpoints", "--checkpoint", "--predict_path"]
+PATHS = [
+    "--root_path",
+    "--data_path",
+    "--data_path_pretrain",
+    "--llm_model_path",
+    "--checkpoints",
+    "--checkpoint",
+    "--predict_path",
+]
 
 
 @pytest.mark.parametrize("value", ["", " ", "x" * 256, "x/" * 2000, "a\ud800", "a\0b"])
@@ -149,7 +158,7 @@ def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
     ("extra", "expected"),
     [
         ("--seq_len 10", "--seq_len: got 10, shorter than a patch, expected --patch_len 16 or more"),
-        ("--label_len 513", "--label_len: got 513, expected at most --seq_len 512"),
+        ("--label_len 513 --model Autoformer", "--label_len: got 513, expected at most --seq_len 512"),
         ("--data custom --data_path", "--data_path: got no value right after it, expected a file name"),
         ("--intervals none 80", "--intervals: got none beside numbers, expected numbers between 0 and 100"),
         ("--label_len --pred_len 48 96", "--label_len: got no value right after it, expected a whole number"),

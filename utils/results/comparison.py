@@ -44,7 +44,10 @@ def report(folder: Path) -> str:
         write_json(folder / METRICS, metrics | {"baselines": found})
     model, backbone = record["flags"].get("model", "TimeLLM"), record.get("backbone", {})
     name = "Time-LLM" if model == "TimeLLM" else model
-    return table(metrics["test"] | {"intervals": metrics.get("intervals")}, found, series.synthetic, name, note_of(backbone))
+    other = metrics.get("trained_on", {})  # than the data of the figures
+    synthetic = series.synthetic or bool(other.get("synthetic"))
+    test, source = metrics["test"] | {"intervals": metrics.get("intervals")}, str(other.get("file", ""))
+    return table(test, found, synthetic, name, note_of(backbone), source)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def note_of(backbone: object) -> str:
     return note if isinstance(note, str) else ""
 
 
-def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note: str = "") -> str:
+def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note: str = "", source: str = "") -> str:
     """An aligned table, best first, and a sentence about who won.
 
     Args:
@@ -93,16 +96,17 @@ def table(test: dict, found: dict, synthetic: bool, name: str = "Time-LLM", note
         found: as `measured` returns it.
         name: of the run's model.
         note: on its language model.
+        source: the file that it was trained on, where that is not the one of its test.
     """
     rows = [{"title": f"{name} (this run)"} | test, *found["rows"]]
     rows.sort(key=lambda row: row["mse"])
     width = max(len(row["title"]) for row in rows)
     levels = list((test.get("intervals") or {}).get("levels", {}))
     heads = "".join(f"  {f'in {level} %':>8}  {'width':>6}" for level in levels) + (f"  {'WQL':>7}" if levels else "")
-    of = found["of"]
+    of, trained = found["of"], f" after training on {source}" if source else ""
     lines = [
         "",
-        f"Test windows of {of['file']}, {of['seq_len']} rows -> {of['pred_len']} rows, standardised scale "
+        f"Test windows of {of['file']}{trained}, {of['seq_len']} rows -> {of['pred_len']} rows, standardised scale "
         "(lower is better):",
         "",
         f"  {'':{width}}  {'MSE':>9}  {'MAE':>9}{heads}",

@@ -92,6 +92,13 @@ class Checkpoint:
         """Name, shape and fingerprint of the language model of the training."""
         return self.record.get("backbone", {})
 
+    @property
+    def trained_data(self) -> dict[str, Any]:
+        """What the record says of the data whose rows the tensors were trained on: those of `--data_pretrain`, where it was
+        given, else those that also validated; empty where it says nothing."""
+        held = self.record.get("pretrain", self.record).get("data", {})
+        return held if isinstance(held, dict) else {}
+
     @cached_property
     def intervals(self) -> Intervals | None:
         """The prediction intervals of the tensors, in the order of the columns that training forecast; None without.
@@ -179,6 +186,8 @@ class Checkpoint:
 
 def trained_on(record: dict[str, Any], data: Series | Table, fill: str | None = None) -> bool:
     """Whether the first rows of `data` are the training rows of a record; the file may have grown since.
+
+    Of a run with `--data_pretrain` they are those of `--data`, which scale what it validates, tests and forecasts.
 
     They are known by content, for names are often alike. Of a checkpoint of older code, which does
     not have the content's fingerprint, the name decides.

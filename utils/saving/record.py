@@ -14,7 +14,7 @@ from layers.errors import input_error
 
 TENSORS, LEGACY = "checkpoint.safetensors", "checkpoint"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
-PARTS = ("flags", "data", "scaler", "backbone")  # of a record: each a dict, or absent
+PARTS = ("flags", "data", "scaler", "backbone", "pretrain")  # of a record: each a dict, or absent
 
 
 @dataclass(frozen=True)

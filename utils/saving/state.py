@@ -118,16 +118,25 @@ class SavedState:
         return f"epoch {self.progress['epoch']}, iteration {self.progress['iteration']}"
 
 
-def identity(args: Namespace, series: SplitSeries, backbone: dict[str, Any]) -> dict[str, Any]:
+def identity(
+    args: Namespace, series: SplitSeries, backbone: dict[str, Any], pretrain: SplitSeries | None = None
+) -> dict[str, Any]:
     """What must be the same for a run to resume: JSON values, compared one by one."""
-    data = hashlib.sha256(series.values.tobytes())
-    data.update(series.dates.asi8.tobytes())
     return {f"--{name}": value for name, value in resumed(args).items()} | {
-        "the data's columns": series.columns,
-        "the data's number of rows": len(series.dates),
-        "the data's values (SHA-256)": data.hexdigest(),
+        **_of_data("data", series),
+        **(_of_data("pretraining data", pretrain) if pretrain else {}),
         "the prompt's description": dataset_description(args),
         **{f"the language model's {name}": value for name, value in backbone.items()},
+    }
+
+
+def _of_data(name: str, series: SplitSeries) -> dict[str, Any]:
+    data = hashlib.sha256(series.values.tobytes())
+    data.update(series.dates.asi8.tobytes())
+    return {
+        f"the {name}'s columns": series.columns,
+        f"the {name}'s number of rows": len(series.dates),
+        f"the {name}'s values (SHA-256)": data.hexdigest(),
     }
 
 

@@ -72,6 +72,7 @@ class Job:
 
     Attributes:
         series: what is forecast; of a run that only forecasts, the history that it goes on from.
+        pretrain: what it trains on, where that is another series.
         loaders: of the splits that the run goes through: "train", "val", "test".
         record: what a checkpoint says of the run.
         checkpoint: what is tested or forecast with; None until a run that trains has one.
@@ -95,6 +96,7 @@ class Job:
     levels: tuple[float, ...] = ()  # of the prediction intervals, per cent
     intervals: Intervals | None = None  # of the tensors that the model has, once they are calibrated
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
+    pretrain: SplitSeries | None = None
     _training: Training | None = None
 
     @property
@@ -118,6 +120,11 @@ class Job:
         """The series, cut into windows; a run that only forecasts has none."""
         assert isinstance(self.series, SplitSeries), "this run only forecasts"
         return self.series
+
+    @property
+    def trained_series(self) -> SplitSeries:
+        """The series whose training windows train."""
+        return self.pretrain or self.windows
 
     @property
     def steps_per_epoch(self) -> int:

@@ -166,7 +166,7 @@ def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
     if reducer is None:
         return smaller(lambda size: passes(size, scale=scale))
     # One of several processes must not come back alone to what all do together.
-    total = job.args.batch_size * len(job.series.forecast_columns)
+    total = job.args.batch_size * len(job.trained_series.forecast_columns)
     with explain_out_of_memory("a step", lambda: advice(job.args, job.model)):
         return passes(scale=scale, total=total, reducer=reducer, within=smaller)
 
@@ -323,7 +323,7 @@ def _culprits(job: Job, batch: Batch) -> str:
     found = from_all(_wrong_windows(job, batch))
     found = [some for some in found if some.columns] or found
     windows = [window for some in found for window in some.windows]
-    columns = [name for name in job.series.forecast_columns if any(name in some.columns for some in found)]
+    columns = [name for name in job.trained_series.forecast_columns if any(name in some.columns for some in found)]
     return f"the windows that start at {_some(windows)}" + (f", columns {_some(columns)}" if columns else "")
 
 
@@ -338,6 +338,7 @@ class _Wrong(NamedTuple):
 def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     data = job.loaders["train"].dataset
     dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
+    columns = job.trained_series.forecast_columns
     sequences = batch.to(job.device).sequences()
     try:
         with job.precision.autocast():
@@ -351,10 +352,9 @@ def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     errors = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
     bad = ~torch.isfinite(errors)
     if not bad.any():
-        return _Wrong(dates, job.series.forecast_columns if processes() == 1 else [])
+        return _Wrong(dates, columns if processes() == 1 else [])
     windows = [date for date, row in zip(dates, bad, strict=True) if row.any()]
-    named = [name for name, column in zip(job.series.forecast_columns, bad.T, strict=True) if column.any()]
-    return _Wrong(windows, named)
+    return _Wrong(windows, [name for name, column in zip(columns, bad.T, strict=True) if column.any()])
 
 
 def _some(names: list[str]) -> str:
