@@ -3,6 +3,7 @@
 Where there is no group, a sum is that of one process, so that a layer need not ask.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,7 +54,7 @@ def from_first(tensors: Iterable[torch.Tensor]) -> None:
 
 def rows_of(total: int, rank: int, world: int, multiple: int = 1) -> Rows:
     """The rows of process `rank` of `world`: as many for each, a multiple of `multiple`, but for the last ones."""
-    size = -(-(-(-total // world)) // multiple) * multiple
+    size = math.ceil(math.ceil(total / world) / multiple) * multiple
     return Rows(min(rank * size, total), min((rank + 1) * size, total), total, size)
 
 

@@ -89,6 +89,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 import layers.backbone
+import utils.begin
 import utils.setup
 from data_provider.batches import Batch
 from layers.prompt import Prompts
@@ -329,7 +330,7 @@ class Bench:
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
         utils.setup.join = lambda _args: _Accelerator()
-        utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
+        utils.begin.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
 

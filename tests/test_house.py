@@ -17,14 +17,17 @@ ROOMS = ["run_pretrain", "run_main", "utils", "models", "data_provider", "layers
 FLOORS = [
     "utils.study.pictures", "utils.study.table", "utils.study.queue", "utils.study.slurm", "utils.study.statistics",
     "utils.study.cells", "utils.study.grid", "utils.study.devices",
-    "utils.run", "utils.forecaster", "utils.setup", "utils.results.past", "utils.results.forecast_files",
+    "utils.run", "utils.forecaster", "utils.setup", "utils.processes.group", "utils.processes.watch", "utils.begin",
+    "utils.results.past", "utils.results.forecast_files",
     "utils.results.inside", "utils.results.ensemble", "utils.results.plots", "utils.results.forecast",
     "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.comparison",
     "utils.results.baselines", "utils.training.evaluate", "utils.training.trial", "utils.training.memory",
-    "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
+    "utils.training.session", "utils.training.reduction", "utils.training.step", "utils.training.precision",
+    "utils.results.journal",
     "utils.results.predictions", "utils.results.metrics", "utils.results.interval_metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
-    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line", "utils.flags",
+    "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks",
+    "utils.saving.interrupt", "utils.inputs", "utils.command_line", "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
     "utils.errors",
     "utils.threads",
@@ -67,7 +70,9 @@ def test_imports_run_downward() -> None:
 
 def test_imports_run_downward_within_utils() -> None:
     assert {
-        n for n in PROGRAM if n.startswith("utils.") and n.split(".")[-1] not in ("training", "saving", "results", "study")
+        n
+        for n in PROGRAM
+        if n.startswith("utils.") and n.split(".")[-1] not in ("training", "saving", "results", "study", "processes")
     } == set(FLOORS)
     for name in FLOORS:
         above = {m for m in imports(PROGRAM[name]) if m in FLOORS and FLOORS.index(m) <= FLOORS.index(name)}

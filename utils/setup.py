@@ -1,7 +1,6 @@
 """Set-up of a run: flags made complete and checked, then folder, log, model, loaders and what training needs."""
 
 import os
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +16,24 @@ from data_provider.description import frequency
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
-from layers.errors import input_error
-from layers.ranks import from_first
 from models import model_class
 from models.forecaster import Forecaster
 from models.TimeLLM import layers_of, words_on_host
 from utils import checks
+from utils.begin import begin
 from utils.flags import FinalFlags, recorded, run_name
 from utils.processes.group import join
-from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import no_rows_yet, read_history
-from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
-from utils.saving.asks import Asks
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import Start, open_folder, refuse_links, results_folder
 from utils.saving.interrupt import Interrupts
-from utils.saving.record import TENSORS
-from utils.saving.saver import Saver
 from utils.saving.shares import whole_shapes
-from utils.saving.state import Progress, SavedState, identity, part_random, restore
-from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
-from utils.training.precision import LossScale, Precision, choose_precision
-from utils.training.reduction import GradientReducer
-from utils.training.session import Alone, Job, Limit, Training
-from utils.training.step import Guard, build_optimizer
+from utils.saving.state import identity
+from utils.training.memory import cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
+from utils.training.precision import Precision, choose_precision
+from utils.training.session import Alone, Job, Limit
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
     start = _claim_folder(plan, record)
     job = make_job(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
-        job.training = _begin(job, start)
+        job.training = begin(job, start)
     if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
         interrupts.defer()
     return job
@@ -329,72 +320,3 @@ def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[st
         )
         log(f"{split} {len(data)}")
     return loaders
-
-
-def _begin(job: Job, start: Start) -> Training:
-    """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
-
-    Raises:
-        InputError: it is finished, but its checkpoint is gone.
-        RunError: no memory for the state.
-    """
-    args, model, log, accelerator = job.args, job.model, job.log, job.accelerator
-    optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
-    journal = None
-    if accelerator.is_main_process:
-        events = tensorboard_writer(job.folder, log) if args.tensorboard else None
-        journal = Journal(job.folder, job.steps_per_epoch, events)
-    for line in start.lines:
-        log(line)
-    last = start.state.path if start.state else None
-    asks = Asks(job.interrupts, accelerator.num_processes)
-    saver = Saver(job.folder, args, model, optimizer, accelerator, asks, start.identity, job.record, last)
-    progress = Progress()
-    if start.state is not None:
-        with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
-            progress = restore(start.state, model, optimizer, job.device)
-        saver.mark_saved(progress)
-        if args.max_sequences is None:  # else what is free today would decide
-            job.step_limit.sequences = progress.max_sequences
-            job.evaluation_limit.sequences = progress.evaluation_sequences
-        _resume(job, start.state, progress)
-    else:
-        if model.linear_map is not None:
-            _fit_linear_map(job, model.linear_map)
-        from_first(tensor for name, tensor in model.state_dict().items() if name not in model.rows)
-        part_random(job.args.seed, job.device)
-    scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
-    reducer = None
-    if accelerator.num_processes > 1:
-        reducer = GradientReducer(model.parameters(), [model.get_parameter(name) for name in model.rows])
-    guard = Guard(model, optimizer, asks, log, scale)
-    return Training(optimizer, guard, saver, progress, journal, start.lock, reducer)
-
-
-def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
-    """Ridge regression into the model's map `[T, H]`."""
-    began = time.perf_counter()
-    train, val = job.trained_series.windows("train"), job.windows.windows("val")
-    weights, penalty = fit_ridge(train, val)
-    with torch.no_grad():
-        linear_map.copy_(torch.from_numpy(weights))
-    job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
-    if against := doubts(weights, penalty, val):
-        without = ", --skip none does without it" if job.model.uses_llm else ""
-        job.log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
-
-
-def _resume(job: Job, state: SavedState, progress: Progress) -> None:
-    """Say where the run stands, and see to a checkpoint that the state knows of and that is gone."""
-    args, log = job.args, job.log
-    finished = progress.finished(args.train_epochs, args.patience)
-    lost = progress.best_vali_loss < float("inf") and not (job.folder / TENSORS).is_file()
-    if finished and lost:
-        raise input_error(f"--resume: {job.folder}", f"a finished run without {TENSORS}", "that file; bring it back")
-    if finished:
-        log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
-        return
-    if lost:
-        log(f"WARNING: found no {TENSORS}; that of the next epoch is kept, whatever its validation loss")
-        progress.best_vali_loss = float("inf")
-    log(f"Resuming from {state.path.name}: {state.where()}")

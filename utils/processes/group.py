@@ -9,7 +9,6 @@ from typing import Any
 
 from layers.errors import input_error
 
-
 # The last word before accelerate's own flags: of `accelerate launch`, `accelerate-launch`, or `python -m`.
 LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
 

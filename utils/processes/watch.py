@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from layers.errors import InputError
@@ -23,13 +24,14 @@ GRACE = 1.0  # seconds in which other processes may say what they have found
 CONNECT = 60  # seconds to reach the first process
 # What a process finds that waits for one that has failed; not worth a word beside that one's own.
 CONSEQUENCES = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "store")
+KEPT = "the state saved last is kept, and the same command with --resume resumes from it"
 LOST = "ended without a word, as a process that is killed does"
 
 
 class Watch:
     """One process's end of the watch; `run` does the work under it."""
 
-    def __init__(self, rank: int, world: int, connect: "Callable[[Any], Any]"):
+    def __init__(self, rank: int, world: int, connect: Callable[[Any], Any]):
         """Args:
         connect: gives every process what the first one calls it with.
         """
@@ -170,8 +172,5 @@ class Watch:
         self._tell({"left": True})
 
 
-KEPT = "the state saved last is kept, and the same command with --resume resumes from it"
-
-
 def _print(line: str) -> None:
-    print(f"run_main.py: error: {line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)

@@ -14,10 +14,10 @@ from data_provider.data_loader import Series
 from layers.errors import InputError, input_error
 from layers.ranks import from_all
 from utils.flags import default_of, same_experiment
+from utils.saving.asks import SECONDS
 from utils.saving.checkpoint import LEGACY, Checkpoint, trained_on
 from utils.saving.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
 from utils.saving.record import TENSORS, read_record
-from utils.saving.asks import SECONDS
 from utils.saving.state import SavedState, compare, find_state, state_bytes, state_files
 
 try:

@@ -101,7 +101,7 @@ def test_choice(monkeypatch, device: str, flags: dict, has_bf16: bool, autocast,
 @pytest.mark.parametrize("path", ["auto", "plain"])
 def test_a_run_in_fp16_loses_as_one_in_float32(argv, capsys, monkeypatch, tmp_path: Path, path: str) -> None:
     """Step by step, from a scale at which none is skipped."""
-    monkeypatch.setattr("utils.setup.LossScale", lambda device, *_: LossScale(device, 2.0**12))
+    monkeypatch.setattr("utils.begin.LossScale", lambda device, *_: LossScale(device, 2.0**12))
     flags = {"max_iters": 6, "log_every": 1, "fast_path": path, "dropout": 0.0}
     wide = train(argv(checkpoints=tmp_path / "wide", **flags), capsys)
     half = train(argv(checkpoints=tmp_path / "half", amp_dtype="fp16", **flags), capsys)

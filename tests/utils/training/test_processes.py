@@ -168,9 +168,10 @@ def test_a_machine_with_other_data_is_refused(words, tmp_path: Path) -> None:
         "sys.exit(main([*sys.argv[1:], *more]))\n"
     )
     run = run_in_group(launched(argv, program=str(program)))
-    told = [line for line in run.stderr.splitlines() if line.startswith("run_main.py: error: ")]
+    told = [line for line in run.stderr.splitlines() if line.startswith("program.py: error: ")]
     assert run.returncode != 0 and len(told) == 1, run.stderr
-    assert re.match(r"run_main.py: error: rank 1 on .*: the data's values \(SHA-256\): got .*, as the first process has it", told[0])
+    values = r"the data's values \(SHA-256\)"
+    assert re.match(rf"program.py: error: rank 1 on .*: {values}: got .*, as the first process has it", told[0])
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
