@@ -46,6 +46,11 @@ def start_those_of_accelerate() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 
+def speaks() -> bool:
+    """Whether this process is its machine's first: what goes wrong before the watch is there, each machine says once."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def in_group(args: Namespace, work: Callable[[], int]) -> int:
     """The exit code of `work`, under the group's watch."""
     import torch.distributed as dist
@@ -63,11 +68,20 @@ def in_group(args: Namespace, work: Callable[[], int]) -> int:
 
 
 def join(args: Namespace) -> Any:
-    """The process's accelerator, which is in the group that its launcher has started, if it has."""
+    """The process's accelerator, which is in the group that its launcher has started, if it has.
+
+    Raises:
+        InputError: fewer GPUs than processes on this machine.
+    """
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     # The watch sees who fails; who is slow, because the first one measures and writes alone, may take its time.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
     cpu = args.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and torch.cuda.is_available() and here > torch.cuda.device_count():
+        hint = "start fewer, or give --device cpu"
+        raise input_error(f"--device {args.device}", f"{here} processes on this machine", "a GPU for each", hint)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
