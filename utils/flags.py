@@ -101,10 +101,9 @@ FLAGS = [
     Flag("seed", NAME, whole(0, 2**32 - 1), 2021, "seed of weights, shuffling and dropout"),
     Flag("itr", RUN, COUNT, 1, "how often the experiment is repeated; each repeat has its own folder"),
 
-    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column; read as that: "
-              f"{', '.join(name for name in DATASETS if DATASETS[name].read_as)}", DATA, "{}"),
+    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column", DATA, "{}"),
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
-    Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
+    Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv, traffic.csv)"),
     Flag("target", DATA, TEXT, "OT", "target column for S and MS; custom files without OT: their last column"),
     Flag("freq", FILE_READ, FREQUENCY, "h", "step of the data, for the time marks, which Autoformer alone reads; custom "
          "files: read off their timestamps"),
