@@ -140,7 +140,7 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
         f"--root_path {root_path} --data_path {data_path}",
         "no such file",
         f"one of {', '.join(map(str, places))}",
-        "the ETT files come with: python scripts/get_data.py",
+        "public collections have it" if _has_a_folder(data_path) else "the ETT files come with: python scripts/get_data.py",
     )
 
 
@@ -149,7 +149,11 @@ def csv_places(root_path: str | Path, data_path: str | Path) -> list[Path]:
     roots = [Path(root_path)]
     if os.environ.get("TIMELLM_DATA"):
         roots.append(Path(os.environ["TIMELLM_DATA"]))
-    of_its_own = str(data_path) in (row.file for row in DATASETS.values())
-    below = Path(data_path).stem if of_its_own else "ETT-small"
+    below = Path(data_path).stem if _has_a_folder(data_path) else "ETT-small"
     places = (place for root in roots for place in (root / data_path, root / below / data_path))
     return list(dict.fromkeys(places))
+
+
+def _has_a_folder(data_path: str | Path) -> bool:
+    """Whether public collections have a folder for this file alone."""
+    return str(data_path) in [row.file for row in DATASETS.values()]

@@ -122,7 +122,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {', '.join(names)}")
     own = table.values[:, [table.columns.index(name) for name in names]]
-    check_size(table.path, names, (own - mean) / deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
+    check_size(table.path, names, own, mean, deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
     return Series(
         path=table.path,
         dates=table.dates,
