@@ -17,7 +17,7 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
 from data_provider.timefeatures import frequency_key, time_marks
 from data_provider.timestamps import future_dates, infer_step
-from layers.errors import input_error
+from layers.errors import input_error, listed
 
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
@@ -273,14 +273,14 @@ def _choose_columns(table: Table, features: str, target: str | None) -> tuple[li
     if target is None:
         target = "OT" if "OT" in table.columns else table.columns[-1]
     if features != "M" and target not in table.columns:
-        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {', '.join(table.columns)}")
+        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {listed(table.columns)}")
     return [table.columns.index(target)] if features == "S" else list(range(len(table.columns))), target
 
 
 def check_size(
     path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray, limit: float, scale: str
 ) -> None:
-    """Raise InputError for a value `[rows, N]` that is too large to compute with, less `mean` over `deviation`, each `[N]`."""
+    """Raise InputError for a value `[rows, N]` that is too large to compute with, once `mean` and `deviation` have scaled it."""
     for rows in pieces(own):
         values = (own[rows] - mean) / deviation
         large = np.argwhere(np.abs(values) > limit)
@@ -294,6 +294,6 @@ def check_size(
 
 
 def pieces(values: np.ndarray) -> Iterator[slice]:
-    """The rows of `[rows, N]` in pieces of about PIECE values, so that what is computed of them takes no second such array."""
+    """The rows of `[rows, N]` in pieces of about PIECE values: what is computed of them takes no second such array."""
     step = max(1, PIECE // values.shape[1])
     return (slice(start, start + step) for start in range(0, len(values), step))

@@ -51,7 +51,7 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
     path = Path(path)
     frame = _parse(path, *_read(path))
     if "date" not in frame.columns:
-        raise input_error(path, f"the columns {list(frame.columns)}", "a comma-separated file with a column 'date'")
+        raise input_error(path, f"the columns {list(frame.columns)}"[:1000], "a comma-separated file with a column 'date'")
     columns = [name for name in frame.columns if name != "date"]
     if not columns:
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")

@@ -103,7 +103,7 @@ FLAGS = [
 
     _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column", DATA, "{}"),
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
-    Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv, traffic.csv)"),
+    Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
     Flag("target", DATA, TEXT, "OT", "target column for S and MS; custom files without OT: their last column"),
     Flag("freq", FILE_READ, FREQUENCY, "h", "step of the data, for the time marks, which Autoformer alone reads; custom "
          "files: read off their timestamps"),

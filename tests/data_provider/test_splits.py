@@ -31,13 +31,17 @@ def test_fixed_borders_and_shares() -> None:
         assert split_rows(name, 101, 8, 4, 100, FILE) == Splits(70, 11, 20, few_shot=70)
 
 
-@pytest.mark.parametrize(("name", "file"), [("ECL", "electricity.csv"), ("Traffic", "traffic.csv"), ("Weather", "weather.csv")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("ECL", "electricity.csv"), ("Traffic", "traffic.csv"), ("Weather", "weather.csv")]
+)
 def test_a_name_stands_for_the_familys_file_and_folder(tmp_path, monkeypatch, name: str, file: str) -> None:
     monkeypatch.delenv("TIMELLM_DATA", raising=False)
     words = "--task_name long_term_forecast --is_training 1 --model_id a --model_comment b --model DLinear --data"
     args = parse_flags([*words.split(), name, "--root_path", str(tmp_path)])
     assert (args.data, args.data_path, args.target, args.freq) == (name, file, None, None)
-    with pytest.raises(InputError, match=f"no such file, expected one of {tmp_path}/{file}, {tmp_path}/{Path(file).stem}/{file}"):
+    with pytest.raises(
+        InputError, match=f"no such file, expected one of {tmp_path}/{file}, {tmp_path}/{Path(file).stem}/{file}"
+    ):
         find_csv(args.root_path, args.data_path)
     (tmp_path / Path(file).stem).mkdir()
     (tmp_path / Path(file).stem / file).touch()
@@ -51,7 +55,10 @@ def test_weather_as_distributed() -> None:
     series = load_series("Weather", path.parent, path.name, target=None, freq=None, seq_len=512)
     assert series.splits == Splits(36887, 5270, 10539, few_shot=36887) and series.step_words == "10 minutes"
     assert [len(series.windows(split)) for split in ("train", "val", "test")] == [36280, 5175, 10444]
-    assert not series.synthetic and (str(series.dates[0]), str(series.dates[-1])) == ("2020-01-01 00:10:00", "2021-01-01 00:00:00")
+    assert not series.synthetic and (str(series.dates[0]), str(series.dates[-1])) == (
+        "2020-01-01 00:10:00",
+        "2021-01-01 00:00:00",
+    )
 
 
 def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:
