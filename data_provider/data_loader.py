@@ -280,7 +280,7 @@ def _choose_columns(table: Table, features: str, target: str | None) -> tuple[li
 def check_size(
     path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray, limit: float, scale: str
 ) -> None:
-    """Raise InputError for a value `[rows, N]` that is too large to compute with, once `mean` and `deviation` have scaled it."""
+    """Raise InputError for a value `[rows, N]`, scaled by `mean` and `deviation` `[N]`, too large to compute with."""
     for rows in pieces(own):
         values = (own[rows] - mean) / deviation
         large = np.argwhere(np.abs(values) > limit)

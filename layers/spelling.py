@@ -22,7 +22,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 class Spelling:
     """Ids of texts, put together from those of words and characters."""
 
-    def __init__(self, encode: Encode, starts: dict[str, int], inner: dict[str, int]):
+    def __init__(self, encode: Encode, starts: dict[str, list[int]], inner: dict[str, int]):
         """Args:
         encode: the tokenizer's ids of texts.
         starts: of a number's first characters: "-", " -", and the space before a digit.
@@ -42,11 +42,11 @@ class Spelling:
             encode: ids of texts, without special tokens.
             text: makes a text of the kind that is to be spelled, around a value and a lag.
         """
-        starts = dict(zip(("-", " -", " "), _only(encode(["-", " -", " "])), strict=True))
-        inner = dict(zip(INNER, _only(encode(list(INNER))), strict=True))
-        if None in (*starts.values(), *inner.values()):
+        signs, characters = encode(["-", " -", " "]), encode(list(INNER))
+        if any(len(ids) != 1 for ids in characters):
             return None
-        spelling = cls(encode, starts, inner)  # type: ignore[arg-type]  # none of them is None
+        inner = {c: ids[0] for c, ids in zip(INNER, characters, strict=True)}
+        spelling = cls(encode, dict(zip(("-", " -", " "), signs, strict=True)), inner)
         heads = [sign + digit for sign, digit in product(("", "-", " ", " -"), DIGITS)]
         pairs = [head + rest for head, rest in product(heads, NEIGHBOURS)]
         whole = [text(f"{sign}{a}.{b}", b + a) for sign, a, b in product(("", "-"), DIGITS, DIGITS)]
@@ -75,10 +75,5 @@ class Spelling:
         """The ids of a number, character by character."""
         sign = number[: 2 if number.startswith(" -") else 1]
         if sign in self._starts:
-            return [self._starts[sign], *[self._inner[c] for c in number[len(sign) :]]]
+            return self._starts[sign] + [self._inner[c] for c in number[len(sign) :]]
         return [self._inner[c] for c in number]
-
-
-def _only(rows: list[list[int]]) -> list[int | None]:
-    """The one id of each row; None where it has more or none."""
-    return [row[0] if len(row) == 1 else None for row in rows]
