@@ -251,7 +251,7 @@ def fingerprint(values: np.ndarray) -> str:
     """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
     digest = hashlib.sha256()
     for rows in pieces(values):
-        digest.update(np.ascontiguousarray(values[rows], dtype="<f8"))
+        digest.update(np.ascontiguousarray(values[rows], dtype="<f8").tobytes())
     return digest.hexdigest()
 
 
