@@ -22,7 +22,7 @@ FLOORS = [
     "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.comparison",
     "utils.results.baselines", "utils.training.evaluate", "utils.training.trial", "utils.training.memory",
     "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
-    "utils.results.predictions", "utils.results.metrics", "utils.results.interval_metrics", "utils.results.log",
+    "utils.results.predictions", "utils.results.interval_metrics", "utils.results.metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
     "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line", "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
