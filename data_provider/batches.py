@@ -120,5 +120,5 @@ class WindowCollate:
         batch = Batch(**default_collate(items), pred_len=self.pred_len, channels=self.channels, whole=self.whole)
         if self.encoder is not None:
             windows = batch.x[..., self.channels]  # (B, T, N)
-            batch.prompts = pad_prompts([ids for window in windows for ids in self.encoder.for_window(window)])
+            batch.prompts = pad_prompts(self.encoder.for_windows(windows))
         return batch

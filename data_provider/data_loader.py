@@ -1,6 +1,7 @@
 """A series in its own units with the scale that training gave it, and its windows: one dataset for every file."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,11 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
 from data_provider.timefeatures import frequency_key, time_marks
 from data_provider.timestamps import future_dates, infer_step
-from layers.errors import input_error
+from layers.errors import input_error, listed
 
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
+PIECE = 1 << 20  # values of a wide series that are computed with at a time
 
 
 class WindowDataset(Dataset):
@@ -108,8 +110,11 @@ class Series:
 
     @cached_property
     def values(self) -> np.ndarray:
-        """Standardised `[rows, N]`: in float64, then rounded to float32."""
-        return ((self.own - self.mean) / self.deviation).astype(np.float32)
+        """Standardised `[rows, N]`: in float64, then rounded to float32; a few rows at a time."""
+        values = np.empty_like(self.own, dtype=np.float32)  # with the order in memory, which decides that of sums
+        for rows in pieces(self.own):
+            values[rows] = (self.own[rows] - self.mean) / self.deviation
+        return values
 
     def to_own_units(self, standardised: np.ndarray) -> np.ndarray:
         """Values of the forecast columns `[..., N]` on the standardised scale -> float64 in their own units."""
@@ -201,10 +206,12 @@ def load_series(
     chosen, target = _choose_columns(table, features, target)
     columns = [table.columns[place] for place in chosen]
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
-    own = table.values[:, chosen]
-    check_size(table.path, columns, own, 1e150, "as it is")  # squares of more overflow float64
+    own = table.values if len(chosen) == len(table.columns) else table.values[:, chosen]
+    one = np.ones(len(columns))
+    check_size(table.path, columns, own, 0 * one, one, 1e150, "as it is")  # squares of more overflow float64
     scaler = StandardScaler().fit(own[: splits.train])
-    check_size(table.path, columns, scaler.transform(own), LARGEST_STANDARDISED, "in deviations of the training rows")
+    mean, deviation, scale = scaler.mean_, scaler.scale_, "in deviations of the training rows"
+    check_size(table.path, columns, own, mean, deviation, LARGEST_STANDARDISED, scale)
     if freq:
         frequency_key(freq)  # an unknown one is refused here, not where the marks are made
     return SplitSeries(
@@ -212,8 +219,8 @@ def load_series(
         dates=table.dates,
         columns=columns,
         own=own,
-        mean=scaler.mean_,
-        deviation=scaler.scale_,
+        mean=mean,
+        deviation=deviation,
         target=target,
         target_index=columns.index(target) if features == "MS" else None,
         synthetic=is_synthetic(table.path),
@@ -258,7 +265,10 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
 
 def fingerprint(values: np.ndarray) -> str:
     """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
-    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f8").tobytes()).hexdigest()
+    digest = hashlib.sha256()
+    for rows in pieces(values):
+        digest.update(np.ascontiguousarray(values[rows], dtype="<f8").tobytes())
+    return digest.hexdigest()
 
 
 def _check_lengths(seq_len: int, label_len: int, pred_len: int) -> None:
@@ -279,17 +289,27 @@ def _choose_columns(table: Table, features: str, target: str | None) -> tuple[li
     if target is None:
         target = "OT" if "OT" in table.columns else table.columns[-1]
     if features != "M" and target not in table.columns:
-        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {', '.join(table.columns)}")
+        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {listed(table.columns)}")
     return [table.columns.index(target)] if features == "S" else list(range(len(table.columns))), target
 
 
-def check_size(path: Path, columns: list[str], values: np.ndarray, limit: float, scale: str) -> None:
-    """Raise InputError for a value `[rows, N]` that is too large to compute with."""
-    large = np.argwhere(np.abs(values) > limit)
-    if large.size:
-        row, column = large[0]
-        raise input_error(
-            f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}",
-            f"{values[row, column]:.3g} {scale}, too large to compute with",
-            f"at most {limit:.0e}",
-        )
+def check_size(
+    path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray, limit: float, scale: str
+) -> None:
+    """Raise InputError for a value `[rows, N]`, scaled by `mean` and `deviation` `[N]`, too large to compute with."""
+    for rows in pieces(own):
+        values = (own[rows] - mean) / deviation
+        large = np.argwhere(np.abs(values) > limit)
+        if large.size:
+            row, column = large[0]
+            raise input_error(
+                f"{path}: row {rows.start + row + FIRST_ROW_LINE}, column {columns[column]!r}",
+                f"{values[row, column]:.3g} {scale}, too large to compute with",
+                f"at most {limit:.0e}",
+            )
+
+
+def pieces(values: np.ndarray) -> Iterator[slice]:
+    """The rows of `[rows, N]` in pieces of about PIECE values: what is computed of them takes no second such array."""
+    step = max(1, PIECE // values.shape[1])
+    return (slice(start, start + step) for start in range(0, len(values), step))

@@ -12,7 +12,7 @@ import pandas as pd
 from data_provider.description import step_words
 from data_provider.table import Table, fill_empty
 from data_provider.timestamps import gaps_in, infer_step, read_timestamps
-from layers.errors import input_error
+from layers.errors import input_error, listed
 
 FRAME = Path("frame")  # what a message calls it
 DATE = "date"
@@ -45,7 +45,7 @@ def tables_of(
         found = int((frame.columns == name).sum())
         if found != 1:
             got = f"no column {name!r}" if not found else f"{found} columns {name!r}"
-            raise input_error(FRAME, got, f"the columns {', '.join(map(repr, asked))}, each once")
+            raise input_error(FRAME, got, f"the columns {listed(list(map(repr, asked)))}, each once")
     if id_column is None:
         return {None: _table(FRAME, frame, dates, columns, fill)}
     if id_column in (*columns, DATE):

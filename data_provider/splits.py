@@ -20,19 +20,19 @@ class DataSet:
     """A name for `--data`: how its file is split, and what else it stands for."""
 
     borders: tuple[int, int, int] | None = None  # rows of train, val and test; None: 70 %, 10 % and 20 % of the file
-    read_as: str | None = None  # the data set as which it is read; published scripts pass the name
+    file: str | None = None  # its default --data_path; None: its name with .csv
 
 
-# A new data set is a row here; a file of that name with .csv is its default --data_path.
+# A new data set is a row here.
 DATASETS = {
     "ETTh1": DataSet(_HOURLY),
     "ETTh2": DataSet(_HOURLY),
     "ETTm1": DataSet(_QUARTER_HOURLY),
     "ETTm2": DataSet(_QUARTER_HOURLY),
     "custom": DataSet(),
-    "ECL": DataSet(read_as="custom"),
-    "Traffic": DataSet(read_as="custom"),
-    "Weather": DataSet(read_as="custom"),
+    "ECL": DataSet(file="electricity.csv"),
+    "Traffic": DataSet(file="traffic.csv"),
+    "Weather": DataSet(file="weather.csv"),
 }
 
 
@@ -67,7 +67,7 @@ def split_rows(data: str, rows: int, seq_len: int, pred_len: int, percent: int, 
         raise input_error("--percent", percent, "a whole number from 1 to 100")
     if data not in DATASETS:
         raise input_error("--data", repr(data), f"one of {', '.join(DATASETS)}")
-    borders = DATASETS[DATASETS[data].read_as or data].borders
+    borders = DATASETS[data].borders
     if borders is None:
         train, test = int(0.7 * rows), int(0.2 * rows)
         val = rows - train - test
@@ -127,8 +127,7 @@ def _longest(splits: Splits, seq_len: int, pred_len: int, percent: int) -> str:
 def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
     """The file `--root_path`/`--data_path`, else its copy under $TIMELLM_DATA.
 
-    The folder ETT-small below each is looked in as well: scripts/get_data.py
-    and the public collections put the ETT files there.
+    A folder below each is looked in as well: the public collections have ETT-small/ETTh1.csv and traffic/traffic.csv.
 
     Raises:
         InputError: in none of these places; they are named.
@@ -141,7 +140,7 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
         f"--root_path {root_path} --data_path {data_path}",
         "no such file",
         f"one of {', '.join(map(str, places))}",
-        "the ETT files come with: python scripts/get_data.py",
+        "public collections have it" if _has_a_folder(data_path) else "the ETT files come with: python scripts/get_data.py",
     )
 
 
@@ -150,5 +149,11 @@ def csv_places(root_path: str | Path, data_path: str | Path) -> list[Path]:
     roots = [Path(root_path)]
     if os.environ.get("TIMELLM_DATA"):
         roots.append(Path(os.environ["TIMELLM_DATA"]))
-    places = (place for root in roots for place in (root / data_path, root / "ETT-small" / data_path))
+    below = Path(data_path).stem if _has_a_folder(data_path) else "ETT-small"
+    places = (place for root in roots for place in (root / data_path, root / below / data_path))
     return list(dict.fromkeys(places))
+
+
+def _has_a_folder(data_path: str | Path) -> bool:
+    """Whether public collections have a folder for this file alone."""
+    return str(data_path) in [row.file for row in DATASETS.values()]

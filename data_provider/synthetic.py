@@ -1,6 +1,8 @@
-"""Made-up series: in the format of the ETT files, for machines without a network, and two that try prediction intervals."""
+"""Made-up series: in the format of the ETT files, for machines without a network; two that try prediction intervals; and
+two as wide as the family's files of clients and sensors."""
 
 import os
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +13,7 @@ ROWS_PER_HOUR = {"ETTh1": 1, "ETTh2": 1, "ETTm1": 4, "ETTm2": 4}
 HOURS = 17420  # as long as the measured files
 RATES = ("AUD", "GBP", "CAD", "CHF", "CNY", "JPY", "NZD", "SGD")
 MADE_UP = ("rates", "drift")  # there is no measured file of these names
+WIDE = {"ECL": (26304, 321), "Traffic": (17544, 862)}  # rows and columns, those of the measured files
 SUFFIX = "-synthetic.csv"
 # The first row's values are the same in every synthetic file and in no
 # measured one, so that a renamed copy is still known for what it is.
@@ -27,7 +30,7 @@ def is_synthetic(path: str | Path) -> bool:
     with path.open(encoding="latin-1") as file:
         file.readline()
         first = file.readline(1000).strip()
-    return first.split(",")[1:] == [str(value) for value in SIGNATURE]
+    return first.split(",")[1 : 1 + len(SIGNATURE)] == [str(value) for value in SIGNATURE]
 
 
 def synthetic_values(name: str) -> np.ndarray:
@@ -85,6 +88,23 @@ def drift() -> np.ndarray:
     return np.column_stack([np.sin(day), np.cos(day) + 0.3 * np.sin(2 * day)]) * 3 + random.standard_normal((rows, 2))
 
 
+def wide(rows: int, channels: int) -> np.ndarray:
+    """Hourly values `[rows, channels]`, the same on every call: days and weeks of other strengths and hours in each
+    channel, weather that all share, and noise of each one's own."""
+    random = np.random.default_rng([rows, channels])
+    hours = np.arange(rows)
+    shared = _smooth(random.standard_normal(rows), 72) * 6
+    values = np.empty((rows, channels))
+    for channel in range(channels):
+        day, week = 2 * np.pi * (hours + random.uniform(0, 6)) / 24, 2 * np.pi * hours / 168
+        shape = np.sin(day) + random.uniform(0.2, 0.8) * np.sin(2 * day) + random.uniform(0.1, 0.5) * np.sin(week)
+        noise = _smooth(random.standard_normal(rows), 12)
+        size = random.lognormal(3, 1)
+        values[:, channel] = size * (3 + shape + random.uniform(0, 0.5) * shared + random.uniform(0.5, 2) * noise)
+    values[0, : len(SIGNATURE)] = SIGNATURE
+    return values
+
+
 def _correlated(random: np.random.Generator, rows: int, memory: int) -> np.ndarray:
     """Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one."""
     slow = _smooth(random.standard_normal(rows), memory)
@@ -111,17 +131,20 @@ def write_synthetic(name: str, folder: str | Path) -> Path:
     """Write `folder`/NAME-synthetic.csv (whole or not at all) and return its path."""
     path = Path(folder) / f"{name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns: tuple[str, ...]
+    columns: Iterable[str]
     if name in ROWS_PER_HOUR:
         columns, values, step = COLUMNS, synthetic_values(name).round(4), timedelta(minutes=60 // ROWS_PER_HOUR[name])
     elif name == "rates":
         columns, values, step = RATES, rates().round(6), timedelta(days=1)
+    elif name in WIDE:
+        rows, channels = WIDE[name]
+        columns, values, step = [*map(str, range(channels - 1)), "OT"], wide(rows, channels).round(4), timedelta(hours=1)
     else:
         columns, values, step = ("a", "b"), drift().round(4), timedelta(hours=1)
-    lines = ["date," + ",".join(columns)]
-    for number, row in enumerate(values.tolist()):
-        lines.append(f"{datetime(2016, 7, 1) + number * step}," + ",".join(map(str, row)))
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(f"date,{','.join(columns)}\n")
+        for number, row in enumerate(values):
+            file.write(f"{datetime(2016, 7, 1) + number * step},{','.join(map(str, row.tolist()))}\n")
     os.replace(part, path)
     return path

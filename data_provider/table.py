@@ -5,6 +5,7 @@ by file, line and column, so that the rest of the program can trust a Table.
 Empty cells are an error too, or filled from the rows around them (`--fill_missing`).
 """
 
+import codecs
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from layers.errors import input_error
 
 FIRST_ROW_LINE = 2  # line 1 of the file is the header
 FILLS = ("linear", "ffill")
+PIECE = 1 << 20  # bytes looked at at once
 
 
 @dataclass(frozen=True)
@@ -47,57 +49,74 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
             header = 1) and the column.
     """
     path = Path(path)
-    text = _read_text(path)
-    frame = _parse(path, text)
+    frame = _parse(path, *_read(path))
     if "date" not in frame.columns:
-        raise input_error(path, f"the columns {list(frame.columns)}", "a comma-separated file with a column 'date'")
+        raise input_error(path, f"the columns {list(frame.columns)}"[:1000], "a comma-separated file with a column 'date'")
     columns = [name for name in frame.columns if name != "date"]
     if not columns:
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if frame.empty:
         raise input_error(path, "only a header and no rows", "rows of numbers")
-    values = np.column_stack([_numbers(path, frame[name], fill) for name in columns])
+    values = np.empty((len(frame), len(columns)), order="F")  # column after column, as they are read
+    filled = 0
+    for place, name in enumerate(columns):
+        values[:, place] = _numbers(path, frame[name], fill)
+        filled += int(frame[name].isna().sum())
     dates = read_timestamps(frame["date"], str(path), FIRST_ROW_LINE)
     _check_order(path, frame["date"], dates, values)
-    return Table(path, dates, columns, values, filled=int(frame[columns].isna().to_numpy().sum()))
+    return Table(path, dates, columns, values, filled)
 
 
-def _read_text(path: Path) -> str:
+def _read(path: Path) -> tuple[bytes, str]:
+    """The file's bytes, and their encoding. They stay bytes: as text a file may take four times the memory."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise input_error(path, "no such file", "a CSV file") from None
     except OSError as error:
         raise input_error(path, f"an unreadable file ({error.strerror})", "a CSV file") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    if not text.strip():
+    encoding = _encoding(raw)
+    if not _start(raw, encoding).strip() and not raw.decode(encoding).strip():
         raise input_error(path, "an empty file", "a header line and rows of numbers")
-    return text
+    return raw, encoding
 
 
-def _parse(path: Path, text: str) -> pd.DataFrame:
+def _start(raw: bytes, encoding: str) -> str:
+    """The first PIECE of a file as text."""
+    return raw[:PIECE].decode(encoding, "ignore")
+
+
+def _encoding(raw: bytes) -> str:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        for start in range(0, len(raw), PIECE):
+            decoder.decode(raw[start : start + PIECE])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "utf-8-sig"
+
+
+def _parse(path: Path, raw: bytes, encoding: str) -> pd.DataFrame:
     """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
-    if not text.splitlines()[0].strip():
+    if not _start(raw, encoding).splitlines()[0].strip():
         raise input_error(f"{path}: row 1", "an empty line", "the header")
-    header = _read_csv(path, text, "the same number of", header=None, nrows=1, dtype=str).iloc[0]
+    header = _read_csv(path, raw, encoding, "the same number of", header=None, nrows=1, dtype=str).iloc[0]
     if header.isna().any():
         place = int(np.flatnonzero(header.isna())[0]) + 1
         raise input_error(f"{path}: row 1, column {place}", "no name", "one for each column", "or remove the column")
     # Blank lines stay, so that a row's place tells its line in the file.
-    frame = _read_csv(path, text, len(header), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
+    frame = _read_csv(path, raw, encoding, len(header), dtype={"date": str}, skip_blank_lines=False, low_memory=False)
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
         raise input_error(f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", f"{len(header)} cells in every row")
     filled = np.flatnonzero(frame.notna().any(axis=1))
     return frame.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
 
 
-def _read_csv(path: Path, text: str, cells: int | str, **options: Any) -> pd.DataFrame:
+def _read_csv(path: Path, raw: bytes, encoding: str, cells: int | str, **options: Any) -> pd.DataFrame:
     """pandas' reader; a table that it refuses is an InputError, which says how many cells a row has to have."""
     try:
-        return pd.read_csv(io.StringIO(text), **options)
+        return pd.read_csv(io.TextIOWrapper(io.BytesIO(raw), encoding, newline=""), **options)
     except pd.errors.ParserError as error:
         found = " ".join(str(error).split())
         raise input_error(path, f"no regular table ({found})", f"{cells} cells in every row") from None

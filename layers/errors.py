@@ -1,5 +1,14 @@
 """The one exception for what a user can mend, and the one form that its message has."""
 
+from collections.abc import Sequence
+
+NAMED = 30  # names of which a line has all
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a line: all, or of many the first few and how many more there are."""
+    return ", ".join(names) if len(names) <= NAMED else f"{', '.join(names[:8])} and {len(names) - 8} more"
+
 
 class InputError(ValueError):
     """A flag, file or folder that cannot be used; the message is one line, made by `input_error`.

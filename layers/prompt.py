@@ -5,7 +5,9 @@ A prompt is a fixed *opening* (description and task, the same for all series of 
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 
 from layers.errors import input_error
 from layers.norm import instance_norm
+from layers.spelling import Spelling
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
@@ -42,8 +45,9 @@ def pad_prompts(ids: list[list[int]]) -> Prompts:
     """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
     length = torch.tensor([len(row) for row in ids])
     padded = torch.zeros(len(ids), int(length.max()), dtype=torch.long)
-    for row, tokens in zip(padded, ids, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
+    total = int(length.sum())
+    flat = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(ids), np.int64, total))
+    padded[torch.arange(padded.shape[1]) < length[:, None]] = flat
     return Prompts(padded, length)
 
 
@@ -158,22 +162,41 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
         self.opening_ids: list[int] = self._shared_opening()
+        self._spelling = self._spelling_of_numbers() if self.opening_ids else None
         self.longest = self._longest(self.template)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids that follow `opening_ids`, for each statistics text."""
+        if self._spelling is not None:
+            return self._spelling(texts)
         if self.opening_ids:
             return self._ids(texts, special=False)
         return self._ids([self.template.opening() + text for text in texts], special=True)
 
     def for_window(self, x: torch.Tensor) -> list[list[int]]:
         """Token ids for every channel of one window `[T, N]`, channel by channel."""
-        z, _, _ = instance_norm(x.t().contiguous())  # (N, T)
-        return self.encode(describe_series(z.numpy(), self.template))
+        return self.for_windows([x])
+
+    def for_windows(self, windows: Iterable[torch.Tensor]) -> list[list[int]]:
+        """Token ids for every channel of windows `[T, N]`, window by window and channel by channel."""
+        texts: list[str] = []
+        for x in windows:
+            z, _, _ = instance_norm(x.t().contiguous())  # (N, T)
+            texts += describe_series(z.numpy(), self.template)
+        return self.encode(texts)  # all at once: the tokenizer takes as long to start as a few series take
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         # verbose=False: the tokenizer would warn about lengths that `_fit` has dealt with.
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _spelling_of_numbers(self) -> Spelling | None:
+        """A quicker way to the same ids, for a tokenizer that takes numbers character by character; None for others."""
+
+        def text(value: str, lag: str) -> str:
+            words = self.template.statistics(0.0, 0.0, 0.0, True, [0, 0])
+            return words.replace(" 0.0", f" {value}").replace("[0, 0]", f"[{lag}, {lag}]")
+
+        return Spelling.of(lambda texts: self._ids(texts, special=False), text)
 
     def _samples(self, template: PromptTemplate) -> list[str]:
         """Statistics that stand for all others: ordinary, whole, tiny and as long as they can get."""

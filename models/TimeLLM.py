@@ -197,7 +197,7 @@ class Model(Forecaster):
         ones of no token."""
         if self.prompts is None:
             return pad_prompts([[]] * (x.shape[0] * x.shape[2]))
-        return pad_prompts([ids for window in x for ids in self.prompts.for_window(window)])
+        return pad_prompts(self.prompts.for_windows(x))
 
     def _add_skip(self, configs: Namespace) -> None:
         """The forecast is a linear map of the normalised window, and what the head adds to it, from zero on."""

@@ -3,6 +3,7 @@
     python scripts/benchmark.py --preset small
     python scripts/benchmark.py --preset qwen2.5-3b --tokenizer DIR --layers 6
     python scripts/benchmark.py --preset qwen2.5-3b --load_in_4bit --variants fast
+    python scripts/benchmark.py --preset small --channels 862 --max_sequences 7 --variants fast --loader
 
 What is measured and how the floor is counted stands in scripts/BENCHMARK.md.
 """
@@ -66,6 +67,8 @@ def read_arguments() -> tuple[Namespace, Namespace]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eval_batches", type=int, default=4, help="batches of one evaluation")
     parser.add_argument("--max_sequences", type=int, default=0, help="sequences run at once; 0: all")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make batches, for --loader")
+    parser.add_argument("--loader", action="store_true", help="also what part of a step waits for the loader")
     parser.add_argument("--prototypes", choices=["vocab", "direct"], default="vocab", help="of the fast path alone")
     parser.add_argument("--prompt_decimals", type=int, help="of the fast path alone")
     parser.add_argument("--growth", action="store_true", help="also over channels and pred_len")
@@ -101,6 +104,8 @@ def measure(args: Namespace, common: list[str]) -> dict[str, Any]:
         "speedup_alone": ratio(result, "plain", "fast", "eval_alone_s_per_batch"),
     }
     result["memory_ratio"] = ratio(result, "fast", "plain", "peak_gib")
+    if args.loader:
+        result["loader"] = child(common, "loader")
     if args.growth:
         result["growth"] = growth(common)
     return result
@@ -128,7 +133,7 @@ def ratio(result: dict[str, Any], over: str, under: str, figure: str) -> float |
 def growth(common: list[str]) -> list[dict[str, Any]]:
     """The fast step of one window over channels, 7 sequences at once, and of 7 channels over the horizon."""
     rows = []
-    for channels, horizon in [(7, 96), (28, 96), (112, 96), (321, 96), (7, 192), (7, 336), (7, 720)]:
+    for channels, horizon in [(7, 96), (28, 96), (112, 96), (321, 96), (862, 96), (7, 192), (7, 336), (7, 720)]:
         more = f"--variant fast --windows 1 --channels {channels} --pred_len {horizon} --max_sequences 7 --peak_steps 3"
         rows.append({"channels": channels, "pred_len": horizon} | child(common, "peak", *more.split()))
     return rows
@@ -182,6 +187,12 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"floor {result['floor_s']:.3f} s = {result['flops'] / 1e9:.0f} GFLOP at "
             f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; fast step at {result['floor_fraction']:.2f} of it"
+        )
+    if "loader" in result:
+        loader = result["loader"]
+        print(
+            f"loader: a batch takes {loader['batch_s']:.3f} s of a worker's time; with {loader['workers']} workers "
+            f"{100 * loader['waits']:.1f} % of a fast step waits for it"
         )
     for row in result.get("growth", []):
         print(

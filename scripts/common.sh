@@ -100,3 +100,12 @@ run_transfer() {
   "$python" "${TIMELLM_PROGRAM:-run_pretrain.py}" --data_pretrain "$source" --data_path_pretrain "$source.csv" \
     --data "$target" --root_path "$data_dir" --data_path "$target.csv" --llm_model_path "$weights" "$@"
 }
+
+# run_family NAME FLAGS...: one run on ECL, Traffic or Weather, whose files nobody fetches: the program looks for
+# electricity.csv, traffic.csv or weather.csv in dataset/, in a folder of that name in it, and in $TIMELLM_DATA.
+run_family() {
+  local name=$1
+  shift
+  set_allocator || return 1
+  "$python" "${TIMELLM_PROGRAM:-run_main.py}" --data "$name" --root_path ./dataset/ --llm_model_path "$weights" "$@"
+}

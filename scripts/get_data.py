@@ -3,7 +3,9 @@
 Without a network a synthetic series in the same format is written instead,
 under a name of its own. The names rates and drift are always made up: daily
 rates like those of currencies, and a series that changes its ways where the
-test begins. The last lines printed are `data: PATH`, one for each name asked for.
+test begins. So are ECL and Traffic: files of the shapes of electricity.csv
+(321 columns) and traffic.csv (862 columns; over 100 MB). The last lines printed
+are `data: PATH`, one for each name asked for.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_provider.synthetic import MADE_UP, write_synthetic  # noqa: E402 (needs the line above)
+from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402 (needs the line above)
 
 SHA256 = {
     "ETTh1": "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
@@ -38,7 +40,7 @@ class Unreachable(Exception):
 
 def get(name: str, out: Path, offline: bool) -> Path:
     """Put one data set under `out` and return the file to use."""
-    if name in MADE_UP:
+    if name in MADE_UP or name in WIDE:
         path = write_synthetic(name, out / "synthetic")
         print(f"{name}: written to {path}; it is synthetic (made up, not measured)")
         return path
@@ -134,9 +136,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--name", nargs="+", choices=[*SHA256, *MADE_UP], default=list(SHA256), help="data sets (default: the four of ETT)"
-    )
+    names, usual = [*SHA256, *MADE_UP, *WIDE], list(SHA256)
+    parser.add_argument("--name", nargs="+", choices=names, default=usual, help="data sets (default: the four of ETT)")
     parser.add_argument("--out", type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)")
     parser.add_argument("--offline", action="store_true", help="do not try to download")
     options = parser.parse_args(arguments)

@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 
-from data_provider.batches import Sequences, WindowCollate
+from data_provider.batches import Batch, Sequences, WindowCollate
+from data_provider.data_factory import make_loader
+from data_provider.data_loader import WindowDataset
+from data_provider.sampler import EpochBatches
+from data_provider.timefeatures import time_marks
 from layers.backbone import Backbone
 from layers.backbone_files import find_backbone
 from layers.fast import cross_attention
@@ -63,39 +69,44 @@ class Bench:
         items = [
             {"x": w[:512], "y": w[512:], "x_mark": w[:512], "y_mark": w[512:], "index": i} for i, w in enumerate(series)
         ]
-        self.batch = WindowCollate(flags.pred_len, None, self.model.prompts)(items).to(accelerator.device)
+        self.take(WindowCollate(flags.pred_len, None, self.model.prompts)(items))
+
+    def take(self, batch: Batch) -> None:
+        """Let the steps that follow run on this batch."""
+        self.batch = batch.to(self.accelerator.device)
         self.sequences = self.batch.sequences()
 
     def step(self, variant: str) -> float:
         """Seconds of one training step."""
-        self._take(variant)
-        began = self._now()
+        self._choose(variant)
+        began = self.now()
         try:
             forward_backward(self.model.train(), self.sequences, self.accelerator, self.max_sequences)
             self.optimizer.step()
         finally:  # the memory is the next step's, also where this one had too little
             self.model.zero_grad(set_to_none=True)
-        return self._now() - began
+        return self.now() - began
 
     def evaluate(self, variant: str, batches: int) -> float:
         """Seconds a batch; the plain path makes the prototypes anew for each batch, as published code does."""
-        self._take(variant)
+        self._choose(variant)
         once = batches if variant == "fast" else 1
-        began = self._now()
+        began = self.now()
         evaluate(self.model, [self.batch] * once, self.accelerator, self._forecast)
-        return (self._now() - began) / once
+        return (self.now() - began) / once
 
     def _forecast(self, sequences: Sequences, shared: Shared) -> torch.Tensor:
         return forecast_in_parts(self.model, self.accelerator, sequences, shared, self.max_sequences)
 
-    def _take(self, variant: str) -> None:
+    def _choose(self, variant: str) -> None:
         chosen = VARIANTS[variant]
         if chosen.attention is not None:
             self.backbone.plain_attention = chosen.attention
         self.model.language_model = self.backbone.plain if chosen.attention else self.fast_path
         self.model.reprogramming_layer.attend = chosen.attend
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """The clock's seconds, once the device has done all that it was given."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -193,4 +204,30 @@ def measure_evaluation(args: Namespace, flags: Namespace) -> dict[str, Any]:
     return {"eval_alone_s_per_batch": seconds[args.variant]}
 
 
-MEASUREMENTS = {"steps": measure_steps, "peak": measure_peak, "evaluation": measure_evaluation}
+def measure_loader(args: Namespace, flags: Namespace) -> dict[str, Any]:
+    """The part of the fast path's training steps in which it waits for the loader, in a loop as a training's; and what
+    one batch with its prompts takes of a worker's time."""
+    backbone, accelerator = open_backbone(args)
+    bench = benches(args, flags, ["fast"], backbone, accelerator)["fast"]
+    rows = args.windows * (args.rounds + 1) + flags.seq_len + flags.pred_len - 1
+    series = np.random.default_rng(0).standard_normal((rows, args.channels)).cumsum(axis=0).astype(np.float32)
+    dates = pd.date_range("2020", periods=rows, freq="h")
+    windows = WindowDataset(series, time_marks(dates, "h", "timeF"), dates, flags.seq_len, 0, flags.pred_len)
+    collate = WindowCollate(flags.pred_len, None, bench.model.prompts)
+    began = time.process_time()
+    collate([windows[index] for index in range(args.windows)])
+    made = time.process_time() - began
+    order = EpochBatches(len(windows), args.windows, seed=0)
+    batches = iter(make_loader(windows, order, args.workers, collate, pin=accelerator.device.type == "cuda"))
+    waited, whole = 0.0, 0.0
+    for step in range(args.rounds + 1):
+        began = bench.now()
+        bench.take(next(batches))
+        wait = bench.now() - began
+        bench.step("fast")
+        if step:  # the first one waits for workers that start
+            waited, whole = waited + wait, whole + bench.now() - began
+    return {"batch_s": made, "workers": args.workers, "waits": waited / whole}
+
+
+MEASUREMENTS = {"loader": measure_loader, "steps": measure_steps, "peak": measure_peak, "evaluation": measure_evaluation}

@@ -24,7 +24,7 @@ FLOORS = [
     "utils.results.baselines", "utils.training.evaluate", "utils.training.trial", "utils.training.memory",
     "utils.training.session", "utils.training.reduction", "utils.training.step", "utils.training.precision",
     "utils.results.journal",
-    "utils.results.predictions", "utils.results.metrics", "utils.results.interval_metrics", "utils.results.log",
+    "utils.results.predictions", "utils.results.interval_metrics", "utils.results.metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
     "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks", "utils.inputs",
     "utils.command_line", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt", "utils.flags",

@@ -14,7 +14,7 @@ from data_provider.description import LISTED, bank_file, dataset_description, ma
 from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
-from layers.errors import input_error
+from layers.errors import input_error, listed
 from layers.mapping import rows_together
 from layers.ranks import rows_of
 from models import model_class
@@ -231,7 +231,7 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
     forecast = {"M": "all columns are forecast"}.get(args.features, f"{series.target} is forecast")
     lines = [
         f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {series.step_words}",
-        f"{len(series.columns)} channels: {', '.join(series.columns)}; {forecast} (target: {series.target})",
+        f"{len(series.columns)} channels: {listed(series.columns)}; {forecast} (target: {series.target})",
         f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
     ]
     lines += _gaps(series, "")

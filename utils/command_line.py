@@ -179,12 +179,11 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         args.intervals = tuple(sorted({level for level in args.intervals if level}))
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
-    args.data = DATASETS[args.data].read_as or args.data
-    if args.data == "custom":  # None: read off the file
+    if DATASETS[args.data].borders is None:  # None: read off the file
         args.target = args.target if "target" in given else None
         args.freq = args.freq if "freq" in given else None
     if args.data_path is None and args.data != "custom":
-        args.data_path = f"{args.data}.csv"
+        args.data_path = DATASETS[args.data].file or f"{args.data}.csv"
     _complete_pretraining(args)
     if args.seq_len < args.patch_len:
         raise input_error("--seq_len", f"{args.seq_len}, shorter than a patch", f"--patch_len {args.patch_len} or more")

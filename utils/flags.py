@@ -101,8 +101,7 @@ FLAGS = [
     Flag("seed", NAME, whole(0, 2**32 - 1), 2021, "seed of weights, shuffling and dropout"),
     Flag("itr", RUN, COUNT, 1, "how often the experiment is repeated; each repeat has its own folder"),
 
-    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column; read as that: "
-              f"{', '.join(name for name in DATASETS if DATASETS[name].read_as)}", DATA, "{}"),
+    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column", DATA, "{}"),
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
     Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
     Flag("data_pretrain", DATA, one_of(*DATASETS), None, "transfer: train on the training rows of this data set; --data "

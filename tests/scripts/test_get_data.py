@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_provider import synthetic
 from data_provider.synthetic import is_synthetic, write_synthetic
 from data_provider.table import read_table
 from tests.realdata import ROOT, real_data
@@ -74,6 +75,17 @@ def test_made_up_names_are_made_up_without_asking_anyone(tmp_path):
     # a day of 24 rows, then of 27
     power = [np.abs(np.fft.rfft(part[:1944, 0])) for part in (drift.values, drift.values[8000:])]
     assert [round(1944 / (1 + spectrum[1:].argmax())) for spectrum in power] == [24, 27]
+
+
+def test_wide_files_are_made_up_in_the_shape_of_the_familys(tmp_path, monkeypatch, get_data, capsys):
+    assert synthetic.WIDE == {"ECL": (26304, 321), "Traffic": (17544, 862)}
+    monkeypatch.setitem(synthetic.WIDE, "ECL", (400, 60))
+    path = get_data.get("ECL", tmp_path, offline=True)
+    assert path.name == "ECL-synthetic.csv" and "it is synthetic" in capsys.readouterr().out
+    table = read_table(path)
+    assert table.values.shape == (400, 60) and table.columns == [*map(str, range(59)), "OT"]
+    assert str(table.dates[1] - table.dates[0]) == "0 days 01:00:00" and np.ptp(table.values, axis=0).min() > 0
+    assert is_synthetic(path.rename(tmp_path / "electricity.csv"))  # by its first row, too
 
 
 def test_synthetic_is_known_by_name_and_by_content(tmp_path):

@@ -17,6 +17,7 @@ from utils.command_line import parse_flags
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [f"TimeLLM_{name}_2.sh" for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2")]
 EXPERIMENTS = [*SMALL, "TimeLLM_ETTh1_24G.sh"]
+FAMILY = {"ECL": ("electricity", 321), "Traffic": ("traffic", 862), "Weather": ("weather", 21)}
 
 # Stands in for Python: answers the two questions that the scripts ask, and prints the call of run_main.py.
 RECORDER = """#!/usr/bin/env bash
@@ -102,6 +103,16 @@ def test_every_script_parses_and_names_its_data(copy: Copy, script: str) -> None
     args = parse_flags(copy.run(script))
     name = script.split("_")[1].removesuffix(".sh")
     assert (args.data, args.data_path, args.model_id) == (name, f"{name}.csv", f"{name}_512_96")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_scripts_of_the_familys_other_files(copy: Copy, name: str) -> None:
+    """Their files are not fetched; the published hyperparameters, in what a small card can hold."""
+    args, (file, channels) = parse_flags(copy.run(f"TimeLLM_{name}_2.sh", "--percent", "10")), FAMILY[name]
+    assert (args.data, args.data_path, args.model_id) == (name, f"{file}.csv", f"{name}_512_96")
+    assert args.root_path == "./dataset/" and args.prompt_domain == 1 and args.resume and args.load_in_4bit
+    assert (args.enc_in, args.d_ff, args.learning_rate, args.max_sequences) == (channels, 32, 0.01, None)
+    assert (args.seq_len, args.pred_len, args.llm_layers, args.percent) == (512, 96, 6, 10)
 
 
 def test_small_scripts_differ_only_in_the_data_set() -> None:

@@ -1,6 +1,8 @@
 """The zero-shot table, and the script for a user's own file where it is called wrongly."""
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,15 @@ def test_results_page_joins_studies(tmp_path: Path) -> None:
         [sys.executable, *map(str, command[1:3]), str(tmp_path), *map(str, command[4:])], capture_output=True
     )
     assert missing.returncode == 2 and missing.stderr.count(b"\n") == 1
+
+
+def test_the_benchmark_says_what_part_of_a_step_waits_for_the_loader(backbones) -> None:
+    words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 2 --workers 1 --device cpu"
+    command = [sys.executable, "scripts/benchmark.py", *words.split(), "--max_sequences", "3", "--child", "loader"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["workers"] == 1 and 0 < found["batch_s"] < 1 and 0 <= found["waits"] < 1
 
 
 @pytest.mark.parametrize("name", ["flops", "measure"])

@@ -18,6 +18,7 @@ from utils.results.interval_metrics import IntervalMetrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
 CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
+MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 
 Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
@@ -58,7 +59,9 @@ def baselines(series: SplitSeries, season: int | None = None, levels: tuple[floa
         rows.append(_measure(SEASON, title, detail, series, levels, time.perf_counter(), lambda x: x[:, last_season]))
     began = time.perf_counter()
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
-    detail = f"linear map T to H, relative penalty {penalty:.2g}"
+    every = fitted_every(series.windows("train"))
+    thinned = f", fitted to one training window in {every}" if every > 1 else ""
+    detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
     rows.append(_measure(RIDGE, "ridge regression", detail, series, levels, began, lambda x: ridge_forecast(x, weights)))
     return rows
 
@@ -85,11 +88,11 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
     return 1
 
 
-def _sequences(windows: WindowDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
+def _sequences(windows: WindowDataset, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Inputs `[m, T]` and truths `[m, H]`, float64, of every k-th window and the channels that count, in chunks."""
     values = windows.values if windows.target_index is None else windows.values[:, [windows.target_index]]
     length = windows.seq_len + windows.pred_len
-    view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)  # [windows, N, T + H]
+    view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
     step = max(1, CHUNK_SEQUENCES // values.shape[1])
     for start in range(0, len(view), step):
         chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
@@ -158,15 +161,22 @@ def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray, float]:
     """All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
 
-    Each sequence is weighted by its deviation to the `power`.
+    Each sequence is weighted by its deviation to the `power`. Of very many, see `fitted_every`.
     """
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
-    for x, y in _sequences(windows):
+    for x, y in _sequences(windows, fitted_every(windows)):
         z, mean, deviation = normalise(x)
         weighted = z * deviation**power  # (m, T)
         xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / deviation)
         total += float((deviation**power).sum())
     return xx, xy, total
+
+
+def fitted_every(windows: WindowDataset) -> int:
+    """k, where every k-th window is enough to fit a linear map to: neighbours say nearly the same, and a file of hundreds
+    of channels has millions of sequences."""
+    channels = windows.values.shape[1] if windows.target_index is None else 1
+    return -(-len(windows) * channels // MOST_FITTED)
 
 
 def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, float]:

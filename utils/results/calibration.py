@@ -12,6 +12,7 @@ from utils.saving.array_file import ArrayFile
 from utils.saving.files import PARTIAL, writing
 from utils.training.session import Job
 
+AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
 KEPT = "validation_errors.npy"  # of the repeats of a run, for the mean of their forecasts
 
 
@@ -60,7 +61,7 @@ class Calibration:
         """
         job, path = self.job, self.errors.path
         job.accelerator.wait_for_everyone()  # all have written their windows
-        found = intervals_of(self.errors.read(), self.levels)
+        found = intervals_of(self.errors, self.levels)
         finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
         job.intervals = found if finite else None
         if not finite:
@@ -71,7 +72,12 @@ class Calibration:
                 path.replace(job.folder / KEPT)
 
 
-def intervals_of(errors: np.ndarray, levels: tuple[float, ...]) -> Intervals:
-    """Errors `[W, N, H]` in deviations of their windows' histories -> the intervals; memory holds a channel."""
-    rows = [quantiles(np.asarray(errors[:, channel]), probabilities(levels)) for channel in range(errors.shape[1])]
-    return Intervals(levels, np.stack(rows, axis=1), len(errors))
+def intervals_of(errors: ArrayFile, levels: tuple[float, ...]) -> Intervals:
+    """Errors `[W, N, H]` in deviations of their windows' histories -> the intervals; memory holds some of the channels."""
+    W, N, H = errors.shape
+    step = max(1, AT_ONCE // (W * H))  # a channel alone would have the file read once more for each
+    rows = []
+    for start in range(0, N, step):
+        block = errors.read(slice(start, start + step))  # (W, n, H)
+        rows += [quantiles(block[:, place], probabilities(levels)) for place in range(block.shape[1])]
+    return Intervals(levels, np.stack(rows, axis=1), W)

@@ -11,7 +11,7 @@ from typing import Any
 from data_provider.data_factory import series_from_args
 from data_provider.data_loader import SplitSeries
 from layers.errors import input_error
-from utils.results.baselines import PENALTIES, RIDGE, baselines
+from utils.results.baselines import PENALTIES, RIDGE, baselines, fitted_every
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
 
@@ -77,6 +77,8 @@ def measured(series: SplitSeries, kept: dict[str, Any] | None = None, levels: tu
         "train_rows": series.splits.few_shot,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
     } | ({"levels": list(levels)} if levels else {})  # of prediction intervals
+    every = fitted_every(series.windows("train"))
+    of |= {"fitted_every": every} if every > 1 else {}  # the windows of the ridge regression
     if kept and kept.get("of") == of:
         return kept
     return {"of": of, "rows": [dict(vars(row)) for row in baselines(series, levels=levels)]}

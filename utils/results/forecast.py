@@ -21,7 +21,7 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import Table, read_table
 from data_provider.timefeatures import time_marks
 from data_provider.timestamps import gaps_in
-from layers.errors import input_error
+from layers.errors import input_error, listed
 from utils.intervals import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
 from utils.training.evaluate import Shared, forecast_within_memory
@@ -115,14 +115,14 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     target = checkpoint.record.get("target") or args.target
     if args.features == "MS":
         if target not in names:
-            raise input_error("--target", repr(target), f"one of the training's columns: {', '.join(names)}")
+            raise input_error("--target", repr(target), f"one of the training's columns: {listed(names)}")
         place = names.index(target)
         names, mean, deviation = [target], mean[[place]], deviation[[place]]
     missing = [name for name in names if name not in table.columns]
     if missing:
-        raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {', '.join(names)}")
+        raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
     own = table.values[:, [table.columns.index(name) for name in names]]
-    check_size(table.path, names, (own - mean) / deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
+    check_size(table.path, names, own, mean, deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
     return Series(
         path=table.path,
         dates=table.dates,
@@ -142,7 +142,7 @@ def _differences(table: Table, series: Series, checkpoint: Checkpoint) -> list[s
     notes = []
     extra = [name for name in table.columns if name not in checkpoint.record["columns"]]
     if extra and checkpoint.flags.get("features") == "M":
-        notes.append(f"not forecast, for the training did not have them: {', '.join(extra)}")
+        notes.append(f"not forecast, for the training did not have them: {listed(extra)}")
     trained = checkpoint.record["data"].get("step")
     if trained not in (None, series.step_words):
         notes.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {trained}")

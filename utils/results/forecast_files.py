@@ -44,8 +44,10 @@ def leave_forecast(job: Job, forecast: Forecast) -> Path:
         for line in write_forecast(job.folder, forecast, series.dates[-1], args.append):
             log(line)
         if args.plots:
-            from utils.results.plots import draw_forecast  # only now: matplotlib takes a second to load
+            from utils.results.plots import choose, draw_forecast  # only now: matplotlib takes a second to load
 
+            if line := choose(forecast.columns).line:
+                log(f"Pictures of the forecast: {line}")
             past = (series.dates, series.own[:, series.forecast_slice])
             draw_forecast(job.folder, past, forecast, series.step_words)
     log(f"Forecast saved at: {path}")

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from utils.intervals import DECILES, Intervals, name_of
+from utils.results.metrics import channels_at_once
 
 
 class IntervalMetrics:
@@ -43,19 +44,25 @@ class IntervalMetrics:
 
     def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
         """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
-        forecast, truth, deviation = forecast.float(), truth.float(), deviation.float()
+        for part in channels_at_once(forecast):
+            self._add(part, forecast[:, part].float(), truth[:, part].float(), deviation[:, part].float())
+        self.windows += len(truth)
+
+    def _add(self, part: slice, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
+        """As `add`, of some of the channels."""
         error = truth - forecast
-        all_error, all_deviation = _sum(error), _sum(deviation)  # (N, H), (N, 1)
-        for total, probability, offset in zip(self.pinball, self.intervals.probabilities, self.offsets, strict=True):
+        all_error, all_deviation = _sum(error), _sum(deviation)  # (n, H), (n, 1)
+        for total, probability, offset in zip(
+            self.pinball[:, part], self.intervals.probabilities, self.offsets[:, part], strict=True
+        ):
             # p u where u > 0, else (p - 1) u: that is p u less its negative part.
             below = _sum(torch.addcmul(error, deviation, offset, value=-1).clamp_(max=0))
             total += probability * (all_error - all_deviation * offset) - below
-        for level, inside, width in zip(self.intervals.levels, self.inside, self.width, strict=True):
-            low, high = (torch.from_numpy(end).to(error.device) for end in self.intervals.band(level))
+        for level, inside, width in zip(self.intervals.levels, self.inside[:, part], self.width[:, part], strict=True):
+            low, high = (torch.from_numpy(end[part]).to(error.device) for end in self.intervals.band(level))
             inside += ((error >= deviation * low) & (error <= deviation * high)).sum(dim=0)
             width += all_deviation * (high - low)
-        self.size += _sum((truth * self.deviation + self.mean).abs())
-        self.windows += len(truth)
+        self.size[part] += _sum((truth * self.deviation[part] + self.mean[part]).abs())
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 # Truths nearer to zero than this part of the channel's deviation say nothing in per cent.
 NEAR_ZERO = 0.01
 SCALES = ("standardised", "own_units")
+AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
 
 
 class Metrics:
@@ -39,12 +40,13 @@ class Metrics:
 
     def add(self, forecast: torch.Tensor, truth: torch.Tensor) -> None:
         """Count standardised forecasts and truths `[B, N, H]`."""
-        p, y = forecast.double(), truth.double()
-        one = torch.ones_like(self.deviation)
-        self.sums[0] += _sums(p, y, one)
-        own_p, own_y = (v * self.deviation + self.mean for v in (p, y))
-        self.sums[1] += _sums(own_p, own_y, self.deviation)
-        self.windows += len(p)
+        for part in channels_at_once(forecast):
+            p, y = forecast[:, part].double(), truth[:, part].double()
+            mean, deviation = self.mean[part], self.deviation[part]
+            self.sums[0, :, part] += _sums(p, y, torch.ones_like(deviation))
+            own_p, own_y = (v * deviation + mean for v in (p, y))
+            self.sums[1, :, part] += _sums(own_p, own_y, deviation)
+        self.windows += len(forecast)
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Add up the sums of all processes."""
@@ -65,6 +67,14 @@ class Metrics:
                 "steps": {key: [figures[key] for figures in by_step] for key in by_step[0]},
             }
         return made
+
+
+def channels_at_once(values: torch.Tensor) -> list[slice]:
+    """The channels of `[B, N, H]` in parts of at most AT_ONCE values, one channel at least: the memory of what is computed
+    does not grow with their number."""
+    B, N, H = values.shape
+    step = max(1, AT_ONCE // (B * H))
+    return [slice(start, start + step) for start in range(0, N, step)]
 
 
 def _sums(p: torch.Tensor, y: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ import pandas as pd
 from data_provider.splits import find_csv
 from data_provider.table import Table, read_table
 from data_provider.timestamps import read_timestamps
-from layers.errors import input_error
+from layers.errors import NAMED, input_error
 from utils.intervals import name_of
 from utils.results.forecast import band_columns, levels_of
 from utils.results.forecast_files import HISTORY, ORIGIN
 from utils.saving.checkpoint import LEGACY, Checkpoint
 from utils.saving.record import TENSORS
+
+ENDS = 5  # columns of very many that have a line: so many at each end
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ def read_past(path: Path, known: Sequence[str]) -> Past:
 
 def _columns(path: Path, names: list[str], known: Sequence[str]) -> tuple[list[str], list[float]]:
     """Which of the names are columns of the data, and the levels of the bands that the others are the ends of."""
-    for N in range(len(names), 0, -1):
+    of_data = set(known)
+    most = next((place for place, name in enumerate(names) if name not in of_data), len(names))
+    for N in range(most, 0, -1):
         columns, rest = names[:N], names[N:]
-        if all(name in known for name in columns):
-            levels = levels_of(rest, columns)
-            if band_columns(columns, levels) == rest:
-                return columns, levels
+        levels = levels_of(rest, columns)
+        if band_columns(columns, levels) == rest:
+            return columns, levels
     raise input_error(path, f"the columns {', '.join(names)[:200]}", f"columns of the data such as {known[0]}, and bands")
 
 
@@ -194,7 +197,8 @@ def _text(folder: Path, table: Table, past: Past, deviation: np.ndarray, unit: s
     if found is None:
         return "\n".join([*lines, "No row has come true yet: the data file ends before their dates, or is another one."])
     if len(past.columns) > 1:
-        lines += [*_aligned("column, own units", list(_by_column(past, table)), list(past.bands)), ""]
+        shown, note = _shown(past, table, deviation)
+        lines += [*_aligned("column, own units", list(_by_column(past, table, shown)), list(past.bands)), *note, ""]
     if found.last is not None:
         won = "was lower" if found.mae < found.last[0] else "was not lower"
         figures = f"{found.mae:.4g} against {found.last[0]:.4g}"
@@ -205,10 +209,23 @@ def _text(folder: Path, table: Table, past: Past, deviation: np.ndarray, unit: s
     return "\n".join(lines)
 
 
-def _by_column(past: Past, table: Table) -> Iterator[tuple[str, int, Score | None]]:
+def _shown(past: Past, table: Table, deviation: np.ndarray) -> tuple[list[int], list[str]]:
+    """The columns that have a line, and a line that says which they are, unless they are all."""
+    N = len(past.columns)
+    if N <= NAMED:
+        return list(range(N)), []
+    at = _row_of(table, past.dates)
+    truth = table.values[at[at >= 0]][:, [table.columns.index(name) for name in past.columns]]
+    order = np.argsort((np.abs(past.values[at >= 0] - truth) / deviation).mean(axis=0), kind="stable").tolist()
+    few = f"  {N} columns: the {ENDS} columns with the lowest MAE in deviations, and the {ENDS} with the highest"
+    return order[:ENDS] + order[-ENDS:], [few]
+
+
+def _by_column(past: Past, table: Table, shown: list[int]) -> Iterator[tuple[str, int, Score | None]]:
     """All origins together, column by column in its own units."""
     rows = np.ones(len(past.dates), dtype=bool)
-    for n, name in enumerate(past.columns):
+    for n in shown:
+        name = past.columns[n]
         bands = {level: (low[:, n : n + 1], high[:, n : n + 1]) for level, (low, high) in past.bands.items()}
         alone = Past([name], past.origins, past.dates, past.values[:, n : n + 1], bands)
         yield name, len(rows), score(alone, table, np.ones(1), rows)

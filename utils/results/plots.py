@@ -21,6 +21,7 @@ from utils.saving.files import write_atomic, writing
 
 PLOTS = "plots"  # the folder in the run's folder
 PANELS = 7  # channels on a page
+MOST_DRAWN = 28  # channels of which all are drawn; of more, a page of them is chosen
 HISTORY, TRUTH, FORECAST = "#7f7f7f", "#1f77b4", "#d95f02"
 SHADES = (0.16, 0.3)  # of the widest band, and of the narrowest
 SHOWN_HORIZONS, SHOWN_ROWS = 2, 24  # history in a picture: so many horizons, and at least so many rows
@@ -32,19 +33,53 @@ Bands = list[tuple[float, np.ndarray, np.ndarray]]  # level in per cent, lower a
 
 
 def draw_test(results: TestPass, metrics: dict) -> None:
-    """The pictures of a test pass, in its folder."""
-    step = results.series.step_words
+    """The pictures of a test pass, in its folder; of many channels some are chosen by their errors, and named in the log."""
+    step, by_name = results.series.step_words, metrics["standardised"]["channels"]
     windows = [results.windows[number] for number in sorted(results.windows)]
-    draw_windows(results.folder, results.columns, windows, step)
+    choice = choose(results.columns, [by_name[name]["mse"] for name in results.columns])
+    if choice.note:
+        results.job.log(f"Pictures of test windows: {choice.line}")
+    draw_windows(results.folder, results.columns, windows, step, choice)
     draw_steps(results.folder, metrics["standardised"], step)
 
 
-def draw_windows(folder: Path, columns: list[str], windows: list[Window], step: str) -> list[Path]:
-    """Forecast against truth with history: a row a channel, a column a window, `PANELS` channels a page."""
-    pages = _pages(columns)
+class Choice(NamedTuple):
+    """The channels that pictures show."""
+
+    places: list[int]
+    note: str  # how they were chosen, for the title; empty: all are shown
+    line: str  # the same with their names, for the log
+
+
+def choose(columns: list[str], errors: list[float] | None = None) -> Choice:
+    """All channels, or of more than `MOST_DRAWN` a page of them, evenly spread.
+
+    Args:
+        errors: one a channel: the lowest, the highest and those between by rank; None: from the first column to the last.
+    """
+    N = len(columns)
+    if N <= MOST_DRAWN:
+        return Choice(list(range(N)), "", "")
+    ranked = np.arange(N) if errors is None else np.argsort(errors, kind="stable")
+    places = ranked[np.linspace(0, N - 1, PANELS).round().astype(int)].tolist()
+    kind = "from the first to the last" if errors is None else "from the lowest test MSE to the highest"
+    note = f"{PANELS} of {N} channels, {kind}, evenly spread"
+    return Choice(places, note, f"{note}: {', '.join(columns[place] for place in places)}")
+
+
+def draw_windows(
+    folder: Path, columns: list[str], windows: list[Window], step: str, choice: Choice | None = None
+) -> list[Path]:
+    """Forecast against truth with history: a row a channel, a column a window, `PANELS` channels a page.
+
+    Args:
+        choice: the channels; None: as `choose` does without errors.
+    """
+    choice = choice or choose(columns)
+    pages = _pages(choice.places)
+    paint = partial(_windows, columns=columns, windows=windows, step=step, note=choice.note)
     return [
-        _save(folder, _name("test_windows", page, len(pages)),
-              partial(_windows, columns=columns, shown=shown, windows=windows, step=step), 5.2 * len(windows), len(shown))
+        _save(folder, _name("test_windows", page, len(pages)), partial(paint, shown=shown), 5.2 * len(windows), len(shown))
         for page, shown in enumerate(pages)
     ]  # fmt: skip
 
@@ -87,12 +122,15 @@ def panels_of(history: tuple[pd.DatetimeIndex, np.ndarray], forecast: Forecast, 
 def draw_forecast(
     folder: Path, history: tuple[pd.DatetimeIndex, np.ndarray], forecast: Forecast, step: str
 ) -> list[Path]:  # fmt: skip
-    """The forecast of the future behind its history, `PANELS` columns a page; arguments as those of `panels_of`."""
-    panels = panels_of(history, forecast)
-    pages = _pages(forecast.columns)
+    """The forecast of the future behind its history, `PANELS` columns a page; arguments as those of `panels_of`.
+
+    Of many columns those are shown that `choose` names.
+    """
+    panels, choice = panels_of(history, forecast), choose(forecast.columns)
+    pages = _pages(choice.places)
     return [
         _save(folder, _name("forecast", page, len(pages)),
-              partial(_future, panels=[panels[n] for n in part], step=step), 11, len(part))
+              partial(_future, panels=[panels[n] for n in part], step=step, note=choice.note), 11, len(part))
         for page, part in enumerate(pages)
     ]  # fmt: skip
 
@@ -159,7 +197,7 @@ def draw_losses(folder: Path, history: list[dict]) -> Path:
     return _save(folder, "loss_by_epoch", paint, 9, 2)
 
 
-def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list[Window], step: str) -> None:
+def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list[Window], step: str, note: str) -> None:
     grid = figure.subplots(len(shown), len(windows), squeeze=False)
     for row, channel in enumerate(shown):
         for axes, window in zip(grid[row], windows, strict=True):
@@ -184,11 +222,15 @@ def _windows(figure: Figure, columns: list[str], shown: list[int], windows: list
                 axes.set_title(f"forecast from {day_of(dates[T])}", fontsize=10)
         _label(grid[row][0], columns[channel], f"column {channel + 1}")
     figure.align_ylabels(grid[:, 0])
-    figure.suptitle(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)")
+    figure.suptitle(_title(f"Test windows, first, middle and last by date (1 row: {step}; units of the file)", note))
     _legend(figure, grid[0][0])
 
 
-def _future(figure: Figure, panels: list[Panel], step: str) -> None:
+def _title(words: str, note: str) -> str:
+    return f"{words}\n{note}" if note else words
+
+
+def _future(figure: Figure, panels: list[Panel], step: str, note: str = "") -> None:
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     apart = any(panel.dates[0] != panels[0].dates[0] for panel in panels)  # series that end on different dates
     for axes, panel in zip(grid, panels, strict=True):
@@ -205,7 +247,7 @@ def _future(figure: Figure, panels: list[Panel], step: str) -> None:
     first = panels[0].dates
     rows = f"{len(first)} row{'s' if len(first) > 1 else ''}"
     start = "" if apart else f" from {day_of(first[0])}"
-    figure.suptitle(f"{rows} ahead{start} (1 row: {step}; units of the file)")
+    figure.suptitle(_title(f"{rows} ahead{start} (1 row: {step}; units of the file)", note))
     _legend(figure, grid[0])
 
 
@@ -278,10 +320,10 @@ def fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in CJK if name in installed)]
 
 
-def _pages(columns: list[str]) -> list[list[int]]:
+def _pages(places: list[int]) -> list[list[int]]:
     """Channel numbers, page by page, evenly spread."""
-    count = -(-len(columns) // PANELS)
-    return [part.tolist() for part in np.array_split(np.arange(len(columns)), count)]
+    count = -(-len(places) // PANELS)
+    return [part.tolist() for part in np.array_split(places, count)]
 
 
 def _name(kind: str, page: int, pages: int) -> str:

@@ -53,6 +53,11 @@ class Predictions:
             for array in self.arrays.values():
                 array.create()
 
+    @staticmethod
+    def room(windows: int, pred_len: int, columns: int, levels: int) -> int:
+        """Bytes of the disk that it takes to write so much: all arrays, and one of them twice while they are packed."""
+        return windows * pred_len * columns * 4 * (3 + 2 * levels)
+
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.npy"
 
@@ -79,3 +84,4 @@ class Predictions:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
             for part in sorted(self.parts.glob("*.npy")):
                 packed.write(part, part.name)  # copied in small pieces
+                part.unlink()  # so that the disk never holds all of it twice

@@ -19,8 +19,8 @@ from utils.results.comparison import METRICS, measured
 from utils.results.interval_metrics import IntervalMetrics
 from utils.results.log import peak_memory_gib
 from utils.results.metrics import Metrics
-from utils.results.predictions import Predictions
-from utils.saving.files import write_json
+from utils.results.predictions import PREDICTIONS, Predictions
+from utils.saving.files import free_bytes, size_text, write_json
 from utils.training.session import Job
 
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
@@ -94,12 +94,26 @@ class TestPass:
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
         self.predictions: Predictions | None = None
-        if job.args.save_predictions:
+        levels = intervals.levels if intervals else ()
+        if job.args.save_predictions and self._has_room(len(levels)):
             self.folder.mkdir(parents=True, exist_ok=True)
             main = accelerator.is_main_process
-            levels = intervals.levels if intervals else ()
             self.predictions = Predictions(self.folder, len(self.data), horizon, self.columns, main, levels)
             accelerator.wait_for_everyone()
+
+    def _has_room(self, levels: int) -> bool:
+        """Whether the disk can hold predictions.npz; says so where it cannot, for a wide file's takes many gigabytes."""
+        size = Predictions.room(len(self.data), self.series.pred_len, len(self.columns), levels)
+        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.is_dir())
+        free = free_bytes(place)
+        short = torch.tensor(float(0 < free < size), device=self.job.device)  # 0: that cannot be told
+        if self.job.accelerator.reduce(short) == 0:  # of several processes, one alone must not leave it out
+            return True
+        self.job.log(
+            f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free "
+            "(--save_predictions 0 does without it)"
+        )
+        return False
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
@@ -107,15 +121,16 @@ class TestPass:
         index = batch.index.tolist()
         if self.predictions is None and not self.shown.intersection(index):
             return
-        own_pred, own_true, own_x = (self._own(v) for v in (pred, true, x))
+        own_pred, own_true = self._own(pred), self._own(true)
         bands = {name: self._own(values) for name, values in self._bands(pred, deviation)}
         if self.predictions is not None:  # a batch's windows are neighbours: test batches come in order
             self.predictions.add(index[0], own_pred, own_true, bands)
         for place, number in enumerate(index):
             if number in self.shown:
-                dates = self.data.dates[number : number + own_x.shape[1] + own_pred.shape[1]]
+                own_x = self._own(x[place : place + 1])[0]
+                dates = self.data.dates[number : number + len(own_x) + own_pred.shape[1]]
                 shown = {name: band[place] for name, band in bands.items()}
-                self.windows[number] = Window(dates, own_x[place], own_true[place], own_pred[place], shown)
+                self.windows[number] = Window(dates, own_x, own_true[place], own_pred[place], shown)
 
     def _bands(self, pred: torch.Tensor, deviation: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Names of the bands' ends, and their standardised values `[B, N, H]`."""
