@@ -223,8 +223,7 @@ def _complete_pretraining(args: argparse.Namespace) -> None:
         if args.data_path_pretrain is not None:
             raise input_error("--data_path_pretrain", "it without --data_pretrain", "both")
         return
-    args.data_pretrain = DATASETS[name].read_as or name
     if args.data_path_pretrain is None:
-        if args.data_pretrain == "custom":
+        if name == "custom":
             raise input_error("--data_path_pretrain", "nothing", "the CSV's name with --data_pretrain custom")
-        args.data_path_pretrain = f"{args.data_pretrain}.csv"
+        args.data_path_pretrain = DATASETS[name].file or f"{name}.csv"
