@@ -1,6 +1,7 @@
 """A series in its own units with the scale that training gave it, and its windows: one dataset for every file."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from layers.errors import input_error
 
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
+CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
 
 
 class WindowDataset(Dataset):
@@ -65,6 +67,16 @@ class WindowDataset(Dataset):
             "index": index,
         }
 
+    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
+        values = self.values if self.target_index is None else self.values[:, [self.target_index]]
+        length = self.seq_len + self.pred_len
+        view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)  # [windows, N, T + H]
+        step = max(1, CHUNK_SEQUENCES // values.shape[1])
+        for start in range(0, len(view), step):
+            chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
+            yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
+
     def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
         """The first input date and the first forecast date of window `index`."""
         return self.dates[index], self.dates[index + self.seq_len]
@@ -84,6 +96,11 @@ class Series:
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
     filled: int = 0  # cells that were empty in the file
+
+    @property
+    def rows(self) -> int:
+        """How many rows the file has."""
+        return len(self.dates)
 
     @property
     def forecast_slice(self) -> slice:

@@ -13,6 +13,7 @@ from data_provider.splits import DATASETS
 from layers.errors import InputError, input_error
 from utils.flags import FLAGS, REQUIRED, inherited, run_name
 from utils.kinds import BOOL, LEVELS
+from utils.m4_flags import complete_m4
 from utils.saving.record import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
@@ -168,6 +169,7 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         if 0 in args.intervals and len(args.intervals) > 1:
             raise input_error("--intervals", "none beside numbers", LEVELS.expected)
         args.intervals = tuple(sorted({level for level in args.intervals if level}))
+    complete_m4(args, given)
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
     args.data = DATASETS[args.data].read_as or args.data

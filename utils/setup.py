@@ -207,7 +207,7 @@ def describe_run(
     return record | {
         "data": {
             "file": series.path.name,
-            "rows": len(series.dates),
+            "rows": series.rows,
             "synthetic": series.synthetic,
             "step": series.step_words,
             "mark": {"rows": series.splits.train, "sha256": series.fingerprint},

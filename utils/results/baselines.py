@@ -17,7 +17,6 @@ from utils.intervals import Intervals, deviations, probabilities, quantiles
 from utils.results.interval_metrics import IntervalMetrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
-CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 
 Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
@@ -85,17 +84,6 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
     return 1
 
 
-def _sequences(windows: WindowDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
-    values = windows.values if windows.target_index is None else windows.values[:, [windows.target_index]]
-    length = windows.seq_len + windows.pred_len
-    view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)  # [windows, N, T + H]
-    step = max(1, CHUNK_SEQUENCES // values.shape[1])
-    for start in range(0, len(view), step):
-        chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
-        yield chunk[:, : windows.seq_len], chunk[:, windows.seq_len :]
-
-
 def _measure(
     name: str, title: str, detail: str, series: SplitSeries, levels: tuple[float, ...], start: float, forecast: Forecast
 ) -> Baseline:
@@ -105,7 +93,7 @@ def _measure(
         intervals = _calibrate(series.windows("val"), forecast, levels)
         metrics = IntervalMetrics(intervals, series.mean[kept], series.deviation[kept])
     squares = absolutes = count = 0.0
-    for x, y in _sequences(series.windows("test")):
+    for x, y in series.windows("test").sequences():
         made = forecast(x)
         if metrics is not None:
             shaped = (torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, deviations(x)))
@@ -120,7 +108,7 @@ def _measure(
 
 
 def _mse(windows: WindowDataset, forecast: Forecast) -> float:
-    errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in _sequences(windows)]
+    errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in windows.sequences()]
     return float(sum(squares for squares, _ in errors) / sum(count for _, count in errors))
 
 
@@ -131,7 +119,7 @@ def _calibrate(windows: WindowDataset, forecast: Forecast, levels: tuple[float, 
     for place in places:
         alone = WindowDataset(windows.values, windows.marks, windows.dates, windows.seq_len, windows.label_len,
                               windows.pred_len, target_index=place)  # fmt: skip
-        errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in _sequences(alone)]
+        errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in alone.sequences()]
         rows.append(quantiles(np.concatenate(errors), probabilities(levels)))
     return Intervals(levels, np.stack(rows, axis=1), len(windows))
 
@@ -161,7 +149,7 @@ def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray
     Each sequence is weighted by its deviation to the `power`.
     """
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
-    for x, y in _sequences(windows):
+    for x, y in windows.sequences():
         z, mean, deviation = normalise(x)
         weighted = z * deviation**power  # (m, T)
         xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / deviation)
