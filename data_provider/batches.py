@@ -77,9 +77,7 @@ class Batch:
         """Called by the DataLoader, so that `to` need not wait."""
         prompts = None if self.prompts is None else self.prompts.pin_memory()
         x_mask, y_mask = (None if mask is None else mask.pin_memory() for mask in (self.x_mask, self.y_mask))
-        return replace(
-            self, x=self.x.pin_memory(), y=self.y.pin_memory(), prompts=prompts, x_mask=x_mask, y_mask=y_mask
-        )
+        return replace(self, x=self.x.pin_memory(), y=self.y.pin_memory(), prompts=prompts, x_mask=x_mask, y_mask=y_mask)
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the model reads; the window numbers stay, and marks that it does not read."""

@@ -144,7 +144,9 @@ def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_l
     for name in known:
         found = len(future[name]) if name in future else 0
         if found != pred_len:
-            raise input_error(f"{test}: series {name!r}", f"{found} values", f"{pred_len}, the horizon of {seasonal_patterns}")
+            raise input_error(
+                f"{test}: series {name!r}", f"{found} values", f"{pred_len}, the horizon of {seasonal_patterns}"
+            )
     usable = sum(len(values) > pred_len + 1 for values in known.values())
     if not usable:
         expected = f"at least one of {pred_len + 2} values: a horizon to validate on, and two to cut"

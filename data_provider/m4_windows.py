@@ -38,14 +38,19 @@ class _Windows(Dataset):
         return name, name
 
     def _item(self, index: int, history: np.ndarray, future: np.ndarray) -> dict[str, torch.Tensor | int]:
-        """x `[T, 1]`, y `[label_len + H, 1]`, marks without columns, index, and the masks x_mask `[T, 1]`, y_mask `[H, 1]`."""
+        """x `[T, 1]`, y `[label_len + H, 1]`, marks without columns, index, masks x_mask `[T, 1]`, y_mask `[H, 1]`."""
         x, x_mask = _padded(history[-self.seq_len :], self.seq_len, left=True)
         y, y_mask = _padded(future[: self.pred_len], self.pred_len, left=False)
         y = torch.cat([x[self.seq_len - self.label_len :], y])
-        marks = (torch.zeros(len(rows), 0) for rows in (x, y))
-        return dict(zip(("x_mark", "y_mark"), marks, strict=True)) | {
-            "x": x, "y": y, "index": index, "x_mask": x_mask, "y_mask": y_mask,
-        }  # fmt: skip
+        return {
+            "x": x,
+            "y": y,
+            "x_mark": torch.zeros(len(x), 0),
+            "y_mark": torch.zeros(len(y), 0),
+            "index": index,
+            "x_mask": x_mask,
+            "y_mask": y_mask,
+        }
 
 
 class Cuts(_Windows):
@@ -54,9 +59,7 @@ class Cuts(_Windows):
     The number of an item says both, the series and the cut (see `CutBatches`): the item depends on nothing else.
     """
 
-    def __init__(
-        self, ids: list[str], series: list[np.ndarray], seq_len: int, label_len: int, pred_len: int, recent: int
-    ):
+    def __init__(self, ids: list[str], series: list[np.ndarray], seq_len: int, label_len: int, pred_len: int, recent: int):
         """Args:
         recent: values at the end of a series among which the first forecast one is drawn.
         """
@@ -89,7 +92,9 @@ class Cuts(_Windows):
         ]
         if not any(map(len, views)):
             raise input_error(
-                "--seq_len", f"{T}, with which no training series has a whole window", f"a shorter one, or series of {T + 2 * H}"
+                "--seq_len",
+                f"{T}, with which no training series has a whole window",
+                f"a shorter one, or series of {T + 2 * H}",
             )
         yield from _levelled([rows for view in views for rows in view], T)
 

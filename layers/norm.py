@@ -5,9 +5,7 @@ import torch
 EPSILON = 1e-5
 
 
-def instance_norm(
-    x: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def instance_norm(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalise each series over its time axis, which is the last one.
 
     Args:

@@ -19,14 +19,14 @@ FLOORS = [
     "utils.study.grid",
     "utils.run", "utils.forecaster", "utils.setup", "utils.results.past", "utils.results.forecast_files",
     "utils.results.inside", "utils.results.ensemble", "utils.results.plots", "utils.results.forecast",
-    "utils.training.train", "utils.results.calibration", "utils.results.m4_pass", "utils.results.m4_scores",
-    "utils.results.test_pass", "utils.results.comparison",
-    "utils.results.baselines", "utils.training.evaluate", "utils.training.losses", "utils.training.trial", "utils.training.memory",
+    "utils.training.train", "utils.results.calibration", "utils.results.m4_pass", "utils.results.test_pass",
+    "utils.results.comparison", "utils.results.m4_scores", "utils.results.baselines", "utils.training.evaluate",
+    "utils.training.losses", "utils.training.trial", "utils.training.memory",
     "utils.training.session", "utils.training.step", "utils.training.precision", "utils.results.journal",
     "utils.results.predictions", "utils.results.metrics", "utils.results.interval_metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
-    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line", "utils.m4_flags",
-    "utils.flags",
+    "utils.intervals", "utils.saving.state", "utils.saving.interrupt", "utils.inputs", "utils.command_line",
+    "utils.m4_flags", "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
     "utils.errors",
     "utils.threads",
@@ -146,7 +146,16 @@ OLD_STATE = {
     "prompt_decimals", "batch_size", "learning_rate", "optimizer", "loss", "lradj", "pct_start", "use_amp", "max_iters",
 }  # fmt: skip
 # What has come since; a state without it had the default.
-NEWER = {"skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation"}
+NEWER = {
+    "skip",
+    "use_reprogramming",
+    "llm_ablation",
+    "use_prompt",
+    "prompt_lags",
+    "moving_avg",
+    "activation",
+    "seasonal_patterns",
+}
 NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
     "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals", "append",

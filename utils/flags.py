@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_provider.patterns import PATTERNS
+from data_provider.patterns import M4, PATTERNS
 from data_provider.splits import DATASETS
 from layers.errors import input_error
 from models import MODELS
@@ -113,8 +113,6 @@ FLAGS = [
          "files: read off their timestamps"),
     Flag("fill_missing", FILE_READ, one_of("linear", "ffill"), None, "fill empty cells: linear between the values around "
          "them, ffill with the value before (default: they are an error)"),
-    Flag("seasonal_patterns", DATA, one_of("Monthly", *(name for name in PATTERNS if name != "Monthly")), "Monthly", "which "
-         "of the M4 competition's series"),
     Flag("percent", DATA, whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", DATA, COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", PLACE, TEXT, None, "describe the data set in these words (default: the text that --prompt_domain "
@@ -122,6 +120,8 @@ FLAGS = [
 
     Flag("features", TASK, one_of("M", "S", "MS"), "M", "M: every column predicts itself; S: only --target; MS: all are "
          "read, --target is scored", "ft{}"),
+    Flag("seasonal_patterns", TASK, one_of(*PATTERNS), "Monthly", "which of the M4 competition's series; the pattern sets "
+         "the lengths below"),
     # Fewer than 5 rows have no 5 lags to name in the prompt.
     Flag("seq_len", FIXED_TASK, whole(5), 96, "rows of history in a window, at least --patch_len", "sl{}"),
     Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows before the target (default: 48, or --seq_len)", "ll{}"),
@@ -293,7 +293,7 @@ def inherited(checkpoint: Path, given: set[str]) -> dict[str, str]:
     values = {}
     for flag in FLAGS:
         kept = flag.role.inherited and not (other_data and flag.role.about_data)
-        kept = kept or (flag.name == "data" and held.get("data") == "custom")
+        kept = kept or (flag.name == "data" and held.get("data") in ("custom", M4))
         value = held.get(flag.name)
         if flag.name in given or not kept or value is None:
             continue

@@ -51,7 +51,8 @@ def check_model_flags(args: Namespace) -> None:
     if not kind.channel_independent and args.features == "MS":
         raise input_error("--features", "MS", f"M or S, for --model {args.model} forecasts all that it reads")
     if args.data == M4 and not kind.reads_masks:
-        raise input_error("--model", args.model, f"TimeLLM or Ridge with --data {M4}, whose series may be shorter than a window")
+        expected = f"TimeLLM or Ridge with --data {M4}, whose series may be shorter than a window"
+        raise input_error("--model", args.model, expected)
     if not kind.uses_llm:
         for flag, off in (("llm_ablation", "off"), ("skip", "none"), ("load_in_4bit", False)):
             if getattr(args, flag) != off:

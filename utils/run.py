@@ -82,7 +82,8 @@ def fit(job: Job) -> TestFound | None:
         if args.plots and job.accelerator.is_main_process:
             from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
-            draw_losses(job.folder, progress.history)
+            losses = {"loss": args.loss} if args.data == M4 else {}
+            draw_losses(job.folder, progress.history, **losses)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
     checkpoint = load_checkpoint(job)

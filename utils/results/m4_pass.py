@@ -15,14 +15,13 @@ from layers.norm import instance_norm
 from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge
 from utils.results.comparison import METRICS
 from utils.results.log import peak_memory_gib
-from utils.results.m4_scores import Errors, errors_of, naive2, table
+from utils.results.m4_scores import NAIVE2, NAIVE2_TITLE, Errors, errors_of, methods_of, naive2, table
 from utils.results.test_pass import TestPass
 from utils.saving.files import write_atomic, write_json
 from utils.training.evaluate import Scores
 from utils.training.session import Job
 
-NAIVE2 = "naive2"
-TITLES = {NAIVE2: "Naive2", LAST: "Last value", RIDGE: "Linear map (ridge)"}
+TITLES = {NAIVE2: NAIVE2_TITLE, LAST: "Last value", RIDGE: "Linear map (ridge)"}
 
 
 def open_pass(job: Job) -> TestPass:
@@ -100,16 +99,6 @@ class M4Pass(TestPass):
         for line in table(methods_of(metrics)).splitlines():
             job.log(line)
         return metrics
-
-
-def methods_of(metrics: dict[str, Any]) -> dict[str, dict[str, tuple[Errors, Errors]]]:
-    """What a run's metrics.json says of the model and the simple forecasts, as `m4_scores.table` takes it."""
-    held, test = metrics["m4"], metrics["test"]
-    rows = {row["title"]: Errors(row["series"], row["smape"], row["mase"]) for row in metrics["baselines"]["rows"]}
-    name = "Time-LLM" if metrics.get("model") == "TimeLLM" else metrics.get("model", "Model")
-    naive = rows[TITLES[NAIVE2]]
-    own = {name: Errors(held["series"], test["smape"], test["mase"])} | rows
-    return {title: {held["pattern"]: (errors, naive)} for title, errors in own.items()}
 
 
 def simple_errors(series: M4Series) -> dict[str, Errors]:

@@ -6,6 +6,7 @@ International Journal of Forecasting 36 (2020). Shapes: S series, H values ahead
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from data_provider.patterns import GROUPS, PATTERNS
 
 SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
 AVERAGE = "Average"
+NAIVE2, NAIVE2_TITLE = "naive2", "Naive2"  # in metrics.json, and for people
 # Time-LLM in its paper's table of short-term forecasts: SMAPE, MASE, OWA.
 PAPER = {
     "Yearly": (13.419, 3.005, 0.789),
@@ -124,7 +126,8 @@ class Row:
 
 
 def grouped(found: Mapping[str, tuple[Errors, Errors]]) -> list[Row]:
-    """Rows of the patterns found, of the competition's groups, and the average, all weighted by series.
+    """Rows of the patterns found, of the competition's groups, and the average, all weighted by series; of one pattern
+    alone its own.
 
     Args:
         found: pattern -> errors of a method and of Naive2 on the same series.
@@ -140,14 +143,30 @@ def grouped(found: Mapping[str, tuple[Errors, Errors]]) -> list[Row]:
         members = [pattern for pattern in present if PATTERNS[pattern].group == group]
         if members and group not in PATTERNS:
             rows.append(row(group, members))
-    return [*rows, row(AVERAGE, present)]
+    return [*rows, row(AVERAGE, present)] if len(present) > 1 else rows[:1]
 
 
-def table(methods: Mapping[str, Mapping[str, tuple[Errors, Errors]]]) -> str:
+Methods = dict[str, dict[str, tuple[Errors, Errors]]]  # title -> what `grouped` takes
+
+
+def methods_of(metrics: Mapping[str, Any]) -> Methods:
+    """What the metrics.json of a run on a pattern says of its model and of the simple forecasts.
+
+    Raises:
+        KeyError, TypeError: it is of another run.
+    """
+    held, test = metrics["m4"], metrics["test"]
+    rows = {row["title"]: Errors(row["series"], row["smape"], row["mase"]) for row in metrics["baselines"]["rows"]}
+    name = "Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]
+    own = {name: Errors(held["series"], test["smape"], test["mase"])} | rows
+    return {title: {held["pattern"]: (errors, rows[NAIVE2_TITLE])} for title, errors in own.items()}
+
+
+def table(methods: Methods) -> str:
     """An aligned table: a block a method, the paper's figures in the last one.
 
     Args:
-        methods: title -> what `grouped` takes.
+        methods: of a run, or of several runs together.
     """
     found = {pattern for patterns in methods.values() for pattern in patterns}
     lines = [f"{'':24}{'series':>8}{'SMAPE':>10}{'MASE':>9}{'OWA':>8}"]

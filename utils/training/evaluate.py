@@ -56,7 +56,8 @@ def evaluate(
         count = torch.full_like(totals[2], error.numel())
         if mask is not None:
             error, count = error * mask, mask.sum().double()
-            totals[3:] += torch.stack([loss(forecasts, sequences).double() * len(sequences), count.new_tensor(len(sequences))])
+            totals[3] += loss(forecasts, sequences).double() * len(sequences)
+            totals[4] += len(sequences)
         totals[:3] += torch.stack([error.square().sum(), error.abs().sum(), count])
         if consume is not None:
             consume(batch, forecasts)
