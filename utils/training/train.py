@@ -64,8 +64,8 @@ def _run_epochs(job: Job) -> TestFound | None:
     if journal:
         journal.start(progress.epoch, progress.iteration)
     if job.model.is_trained:
-        work = partial(forward_backward, job.model, precision=job.precision, loss=loss_of(args))
-        trial(job, lambda sequences, size: work(sequences, max_sequences=size), clock.left)
+        loss = loss_of(args)
+        trial(job, lambda part, size: forward_backward(job.model, part, job.precision, size, loss=loss), clock.left)
     train_one = train_epoch if job.model.is_trained else score_epoch
     try:
         while not progress.finished(args.train_epochs, args.patience):
