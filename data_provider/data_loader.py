@@ -172,6 +172,10 @@ class SplitSeries(Series):
             self.target_index,
         )
 
+    def windows_for_a_map(self) -> tuple[WindowDataset, WindowDataset]:
+        """The windows to which a linear map is fitted, and those by which its penalty is chosen."""
+        return self.windows("train"), self.windows("val")
+
 
 def load_series(
     data: str = "ETTh1",

@@ -21,6 +21,7 @@ from data_provider.splits import Splits
 from layers.errors import input_error
 
 SYNTHETIC_ID = "synthetic"  # how the ids of series begin that `scripts/get_data.py` has made up
+CHOOSING = 5
 ABSENT = ("", "NA", "NaN", "nan")  # cells behind a series' last value
 
 
@@ -128,6 +129,19 @@ class M4Series(SplitSeries):
             )
         used = [n for n, values in enumerate(self.known) if len(values) > H + 1]
         return Cuts([self.ids[n] for n in used], [self.known[n][:-H] for n in used], *lengths, int(self.kind.recent * H))
+
+    def windows_for_a_map(self) -> tuple[Cuts, Cuts]:  # type: ignore[override]
+        """Training windows of most series, and those of every `CHOOSING`th, by which the penalty is chosen.
+
+        The validation windows all lie at one moment, which says little of others: the map that is best there reverts to the
+        mean, for example, where the series did so just then.
+        """
+        train = self.windows("train")
+        assert isinstance(train, Cuts)
+        long = [n for n, values in enumerate(train.series) if len(values) >= self.seq_len + self.pred_len]
+        choosing = long[::CHOOSING] if len(long) > 1 else long
+        fitted = [n for n in long if n not in set(choosing)] or long
+        return train.some(fitted), train.some(choosing)
 
 
 def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_len: int, pred_len: int) -> M4Series:

@@ -14,6 +14,7 @@ from data_provider.sampler import EpochBatches
 from layers.errors import input_error
 
 CHUNK = 8192  # sequences in memory at a time
+STILL = 1e-6  # of its level: a history that deviates less stands still
 DRAWS = 2**31  # numbers that a random cut is drawn from
 
 
@@ -79,7 +80,7 @@ class Cuts(_Windows):
 
     def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Inputs `[m, T]` and truths `[m, H]` of all cuts that are whole on both sides, each in units of its history's
-        level, the mean of its absolute values.
+        deviation, so that all count alike; a history that stands still is left out.
 
         Raises:
             InputError: there is none.
@@ -96,7 +97,12 @@ class Cuts(_Windows):
                 f"{T}, with which no training series has a whole window",
                 f"a shorter one, or series of {T + 2 * H}",
             )
-        yield from _levelled([rows for view in views for rows in view], T)
+        yield from _in_deviations([rows for view in views for rows in view], T)
+
+    def some(self, chosen: list[int]) -> "Cuts":
+        """The windows of the series with these numbers alone."""
+        ids, series = [self.ids[n] for n in chosen], [self.series[n] for n in chosen]
+        return Cuts(ids, series, self.seq_len, self.label_len, self.pred_len, self.recent)
 
 
 class Ends(_Windows):
@@ -123,12 +129,6 @@ class Ends(_Windows):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         return self._item(index, self.series[index], self.future[index])
 
-    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As `Cuts.sequences`, of the series that fill a window."""
-        T = self.seq_len
-        pairs = zip(self.series, self.future, strict=True)
-        yield from _levelled([np.concatenate([v[-T:], y]) for v, y in pairs if len(v) >= T], T)
-
 
 class CutBatches(EpochBatches):
     """Batches of `Cuts`: order and cuts depend on seed and epoch alone."""
@@ -150,10 +150,12 @@ def _padded(values: np.ndarray, length: int, left: bool) -> tuple[torch.Tensor, 
     return padded, mask
 
 
-def _levelled(rows: list[np.ndarray], T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows `[T + H]` -> chunks of x `[m, T]` and y `[m, H]` in units of the mean of |x|; zeros are left out."""
+def _in_deviations(rows: list[np.ndarray], T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows `[T + H]` -> chunks of x `[m, T]` and y `[m, H]`, less the mean of x and in units of its deviation."""
     for start in range(0, len(rows), CHUNK):
         chunk = np.stack(rows[start : start + CHUNK]).astype(np.float64)
-        level = np.abs(chunk[:, :T]).mean(axis=1, keepdims=True)
-        chunk = chunk[level[:, 0] > 0] / level[level > 0][:, None]
+        x = chunk[:, :T]
+        mean, deviation = x.mean(axis=1), x.std(axis=1)
+        moves = deviation > STILL * np.abs(mean)
+        chunk = (chunk[moves] - mean[moves, None]) / deviation[moves, None]
         yield chunk[:, :T], chunk[:, T:]

@@ -350,7 +350,7 @@ def _begin(job: Job, start: Start) -> Training:
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
     """Ridge regression into the model's map `[T, H]`."""
     began = time.perf_counter()
-    train, val = job.windows.windows("train"), job.windows.windows("val")
+    train, val = job.windows.windows_for_a_map()
     weights, penalty = fit_ridge(train, val)
     with torch.no_grad():
         linear_map.copy_(torch.from_numpy(weights))

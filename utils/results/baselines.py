@@ -6,6 +6,7 @@ All are measured on the standardised test windows of a Series, as the model is.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,13 @@ LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.j
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 
 Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
+
+
+class Pairs(Protocol):
+    """Windows that a linear map can be fitted to."""
+
+    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]`, in chunks."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def _measure(
     return Baseline(name, title, float(squares / count), float(absolutes / count), seconds, detail, found)
 
 
-def _mse(windows: WindowDataset, forecast: Forecast) -> float:
+def _mse(windows: Pairs, forecast: Forecast) -> float:
     errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in windows.sequences()]
     return float(sum(squares for squares, _ in errors) / sum(count for _, count in errors))
 
@@ -143,7 +151,7 @@ def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return z @ weights * deviation + mean
 
 
-def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _moments(windows: Pairs, power: int) -> tuple[np.ndarray, np.ndarray, float]:
     """All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
 
     Each sequence is weighted by its deviation to the `power`.
@@ -157,7 +165,7 @@ def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray
     return xx, xy, total
 
 
-def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, float]:
+def fit_ridge(train: Pairs, val: Pairs) -> tuple[np.ndarray, float]:
     """One linear map for all channels, the penalty with the lowest validation MSE.
 
     A training sequence is weighted by its deviation. Unweighted, the few windows in which a sensor stood
@@ -177,7 +185,7 @@ def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, flo
     return candidates[best], float(PENALTIES[best])
 
 
-def doubts(weights: np.ndarray, penalty: float, val: WindowDataset) -> str:
+def doubts(weights: np.ndarray, penalty: float, val: Pairs) -> str:
     """What speaks against a map `[T, H]` that `fit_ridge` has chosen; empty where nothing does.
 
     The penalty is the largest that is tried (a larger one might have been chosen; at the other end is 0, with nothing

@@ -116,7 +116,7 @@ def simple_errors(series: M4Series) -> dict[str, Errors]:
 
 def _ridge(series: M4Series) -> np.ndarray:
     """Forecasts `[S, H]` of one linear map of the normalised window."""
-    weights, _ = fit_ridge(series.windows("train"), series.windows("val"))  # type: ignore[arg-type]  # they have sequences
+    weights, _ = fit_ridge(*series.windows_for_a_map())
     test = series.windows("test")
     items = [test[number] for number in range(len(series.ids))]
     x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
