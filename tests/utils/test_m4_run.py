@@ -79,12 +79,16 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     assert next(line for line in again if line.startswith("Test ")) in lines
 
 
-def test_training_lowers_the_loss_and_a_linear_map_helps(argv, capsys) -> None:
-    words = argv(train_epochs=6, skip="ridge", learning_rate=1e-2, model_comment="ridge")
-    lines = train(words, capsys)
-    assert any(line.startswith("Linear map in closed form") for line in lines)
+def test_training_lowers_the_loss(argv, capsys) -> None:
+    words = argv(train_epochs=8, learning_rate=1e-2, lradj="constant", plots=0)
+    train(words, capsys)
     history = pd.read_csv(run_folder(words) / "history.csv")["train_loss"]
-    assert history.iloc[-2:].mean() < history.iloc[0]
+    assert history.iloc[-2:].mean() < 0.8 * history.iloc[0]
+
+
+def test_a_linear_map_is_fitted_and_is_the_baselines(argv, capsys) -> None:
+    lines = train(argv(max_iters=1, skip="ridge", model_comment="ridge", plots=0), capsys)
+    assert any(line.startswith("Linear map in closed form") for line in lines)
     words = argv(model="Ridge", model_comment="map", llm_model=None, llm_model_path=None, llm_layers=None)
     train(words, capsys)
     metrics = json.loads((run_folder(words) / "metrics.json").read_text())
