@@ -46,7 +46,10 @@ def _refuse(args: argparse.Namespace) -> None:
         raise input_error("--data_path", args.data_path, f"nothing with --data {M4}: --seasonal_patterns names the files")
     if args.intervals:
         raise input_error("--intervals", f"levels with --data {M4}", "none: each series has one validation window")
-    off = (("features", "M"), ("percent", 100), ("fill_missing", None), ("do_predict", False), ("predict_path", None))
+    if args.do_predict:
+        expected = f"none with --data {M4}: a test leaves the forecasts of what follows the training file"
+        raise input_error("--do_predict", "it", expected)
+    off = (("features", "M"), ("percent", 100), ("fill_missing", None))
     for name, value in off:
         if getattr(args, name) != value:
             expected = "nothing" if value is None else value

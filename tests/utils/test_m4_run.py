@@ -178,7 +178,7 @@ def test_two_processes_score_every_series(argv, capsys) -> None:
         ({"data_path": "my.csv"}, "--data_path: got my.csv, expected nothing with --data m4"),
         ({"features": "S"}, "--features: got S, expected M with --data m4"),
         ({"percent": 10}, "--percent: got 10, expected 100 with --data m4"),
-        ({"do_predict": True}, "--do_predict: got True, expected False with --data m4"),
+        ({"do_predict": True}, "--do_predict: got it, expected none with --data m4: a test leaves the forecasts"),
         ({"intervals": 80}, "--intervals: got levels with --data m4, expected none"),
         ({"patch_len": 16}, "--seq_len: got 12, shorter than a patch, expected --patch_len 16 or more"),
         ({"seasonal_patterns": "Hourly"}, "--seasonal_patterns Hourly: got no Hourly-train.csv and Hourly-test.csv"),
