@@ -49,8 +49,8 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.do_predict:
         expected = f"none with --data {M4}: a test leaves the forecasts of what follows the training file"
         raise input_error("--do_predict", "it", expected)
-    off = (("features", "M"), ("percent", 100), ("fill_missing", None))
+    off: tuple[tuple[str, object], ...] = (("features", "M"), ("percent", 100), ("fill_missing", None))
     for name, value in off:
         if getattr(args, name) != value:
-            expected = "nothing" if value is None else value
-            raise input_error(f"--{name}", getattr(args, name), f"{expected} with --data {M4}")
+            what = "nothing" if value is None else value
+            raise input_error(f"--{name}", getattr(args, name), f"{what} with --data {M4}")
