@@ -37,7 +37,7 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
     series: dict[str, np.ndarray] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            next(file, None)  # the header
+            _check_header(path, next(file, ""))
             # Most cells of most lines are the empty ones of the longest series: they go before the line is parsed.
             lines = csv.reader(line.rstrip("\r\n,") for line in file)
             for number, cells in enumerate(lines, 2):
@@ -55,6 +55,13 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
     if not series:
         raise input_error(path, "no series", "a header, then a line a series: an id and its values")
     return series
+
+
+def _check_header(path: Path, line: str) -> None:
+    """A first line with numbers is a series, which would be lost without a word."""
+    cells = next(csv.reader([line]), [])
+    if len(cells) > 1 and not np.isnan(_number(cells[1])):
+        raise input_error(f"{path}: row 1", f"the values of a series, {line[:30]!r}...", "a header")
 
 
 def _numbers(place: str, cells: list[str], most: int | None) -> np.ndarray:

@@ -24,13 +24,14 @@ from utils.results.comparison import METRICS  # noqa: E402
 from utils.results.m4_scores import NAIVE2_TITLE, Methods, errors_of, methods_of, naive2, table  # noqa: E402
 
 
-def of_runs(folders: list[Path]) -> Methods:
-    """The figures of tested runs together.
+def of_runs(folders: list[Path]) -> tuple[Methods, bool]:
+    """The figures of tested runs together, and whether some series are synthetic.
 
     Raises:
         InputError: a folder is of no tested run on M4, or two are of one pattern.
     """
     together: Methods = {}
+    synthetic = False
     seen: dict[str, Path] = {}
     for folder in folders:
         try:
@@ -41,19 +42,21 @@ def of_runs(folders: list[Path]) -> Methods:
         if pattern in seen:
             raise input_error(folder, f"a second run on {pattern} beside {seen[pattern]}", "one run a pattern")
         seen[pattern] = folder
+        synthetic |= bool(metrics["m4"].get("synthetic"))
         for title, found in methods.items():
             together.setdefault(title, {}).update(found)
-    return together
+    return together, synthetic
 
 
-def of_forecasts(file: Path, root_path: Path) -> Methods:
-    """The figures of a file of forecasts.
+def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, bool]:
+    """The figures of a file of forecasts, and whether some series are synthetic.
 
     Raises:
         InputError: it cannot be read, lacks some series of a pattern, or has none of the patterns that are there.
     """
     made = read_wide(file)
     methods: Methods = {str(file): {}, NAIVE2_TITLE: {}}
+    synthetic = False
     for name, kind in PATTERNS.items():
         try:
             find_m4(root_path, name)
@@ -68,12 +71,13 @@ def of_forecasts(file: Path, root_path: Path) -> Methods:
         if wrong is not None:
             got = f"{len(made[wrong])} forecasts" if wrong in made else "no such series"
             raise input_error(f"{file}: series {wrong!r}", got, f"{H} forecasts of every {name} series")
+        synthetic |= series.synthetic
         naive = errors_of(np.stack([naive2(v, season, H) for v in series.known]), series.future, series.known, season)
         own = errors_of(np.stack([made[id] for id in series.ids]), series.future, series.known, season)
         methods[str(file)][name], methods[NAIVE2_TITLE][name] = (own, naive), (naive, naive)
     if not methods[NAIVE2_TITLE]:
         raise input_error(file, "no series of a pattern whose files are there", f"those of files in {root_path}")
-    return methods
+    return methods, synthetic
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +90,7 @@ def main(argv: list[str]) -> int:
     try:
         if bool(args.folders) == bool(args.forecast):
             raise input_error("folders", "both or neither of folders and --forecast", "either")
-        print(table(of_forecasts(args.forecast, args.root_path) if args.forecast else of_runs(args.folders)))
+        print(table(*(of_forecasts(args.forecast, args.root_path) if args.forecast else of_runs(args.folders))))
     except InputError as error:
         print(f"m4_scores.py: error: {error}", file=sys.stderr)
         return 2

@@ -63,6 +63,12 @@ def test_what_is_wrong_with_a_wide_file_is_named(tmp_path: Path, lines: str, mes
     assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_file_without_a_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "Yearly-train.csv").write_text("Y1,1,2\nY2,3,4\n")
+    with pytest.raises(InputError, match="row 1: got the values of a series, .*, expected a header"):
+        read_wide(tmp_path / "Yearly-train.csv")
+
+
 def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
     write_m4(tmp_path, "Yearly", lengths=(20, 30))
     write_wide(tmp_path / "Yearly-test.csv", {"Y1": np.ones(6)})

@@ -40,7 +40,7 @@ def report(folder: Path) -> str:
     if not isinstance(metrics.get("test"), dict):
         raise input_error(folder / METRICS, "no test figures", "what a test wrote")
     if "m4" in metrics:
-        return table_of_m4(methods_of(metrics))
+        return table_of_m4(methods_of(metrics), bool(metrics["m4"].get("synthetic")))
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
     levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
     found = measured(series, metrics.get("baselines"), levels)

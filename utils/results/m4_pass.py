@@ -96,7 +96,7 @@ class M4Pass(TestPass):
         write_forecasts(file, series.ids, self.forecasts)
         job.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
-        for line in table(methods_of(metrics)).splitlines():
+        for line in table(methods_of(metrics), series.synthetic).splitlines():
             job.log(line)
         return metrics
 

@@ -162,11 +162,12 @@ def methods_of(metrics: Mapping[str, Any]) -> Methods:
     return {title: {held["pattern"]: (errors, rows[NAIVE2_TITLE])} for title, errors in own.items()}
 
 
-def table(methods: Methods) -> str:
+def table(methods: Methods, synthetic: bool = False) -> str:
     """An aligned table: a block a method, the paper's figures in the last one.
 
     Args:
         methods: of a run, or of several runs together.
+        synthetic: whether some of the series were made up.
     """
     found = {pattern for patterns in methods.values() for pattern in patterns}
     lines = [f"{'':24}{'series':>8}{'SMAPE':>10}{'MASE':>9}{'OWA':>8}"]
@@ -179,5 +180,7 @@ def table(methods: Methods) -> str:
     lines += [f"  {name:22}{'':8}{smape:10.3f}{mase:9.3f}{owa:8.3f}" for name, (smape, mase, owa) in PAPER.items()]
     missing = [pattern for pattern in PATTERNS if pattern not in found]
     if missing:
-        lines += ["", f"Others and Average are without {', '.join(missing)}: no such run here"]
+        lines += ["", f"Others and Average are without {', '.join(missing)}, which are not here"]
+    if synthetic:
+        lines += ["", "SYNTHETIC DATA: the series were generated, not measured; these figures say nothing about M4"]
     return "\n".join(lines)
