@@ -179,7 +179,7 @@ def table(methods: Methods, synthetic: bool = False) -> str:
     lines += ["", "Time-LLM in its paper (all 100,000 series)"]
     lines += [f"  {name:22}{'':8}{smape:10.3f}{mase:9.3f}{owa:8.3f}" for name, (smape, mase, owa) in PAPER.items()]
     missing = [pattern for pattern in PATTERNS if pattern not in found]
-    if missing:
+    if missing and len(found) > 1:
         lines += ["", f"Others and Average are without {', '.join(missing)}, which are not here"]
     if synthetic:
         lines += ["", "SYNTHETIC DATA: the series were generated, not measured; these figures say nothing about M4"]
