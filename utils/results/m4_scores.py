@@ -34,7 +34,9 @@ class Errors:
     mase: float
 
     def owa(self, naive2: "Errors") -> float:
-        """Overall weighted average: the mean of both errors as parts of Naive2's."""
+        """Overall weighted average: the mean of both errors as parts of Naive2's; NaN where Naive2 has none."""
+        if not (naive2.smape > 0 and naive2.mase > 0):
+            return float("nan")
         return (self.smape / naive2.smape + self.mase / naive2.mase) / 2
 
     @classmethod

@@ -55,6 +55,8 @@ def test_errors_are_their_formulas() -> None:
     # a series that never moves, or is no longer than a season, has no scale: the mean is over the others
     known[1], known[2] = np.full(9, 5.0), known[2][:4]
     assert errors_of(forecast, truth, known, 4).mase == pytest.approx(mase[0])
+    still = errors_of(truth, truth, [np.full(9, 5.0)] * 3, 4)
+    assert still.smape == 0 and np.isnan(still.mase) and np.isnan(found.owa(still))
 
 
 def test_naive2_of_a_pure_season_goes_on_with_it() -> None:
