@@ -1,6 +1,6 @@
 """Batches: windows with all their channels for the loop, and the sequences that the model takes them as."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class Sequences:
     y: torch.Tensor  # (M, H)
     prompts: Prompts | None = None  # (M, n), (M,)
     windows: Windows | None = None  # the B that they are channels of, where the model reads these
+    x_mask: torch.Tensor | None = None  # (M, T) 1 where x has a value, 0 where it is padded; None: all exist
+    y_mask: torch.Tensor | None = None  # (M, H)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -41,6 +43,8 @@ class Sequences:
                 self.x[start : start + step],
                 self.y[start : start + step],
                 None if self.prompts is None else self.prompts.rows(start, start + step),
+                x_mask=None if self.x_mask is None else self.x_mask[start : start + step],
+                y_mask=None if self.y_mask is None else self.y_mask[start : start + step],
             )
             for start in range(0, len(self), step)
         ]
@@ -63,6 +67,8 @@ class Batch:
     channels: slice  # those of the N that are forecast
     prompts: Prompts | None = None  # of the B*N forecast sequences, window by window
     whole: bool = False  # the model reads whole windows and their marks
+    x_mask: torch.Tensor | None = None  # (B, T, N) 1 where x has a value, 0 where it is padded; None: all exist
+    y_mask: torch.Tensor | None = None  # (B, H, N)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.x, self.y, self.x_mark, self.y_mark))
@@ -70,7 +76,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader, so that `to` need not wait."""
         prompts = None if self.prompts is None else self.prompts.pin_memory()
-        return replace(self, x=self.x.pin_memory(), y=self.y.pin_memory(), prompts=prompts)
+        x_mask, y_mask = (None if mask is None else mask.pin_memory() for mask in (self.x_mask, self.y_mask))
+        return replace(self, x=self.x.pin_memory(), y=self.y.pin_memory(), prompts=prompts, x_mask=x_mask, y_mask=y_mask)
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the model reads; the window numbers stay, and marks that it does not read."""
@@ -78,6 +85,8 @@ class Batch:
         moved = replace(self, x=x, y=y, prompts=None if self.prompts is None else self.prompts.to(device))
         if self.whole:
             moved.x_mark, moved.y_mark = self.x_mark.to(device), self.y_mark.to(device)
+        if self.x_mask is not None and self.y_mask is not None:
+            moved.x_mask, moved.y_mask = self.x_mask.to(device), self.y_mask.to(device)
         return moved
 
     def sequences(self) -> Sequences:
@@ -91,6 +100,8 @@ class Batch:
             _flatten(self.y[:, -self.pred_len :, self.channels]),
             self.prompts,
             Windows(self.x, self.x_mark, self.y_mark, self.channels) if self.whole else None,
+            None if self.x_mask is None else _flatten(self.x_mask[..., self.channels]),
+            None if self.y_mask is None else _flatten(self.y_mask[..., self.channels]),
         )
 
 
@@ -119,6 +130,8 @@ class WindowCollate:
     def __call__(self, items: list[dict]) -> Batch:
         batch = Batch(**default_collate(items), pred_len=self.pred_len, channels=self.channels, whole=self.whole)
         if self.encoder is not None:
-            windows = batch.x[..., self.channels]  # (B, T, N)
+            windows: Iterable[torch.Tensor] = batch.x[..., self.channels]  # (B, T, N)
+            if batch.x_mask is not None:  # the prompts speak of what exists
+                windows = [x[mask[:, 0] > 0] for x, mask in zip(windows, batch.x_mask, strict=True)]
             batch.prompts = pad_prompts(self.encoder.for_windows(windows))
         return batch

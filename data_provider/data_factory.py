@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_provider.batches import WindowCollate
 from data_provider.data_loader import SplitSeries, WindowDataset, load_series
+from data_provider.m4 import load_m4
+from data_provider.m4_windows import CutBatches, Cuts
+from data_provider.patterns import M4
 from data_provider.sampler import EpochBatches
 from layers.errors import input_error
 from layers.prompt import PromptEncoder
@@ -59,8 +62,10 @@ def series_from_args(args: Namespace) -> SplitSeries:
     """The series that the flags describe.
 
     Raises:
-        InputError: see `load_series`.
+        InputError: see `load_series` and `load_m4`.
     """
+    if args.data == M4:
+        return load_m4(args.root_path, args.seasonal_patterns, args.seq_len, args.label_len, args.pred_len)
     return load_series(**series_flags(args))
 
 
@@ -103,7 +108,8 @@ def epoch_batches(
     if train and size < world:
         raise input_error("--batch_size", size, f"at least {world}, a window of each step for each process")
     seed = args.seed if seed is None else seed
-    return EpochBatches(len(dataset), size, seed, shuffle=train, drop_last=train, rank=rank, world=world)
+    kind = CutBatches if isinstance(dataset, Cuts) else EpochBatches
+    return kind(len(dataset), size, seed, shuffle=train, drop_last=train, rank=rank, world=world)
 
 
 def make_loader(

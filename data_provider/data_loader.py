@@ -23,6 +23,7 @@ from layers.errors import input_error, listed
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
 PIECE = 1 << 20  # values of a wide series that are computed with at a time
+CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
 
 
 class WindowDataset(Dataset):
@@ -68,6 +69,21 @@ class WindowDataset(Dataset):
             "index": index,
         }
 
+    @property
+    def sequence_count(self) -> int:
+        """Windows times the channels that count."""
+        return len(self) * (self.values.shape[1] if self.target_index is None else 1)
+
+    def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
+        values = self.values if self.target_index is None else self.values[:, [self.target_index]]
+        length = self.seq_len + self.pred_len
+        view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
+        step = max(1, CHUNK_SEQUENCES // values.shape[1])
+        for start in range(0, len(view), step):
+            chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
+            yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
+
     def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
         """The first input date and the first forecast date of window `index`."""
         return self.dates[index], self.dates[index + self.seq_len]
@@ -87,6 +103,11 @@ class Series:
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
     filled: int = 0  # cells that were empty in the file
+
+    @property
+    def rows(self) -> int:
+        """How many rows the file has."""
+        return len(self.dates)
 
     @property
     def forecast_slice(self) -> slice:
@@ -153,7 +174,7 @@ class SplitSeries(Series):
         return {
             "data": {
                 "file": self.path.name,
-                "rows": len(self.dates),
+                "rows": self.rows,
                 "synthetic": self.synthetic,
                 "step": self.step_words,
                 "mark": {"rows": self.splits.train, "sha256": self.fingerprint},
@@ -175,6 +196,10 @@ class SplitSeries(Series):
             self.pred_len,
             self.target_index,
         )
+
+    def windows_for_a_map(self) -> tuple[WindowDataset, WindowDataset]:
+        """The windows to which a linear map is fitted, and those by which its penalty is chosen."""
+        return self.windows("train"), self.windows("val")
 
 
 def load_series(

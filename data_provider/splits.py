@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_provider.patterns import M4
 from layers.errors import input_error
 
 SPLITS = ("train", "val", "test")
@@ -30,6 +31,7 @@ DATASETS = {
     "ETTm1": DataSet(_QUARTER_HOURLY),
     "ETTm2": DataSet(_QUARTER_HOURLY),
     "custom": DataSet(),
+    M4: DataSet(),
     "ECL": DataSet(file="electricity.csv"),
     "Traffic": DataSet(file="traffic.csv"),
     "Weather": DataSet(file="weather.csv"),

@@ -53,6 +53,7 @@ class Model(Forecaster):
     """
 
     uses_llm = True
+    reads_masks = True
     prototypes: nn.Parameter  # (K, D), with `--prototypes direct` alone
 
     def __init__(
@@ -144,14 +145,21 @@ class Model(Forecaster):
 
     def forecast_part(self, part: Sequences, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """See `Forecaster`."""
-        return self.forecast(part.x, part.prompts, shared)
+        return self.forecast(part.x, part.prompts, shared, part.x_mask)
 
-    def forecast(self, x: torch.Tensor, prompts: Prompts | None, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Series `[M, T]` with their prompts, and what `shared` gave -> forecasts `[M, H]` on the series' own scale."""
+    def forecast(
+        self,
+        x: torch.Tensor,
+        prompts: Prompts | None,
+        shared: tuple[torch.Tensor, ...],
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Series `[M, T]` with their prompts, what `shared` gave, and the mask of padded ones -> forecasts `[M, H]` on the
+        series' own scale."""
         if prompts is None:
             seen = x if self.prompts is None else x.cpu()  # prompts of no token say nothing of x
             prompts = self.make_prompts(seen[:, :, None]).to(x.device)
-        z, mean, deviation = instance_norm(x)  # (M, T), (M, 1), (M, 1)
+        z, mean, deviation = instance_norm(x, mask)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *shared)  # (M, L, D)
         hidden = self.language_model(self.opening_ids, *prompts, patches)  # (M, L, D)

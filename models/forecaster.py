@@ -24,6 +24,7 @@ class Forecaster(nn.Module):
             M sequences; else with whole windows and their time marks.
         whole_batches: whether what it computes of a window depends on the others of its batch, in training. Its batches
             are then not cut where memory is short, those of an evaluation neither: `--eval_batch_size` bounds these.
+        reads_masks: whether it can be told which values of a window exist, as series shorter than the window ask for.
         is_trained: whether gradients train it; else its linear map is all that it has.
         linear_map: a map `[T, H]` of normalised windows that ridge regression fits before the first iteration.
         prompts, mapping_layer: what writes prompts, and the layer whose gradient may come in factors; None without.
@@ -32,6 +33,7 @@ class Forecaster(nn.Module):
     uses_llm = False
     channel_independent = True
     whole_batches = False
+    reads_masks = False
     is_trained = True
     prompts: PromptEncoder | None = None
     linear_map: torch.Tensor | None

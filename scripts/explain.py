@@ -29,6 +29,7 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 from data_provider.data_factory import series_from_args  # noqa: E402
 from data_provider.data_loader import SplitSeries  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
+from data_provider.patterns import M4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from layers.prompt import PromptEncoder  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
@@ -90,6 +91,8 @@ def explain(args: argparse.Namespace, flags: argparse.Namespace) -> None:
     """
     if flags.model != "TimeLLM":
         raise input_error("--model", f"{flags.model}, which has neither prototypes nor prompt", "a run of TimeLLM")
+    if flags.data == M4:
+        raise input_error("--data", f"{M4}, whose series have no dates to choose a window by", "a data set of one file")
     if flags.do_predict:
         raise input_error("--do_predict", "it", "none, for test windows are looked at")
     if args.windows < 2:

@@ -20,14 +20,16 @@ FLOORS = [
     "utils.run", "utils.forecaster", "utils.setup", "utils.begin",
     "utils.results.past", "utils.results.forecast_files",
     "utils.results.inside", "utils.results.ensemble", "utils.results.plots", "utils.results.forecast",
-    "utils.training.train", "utils.results.calibration", "utils.results.test_pass", "utils.results.comparison",
-    "utils.results.baselines", "utils.training.evaluate", "utils.training.trial", "utils.training.memory",
+    "utils.training.train", "utils.results.calibration", "utils.results.m4_pass", "utils.results.test_pass",
+    "utils.results.comparison", "utils.results.m4_scores", "utils.results.baselines", "utils.training.evaluate",
+    "utils.training.losses", "utils.training.trial", "utils.training.memory",
     "utils.training.session", "utils.training.reduction", "utils.training.step", "utils.training.precision",
     "utils.results.journal",
     "utils.results.predictions", "utils.results.interval_metrics", "utils.results.metrics", "utils.results.log",
     "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
     "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks", "utils.inputs",
-    "utils.command_line", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt", "utils.flags",
+    "utils.command_line", "utils.m4_flags", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt",
+    "utils.flags",
     "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
     "utils.errors",
     "utils.threads",
@@ -155,6 +157,7 @@ OLD_STATE = {
 # What has come since; a state without it had the default.
 NEWER = {
     "skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation", "data_pretrain",
+    "seasonal_patterns",
 }  # fmt: skip
 NEVER_RECORDED = {
     "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",

@@ -63,7 +63,7 @@ def begin(job: Job, start: Start) -> Training:
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
     """Ridge regression into the model's map `[T, H]`."""
     began = time.perf_counter()
-    train, val = job.trained_series.windows("train"), job.windows.windows("val")
+    (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
     weights, penalty = fit_ridge(train, val)
     with torch.no_grad():
         linear_map.copy_(torch.from_numpy(weights))

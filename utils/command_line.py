@@ -14,6 +14,7 @@ from layers.errors import InputError, input_error
 from models import traits
 from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, run_name
 from utils.kinds import BOOL, LEVELS
+from utils.m4_flags import complete_m4
 from utils.processes.group import speaks
 from utils.saving.record import read_record
 
@@ -177,6 +178,7 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
         if 0 in args.intervals and len(args.intervals) > 1:
             raise input_error("--intervals", "none beside numbers", LEVELS.expected)
         args.intervals = tuple(sorted({level for level in args.intervals if level}))
+    complete_m4(args, given)
     if args.label_len is None:
         args.label_len = min(48, args.seq_len)
     if DATASETS[args.data].borders is None:  # None: read off the file

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_provider.patterns import M4, PATTERNS
 from data_provider.splits import DATASETS
 from layers.errors import input_error
 from models import MODELS
@@ -94,14 +95,16 @@ def _required(name: str, kind: Kind, help: str, role: Role = NAME, tag: str = ""
 # fmt: off
 # Parts of the run's name stand in the order of these rows.
 FLAGS = [
-    _required("task_name", one_of("long_term_forecast"), "long_term_forecast", tag="{}"),
+    _required("task_name", one_of("long_term_forecast", "short_term_forecast"), "long_term_forecast; short_term_forecast: "
+              "the M4 competition, with --data m4", tag="{}"),
     _required("is_training", SWITCH, "1: train, test, keep the best; 0: test what was kept", RUN),
     _required("model_id", TEXT, "name of the experiment, e.g. ETTh1_512_96", tag="{}"),
     _required("model", one_of(*MODELS), ", ".join(MODELS), tag="{}"),
     Flag("seed", NAME, whole(0, 2**32 - 1), 2021, "seed of weights, shuffling and dropout"),
     Flag("itr", RUN, COUNT, 1, "how often the experiment is repeated; each repeat has its own folder"),
 
-    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column", DATA, "{}"),
+    _required("data", one_of(*DATASETS), f"{', '.join(DATASETS)}; custom: any CSV with a date column; m4: the competition's "
+              "files", DATA, "{}"),
     Flag("root_path", PLACE, FOLDER, "./dataset", "folder of the data"),
     Flag("data_path", FILE_READ, FILE, None, "CSV file in that folder (default: that of --data, e.g. ETTh1.csv)"),
     Flag("data_pretrain", DATA, one_of(*DATASETS), None, "transfer: train on the training rows of this data set; --data "
@@ -119,6 +122,8 @@ FLAGS = [
 
     Flag("features", TASK, one_of("M", "S", "MS"), "M", "M: every column predicts itself; S: only --target; MS: all are "
          "read, --target is scored", "ft{}"),
+    Flag("seasonal_patterns", TASK, one_of(*PATTERNS), "Monthly", "which of the M4 competition's series; the pattern sets "
+         "the lengths below"),
     # Fewer than 5 rows have no 5 lags to name in the prompt.
     Flag("seq_len", FIXED_TASK, whole(5), 96, "rows of history in a window, at least --patch_len", "sl{}"),
     Flag("label_len", BASELINE_TASK, COUNT_OR_0, None, "rows before the target, which Autoformer alone reads "
@@ -168,7 +173,8 @@ FLAGS = [
     Flag("patience", LENGTH, COUNT, 10, "epochs without a better validation loss before training stops"),
     Flag("learning_rate", TRAINING, real(lambda v: v > 0, "a number above 0"), 1e-4, "rate, used as it stands"),
     Flag("optimizer", TRAINING, one_of("adam", "adamw", "adamw8bit"), "adam", "adam, adamw or adamw8bit (bitsandbytes)"),
-    Flag("loss", TRAINING, one_of("MSE"), "MSE", "training loss"),
+    Flag("loss", TRAINING, one_of("MSE", "SMAPE", "MASE", "MAPE"), "MSE", "training loss (with --data m4 left out: "
+         "SMAPE); SMAPE, MASE and MAPE, which do not depend on a series' scale, with --data m4 alone"),
     Flag("lradj", TRAINING, one_of("type1", "type3", "COS", "TST", "constant"), "type1", "type1: halved each epoch; type3: "
          "3 epochs, then x0.9; COS: cosine; TST: one cycle; constant"),
     Flag("pct_start", TRAINING, real(lambda v: 0 < v < 1, "a number between 0 and 1"), 0.2, "TST's rising part"),
@@ -211,7 +217,7 @@ FLAGS = [
     *(Flag(name, UNUSED, COUNT, default, "a number") for name, default in
       (("dec_in", 7), ("c_out", 7), ("align_epochs", 10))),
     *(Flag(name, UNUSED, TEXT, default, "a word") for name, default in
-      (("loader", "modal"), ("seasonal_patterns", "Monthly"))),
+      (("loader", "modal"),)),
     Flag("output_attention", UNUSED, BOOL, False, "a switch"),
 
     Flag("des", NAME, TEXT, "test", "description, part of the run's name", "{}"),
@@ -293,7 +299,7 @@ def inherited(checkpoint: Path, given: set[str]) -> dict[str, str]:
     values = {}
     for flag in FLAGS:
         kept = flag.role.inherited and not (other_data and flag.role.about_data)
-        kept = kept or (flag.name == "data" and held.get("data") == "custom")
+        kept = kept or (flag.name == "data" and held.get("data") in ("custom", M4))
         value = held.get(flag.name)
         if flag.name in given or not kept or value is None:
             continue

@@ -6,6 +6,7 @@ Only the standard library is imported at the top. What a file holds, `utils.chec
 from argparse import Namespace
 from pathlib import Path
 
+from data_provider.patterns import M4, find_m4
 from data_provider.splits import find_csv
 from layers.backbone_files import check_folder
 from layers.errors import input_error
@@ -23,7 +24,9 @@ def check_inputs(args: Namespace) -> None:
     check_model_flags(args)
     if not args.is_training:
         find_checkpoint(Path(args.checkpoint or Path(args.checkpoints) / run_name(args, 0)))
-    if args.predict_path is None:
+    if args.data == M4:
+        find_m4(args.root_path, args.seasonal_patterns)
+    elif args.predict_path is None:
         find_csv(args.root_path, args.data_path)
     if args.is_training and args.data_pretrain:
         find_csv(args.root_path, args.data_path_pretrain)
@@ -49,6 +52,9 @@ def check_model_flags(args: Namespace) -> None:
         raise input_error("--max_sequences", args.max_sequences, f"0, for --model {args.model} takes its batches whole")
     if not kind.channel_independent and args.features == "MS":
         raise input_error("--features", "MS", f"M or S, for --model {args.model} forecasts all that it reads")
+    if args.data == M4 and not kind.reads_masks:
+        expected = f"TimeLLM or Ridge with --data {M4}, whose series may be shorter than a window"
+        raise input_error("--model", args.model, expected)
     if not kind.uses_llm:
         for flag, off in (("llm_ablation", "off"), ("skip", "none"), ("load_in_4bit", False)):
             if getattr(args, flag) != off:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data_provider.patterns import M4
 from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
@@ -19,7 +20,7 @@ from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
 from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
-from utils.results.test_pass import TestPass
+from utils.results.m4_pass import open_pass
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command
@@ -51,7 +52,7 @@ def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[F
     job = setup(args, repeat, interrupts)
     # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
     own = job.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint
-    ensemble = own and args.itr > 1 and repeat == args.itr - 1
+    ensemble = own and args.itr > 1 and repeat == args.itr - 1 and args.data != M4
     with _noted(job.log):
         found = fit(job) if args.is_training else None
         if args.is_training or not args.do_predict:
@@ -82,7 +83,8 @@ def fit(job: Job) -> TestFound | None:
         if args.plots and job.accelerator.is_main_process:
             from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
-            draw_losses(job.folder, progress.history)
+            losses = {"loss": args.loss} if args.data == M4 else {}
+            draw_losses(job.folder, progress.history, **losses)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
     checkpoint = load_checkpoint(job)
@@ -107,7 +109,7 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     if found is None:
         checkpoint = calibrate(job, checkpoint)
     results, scores = found or _test_pass(job, checkpoint)
-    job.log(f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}")
+    job.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = note_of(job.record["backbone"])
     model = {"model": job.args.model} | ({"language_model": note} if note else {})
@@ -169,7 +171,7 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
-    results = TestPass(job)
+    results = open_pass(job)
     try:
         return results, score(job, "test", results.consume)
     except Interrupted as signal:

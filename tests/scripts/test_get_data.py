@@ -157,3 +157,57 @@ def test_a_slow_or_closed_server_ends_in_time(get_data):
     with pytest.raises(get_data.Unreachable, match="refused"):
         get_data.fetch(f"http://127.0.0.1:{port}/x", seconds=5)
     assert time.monotonic() - start < 2
+
+
+def test_m4_comes_from_the_data_folder_file_by_file_with_its_checksums(get_data, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "source" / "m4"
+    source.mkdir(parents=True)
+    for part in ("train", "test"):
+        name = f"Weekly-{part}.csv"
+        (source / name).write_bytes(part.encode())
+        monkeypatch.setitem(get_data.M4_SHA256, name, get_data._checksum(part.encode()))
+        (source / f"Hourly-{part}.csv").write_bytes(b"damaged")
+    monkeypatch.setenv("TIMELLM_DATA", str(tmp_path / "source"))
+    folder = get_data.get("m4", tmp_path / "out", offline=True)
+    assert folder == tmp_path / "out" / "m4" and sorted(path.name for path in folder.iterdir()) == [
+        "Weekly-test.csv",
+        "Weekly-train.csv",
+    ]
+    assert "Weekly; WARNING Yearly, Quarterly, Monthly, Daily, Hourly could not be had" in capsys.readouterr().out
+    (folder / "Weekly-test.csv").write_bytes(b"changed")
+    get_data.get("m4", tmp_path / "out", offline=True)
+    assert "Weekly-test.csv is there, WARNING: another SHA-256" in capsys.readouterr().out
+
+
+def test_m4_without_a_source_is_synthetic_and_says_so(tmp_path):
+    lines = run(tmp_path, "--name", "m4")
+    assert lines[-1] == "data: out/synthetic/m4" and "IS SYNTHETIC" in lines[-2] and "NOTHING about M4" in lines[-2]
+    assert len(list((tmp_path / "out/synthetic/m4").glob("*-train.csv"))) == 6
+    assert not (tmp_path / "out/m4").exists()
+
+
+def test_m4_downloads_are_checked_and_the_first_failure_ends_them(get_data, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fetch(url, seconds):
+        asked.append(url)
+        if len(asked) > 2:
+            raise get_data.Unreachable("gone")
+        return b"served"
+
+    monkeypatch.delenv("TIMELLM_DATA", raising=False)
+    monkeypatch.setattr(get_data, "fetch", fetch)
+    for part in ("train", "test"):
+        monkeypatch.setitem(get_data.M4_SHA256, f"Hourly-{part}.csv", get_data._checksum(b"served"))
+    folder = get_data.get("m4", tmp_path, offline=False)
+    assert [url.rsplit("Dataset", 1)[1] for url in asked] == [
+        "/Test/Hourly-test.csv",
+        "/Train/Hourly-train.csv",
+        "/Test/Daily-test.csv",
+    ]
+    assert {path.name for path in folder.iterdir()} == {"Hourly-train.csv", "Hourly-test.csv"}
+    asked.clear()
+    monkeypatch.setitem(get_data.M4_SHA256, "Hourly-test.csv", "0" * 64)
+    folder = get_data.get("m4", tmp_path / "other", offline=False)
+    assert folder == tmp_path / "other/synthetic/m4" and len(asked) == 1
+    assert "expected " + "0" * 64 + "; not used" in capsys.readouterr().out

@@ -26,7 +26,8 @@ case $1 in
   scripts/get_data.py) echo "progress" >&2; echo "said by get_data"; echo "data: $FAKE_DATA" ;;
   scripts/make_backbone.py) echo "backbone=$*" ;;
   scripts/report.py) echo "table=$2" ;;
-  run_main.py | run_pretrain.py)
+  scripts/m4_scores.py) shift; printf 'scored=%s\\n' "$@" ;;
+  run_main.py | run_pretrain.py | run_m4.py)
     echo "program=$1"
     echo "cwd=$PWD"
     echo "alloc=${PYTORCH_ALLOC_CONF-} cuda=${PYTORCH_CUDA_ALLOC_CONF-}"
@@ -261,6 +262,37 @@ def test_quickstart_goes_from_data_to_table(copy: Copy) -> None:
     assert "\ntable=./checkpoints/run one\nquickstart: 0 min " in done.stdout
     failed = copy.bash(script, FAKE_DATA="dataset/ETT-small/ETTh1.csv", FAKE_EXIT="2")
     assert failed.returncode == 2 and "table=" not in failed.stdout
+
+
+M4_PATTERNS = ("Monthly", "Yearly", "Weekly", "Daily", "Quarterly", "Hourly")
+
+
+def test_m4_runs_every_pattern_and_gathers_the_scores(copy: Copy) -> None:
+    (copy.root / "dataset" / "m4").mkdir()
+    for pattern in M4_PATTERNS:
+        for part in ("train", "test"):
+            (copy.root / "dataset" / "m4" / f"{pattern}-{part}.csv").touch()
+    done = copy.bash(f'bash "{copy.root}/scripts/TimeLLM_M4.sh" --des "two words"')
+    assert done.returncode == 0, done.stderr
+    runs = done.stdout.split("program=run_m4.py\n")[1:]
+    args = [parse_flags(re.findall("^arg=(.*)$", run, re.MULTILINE)) for run in runs]
+    assert [run.seasonal_patterns for run in args] == list(M4_PATTERNS)
+    assert {(run.loss, run.patch_len, run.stride, run.batch_size, run.des) for run in args} == {
+        ("SMAPE", 1, 1, 24, "two words")
+    }
+    assert [(run.seq_len, run.pred_len) for run in args] == [(36, 18), (12, 6), (26, 13), (28, 14), (16, 8), (96, 48)]
+    assert done.stdout.count("scored=./checkpoints/run one") == 6
+    failed = copy.bash(f'bash "{copy.root}/scripts/TimeLLM_M4.sh"', FAKE_EXIT="130")
+    assert failed.returncode == 130 and "scored=" not in failed.stdout
+
+
+def test_m4_does_not_take_synthetic_series_for_the_competitions(copy: Copy) -> None:
+    script = f'M4_PATTERNS=Weekly bash "{copy.root}/scripts/TimeLLM_M4.sh"'
+    done = copy.bash(script, FAKE_DATA="dataset/synthetic/m4")
+    assert done.returncode == 1 and "arg=" not in done.stdout
+    assert "m4: got only synthetic data" in done.stderr and "--root_path dataset/synthetic/m4" in done.stderr
+    own = copy.bash(f"{script} --root_path dataset/synthetic/m4")
+    assert own.returncode == 0 and own.stdout.count("program=run_m4.py") == 1 and "get_data" not in own.stdout
 
 
 def test_every_script_is_valid_bash() -> None:

@@ -111,7 +111,7 @@ BAD_VALUES = [
     ("--save_predictions", "all"), ("--plots", "2"), ("--amp_dtype", "int8"),
     ("--torch_checkpoint", "2"), ("--test_every", "-1"), ("--llm_ablation", "all"), ("--skip", "yes"),
     ("--use_prompt", "2"), ("--use_reprogramming", "no"), ("--prompt_lags", "5"), ("--activation", "tanh"),
-    ("--data_pretrain", "ETTh9"),
+    ("--data_pretrain", "ETTh9"), ("--seasonal_patterns", "Decadal"),
 ]  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def test_a_path_that_no_file_system_takes(flag: str, value: str, capsys: pytest.
 
 def test_bad_values_cover_every_flag_that_can_be_wrong() -> None:
     takes_any_text = {
-        "--model_comment", "--des", "--target", "--loader", "--seasonal_patterns", "--prompt_text",
+        "--model_comment", "--des", "--target", "--loader", "--prompt_text",
     }  # fmt: skip
     same_kind_as_one_tried = {
         "--dec_in", "--c_out", "--e_layers", "--d_layers", "--factor", "--moving_avg", "--align_epochs",

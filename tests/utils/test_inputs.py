@@ -23,7 +23,7 @@ from utils.run import main
 
 SLOW = {"torch", "transformers", "accelerate", "safetensors", "sklearn", "scipy", "matplotlib"}
 TABLES = {"numpy", "pandas"}
-SWITCHES = ("uses_llm", "channel_independent", "whole_batches", "is_trained")
+SWITCHES = ("uses_llm", "channel_independent", "whole_batches", "is_trained", "reads_masks")
 
 
 def python(code: str, *words: str) -> tuple[Any, set[str], str]:
@@ -143,7 +143,7 @@ def test_a_models_switches_are_read_where_the_text_tells_them(tmp_path: Path, bo
     file = tmp_path / "Other.py"
     file.write_text(f"class Model(Forecaster):\n    {body}\n")
     found = _read_switches(file)
-    assert found == (None if told is None else dict(zip(SWITCHES, (told, True, False, True), strict=True)))
+    assert found == (None if told is None else dict(zip(SWITCHES, (told, True, False, True, False), strict=True)))
 
 
 def test_a_models_switches_may_come_from_another_model(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_models_switches_may_come_from_another_model(tmp_path: Path) -> None:
     shutil.copy(ROOT / "models" / "forecaster.py", tmp_path)
     code = "import models, pathlib\nmodels.FOLDER = pathlib.Path(sys.argv[1])\nmodels.__path__.append(sys.argv[1])\n"
     found, _, _ = python(code + f"found = [getattr(models.traits('Child'), s) for s in {SWITCHES}]", str(tmp_path))
-    assert found == [False, True, True, False]
+    assert found == [False, True, True, False, True]
 
 
 FORECASTS = """

@@ -6,6 +6,7 @@ All are measured on the standardised test windows of a Series, as the model is.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,21 @@ from utils.intervals import Intervals, deviations, probabilities, quantiles
 from utils.results.interval_metrics import IntervalMetrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
-CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 
 Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
+
+
+class Pairs(Protocol):
+    """Windows that a linear map can be fitted to."""
+
+    @property
+    def sequence_count(self) -> int:
+        """How many there are."""
+
+    def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]` of every k-th, in chunks."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +99,6 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
     return 1
 
 
-def _sequences(windows: WindowDataset, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs `[m, T]` and truths `[m, H]`, float64, of every k-th window and the channels that count, in chunks."""
-    values = windows.values if windows.target_index is None else windows.values[:, [windows.target_index]]
-    length = windows.seq_len + windows.pred_len
-    view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
-    step = max(1, CHUNK_SEQUENCES // values.shape[1])
-    for start in range(0, len(view), step):
-        chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
-        yield chunk[:, : windows.seq_len], chunk[:, windows.seq_len :]
-
-
 def _measure(
     name: str, title: str, detail: str, series: SplitSeries, levels: tuple[float, ...], start: float, forecast: Forecast
 ) -> Baseline:
@@ -108,7 +108,7 @@ def _measure(
         intervals = _calibrate(series.windows("val"), forecast, levels)
         metrics = IntervalMetrics(intervals, series.mean[kept], series.deviation[kept])
     squares = absolutes = count = 0.0
-    for x, y in _sequences(series.windows("test")):
+    for x, y in series.windows("test").sequences():
         made = forecast(x)
         if metrics is not None:
             shaped = (torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, deviations(x)))
@@ -122,8 +122,8 @@ def _measure(
     return Baseline(name, title, float(squares / count), float(absolutes / count), seconds, detail, found)
 
 
-def _mse(windows: WindowDataset, forecast: Forecast) -> float:
-    errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in _sequences(windows)]
+def _mse(windows: Pairs, forecast: Forecast) -> float:
+    errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in windows.sequences()]
     return float(sum(squares for squares, _ in errors) / sum(count for _, count in errors))
 
 
@@ -134,7 +134,7 @@ def _calibrate(windows: WindowDataset, forecast: Forecast, levels: tuple[float, 
     for place in places:
         alone = WindowDataset(windows.values, windows.marks, windows.dates, windows.seq_len, windows.label_len,
                               windows.pred_len, target_index=place)  # fmt: skip
-        errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in _sequences(alone)]
+        errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in alone.sequences()]
         rows.append(quantiles(np.concatenate(errors), probabilities(levels)))
     return Intervals(levels, np.stack(rows, axis=1), len(windows))
 
@@ -158,13 +158,13 @@ def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return z @ weights * deviation + mean
 
 
-def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _moments(windows: Pairs, power: int) -> tuple[np.ndarray, np.ndarray, float]:
     """All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
 
     Each sequence is weighted by its deviation to the `power`. Of very many, see `fitted_every`.
     """
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
-    for x, y in _sequences(windows, fitted_every(windows)):
+    for x, y in windows.sequences(fitted_every(windows)):
         z, mean, deviation = normalise(x)
         weighted = z * deviation**power  # (m, T)
         xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / deviation)
@@ -172,14 +172,13 @@ def _moments(windows: WindowDataset, power: int) -> tuple[np.ndarray, np.ndarray
     return xx, xy, total
 
 
-def fitted_every(windows: WindowDataset) -> int:
+def fitted_every(windows: Pairs) -> int:
     """k, where every k-th window is enough to fit a linear map to: neighbours say nearly the same, and a file of hundreds
     of channels has millions of sequences."""
-    channels = windows.values.shape[1] if windows.target_index is None else 1
-    return -(-len(windows) * channels // MOST_FITTED)
+    return -(-windows.sequence_count // MOST_FITTED)
 
 
-def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, float]:
+def fit_ridge(train: Pairs, val: Pairs) -> tuple[np.ndarray, float]:
     """One linear map for all channels, the penalty with the lowest validation MSE.
 
     A training sequence is weighted by its deviation. Unweighted, the few windows in which a sensor stood
@@ -199,7 +198,7 @@ def fit_ridge(train: WindowDataset, val: WindowDataset) -> tuple[np.ndarray, flo
     return candidates[best], float(PENALTIES[best])
 
 
-def doubts(weights: np.ndarray, penalty: float, val: WindowDataset) -> str:
+def doubts(weights: np.ndarray, penalty: float, val: Pairs) -> str:
     """What speaks against a map `[T, H]` that `fit_ridge` has chosen; empty where nothing does.
 
     The penalty is the largest that is tried (a larger one might have been chosen; at the other end is 0, with nothing

@@ -12,6 +12,8 @@ from data_provider.data_factory import series_from_args
 from data_provider.data_loader import SplitSeries
 from layers.errors import input_error
 from utils.results.baselines import PENALTIES, RIDGE, baselines, fitted_every
+from utils.results.m4_scores import methods_of
+from utils.results.m4_scores import table as table_of_m4
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
 
@@ -37,6 +39,8 @@ def report(folder: Path) -> str:
         raise input_error(folder / RECORD, "no flags", "the record that training wrote")
     if not isinstance(metrics.get("test"), dict):
         raise input_error(folder / METRICS, "no test figures", "what a test wrote")
+    if "m4" in metrics:
+        return table_of_m4(methods_of(metrics), bool(metrics["m4"].get("synthetic")))
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
     levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
     found = measured(series, metrics.get("baselines"), levels)

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.intervals import name_of
 from utils.results.forecast import Forecast
-from utils.results.test_pass import TestPass, Window
+from utils.results.m4_pass import M4Pass
+from utils.results.test_pass import SHOWN_WINDOWS, TestPass, Window
 from utils.saving.files import write_atomic, writing
 
 PLOTS = "plots"  # the folder in the run's folder
@@ -34,6 +35,9 @@ Bands = list[tuple[float, np.ndarray, np.ndarray]]  # level in per cent, lower a
 
 def draw_test(results: TestPass, metrics: dict) -> None:
     """The pictures of a test pass, in its folder; of many channels some are chosen by their errors, and named in the log."""
+    if isinstance(results, M4Pass):
+        draw_ends(results)
+        return
     step, by_name = results.series.step_words, metrics["standardised"]["channels"]
     windows = [results.windows[number] for number in sorted(results.windows)]
     choice = choose(results.columns, [by_name[name]["mse"] for name in results.columns])
@@ -41,6 +45,30 @@ def draw_test(results: TestPass, metrics: dict) -> None:
         results.job.log(f"Pictures of test windows: {choice.line}")
     draw_windows(results.folder, results.columns, windows, step, choice)
     draw_steps(results.folder, metrics["standardised"], step)
+
+
+def draw_ends(results: M4Pass) -> Path:
+    """Forecasts of some series of a collection against the truth, behind as much history as a picture shows."""
+    series = results.series
+    chosen = np.unique(np.linspace(0, len(series.ids) - 1, SHOWN_WINDOWS).round().astype(int))
+
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(1, len(chosen), squeeze=False)[0]
+        for axes, number in zip(panels, chosen, strict=True):
+            history = series.known[number][-max(SHOWN_HORIZONS * series.pred_len, SHOWN_ROWS) :]
+            axes.plot(np.arange(1 - len(history), 1), history, color=HISTORY, label="history")
+            for values, colour, label in (
+                (series.future[number], TRUTH, "truth"),
+                (results.forecasts[number], FORECAST, "forecast"),
+            ):
+                axes.plot(np.arange(series.pred_len + 1), np.append(history[-1:], values), color=colour, label=label)
+            axes.axvline(0, color="black", linewidth=0.7, linestyle=":")
+            axes.set(title=series.ids[number], xlabel=f"steps ahead (1 step: {series.step_words})")
+            dress(axes)
+        figure.suptitle(f"{series.pattern}: first, middle and last series of the file, in its units")
+        _legend(figure, panels[0])
+
+    return _save(results.folder, "test_windows", paint, 5.2 * len(chosen), 2)
 
 
 class Choice(NamedTuple):
@@ -171,11 +199,12 @@ def draw_steps(folder: Path, scale: dict, step: str) -> Path:
     return _save(folder, "error_by_step", paint, 9, 2)
 
 
-def draw_losses(folder: Path, history: list[dict]) -> Path:
+def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardised scale") -> Path:
     """Training, validation and test loss by epoch; the epoch whose weights are kept is marked.
 
     Args:
         history: a row an epoch with epoch, train_loss, vali_loss, test_loss.
+        loss: what they are, for people.
     """
 
     def paint(figure: Figure) -> None:
@@ -188,7 +217,7 @@ def draw_losses(folder: Path, history: list[dict]) -> Path:
         if finite:
             best = min(finite, key=lambda row: row["vali_loss"])["epoch"]
             axes.axvline(best, color="black", linestyle=":", linewidth=1, label=f"kept: epoch {best}")
-        axes.set(title="Loss by epoch", xlabel="epoch", ylabel="MSE, standardised scale")
+        axes.set(title="Loss by epoch", xlabel="epoch", ylabel=loss)
         axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         dress(axes)

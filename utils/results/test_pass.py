@@ -21,6 +21,7 @@ from utils.results.log import peak_memory_gib
 from utils.results.metrics import Metrics
 from utils.results.predictions import PREDICTIONS, Predictions
 from utils.saving.files import free_bytes, size_text, write_json
+from utils.training.evaluate import Scores
 from utils.training.session import Job
 
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
@@ -142,6 +143,10 @@ class TestPass:
     def _own(self, values: torch.Tensor) -> np.ndarray:
         """Standardised `[B, N, rows]` -> own units `[B, rows, N]`."""
         return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
+
+    def headline(self, scores: Scores) -> str:
+        """The line with the test's figures."""
+        return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json and predictions.npz; return the metrics.

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_provider.data_loader import Series, SplitSeries, fingerprint
+from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
 from utils.intervals import Intervals
@@ -200,6 +201,8 @@ def trained_on(record: dict[str, Any], data: Series | Table, fill: str | None = 
     if not isinstance(mark, dict) or type(mark.get("rows")) is not int or not isinstance(names, list):
         return held.get("file") == data.path.name
     rows, expected = mark["rows"], mark.get("sha256")
+    if isinstance(data, M4Series):
+        return data.fingerprint == expected
     if isinstance(data, SplitSeries) and data.columns == names and data.splits.train == rows:
         return data.fingerprint == expected
     table = data if isinstance(data, Table) else read_table(data.path, fill)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from data_provider.batches import Batch, Sequences
 from models.forecaster import Forecaster
 from utils.saving.interrupt import Interrupted
+from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, give_back_idle, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
@@ -24,6 +25,7 @@ class Scores:
 
     mse: float
     mae: float
+    loss: float  # what training minimises and validation compares; the mse, unless `--loss` names another
 
 
 @torch.inference_mode()
@@ -33,6 +35,7 @@ def evaluate(
     accelerator: Accelerator,
     forecast: Forecast,
     consume: Callable[[Batch, torch.Tensor], None] | None = None,
+    loss: Loss = mean_squared,
 ) -> Scores:
     """Forecast every window; sums over elements divided by their count, whatever the batch size.
 
@@ -40,23 +43,30 @@ def evaluate(
         batches: each process passes its own share of the windows.
         forecast: forecasts sequences, in parts where need be.
         consume: called with each batch and its forecasts `[M, H]`, both on the device.
+        loss: of sequences with masks, of which each counts alike.
     """
     give_back_idle(accelerator.device)
     training = model.training
     model.eval()
     shared = model.shared()  # once for the whole evaluation
-    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         batch = batch.to(accelerator.device)
         sequences = batch.sequences()
         forecasts = forecast(sequences, shared)  # (M, H)
-        error = (forecasts - sequences.y).double()
-        totals += torch.stack([error.square().sum(), error.abs().sum(), torch.full_like(totals[2], error.numel())])
+        error, mask = (forecasts - sequences.y).double(), sequences.y_mask
+        count = torch.full_like(totals[2], error.numel())
+        if mask is not None:
+            error, count = error * mask, mask.sum().double()
+            totals[3] += loss(forecasts, sequences).double() * len(sequences)
+            totals[4] += len(sequences)
+        totals[:3] += torch.stack([error.square().sum(), error.abs().sum(), count])
         if consume is not None:
             consume(batch, forecasts)
-    squared, absolute, count = accelerator.reduce(totals).tolist()
+    squared, absolute, elements, lost, sequences_lost = accelerator.reduce(totals).tolist()
     model.train(training)
-    return Scores(squared / count, absolute / count)
+    mse = squared / elements
+    return Scores(mse, absolute / elements, lost / sequences_lost if sequences_lost else mse)
 
 
 def forecast_in_parts(
@@ -90,7 +100,12 @@ def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] |
     # Beside the parts, the prototypes take memory.
     with explain_out_of_memory("an evaluation", lambda: advice(job.args, job.model)):
         return evaluate(
-            job.model, batches, job.accelerator, lambda part, shared: forecast_within_memory(job, part, shared), consume
+            job.model,
+            batches,
+            job.accelerator,
+            lambda part, shared: forecast_within_memory(job, part, shared),
+            consume,
+            loss_of(job.args),
         )
 
 

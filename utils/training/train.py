@@ -16,10 +16,12 @@ from models.forecaster import Forecaster
 from utils.errors import RunError
 from utils.results.calibration import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
+from utils.results.m4_pass import open_pass
 from utils.results.test_pass import TestPass
 from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
+from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.reduction import GradientReducer
@@ -75,7 +77,7 @@ def _run_epochs(job: Job) -> TestFound | None:
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
             vali = validate(job)
-            improved = vali.mse < progress.best_vali_loss
+            improved = vali.loss < progress.best_vali_loss
             with job.training.saver.explained():  # it writes predictions
                 results, test = test_epoch(job, improved)
             if improved:
@@ -142,7 +144,7 @@ def validate(job: Job) -> Scores:
         return score(job, "val")
     with job.training.saver.explained(), Calibration(job) as calibration:  # it writes the errors
         vali = score(job, "val", calibration.consume)
-        if vali.mse < job.training.progress.best_vali_loss:
+        if vali.loss < job.training.progress.best_vali_loss:
             calibration.end()
     return vali
 
@@ -150,7 +152,7 @@ def validate(job: Job) -> Scores:
 def score_epoch(job: Job, clock: "Clock") -> float:
     """The training loss of a model that is fitted in closed form, and has nothing to train step by step."""
     job.training.progress.iteration = job.steps_per_epoch
-    return score(job, "train").mse
+    return score(job, "train").loss
 
 
 def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
@@ -161,7 +163,7 @@ def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
     """
     guard, reducer = job.training.guard, job.training.reducer
     scale = guard.scale.value if guard.scale else None
-    passes = partial(forward_backward, job.model, sequences, job.precision)
+    passes = partial(forward_backward, job.model, sequences, job.precision, loss=loss_of(job.args))
     smaller = partial(halve_on_out_of_memory, job, job.step_limit, len(sequences))
     if reducer is None:
         return smaller(lambda size: passes(size, scale=scale))
@@ -177,11 +179,12 @@ def forward_backward(
     precision: Autocast,
     max_sequences: int = 0,
     scale: torch.Tensor | None = None,
+    loss: Loss = mean_squared,
     total: int | None = None,
     reducer: GradientReducer | None = None,
     within: Callable[[Callable[[int], Parts]], Parts] | None = None,
 ) -> torch.Tensor:
-    """Leave the batch's gradients in the trained tensors; return its mean squared error, detached.
+    """Leave the batch's gradients in the trained tensors; return its loss, detached.
 
     The prototypes' keys and values are made once. The sequences run in micro-batches of at most
     `max_sequences` (0: one), whose gradients add up at the keys and values, and flow on from there once.
@@ -200,24 +203,24 @@ def forward_backward(
 
     def work(size: int) -> Parts:
         leaves = [tensor.detach().requires_grad_() for tensor in shared]
-        loss = torch.zeros((), device=batch.x.device)
+        found = torch.zeros((), device=batch.x.device)
         parts = batch.micro_batches(size)
         for number, part in enumerate(parts, 1):
             if reducer is not None:
                 reducer.expect_last(number == len(parts))
             with precision.autocast():
                 forecast = model.forecast_part(part, tuple(leaves))
-            share = F.mse_loss(forecast.float(), part.y) * (len(part) / (total or len(batch)))
+            share = loss(forecast.float(), part) * (len(part) / (total or len(batch)))
             (share if scale is None else share * scale).backward()
-            loss += share.detach()
-        return loss, [leaf.grad for leaf in leaves]
+            found += share.detach()
+        return found, [leaf.grad for leaf in leaves]
 
-    loss, gradients = within(work) if within else work(max_sequences)
+    found, gradients = within(work) if within else work(max_sequences)
     if shared:
         torch.autograd.backward(shared, gradients)
     if reducer is not None:
         reducer.finish()
-    return loss
+    return found
 
 
 def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
@@ -225,7 +228,7 @@ def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None
     every = job.args.test_every
     if not every or job.training.progress.epoch % every:
         return None, None
-    results = TestPass(job) if improved else None
+    results = open_pass(job) if improved else None
     return results, score(job, "test", results.consume if results else None)
 
 
@@ -236,19 +239,19 @@ def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) ->
     from an earlier state and writes the same checkpoint once more.
     """
     progress, patience = job.training.progress, job.args.patience
-    tested = f" Test Loss: {test.mse:.4f} MAE Loss: {test.mae:.4f}" if test else ""
-    job.log(f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.mse:.4f}{tested}")
+    tested = f" Test Loss: {test.loss:.4f} MAE Loss: {test.mae:.4f}" if test else ""
+    job.log(f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.loss:.4f}{tested}")
     job.log(memory_line(job.device))
     progress.history.append(
-        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.mse,
-         "test_loss": test.mse if test else None, "test_mae": test.mae if test else None}
+        {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.loss,
+         "test_loss": test.loss if test else None, "test_mae": test.mae if test else None}
     )  # fmt: skip
-    improved = vali.mse < progress.best_vali_loss
+    improved = vali.loss < progress.best_vali_loss
     progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
     job.log(f"EarlyStopping counter: {progress.epochs_without_improvement} out of {patience}")
     if improved:
-        job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.mse:.6f}). Saving model ...")
-        progress.best_vali_loss = vali.mse
+        job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.loss:.6f}). Saving model ...")
+        progress.best_vali_loss = vali.loss
         with _explained(job):
             job.training.saver.save_checkpoint(progress.history[-1], job.intervals)
     progress.next_epoch()

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge
 
+from data_provider import data_loader
 from data_provider.data_loader import load_series
 from data_provider.synthetic import write_synthetic
 from data_provider.timestamps import infer_step
@@ -57,7 +58,7 @@ def test_season_repeats_within_the_horizon(folder):
 
 
 def test_ridge_is_scikit_learns(folder, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_SEQUENCES", 50)  # many chunks, the last one short
+    monkeypatch.setattr(data_loader, "CHUNK_SEQUENCES", 50)  # many chunks, the last one short
     series = small(folder)
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
     deviation, found = None, {}
