@@ -261,7 +261,8 @@ def look_at_prompt(job: Job, windows: list[int], text: str | None) -> dict[str, 
 
 def other_description(own: str) -> str:
     """A description of another data set than the run's: the first in the prompt bank, else `OTHER`."""
-    texts = [" ".join(file.read_text(encoding="utf-8").split()) for file in sorted(PROMPT_BANK.glob("*.txt"))]
+    files = [file for file in sorted(PROMPT_BANK.glob("*.txt")) if file.stem != M4]  # which describes no one data set
+    texts = [" ".join(file.read_text(encoding="utf-8").split()) for file in files]
     # A description that did not fit was cut at its end.
     return next((text for text in texts if not text.startswith(own)), OTHER)
 
