@@ -77,7 +77,8 @@ def test_a_series_and_an_encoder_are_taken_as_they_are(flags, backbones):
 def test_ranks_and_seeds(flags):
     data, alone = data_provider(flags, "train")
     shares = [data_provider(flags, "train", rank=rank, world=2)[1].batch_sampler for rank in (0, 1)]
-    assert [list(share) for share in shares] == [list(alone.batch_sampler)[rank::2][:133] for rank in (0, 1)]
+    halves = [[batch[:16] for batch in alone.batch_sampler], [batch[16:] for batch in alone.batch_sampler]]
+    assert [list(share) for share in shares] == halves
     other = data_provider(flags, "train", seed=8)[1].batch_sampler
     assert list(other) == list(EpochBatches(len(data), 32, 8)) != list(alone.batch_sampler)
     assert list(epoch_batches(flags, data, "train")) == list(EpochBatches(len(data), 32, 7))
@@ -125,8 +126,8 @@ def test_iterating_leaves_the_global_random_state(flags):
 def test_batch_larger_than_the_training_set(flags):
     with pytest.raises(InputError, match="--batch_size: got 9000, expected at most 8521, for 8521 training windows"):
         data_provider(Namespace(**vars(flags) | {"batch_size": 9000}), "train")
-    with pytest.raises(InputError, match="got 5000 on each of 2 processes, expected at most 4260"):
-        data_provider(Namespace(**vars(flags) | {"batch_size": 5000}), "train", world=2)
+    with pytest.raises(InputError, match="--batch_size: got 3, expected at least 4, a window of each step for each process"):
+        data_provider(Namespace(**vars(flags) | {"batch_size": 3}), "train", world=4)
     with pytest.raises(InputError, match="--eval_batch_size: got 0, expected a whole number of at least 1"):
         data_provider(Namespace(**vars(flags) | {"eval_batch_size": 0}), "val")
 

@@ -154,7 +154,7 @@ def test_order_and_cuts_depend_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     whole = epoch_batches(args, series.windows("train"), "train", seed=1)
     for batches in (*shares, whole):
         batches.set_epoch(2)
-    assert [*list(shares[0]), *list(shares[1])] == [list(whole)[0], list(whole)[1]]
+    assert [one + two for one, two in zip(*map(list, shares), strict=True)] == list(whole)
 
 
 def test_the_loader_gives_masks_and_no_marks(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_ridge_regression_of_very_many_sequences_is_fitted_to_every_kth_window
     assert every == -(-len(train) // 50) > 1
     weights, _ = baselines.fit_ridge(train, val)
     by_hand = np.concatenate([train.values[n : n + 40].T for n in range(0, len(train), every)]).astype(np.float64)
-    found = np.concatenate([np.concatenate(pair, axis=1) for pair in baselines._sequences(train, every)])
+    found = np.concatenate([np.concatenate(pair, axis=1) for pair in train.sequences(every)])
     np.testing.assert_array_equal(found, by_hand)
     assert weights.shape == (32, 8) and isinstance(train, WindowDataset)
     detail = baselines.baselines(series)[-1].detail
