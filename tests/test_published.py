@@ -9,13 +9,14 @@ import pytest
 
 import run_main
 from data_provider.splits import DATASETS, DataSet
+from tests.m4_files import write_m4
 from tests.published import PUBLISHED, FlagSet
 from tests.realdata import ROOT
 from utils.command_line import parse_flags
 from utils.flags import run_name
 
-PROGRAMS = ("run_main.py", "run_pretrain.py")  # those of run_m4.py have a test of their own
-SETS = [each for each in PUBLISHED if each.program in PROGRAMS]
+SETS = [each for each in PUBLISHED if each.program != "run_m4.py"]
+M4 = [each for each in PUBLISHED if each.program == "run_m4.py"]
 BATCHES = 2
 
 
@@ -88,3 +89,25 @@ def test_it_runs(given: FlagSet, backbones: dict[str, Path], tmp_path: Path, mon
     assert {"val 2", "test 2"} <= set(lines) and any(line.startswith("Test MSE: ") for line in lines)
     (folder,) = (tmp_path / "runs").iterdir()
     assert {"checkpoint.safetensors", "metrics.json", "predictions.npz"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "given", M4, ids=lambda given: given.name + given.words[given.words.index("--seasonal_patterns") + 1]
+)
+def test_the_competitions_sets_run(given: FlagSet, backbones: dict[str, Path], tmp_path: Path, capsys) -> None:
+    """As above; the competition's files have a batch of series here, all long enough for a window."""
+    pattern, B, H = value(given.words, "--seasonal_patterns"), int(value(given.words, "--batch_size")), given.horizon
+    write_m4(tmp_path / "m4", pattern, lengths=(4 * H,) * B)
+    words = [
+        *given.words, "--root_path", tmp_path / "m4", "--checkpoints", tmp_path / "runs", "--device", "cpu",
+        "--num_workers", 0, "--llm_model_path", backbones["qwen2"], "--llm_layers", 1, "--max_iters", BATCHES,
+        "--train_epochs", 1, "--plots", 0, "--torch_checkpoint", 0,
+    ]  # fmt: skip
+    words += ["--llm_dim", 128, "--load_in_4bit", "False"] if "--llm_dim" in words else []
+    args = parse_flags(list(map(str, words)), given.program)
+    assert (args.pred_len, args.seq_len, args.patience, args.loss) == (H, 2 * H, 10, "SMAPE")
+    assert run_main.main(list(map(str, words)), given.program) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"short_term_forecast_m4_{pattern}_TimeLLM_m4_")
+    assert {"checkpoint.safetensors", "metrics.json", f"{pattern}_forecast.csv"} <= {path.name for path in folder.iterdir()}
+    assert any(line.startswith("Test SMAPE: ") for line in capsys.readouterr().out.splitlines())
