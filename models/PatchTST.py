@@ -121,7 +121,7 @@ class BatchNorm(nn.BatchNorm1d):
         What PyTorch has for this runs on GPUs alone.
         """
         dtype, x = x.dtype, x.float()  # half precision is no type to add up in
-        count = sum_over_processes(torch.tensor(float(len(x) * x.shape[2]), device=x.device))
+        count = sum_over_processes(x.new_full((), len(x) * x.shape[2]))
         mean = sum_over_processes(x.sum((0, 2))) / count  # (d)
         centred = x - mean[:, None]
         var = sum_over_processes(centred.square().sum((0, 2))) / count  # (d)

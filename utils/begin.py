@@ -51,7 +51,7 @@ def begin(job: Job, start: Start) -> Training:
         if model.linear_map is not None:
             _fit_linear_map(job, model.linear_map)
         from_first(tensor for name, tensor in model.state_dict().items() if name not in model.rows)
-        part_random(job.args.seed, job.device)
+        part_random(job.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
     reducer = None
     if accelerator.num_processes > 1:

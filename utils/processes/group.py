@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from layers.errors import input_error
+from utils.flags import differing
 
 # The last word before accelerate's own flags: of `accelerate launch`, `accelerate-launch`, or `python -m`.
 LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
@@ -53,18 +54,28 @@ def speaks() -> bool:
 
 def in_group(args: Namespace, work: Callable[[], int]) -> int:
     """The exit code of `work`, under the group's watch."""
+    # The watch ends a group of which one has failed. NCCL's own would end processes that could still say so.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     import torch.distributed as dist
 
+    from layers.ranks import from_all
     from utils.processes.watch import Watch
 
     join(args)
+    watch = Watch(dist.get_rank(), dist.get_world_size(), lambda value: from_all(value)[0])
+    # From here on who is slow, because the first process measures and writes alone, may take its time.
+    dist.distributed_c10d._set_pg_timeout(timedelta(days=1))
 
-    def from_first(value: Any) -> Any:
-        held = [value]
-        dist.broadcast_object_list(held, 0)
-        return held[0]
+    def all_alike() -> int:
+        first = from_all(args)[0]
+        if name := differing(args, first):
+            expected = f"{getattr(first, name)}, as the first process has it"
+            raise input_error(f"--{name}", getattr(args, name), expected, "give all the same command line")
+        return work()
 
-    return Watch(dist.get_rank(), dist.get_world_size(), from_first).run(work)
+    code = watch.run(all_alike)
+    dist.destroy_process_group()
+    return code
 
 
 def join(args: Namespace) -> Any:
@@ -77,11 +88,10 @@ def join(args: Namespace) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    # The watch sees who fails; who is slow, because the first one measures and writes alone, may take its time.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    meeting = InitProcessGroupKwargs(timeout=timedelta(minutes=10))
     cpu = args.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not cpu and torch.cuda.is_available() and here > torch.cuda.device_count():
         hint = "start fewer, or give --device cpu"
         raise input_error(f"--device {args.device}", f"{here} processes on this machine", "a GPU for each", hint)
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[meeting])

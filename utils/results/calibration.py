@@ -20,7 +20,7 @@ class Calibration:
     """Takes in the batches of a pass over the validation split, within `with`.
 
     Pass `consume` to `score`, then call `end`. The errors lie on the disk meanwhile, `[W, N, H]` float32; the
-    processes of a group on one machine write to the same file. It goes, however the pass ends.
+    processes of a group write to the same file. It goes, however the pass ends.
     """
 
     def __init__(self, job: Job, levels: tuple[float, ...] | None = None):

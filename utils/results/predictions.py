@@ -24,7 +24,7 @@ class Predictions:
     - start `[W]` datetime64: date of the first forecast row
     - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
 
-    Processes of a group on one machine write to the same files.
+    Processes of a group write to the same files.
     """
 
     def __init__(

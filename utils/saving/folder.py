@@ -18,7 +18,7 @@ from utils.saving.asks import SECONDS
 from utils.saving.checkpoint import LEGACY, Checkpoint, trained_on
 from utils.saving.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
 from utils.saving.record import TENSORS, read_record
-from utils.saving.state import SavedState, compare, find_state, state_bytes, state_files
+from utils.saving.state import SavedState, compare, find_state, read_state, state_bytes, state_files
 
 try:
     import fcntl
@@ -186,9 +186,30 @@ def open_folder(
         start.lines.append(_check_room(args, folder, trained_values))
     if accelerator.num_processes > 1:
         _meet(folder, start)
-        if args.resume and not accelerator.is_main_process:
-            start.state, _ = find_state(folder)
+        start.state = _same_state(folder, start)
     return start
+
+
+def _same_state(folder: Path, start: Start) -> SavedState | None:
+    """The state that the first process resumes from, in every process.
+
+    Raises:
+        InputError: this process finds another one under its name, or none.
+    """
+    chosen = from_all(start.state)[0]
+    if chosen is None or start.lock is not None:
+        return start.state
+    try:
+        found = read_state(folder / chosen.path.name)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise input_error(
+            folder / chosen.path.name, f"no state ({error})", "the one that the first process reads"
+        ) from error
+    if found.progress != chosen.progress or found.identity != chosen.identity:
+        raise input_error(
+            found.path, f"a state of {found.where()}", f"that of {chosen.where()}, which the first process reads"
+        )
+    return found
 
 
 def _meet(folder: Path, start: Start) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 # A closed terminal (tmux that dies, a dropped ssh) sends SIGHUP; Windows has none.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
+REPEATED = 5.0  # seconds in which a second signal is the first one's echo
+PAUSE = 2.0  # seconds, more than the watch over a group takes to say who has failed
+
 
 class Interrupted(Exception):
     """A signal asks the run to end; raised only between two iterations or two evaluation batches."""
@@ -30,9 +33,8 @@ class Interrupts:
 
     def __init__(self):
         self.received = 0  # the signal's number
-        self.speaks = os.environ.get("RANK", "0") == "0"  # one of a group
-        # A launcher passes on what the terminal has told the group already.
-        self.repeats_within = 5.0 if os.environ.get("WORLD_SIZE", "1") != "1" else 0.0
+        self._in_group = os.environ.get("WORLD_SIZE", "1") != "1"
+        self._speaks = os.environ.get("RANK", "0") == "0"
         self._received_at = 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
@@ -64,19 +66,22 @@ class Interrupts:
 
     def _handle(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
-        if self._deferred and self.received and time.monotonic() - self._received_at < self.repeats_within:
-            return
+        if self._in_group and self._deferred and self.received and time.monotonic() - self._received_at < REPEATED:
+            return  # the launcher passes on what the terminal has told all already
         if self._deferred and not self.received:
             self.received, self._received_at = number, time.monotonic()
-            self._tell(f"{name}: ending after the work in hand; once more ends at once")
+            if not (self._in_group and number == signal.SIGTERM):  # a launcher's: another process has failed, as it will say
+                self._tell(f"{name}: ending after the work in hand; once more ends at once")
             return
+        if self._in_group:
+            time.sleep(PAUSE)  # the watch may have something to say of it
         self._tell(f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written")
         end_workers()
         os._exit(128 + number)
 
     def _tell(self, line: str) -> None:
         """A line on stderr, past Python's buffers, which the interrupted code may be holding."""
-        if not self.speaks:
+        if not self._speaks:
             return
         try:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())

@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from layers.ranks import processes
+from layers.ranks import from_all, processes
 from models.forecaster import Forecaster
 from utils.errors import RunError, StorageError
 from utils.intervals import Intervals
@@ -70,6 +70,8 @@ class Saver:
             packed = pack(self.model, self.optimizer, progress, self.identity, self.accelerator.device)
             if self.accelerator.is_main_process:
                 self.last = save_state(self.folder, packed, self.last)
+        # Nobody leaves before the file is in its place: a launcher ends the others soon after one has left.
+        self.last = from_all(self.last)[0]
         self.asks.saved()
         self.mark_saved(progress)
 

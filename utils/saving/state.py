@@ -190,14 +190,19 @@ def find_state(folder: Path) -> tuple[SavedState | None, list[str]]:
         wrong = damage(path)
         if wrong is None:
             try:
-                return _read_header(path), lines
+                return read_state(path), lines
             except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 wrong = f"its header cannot be used ({error})"
         lines.append(f"WARNING: {path.name} is damaged: {wrong}")
     return None, lines
 
 
-def _read_header(path: Path) -> SavedState:
+def read_state(path: Path) -> SavedState:
+    """A state file's header, whose checksum is not looked at.
+
+    Raises:
+        OSError, KeyError, TypeError, ValueError: it is none.
+    """
     held = json.loads(read_header(path).metadata["state"])
     if held["version"] != VERSION:
         raise ValueError(f"version {held['version']}, not {VERSION}")
@@ -312,11 +317,11 @@ def restore(saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Op
         states = {index: _unflatten(tree, tensor) for index, tree in saved.optimizer}
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         generators = {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith("random.")}
-    set_random_state(saved.random | {"tensors": _own(generators)}, device)
+    set_random_state(saved.random | {"tensors": _own(generators, device)}, device)
     return Progress.from_json(saved.progress)
 
 
-def _own(generators: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _own(generators: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Those of this process: its own, where there was one of its number; else new ones, which follow from the first's."""
     rank = this_process()
     if rank == 0:
@@ -326,10 +331,13 @@ def _own(generators: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return own
     digest = hashlib.sha256(generators["random.torch"].numpy().tobytes() + rank.to_bytes(4, "little")).digest()
     seed = int.from_bytes(digest[:7], "little")
-    return {"random.torch": torch.Generator().manual_seed(seed).get_state()}
+    fresh = {"random.torch": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        fresh["random.cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return fresh
 
 
-def part_random(seed: int, device: torch.device) -> None:
+def part_random(seed: int) -> None:
     """Let each process of a group draw other numbers than the first, from now on: each drops out of its own windows."""
     if this_process() == 0:
         return

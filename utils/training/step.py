@@ -122,7 +122,9 @@ class Guard:
             return loss
         if self._asked is not None:
             self.asks.hear(self._asked.read())
-        own = torch.tensor(self.asks.say(), device=loss.device)
+        own = torch.tensor(self.asks.say())
+        if loss.device.type == "cuda":
+            own = own.pin_memory().to(loss.device, non_blocking=True)
         told = torch.cat([torch.stack([loss.float(), self._wrong.float()]), own])
         dist.all_reduce(told)
         self._wrong, self._asked = told[1] > 0, _Later(told[2:])

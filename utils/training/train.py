@@ -343,12 +343,14 @@ def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
     columns = job.trained_series.forecast_columns
     sequences = batch.to(job.device).sequences()
+    shared = None
     try:
         with job.precision.autocast():
             shared = job.model.shared()
         forecast = forecast_in_parts(job.model, job.precision, sequences, shared, job.step_limit.sequences)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        # One of several processes must not go on alone from what all do together.
+        if not is_out_of_memory(error) or (shared is None and processes() > 1):
             raise
         # The numbers end the run; that they cannot be looked at more closely must not hide it.
         return _Wrong(dates, [])

@@ -1,6 +1,7 @@
 """The same loop in a group of processes (gloo on the CPU), as torchrun or accelerate start it."""
 
 import csv
+import os
 import re
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def without_dropout(words: list[str], processes: int) -> None:
 @pytest.mark.parametrize(
     ("flags", "processes", "tolerance"),
     [
-        ({"optimizer": "adam", "max_sequences": 5}, 4, 1e-6),
+        ({"optimizer": "adam", "max_sequences": 5}, 3, 1e-6),
         ({"optimizer": "adamw8bit"}, 2, 1e-4),
         ({"optimizer": "adamw", "prototypes": "direct"}, 2, 1e-6),
         ({"model": "PatchTST", "llm_model_path": None}, 3, 1e-5),  # its norms' biases are near zero, where they began
@@ -89,9 +90,10 @@ def test_several_processes_leave_what_one_leaves(words, flags, processes, tolera
     assert_alike(alone, group, tolerance)
     if "prototypes" in flags or "model" in flags:  # nothing of which is split
         return
-    # The state of a group goes on in one process, and one process's in a group.
-    for held, count in ((alone, processes), (group, 1)):
-        without_dropout([*held, "--train_epochs", "2", "--resume"], count)
+    # The state of one process goes on in a group as in one, and so does that of a group.
+    further = ["--train_epochs", "2", "--resume"]
+    without_dropout([*alone, *further], processes if "max_sequences" in flags else 1)
+    without_dropout([*group, *further], 1)
     assert_alike(alone, group, 2 * tolerance)
 
 
@@ -107,21 +109,19 @@ def test_two_processes_train_and_score_as_one(backbones, capsys, tmp_path: Path)
 
 
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(words, tmp_path: Path) -> None:
-    flags = {"max_iters": 0, "dropout": 0.1, "batch_size": 8, "train_epochs": 3, "save_steps": 5, "resume": True}
+    flags = {"max_iters": 0, "dropout": 0.1, "batch_size": 8, "train_epochs": 1, "save_steps": 5, "resume": True}
     whole, killed = words("whole", **flags), words("killed", **flags)
     assert run_in_group(launched(whole)).returncode == 0
-    for rank in (1, 0):
-        known = len(state_files(run_folder(killed))) and state_files(run_folder(killed))[0]
-        with subprocess.Popen(launched(killed), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-            while run.poll() is None and state_files(run_folder(killed))[:1] in ([], [known]):
-                time.sleep(0.05)
-            (process,) = [p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == str(rank)]
-            process.send_signal(signal.SIGKILL)
-            began = time.monotonic()
-            _, err = run.communicate(timeout=60)
-        assert run.returncode != 0 and time.monotonic() - began < 30
-        told = [line for line in err.splitlines() if line.startswith("run_main.py: error: ")]
-        assert len(told) == 1 and re.match(rf"run_main.py: error: rank {rank}.*: ended without a word.*--resume", told[0])
+    with subprocess.Popen(launched(killed), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not state_files(run_folder(killed)):
+            time.sleep(0.05)
+        (process,) = [p for p in psutil.Process(run.pid).children() if p.environ().get("RANK") == "0"]
+        process.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        _, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and time.monotonic() - began < 30
+    told = [line for line in err.splitlines() if line.startswith("run_main.py: error: ")]
+    assert len(told) == 1 and re.match("run_main.py: error: rank 0: ended without a word.*--resume", told[0])
     done = run_in_group(launched(killed))
     assert done.returncode == 0 and "Resuming from" in done.stdout
     one, two = tensors(whole), tensors(killed)
@@ -155,23 +155,56 @@ def test_two_machines_that_share_a_folder(words) -> None:
     assert_alike(alone, group, 1e-6)
 
 
-def test_a_machine_with_other_data_is_refused(words, tmp_path: Path) -> None:
-    """Two processes as two machines would see them: the second finds another file under the same name."""
+# What the second of two processes has otherwise, and what is said of it.
+OTHERWISE = {
+    "other data": (
+        "sys.argv += ['--root_path', ELSEWHERE]",
+        r"rank 1 on .*: the data's values \(SHA-256\): got .*, expected .*, as",
+    ),
+    "another flag": ("sys.argv += ['--save_steps', '2']", "rank 1 on .*: --save_steps: got 2, expected None, as the first"),
+    "killed in set-up": (
+        "import utils.setup; utils.setup._load_model = lambda *_: os.kill(os.getpid(), 9)",
+        "rank 1 on .*: ended without a word",
+    ),
+    "an error": ("import utils.run; utils.run.fit = lambda job: 1 / 0", "rank 1 on .*: ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize(("line", "told"), OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_what_one_process_alone_has_wrong_ends_both(words, tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     write_csv(tmp_path / "elsewhere" / "series.csv", seed=1)
-    flags = {"model": "DLinear", "llm_model_path": None}
-    argv = words(**flags)
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom run_main import main\n"
-        f"more = ['--root_path', {str(tmp_path / 'elsewhere')!r}] if os.environ['RANK'] == '1' else []\n"
-        "sys.exit(main([*sys.argv[1:], *more]))\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nELSEWHERE = {str(tmp_path / 'elsewhere')!r}\n"
+        f"if os.environ['RANK'] == '1':\n    {line}\n"
+        "from run_main import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    run = run_in_group(launched(argv, program=str(program)))
-    told = [line for line in run.stderr.splitlines() if line.startswith("program.py: error: ")]
-    assert run.returncode != 0 and len(told) == 1, run.stderr
-    values = r"the data's values \(SHA-256\)"
-    assert re.match(rf"program.py: error: rank 1 on .*: {values}: got .*, as the first process has it", told[0])
+    began = time.monotonic()
+    run = run_in_group(launched(words(model="DLinear", llm_model_path=None), program=str(program)))
+    lines = [line for line in run.stderr.splitlines() if line.startswith("program.py: error: ")]
+    assert run.returncode != 0 and len(lines) == 1 and time.monotonic() - began < 100, run.stderr
+    assert re.match(f"program.py: error: {told}", lines[0]), lines
+
+
+def test_a_signal_to_all_lets_them_save_and_leave(words) -> None:
+    flags = {
+        "model": "DLinear",
+        "llm_model_path": None,
+        "train_epochs": 500,
+        "patience": 500,
+        "save_steps": 0,
+        "max_iters": 0,
+    }
+    argv = words(**flags, resume=True)
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(launched(argv), **options) as run:
+        while run.poll() is None and not state_files(run_folder(argv)):
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "run_main.py: error:" not in err, err
+    assert "SIGINT: the state of epoch " in out and "To resume: " in out and "torch.distributed.run" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
