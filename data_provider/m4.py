@@ -6,9 +6,11 @@ here, and named by file, line and series.
 
 import csv
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,6 +122,10 @@ class M4Series(SplitSeries):
         """The step between values for people."""
         return self.kind.step
 
+    def identity(self) -> dict[str, Any]:
+        """See `SplitSeries`; the test file is no part of it, for no training reads it."""
+        return {"number of series": len(self.ids), "training series (SHA-256)": content(self.ids, self.known)}
+
     def windows(self, flag: str) -> Dataset:  # type: ignore[override]
         """The windows of "train", "val" or "test"; see `data_provider.m4_windows`."""
         lengths = self.seq_len, self.label_len, self.pred_len
@@ -203,3 +209,9 @@ def fingerprint(series: Iterable[np.ndarray]) -> str:
     for values in series:
         digest.update(len(values).to_bytes(8, "little") + np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+def content(ids: list[str], series: Iterable[np.ndarray]) -> str:
+    """What tells named series from all others: the SHA-256 of their ids, lengths and values."""
+    names = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return hashlib.sha256((names + fingerprint(series)).encode()).hexdigest()

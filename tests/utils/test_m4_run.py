@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from layers.norm import instance_norm
 from layers.prompt import describe_series
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
-from tests.small_run import command_line, refusal, run_folder, train, train_in_two_processes
+from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
 from utils.command_line import parse_flags
 from utils.results.comparison import report
 from utils.results.m4_scores import errors_of, naive2
@@ -158,13 +159,52 @@ def test_a_killed_run_resumes_to_the_last_bit(argv, capsys, tmp_path: Path) -> N
     ).read_bytes()
 
 
-def test_two_processes_score_every_series(argv, capsys) -> None:
-    words = argv(train_epochs=1, batch_size=1, plots=0)
+def test_a_run_resumes_with_the_series_that_it_began_with_alone(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0, resume=True)
     train(words, capsys)
-    alone = [*words[:], "--is_training", "0"]
-    one = train(alone, capsys)
-    two = train_in_two_processes(alone)
+    test = write_m4(tmp_path / "other", "Yearly", seed=1) / "Yearly-test.csv"
+    test.replace(tmp_path / "m4" / "Yearly-test.csv")  # no training reads it
+    assert any(line.startswith("This run is finished") for line in train(words, capsys))
+    file = tmp_path / "m4" / "Yearly-train.csv"
+    text = file.read_text()
+    (tmp_path / "other" / "Yearly-train.csv").replace(file)
+    line = refusal(words, capsys)
+    assert re.match(r"--resume: got the data's training series \(SHA-256\) \w{8}, expected .*\w{8}, with which", line)
+    file.write_text(text.replace('"Y1"', '"Y9"'))  # the same values under another name
+    test = tmp_path / "m4" / "Yearly-test.csv"
+    test.write_text(test.read_text().replace('"Y1"', '"Y9"'))
+    assert "--resume: got the data's training series (SHA-256)" in refusal(words, capsys)
+    cut = [line for line in text.splitlines() if not line.startswith('"Y6"')]
+    file.write_text("\n".join(cut))
+    test.write_text("\n".join(line for line in test.read_text().replace('"Y9"', '"Y1"').splitlines() if '"Y6"' not in line))
+    assert "--resume: got the data's number of series 5; the data's training series" in refusal(words, capsys)
+
+
+def test_processes_that_read_other_series_do_not_train_together(argv, tmp_path: Path) -> None:
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom run_m4 import main\n"
+        f"if os.environ['RANK'] == '1':\n    sys.argv += ['--root_path', {str(tmp_path / 'other')!r}]\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = run_in_group(launched(argv(model="Ridge", llm_model_path=None, plots=0), program=str(program)))
+    assert run.returncode != 0 and re.search(
+        r"^program.py: error: rank 1 on .*: the data's training series \(SHA-256\): got .*, expected .*, as the first",
+        run.stderr,
+        re.MULTILINE,
+    ), run.stderr
+
+
+def test_two_processes_score_every_series(argv, capsys) -> None:
+    words = argv(train_epochs=1, eval_batch_size=2, plots=0)  # three test batches: two for one process, one for the other
+    one = train(words, capsys)
+    file = run_folder(words) / "Yearly_forecast.csv"
+    alone = file.read_text()
+    file.unlink()
+    two = train_in_two_processes([*words, "--is_training", "0"])
     assert [line for line in one if line.startswith("Test ")] == [line for line in two if line.startswith("Test ")]
+    assert file.read_text() == alone
 
 
 @pytest.mark.parametrize(
