@@ -71,13 +71,28 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     record = json.loads((folder / "checkpoint.json").read_text())
     assert record["data"]["rows"] == 6 and record["flags"]["seasonal_patterns"] == "Yearly"
     assert (folder / "plots" / "test_windows.png").is_file() and (folder / "plots" / "loss_by_epoch.png").is_file()
+    assert metrics["flags"]["root_path"] == str(tmp_path / "m4") and metrics["flags"]["seasonal_patterns"] == "Yearly"
     assert f"{own.smape:10.3f}{own.mase:9.3f}" in report(folder)
     # the epoch's losses are the run's loss: the best validation loss is what the checkpoint was chosen by
     history = pd.read_csv(folder / "history.csv")
     assert record["vali_loss"] == pytest.approx(history["vali_loss"].min()) and 0 < record["vali_loss"] < 200
     # a test of the checkpoint alone finds the same
     again = train(["--is_training", "0", "--checkpoint", str(folder)], capsys)
+    other = ["--is_training", "0", "--checkpoint", str(folder), "--seasonal_patterns", "Weekly"]
+    assert refusal(other, capsys).startswith("--seasonal_patterns: got Weekly, expected Yearly, on whose series")
     assert next(line for line in again if line.startswith("Test ")) in lines
+
+
+def test_simple_forecasts_are_measured_anew_where_the_test_file_is_another(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0)
+    train(words, capsys)
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    (tmp_path / "other" / "Yearly-test.csv").replace(tmp_path / "m4" / "Yearly-test.csv")
+    train([*words, "--is_training", "0"], capsys)
+    series = load_m4(tmp_path / "m4", "Yearly", 12, 6, 6)
+    naive = errors_of(np.stack([naive2(v, 1, 6) for v in series.known]), series.future, series.known, 1)
+    rows = json.loads((run_folder(words) / "metrics.json").read_text())["baselines"]["rows"]
+    assert (rows[0]["smape"], rows[0]["mase"]) == (pytest.approx(naive.smape), pytest.approx(naive.mase))
 
 
 def test_training_lowers_the_loss(argv, capsys) -> None:
@@ -225,6 +240,7 @@ def test_two_processes_score_every_series(argv, capsys) -> None:
         ({"model": "DLinear", "llm_model_path": None}, "--model: got DLinear, expected TimeLLM or Ridge with --data m4"),
         ({"batch_size": 7}, "--batch_size: got 7, expected at most 6, for 6 training windows"),
         ({"enc_in": 7}, "--enc_in: got 7, expected 1"),
+        ({"data_pretrain": "ETTh1"}, "--data_pretrain: got ETTh1, expected nothing with --data m4"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(argv, capsys, flags: dict, message: str) -> None:
@@ -234,6 +250,9 @@ def test_what_cannot_be_asked_for_is_refused(argv, capsys, flags: dict, message:
 def test_other_data_take_none_of_the_competitions(tmp_path: Path, backbones, capsys) -> None:
     words = command_line(tmp_path, backbones["qwen2"])
     assert "--loss: got SMAPE, expected MSE, or --data m4" in refusal([*words, "--loss", "SMAPE"], capsys)
+    assert "--data_pretrain: got m4, expected another data set, or --data m4" in refusal(
+        [*words, "--data_pretrain", "m4"], capsys
+    )
     line = refusal([*words, "--task_name", "short_term_forecast"], capsys)
     assert line.startswith("--task_name short_term_forecast: got it with --data custom, expected --data m4 with short_term")
 

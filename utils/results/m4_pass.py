@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch
-from data_provider.m4 import M4Series
+from data_provider.data_factory import series_flags
+from data_provider.m4 import M4Series, content
 from layers.norm import instance_norm
 from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge
 from utils.results.comparison import METRICS
@@ -88,6 +89,7 @@ class M4Pass(TestPass):
             "test": figures["test"] | scored,
             "peak_memory_gib": memory,
             "windows": len(series.ids),
+            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
             "baselines": {"of": _measured_on(series), "rows": rows},
         }
@@ -128,6 +130,7 @@ def _measured_on(series: M4Series) -> dict[str, Any]:
     return {
         "file": series.path.name,
         "sha256": series.fingerprint,
+        "test_sha256": content(series.ids, series.future),
         "seq_len": series.seq_len,
         "pred_len": series.pred_len,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],
