@@ -15,6 +15,7 @@ import torch
 from data_provider.m4 import load_m4
 from layers.norm import instance_norm
 from layers.prompt import describe_series
+from scripts import summary
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
@@ -77,6 +78,10 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     history = pd.read_csv(folder / "history.csv")
     assert record["vali_loss"] == pytest.approx(history["vali_loss"].min()) and 0 < record["vali_loss"] < 200
     # a test of the checkpoint alone finds the same
+    assert summary.main([str(tmp_path / "checkpoints")]) == 0
+    heads, _, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert row[heads.index("mse")] == row[heads.index("mae")] == "-"
+    assert row[heads.index("smape")] == f"{own.smape:.4g}" and row[heads.index("owa")] == f"{own.owa(naive):.4g}"
     again = train(["--is_training", "0", "--checkpoint", str(folder)], capsys)
     other = ["--is_training", "0", "--checkpoint", str(folder), "--seasonal_patterns", "Weekly"]
     assert refusal(other, capsys).startswith("--seasonal_patterns: got Weekly, expected Yearly, on whose series")
