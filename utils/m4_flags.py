@@ -64,7 +64,12 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.do_predict:
         expected = f"none with --data {M4}: a test leaves the forecasts of what follows the training file"
         raise input_error("--do_predict", "it", expected)
-    off: tuple[tuple[str, object], ...] = (("features", "M"), ("percent", 100), ("fill_missing", None), ("data_pretrain", None))
+    off: tuple[tuple[str, object], ...] = (
+        ("features", "M"),
+        ("percent", 100),
+        ("fill_missing", None),
+        ("data_pretrain", None),
+    )
     for name, value in off:
         if getattr(args, name) != value:
             what = "nothing" if value is None else value

@@ -80,7 +80,9 @@ def test_a_grid_is_all_combinations_but_those_left_out(tmp_path: Path) -> None:
 def test_a_study_of_m4_is_refused(tmp_path: Path) -> None:
     text = FLAGS.replace("ETTh1", "m4") + 'task_name = "short_term_forecast"\n'
     for grid in (text, FLAGS.replace('data = "ETTh1"\n', "") + '[grid]\ndata = ["ETTh1", "m4"]\n'):
-        with pytest.raises(InputError, match=r"^--data: got m4 in .*, expected .*, scripts/m4_scores.py makes the table\W*$"):
+        with pytest.raises(
+            InputError, match=r"^--data: got m4 in .*, expected .*, scripts/m4_scores.py makes the table\W*$"
+        ):
             grid_of(tmp_path, grid)
 
 

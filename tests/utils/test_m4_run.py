@@ -15,13 +15,13 @@ import torch
 from data_provider.m4 import load_m4
 from layers.norm import instance_norm
 from layers.prompt import describe_series
-from scripts import summary
+from scripts import m4_scores, summary
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
 from utils.command_line import parse_flags
 from utils.results.comparison import report
-from utils.results.m4_scores import errors_of, naive2
+from utils.results.m4_scores import errors_of, naive2, table
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {
@@ -98,6 +98,24 @@ def test_simple_forecasts_are_measured_anew_where_the_test_file_is_another(argv,
     naive = errors_of(np.stack([naive2(v, 1, 6) for v in series.known]), series.future, series.known, 1)
     rows = json.loads((run_folder(words) / "metrics.json").read_text())["baselines"]["rows"]
     assert (rows[0]["smape"], rows[0]["mase"]) == (pytest.approx(naive.smape), pytest.approx(naive.mase))
+
+
+def test_the_table_says_what_the_model_was_trained_on(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0)
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    for name in ("train", "test"):
+        file = tmp_path / "m4" / f"Yearly-{name}.csv"
+        file.write_text(file.read_text().replace('"Y1"', '"synthetic1"'))
+    train(words, capsys)
+    assert "generated, not measured; these figures say nothing about M4" in report(run_folder(words))
+    lines = train(
+        ["--is_training", "0", "--checkpoint", str(run_folder(words)), "--root_path", str(tmp_path / "other")], capsys
+    )
+    (metrics,) = run_folder(words).glob("on_*/metrics.json")
+    for text in ("\n".join(lines), report(metrics.parent), table(*m4_scores.of_runs([metrics.parent]))):
+        assert "Yearly: after training on other series, those of Yearly-train.csv" in text
+        assert "SYNTHETIC DATA: Yearly-train.csv, which the model was trained on, was generated" in text
+        assert "say nothing about M4" not in text
 
 
 def test_training_lowers_the_loss(argv, capsys) -> None:

@@ -33,7 +33,8 @@ from utils.saving.state import state_files
 WITHOUT_DROPOUT = "tests/without_dropout.py"
 M4 = {
     "task_name": "short_term_forecast", "data": "m4", "seasonal_patterns": "Yearly", "data_path": None, "seq_len": None,
-    "label_len": None, "pred_len": None, "patch_len": 1, "stride": 1, "batch_size": 3, "train_epochs": 3, "optimizer": "adamw",
+    "label_len": None, "pred_len": None, "patch_len": 1, "stride": 1, "batch_size": 3, "train_epochs": 3,
+    "optimizer": "adamw",
 }  # fmt: skip
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
