@@ -147,14 +147,14 @@ class M4Series(SplitSeries):
         """Training windows of most series, and those of every `CHOOSING`th, by which the penalty is chosen.
 
         The validation windows all lie at one moment, which says little of others: the map that is best there reverts to the
-        mean, for example, where the series did so just then.
+        mean, for example, where the series did so just then. A series that stands still says nothing of either.
         """
         train = self.windows("train")
         assert isinstance(train, Cuts)
-        long = [n for n, values in enumerate(train.series) if len(values) >= self.seq_len + self.pred_len]
-        choosing = long[::CHOOSING] if len(long) > 1 else long
-        fitted = [n for n in long if n not in set(choosing)] or long
-        return train.some(fitted), train.some(choosing)
+        used = train.moving() or list(range(len(train)))
+        choosing = set(used[::CHOOSING])
+        fitted = [n for n in used if n not in choosing] or used
+        return train.some(fitted), train.some(sorted(choosing))
 
 
 def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_len: int, pred_len: int) -> M4Series:

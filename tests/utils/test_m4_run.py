@@ -245,6 +245,16 @@ def test_two_processes_score_every_series(argv, capsys) -> None:
     assert file.read_text() == alone
 
 
+@pytest.mark.parametrize("flags", [{"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge", "llm_model_path": None}])
+def test_a_map_that_nothing_can_be_fitted_to_is_refused_before_the_folder_is_taken(argv, capsys, flags: dict) -> None:
+    words = argv(seq_len=49, **flags)  # the longest series has 60 values
+    line = refusal(words, capsys)
+    flag = f"--skip {flags['skip']}" if "skip" in flags else "--model Ridge"
+    assert line.startswith(f"{flag}: got --seq_len 49, with which no training series has a whole window, expected")
+    assert line.endswith("series of 61 values") and not run_folder(words).exists()
+    train(argv(seq_len=48, max_iters=1, plots=0, **flags), capsys)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
