@@ -184,6 +184,12 @@ class SplitSeries(Series):
             "scaler": {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()},
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What a run that resumes must find again: JSON values by names for people."""
+        digest = hashlib.sha256(self.values.tobytes())
+        digest.update(self.dates.asi8.tobytes())
+        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest.hexdigest()}
+
     def windows(self, flag: str) -> WindowDataset:
         """The windows of "train", "val" or "test"."""
         rows = self.splits.slice(flag, self.seq_len)

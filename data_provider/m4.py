@@ -6,9 +6,11 @@ here, and named by file, line and series.
 
 import csv
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,6 +122,10 @@ class M4Series(SplitSeries):
         """The step between values for people."""
         return self.kind.step
 
+    def identity(self) -> dict[str, Any]:
+        """See `SplitSeries`; the test file is no part of it, for no training reads it."""
+        return {"number of series": len(self.ids), "training series (SHA-256)": content(self.ids, self.known)}
+
     def windows(self, flag: str) -> Dataset:  # type: ignore[override]
         """The windows of "train", "val" or "test"; see `data_provider.m4_windows`."""
         lengths = self.seq_len, self.label_len, self.pred_len
@@ -141,14 +147,14 @@ class M4Series(SplitSeries):
         """Training windows of most series, and those of every `CHOOSING`th, by which the penalty is chosen.
 
         The validation windows all lie at one moment, which says little of others: the map that is best there reverts to the
-        mean, for example, where the series did so just then.
+        mean, for example, where the series did so just then. A series that stands still says nothing of either.
         """
         train = self.windows("train")
         assert isinstance(train, Cuts)
-        long = [n for n, values in enumerate(train.series) if len(values) >= self.seq_len + self.pred_len]
-        choosing = long[::CHOOSING] if len(long) > 1 else long
-        fitted = [n for n in long if n not in set(choosing)] or long
-        return train.some(fitted), train.some(choosing)
+        used = train.moving() or list(range(len(train)))
+        choosing = set(used[::CHOOSING])
+        fitted = [n for n in used if n not in choosing] or used
+        return train.some(fitted), train.some(sorted(choosing))
 
 
 def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_len: int, pred_len: int) -> M4Series:
@@ -203,3 +209,9 @@ def fingerprint(series: Iterable[np.ndarray]) -> str:
     for values in series:
         digest.update(len(values).to_bytes(8, "little") + np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+def content(ids: list[str], series: Iterable[np.ndarray]) -> str:
+    """What tells named series from all others: the SHA-256 of their ids, lengths and values."""
+    names = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return hashlib.sha256((names + fingerprint(series)).encode()).hexdigest()

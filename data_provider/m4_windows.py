@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 
 from data_provider.sampler import EpochBatches
-from layers.errors import input_error
 
 CHUNK = 8192  # sequences in memory at a time
 STILL = 1e-6  # of its level: a history that deviates less stands still
@@ -85,28 +84,27 @@ class Cuts(_Windows):
 
     def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Inputs `[m, T]` and truths `[m, H]` of every k-th cut that is whole on both sides, each in units of its history's
-        deviation, so that all count alike; a history that stands still is left out.
+        deviation, so that all count alike; a history that stands still is left out."""
+        yield from _in_deviations([rows for view in self._whole() for rows in view][::every], self.seq_len)
 
-        Raises:
-            InputError: there is none.
-        """
-        T, views = self.seq_len, self._whole()
-        if not any(map(len, views)):
-            raise input_error(
-                "--seq_len",
-                f"{T}, with which no training series has a whole window",
-                f"a shorter one, or series of {T + 2 * self.pred_len}",
-            )
-        yield from _in_deviations([rows for view in views for rows in view][::every], T)
+    def moving(self) -> list[int]:
+        """The numbers of the series that `sequences` has something of."""
+        T, found = self.seq_len, []
+        for number, values in enumerate(self.series):
+            if len(values) >= T + self.pred_len:
+                x = self._view(values)[:, :T]
+                if _moves(x.mean(axis=1), x.std(axis=1)).any():
+                    found.append(number)
+        return found
 
     def _whole(self) -> list[np.ndarray]:
         """A view `[cuts, T + H]` of each series that is long enough."""
+        return [self._view(values) for values in self.series if len(values) >= self.seq_len + self.pred_len]
+
+    def _view(self, values: np.ndarray) -> np.ndarray:
+        """The cuts `[cuts, T + H]` of a series that are whole."""
         T, H = self.seq_len, self.pred_len
-        return [
-            np.lib.stride_tricks.sliding_window_view(values[max(self._first(values) - T, 0) :], T + H)
-            for values in self.series
-            if len(values) >= T + H
-        ]
+        return np.lib.stride_tricks.sliding_window_view(values[max(self._first(values) - T, 0) :], T + H)
 
     def some(self, chosen: list[int]) -> "Cuts":
         """The windows of the series with these numbers alone."""
@@ -159,12 +157,17 @@ def _padded(values: np.ndarray, length: int, left: bool) -> tuple[torch.Tensor, 
     return padded, mask
 
 
+def _moves(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Which of the histories with these means and deviations `[m]` do not stand still, `[m]`."""
+    return deviation > STILL * np.abs(mean)
+
+
 def _in_deviations(rows: list[np.ndarray], T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows `[T + H]` -> chunks of x `[m, T]` and y `[m, H]`, less the mean of x and in units of its deviation."""
     for start in range(0, len(rows), CHUNK):
         chunk = np.stack(rows[start : start + CHUNK]).astype(np.float64)
         x = chunk[:, :T]
         mean, deviation = x.mean(axis=1), x.std(axis=1)
-        moves = deviation > STILL * np.abs(mean)
+        moves = _moves(mean, deviation)
         chunk = (chunk[moves] - mean[moves, None]) / deviation[moves, None]
         yield chunk[:, :T], chunk[:, T:]

@@ -14,8 +14,13 @@
       --root_path | --root_path=*) own=1 ;;  # the user's own folder
     esac
   done
-  for pattern in $patterns; do
-    if [ -z "$own" ] && { [ ! -f "$data_dir/$pattern-train.csv" ] || [ ! -f "$data_dir/$pattern-test.csv" ]; }; then
+  missing() {  # the patterns whose files are not there
+    for pattern in $patterns; do
+      [ -f "$data_dir/$pattern-train.csv" ] && [ -f "$data_dir/$pattern-test.csv" ] || printf ' %s' "$pattern"
+    done
+  }
+  if [ -z "$own" ]; then
+    if [ -n "$(missing)" ]; then
       answer=$("$python" scripts/get_data.py --name m4) || exit 1
       printf '%s\n' "$answer"
       path=$(printf '%s\n' "$answer" | sed -n 's/^data: //p' | tail -n 1)
@@ -26,9 +31,13 @@
           exit 1
           ;;
       esac
-      break
     fi
-  done
+    if [ -n "$(missing)" ]; then  # now, not when the patterns before them have trained for hours
+      echo "TimeLLM_M4.sh: error: m4: got no training and test file of$(missing) in $data_dir, expected those of all that" \
+        "M4_PATTERNS names: $patterns" >&2
+      exit 1
+    fi
+  fi
 
   log=$(mktemp) || exit 1
   trap 'rm -f "$log"' EXIT

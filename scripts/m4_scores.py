@@ -21,42 +21,51 @@ from data_provider.m4 import load_m4, read_wide  # noqa: E402
 from data_provider.patterns import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.comparison import METRICS  # noqa: E402
-from utils.results.m4_scores import NAIVE2_TITLE, Methods, errors_of, methods_of, naive2, table  # noqa: E402
+from utils.results.m4_scores import (  # noqa: E402
+    NAIVE2_TITLE,
+    SYNTHETIC,
+    Methods,
+    errors_of,
+    methods_of,
+    naive2,
+    table,
+    warnings_of,
+)
 
 
-def of_runs(folders: list[Path]) -> tuple[Methods, bool]:
-    """The figures of tested runs together, and whether some series are synthetic.
+def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:
+    """The figures of tested runs together, and what must be said of them.
 
     Raises:
         InputError: a folder is of no tested run on M4, or two are of one pattern.
     """
     together: Methods = {}
-    synthetic = False
+    warnings: list[str] = []
     seen: dict[str, Path] = {}
     for folder in folders:
         try:
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            pattern, methods = metrics["m4"]["pattern"], methods_of(metrics)
-        except (OSError, ValueError, KeyError, TypeError):
+            pattern, methods, said = metrics["m4"]["pattern"], methods_of(metrics), warnings_of(metrics)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise input_error(folder, f"no {METRICS} of a run on M4", "the folder of a run with --data m4, tested") from None
         if pattern in seen:
             raise input_error(folder, f"a second run on {pattern} beside {seen[pattern]}", "one run a pattern")
         seen[pattern] = folder
-        synthetic |= bool(metrics["m4"].get("synthetic"))
+        warnings += said
         for title, found in methods.items():
             together.setdefault(title, {}).update(found)
-    return together, synthetic
+    return together, warnings
 
 
-def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, bool]:
-    """The figures of a file of forecasts, and whether some series are synthetic.
+def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
+    """The figures of a file of forecasts, and what must be said of them.
 
     Raises:
         InputError: it cannot be read, lacks some series of a pattern, or has none of the patterns that are there.
     """
     made = read_wide(file)
     methods: Methods = {str(file): {}, NAIVE2_TITLE: {}}
-    synthetic = False
+    warnings: list[str] = []
     for name, kind in PATTERNS.items():
         try:
             find_m4(root_path, name)
@@ -71,13 +80,13 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, bool]:
         if wrong is not None:
             got = f"{len(made[wrong])} forecasts" if wrong in made else "no such series"
             raise input_error(f"{file}: series {wrong!r}", got, f"{H} forecasts of every {name} series")
-        synthetic |= series.synthetic
+        warnings += [SYNTHETIC] if series.synthetic else []
         naive = errors_of(np.stack([naive2(v, season, H) for v in series.known]), series.future, series.known, season)
         own = errors_of(np.stack([made[id] for id in series.ids]), series.future, series.known, season)
         methods[str(file)][name], methods[NAIVE2_TITLE][name] = (own, naive), (naive, naive)
     if not methods[NAIVE2_TITLE]:
         raise input_error(file, "no series of a pattern whose files are there", f"those of files in {root_path}")
-    return methods, synthetic
+    return methods, warnings
 
 
 def main(argv: list[str]) -> int:

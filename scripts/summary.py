@@ -26,7 +26,8 @@ from utils.flags import FLAGS, LLM  # noqa: E402
 from utils.results.journal import HISTORY, read_rows, write_rows  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
-FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "minutes", "memory_gib")
+FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "smape", "mase", "owa", "minutes", "memory_gib")
+M4_FIGURES = FIGURES[5:8]  # of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them
 ABLATION = "llm_ablation"
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
 
@@ -58,7 +59,8 @@ def summarise(folder: Path, sort: str, reverse: bool, csv: Path | None) -> None:
     if not runs:
         got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
         raise input_error(folder, got, "a folder with the runs' folders")
-    columns = [*differing(runs), *FIGURES, "run"]
+    figures = [name for name in FIGURES if name not in M4_FIGURES or any(name in run for run in runs)]
+    columns = [*differing(runs), *figures, "run"]
     if sort not in columns:
         raise input_error("--sort", repr(sort), f"one of {', '.join(columns)}")
     rows = [{name: None if name in run["silent"] else (run | run["flags"]).get(name) for name in columns} for run in runs]
@@ -96,7 +98,8 @@ def _silent(flags: dict, backbone: object) -> set[str]:
 def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
     history, metrics = read_rows(folder / HISTORY), _read(folder / METRICS)
     found: dict[str, Any] = {"run": str(folder.relative_to(root)), "flags": flags, "best_epoch": best_epoch}
-    found |= {name: metrics.get("test", {}).get(name) for name in ("mse", "mae")}
+    errors = M4_FIGURES if "m4" in metrics else ("mse", "mae")
+    found |= {name: metrics.get("test", {}).get(name) for name in errors}
     found["memory_gib"] = metrics.get("peak_memory_gib")
     if history:
         finite = [row for row in history if math.isfinite(float(row["vali_loss"]))]  # no other epoch is kept

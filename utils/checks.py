@@ -83,6 +83,15 @@ def fit_batch(args: Namespace, series: SplitSeries, model: Forecaster) -> None:
         args.batch_size = min(args.batch_size, max(1, len(series.windows("train"))))
 
 
+def check_linear_map(args: Namespace, series: SplitSeries, model: Forecaster) -> None:
+    """Raises InputError where no training window is whole, and the model's linear map can be fitted to none."""
+    if model.linear_map is None or series.windows("train").sequence_count > 0:
+        return
+    flag = f"--skip {args.skip}" if model.uses_llm else f"--model {args.model}"
+    expected = f"a shorter --seq_len, or series of {args.seq_len + 2 * args.pred_len} values"
+    raise input_error(flag, f"--seq_len {args.seq_len}, with which no training series has a whole window", expected)
+
+
 def quantises(args: Namespace) -> bool:
     """Whether moments are kept in 8 bits."""
     return args.optimizer == "adamw8bit"

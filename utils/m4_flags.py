@@ -4,9 +4,11 @@ Only the standard library is imported here.
 """
 
 import argparse
+from pathlib import Path
 
 from data_provider.patterns import M4, PATTERNS, m4_file
 from layers.errors import input_error
+from utils.saving.record import read_record
 
 SHORT, LONG = "short_term_forecast", "long_term_forecast"
 
@@ -20,9 +22,13 @@ def complete_m4(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         InputError: at the first flag that contradicts `--data`.
     """
+    if args.data == M4 and args.checkpoint is not None:
+        _refuse_another_pattern(args)
     if (args.task_name == SHORT) != (args.data == M4):
         expected = f"--data {M4} with {SHORT}, other data with {LONG}"
         raise input_error(f"--task_name {args.task_name}", f"it with --data {args.data}", expected)
+    if args.data_pretrain == M4:
+        raise input_error("--data_pretrain", M4, f"another data set, or --data {M4} without it: it trains on its own series")
     if args.data != M4:
         args.seasonal_patterns = "Monthly"  # nothing reads it: runs are alike whatever it says
         if args.loss != "MSE":
@@ -39,6 +45,15 @@ def complete_m4(args: argparse.Namespace, given: set[str]) -> None:
     args.data_path, args.intervals = m4_file(args.seasonal_patterns, "train"), ()
 
 
+def _refuse_another_pattern(args: argparse.Namespace) -> None:
+    """Raise InputError where the checkpoint is of another pattern: its lengths, which come with it, say less."""
+    held = read_record(Path(args.checkpoint)).get("flags", {})
+    pattern = held.get("seasonal_patterns")
+    if held.get("data") == M4 and isinstance(pattern, str) and pattern != args.seasonal_patterns:
+        expected = f"{pattern[:20]}, on whose series {args.checkpoint} was trained"
+        raise input_error("--seasonal_patterns", args.seasonal_patterns, expected)
+
+
 def _refuse(args: argparse.Namespace) -> None:
     """Raise InputError for the first flag that has no meaning for series without dates and of different lengths."""
     file = m4_file(args.seasonal_patterns, "train")
@@ -49,7 +64,12 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.do_predict:
         expected = f"none with --data {M4}: a test leaves the forecasts of what follows the training file"
         raise input_error("--do_predict", "it", expected)
-    off: tuple[tuple[str, object], ...] = (("features", "M"), ("percent", 100), ("fill_missing", None))
+    off: tuple[tuple[str, object], ...] = (
+        ("features", "M"),
+        ("percent", 100),
+        ("fill_missing", None),
+        ("data_pretrain", None),
+    )
     for name, value in off:
         if getattr(args, name) != value:
             what = "nothing" if value is None else value

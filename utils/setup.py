@@ -157,6 +157,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     if trains and isinstance(series, SplitSeries):
+        checks.check_linear_map(args, pretrain or series, outline)
         checks.fit_batch(args, pretrain or series, outline)
         checks.check_processes(args, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)

@@ -14,6 +14,7 @@ from data_provider.patterns import PATTERNS, find_m4, m4_file
 from layers.errors import InputError
 from tests.m4_files import write_m4, write_wide
 from tests.small_run import defaults
+from utils.results.baselines import doubts, fit_ridge
 
 T, H = 12, 6  # Yearly
 
@@ -135,6 +136,24 @@ def test_training_windows_stay_before_what_is_held_out_and_within_the_recent_val
     for number, values in enumerate(series.known):
         rows = len(values) - H
         assert cuts[number] == set(range(max(1, rows - 9), rows))  # 1.5 horizons of 6: the last 9
+
+
+def test_series_that_stand_still_choose_no_penalty(tmp_path: Path) -> None:
+    series = yearly(tmp_path, lengths=(30,) * 12)
+    for n in (0, 1, 5, 10):  # with all of them moving, 0, 5 and 10 would choose
+        series.known[n][:] = 7.0
+    train, choosing = series.windows_for_a_map()
+    assert choosing.ids == ["Y3", "Y9"] and train.ids == ["Y4", "Y5", "Y7", "Y8", "Y10", "Y12"]
+    assert sum(len(x) for x, _ in choosing.sequences()) == choosing.sequence_count
+    for values in series.known[3:]:
+        values[:] = 7.0
+    train, choosing = series.windows_for_a_map()  # one that moves is all there is
+    assert train.ids == choosing.ids == ["Y3"]
+    series.known[2][:] = 7.0
+    train, choosing = series.windows_for_a_map()
+    weights, penalty = fit_ridge(train, choosing)
+    assert not weights.any()
+    assert doubts(weights, penalty, choosing) == "none of the windows by which its penalty is chosen moves"
 
 
 def test_order_and_cuts_depend_on_seed_and_epoch_alone(tmp_path: Path) -> None:

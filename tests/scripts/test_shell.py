@@ -286,6 +286,18 @@ def test_m4_runs_every_pattern_and_gathers_the_scores(copy: Copy) -> None:
     assert failed.returncode == 130 and "scored=" not in failed.stdout
 
 
+def test_m4_stops_before_the_first_run_where_a_patterns_files_are_missing(copy: Copy) -> None:
+    (copy.root / "dataset" / "m4").mkdir()
+    for name in ("Weekly-train.csv", "Weekly-test.csv", "Hourly-train.csv"):
+        (copy.root / "dataset" / "m4" / name).touch()
+    script = f'bash "{copy.root}/scripts/TimeLLM_M4.sh"'
+    done = copy.bash(f'M4_PATTERNS="Weekly Hourly Dayly" {script}', FAKE_DATA="dataset/m4")
+    assert done.returncode == 1 and "said by get_data" in done.stdout and "arg=" not in done.stdout
+    assert "got no training and test file of Hourly Dayly in ./dataset/m4, expected" in done.stderr
+    done = copy.bash(f"M4_PATTERNS=Weekly {script}", FAKE_DATA="dataset/m4")
+    assert done.returncode == 0 and "get_data" not in done.stdout and done.stdout.count("program=run_m4.py") == 1
+
+
 def test_m4_does_not_take_synthetic_series_for_the_competitions(copy: Copy) -> None:
     script = f'M4_PATTERNS=Weekly bash "{copy.root}/scripts/TimeLLM_M4.sh"'
     done = copy.bash(script, FAKE_DATA="dataset/synthetic/m4")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 from data_provider.m4 import load_m4
 from layers.norm import instance_norm
 from layers.prompt import describe_series
+from scripts import m4_scores, summary
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
-from tests.small_run import command_line, refusal, run_folder, train, train_in_two_processes
+from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
 from utils.command_line import parse_flags
 from utils.results.comparison import report
-from utils.results.m4_scores import errors_of, naive2
+from utils.results.m4_scores import errors_of, naive2, table
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {
@@ -70,13 +72,50 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     record = json.loads((folder / "checkpoint.json").read_text())
     assert record["data"]["rows"] == 6 and record["flags"]["seasonal_patterns"] == "Yearly"
     assert (folder / "plots" / "test_windows.png").is_file() and (folder / "plots" / "loss_by_epoch.png").is_file()
+    assert metrics["flags"]["root_path"] == str(tmp_path / "m4") and metrics["flags"]["seasonal_patterns"] == "Yearly"
     assert f"{own.smape:10.3f}{own.mase:9.3f}" in report(folder)
     # the epoch's losses are the run's loss: the best validation loss is what the checkpoint was chosen by
     history = pd.read_csv(folder / "history.csv")
     assert record["vali_loss"] == pytest.approx(history["vali_loss"].min()) and 0 < record["vali_loss"] < 200
     # a test of the checkpoint alone finds the same
+    assert summary.main([str(tmp_path / "checkpoints")]) == 0
+    heads, _, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert row[heads.index("mse")] == row[heads.index("mae")] == "-"
+    assert row[heads.index("smape")] == f"{own.smape:.4g}" and row[heads.index("owa")] == f"{own.owa(naive):.4g}"
     again = train(["--is_training", "0", "--checkpoint", str(folder)], capsys)
+    other = ["--is_training", "0", "--checkpoint", str(folder), "--seasonal_patterns", "Weekly"]
+    assert refusal(other, capsys).startswith("--seasonal_patterns: got Weekly, expected Yearly, on whose series")
     assert next(line for line in again if line.startswith("Test ")) in lines
+
+
+def test_simple_forecasts_are_measured_anew_where_the_test_file_is_another(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0)
+    train(words, capsys)
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    (tmp_path / "other" / "Yearly-test.csv").replace(tmp_path / "m4" / "Yearly-test.csv")
+    train([*words, "--is_training", "0"], capsys)
+    series = load_m4(tmp_path / "m4", "Yearly", 12, 6, 6)
+    naive = errors_of(np.stack([naive2(v, 1, 6) for v in series.known]), series.future, series.known, 1)
+    rows = json.loads((run_folder(words) / "metrics.json").read_text())["baselines"]["rows"]
+    assert (rows[0]["smape"], rows[0]["mase"]) == (pytest.approx(naive.smape), pytest.approx(naive.mase))
+
+
+def test_the_table_says_what_the_model_was_trained_on(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0)
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    for name in ("train", "test"):
+        file = tmp_path / "m4" / f"Yearly-{name}.csv"
+        file.write_text(file.read_text().replace('"Y1"', '"synthetic1"'))
+    train(words, capsys)
+    assert "generated, not measured; these figures say nothing about M4" in report(run_folder(words))
+    lines = train(
+        ["--is_training", "0", "--checkpoint", str(run_folder(words)), "--root_path", str(tmp_path / "other")], capsys
+    )
+    (metrics,) = run_folder(words).glob("on_*/metrics.json")
+    for text in ("\n".join(lines), report(metrics.parent), table(*m4_scores.of_runs([metrics.parent]))):
+        assert "Yearly: after training on other series, those of Yearly-train.csv" in text
+        assert "SYNTHETIC DATA: Yearly-train.csv, which the model was trained on, was generated" in text
+        assert "say nothing about M4" not in text
 
 
 def test_training_lowers_the_loss(argv, capsys) -> None:
@@ -158,13 +197,62 @@ def test_a_killed_run_resumes_to_the_last_bit(argv, capsys, tmp_path: Path) -> N
     ).read_bytes()
 
 
-def test_two_processes_score_every_series(argv, capsys) -> None:
-    words = argv(train_epochs=1, batch_size=1, plots=0)
+def test_a_run_resumes_with_the_series_that_it_began_with_alone(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", llm_model_path=None, plots=0, resume=True)
     train(words, capsys)
-    alone = [*words[:], "--is_training", "0"]
-    one = train(alone, capsys)
-    two = train_in_two_processes(alone)
+    test = write_m4(tmp_path / "other", "Yearly", seed=1) / "Yearly-test.csv"
+    test.replace(tmp_path / "m4" / "Yearly-test.csv")  # no training reads it
+    assert any(line.startswith("This run is finished") for line in train(words, capsys))
+    file = tmp_path / "m4" / "Yearly-train.csv"
+    text = file.read_text()
+    (tmp_path / "other" / "Yearly-train.csv").replace(file)
+    line = refusal(words, capsys)
+    assert re.match(r"--resume: got the data's training series \(SHA-256\) \w{8}, expected .*\w{8}, with which", line)
+    file.write_text(text.replace('"Y1"', '"Y9"'))  # the same values under another name
+    test = tmp_path / "m4" / "Yearly-test.csv"
+    test.write_text(test.read_text().replace('"Y1"', '"Y9"'))
+    assert "--resume: got the data's training series (SHA-256)" in refusal(words, capsys)
+    cut = [line for line in text.splitlines() if not line.startswith('"Y6"')]
+    file.write_text("\n".join(cut))
+    test.write_text("\n".join(line for line in test.read_text().replace('"Y9"', '"Y1"').splitlines() if '"Y6"' not in line))
+    assert "--resume: got the data's number of series 5; the data's training series" in refusal(words, capsys)
+
+
+def test_processes_that_read_other_series_do_not_train_together(argv, tmp_path: Path) -> None:
+    write_m4(tmp_path / "other", "Yearly", seed=1)
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom run_m4 import main\n"
+        f"if os.environ['RANK'] == '1':\n    sys.argv += ['--root_path', {str(tmp_path / 'other')!r}]\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = run_in_group(launched(argv(model="Ridge", llm_model_path=None, plots=0), program=str(program)))
+    assert run.returncode != 0 and re.search(
+        r"^program.py: error: rank 1 on .*: the data's training series \(SHA-256\): got .*, expected .*, as the first",
+        run.stderr,
+        re.MULTILINE,
+    ), run.stderr
+
+
+def test_two_processes_score_every_series(argv, capsys) -> None:
+    words = argv(train_epochs=1, eval_batch_size=2, plots=0)  # three test batches: two for one process, one for the other
+    one = train(words, capsys)
+    file = run_folder(words) / "Yearly_forecast.csv"
+    alone = file.read_text()
+    file.unlink()
+    two = train_in_two_processes([*words, "--is_training", "0"])
     assert [line for line in one if line.startswith("Test ")] == [line for line in two if line.startswith("Test ")]
+    assert file.read_text() == alone
+
+
+@pytest.mark.parametrize("flags", [{"skip": "ridge"}, {"skip": "linear"}, {"model": "Ridge", "llm_model_path": None}])
+def test_a_map_that_nothing_can_be_fitted_to_is_refused_before_the_folder_is_taken(argv, capsys, flags: dict) -> None:
+    words = argv(seq_len=49, **flags)  # the longest series has 60 values
+    line = refusal(words, capsys)
+    flag = f"--skip {flags['skip']}" if "skip" in flags else "--model Ridge"
+    assert line.startswith(f"{flag}: got --seq_len 49, with which no training series has a whole window, expected")
+    assert line.endswith("series of 61 values") and not run_folder(words).exists()
+    train(argv(seq_len=48, max_iters=1, plots=0, **flags), capsys)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +273,7 @@ def test_two_processes_score_every_series(argv, capsys) -> None:
         ({"model": "DLinear", "llm_model_path": None}, "--model: got DLinear, expected TimeLLM or Ridge with --data m4"),
         ({"batch_size": 7}, "--batch_size: got 7, expected at most 6, for 6 training windows"),
         ({"enc_in": 7}, "--enc_in: got 7, expected 1"),
+        ({"data_pretrain": "ETTh1"}, "--data_pretrain: got ETTh1, expected nothing with --data m4"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(argv, capsys, flags: dict, message: str) -> None:
@@ -194,6 +283,9 @@ def test_what_cannot_be_asked_for_is_refused(argv, capsys, flags: dict, message:
 def test_other_data_take_none_of_the_competitions(tmp_path: Path, backbones, capsys) -> None:
     words = command_line(tmp_path, backbones["qwen2"])
     assert "--loss: got SMAPE, expected MSE, or --data m4" in refusal([*words, "--loss", "SMAPE"], capsys)
+    assert "--data_pretrain: got m4, expected another data set, or --data m4" in refusal(
+        [*words, "--data_pretrain", "m4"], capsys
+    )
     line = refusal([*words, "--task_name", "short_term_forecast"], capsys)
     assert line.startswith("--task_name short_term_forecast: got it with --data custom, expected --data m4 with short_term")
 

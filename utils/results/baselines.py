@@ -124,7 +124,8 @@ def _measure(
 
 def _mse(windows: Pairs, forecast: Forecast) -> float:
     errors = [(np.square(forecast(x) - y).sum(), y.size) for x, y in windows.sequences()]
-    return float(sum(squares for squares, _ in errors) / sum(count for _, count in errors))
+    count = sum(count for _, count in errors)
+    return float(sum(squares for squares, _ in errors) / count) if count else float("nan")
 
 
 def _calibrate(windows: WindowDataset, forecast: Forecast, levels: tuple[float, ...]) -> Intervals:
@@ -202,11 +203,13 @@ def doubts(weights: np.ndarray, penalty: float, val: Pairs) -> str:
     """What speaks against a map `[T, H]` that `fit_ridge` has chosen; empty where nothing does.
 
     The penalty is the largest that is tried (a larger one might have been chosen; at the other end is 0, with nothing
-    beyond), or its errors in validation are larger than those of the last value.
+    beyond), or its errors in validation are larger than those of the last value; or nothing chose it.
     """
     found = _mse(val, lambda x: ridge_forecast(x, weights))
     last = _mse(val, lambda x: np.repeat(x[:, -1:], weights.shape[1], axis=1))
     said = [f"its penalty is the largest that is tried, {penalty:g}"] if penalty == PENALTIES[-1] else []
+    if np.isnan(found):
+        return "none of the windows by which its penalty is chosen moves"
     if found > last:
         said.append(f"its validation MSE is {found:.4f}, that of the last value {last:.4f}")
     return ", and ".join(said)

@@ -12,7 +12,7 @@ from data_provider.data_factory import series_from_args
 from data_provider.data_loader import SplitSeries
 from layers.errors import input_error
 from utils.results.baselines import PENALTIES, RIDGE, baselines, fitted_every
-from utils.results.m4_scores import methods_of
+from utils.results.m4_scores import methods_of, warnings_of
 from utils.results.m4_scores import table as table_of_m4
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import write_json
@@ -40,7 +40,7 @@ def report(folder: Path) -> str:
     if not isinstance(metrics.get("test"), dict):
         raise input_error(folder / METRICS, "no test figures", "what a test wrote")
     if "m4" in metrics:
-        return table_of_m4(methods_of(metrics), bool(metrics["m4"].get("synthetic")))
+        return table_of_m4(methods_of(metrics), warnings_of(metrics))
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
     levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
     found = measured(series, metrics.get("baselines"), levels)

@@ -1,6 +1,7 @@
 """Test pass of the M4 competition: its forecast file, its scores, and simple forecasts beside them."""
 
 import time
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,23 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch
-from data_provider.m4 import M4Series
+from data_provider.data_factory import series_flags
+from data_provider.m4 import M4Series, content
 from layers.norm import instance_norm
 from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge
 from utils.results.comparison import METRICS
 from utils.results.log import peak_memory_gib
-from utils.results.m4_scores import NAIVE2, NAIVE2_TITLE, Errors, errors_of, methods_of, naive2, table
+from utils.results.m4_scores import (
+    NAIVE2,
+    NAIVE2_TITLE,
+    Errors,
+    errors_of,
+    methods_of,
+    naive2,
+    read_errors,
+    table,
+    warnings_of,
+)
 from utils.results.test_pass import TestPass
 from utils.saving.files import write_atomic, write_json
 from utils.training.evaluate import Scores
@@ -55,7 +67,7 @@ class M4Pass(TestPass):
         """What `simple_errors` finds, unless an earlier metrics.json of the same data has it."""
         of, kept = _measured_on(self.series), self._kept()
         if isinstance(kept, dict) and kept.get("of") == of:
-            return {row["name"]: Errors(row["series"], row["smape"], row["mase"]) for row in kept["rows"]}
+            return {row["name"]: read_errors(row) for row in kept["rows"]}
         began = time.perf_counter()
         found = simple_errors(self.series)
         if time.perf_counter() - began > 1:
@@ -79,15 +91,12 @@ class M4Pass(TestPass):
         if not job.accelerator.is_main_process:
             return figures
         memory = peak_memory_gib(job.device)
-        scored = {"smape": self.errors.smape, "mase": self.errors.mase, "owa": self.errors.owa(naive)}
-        rows = [
-            {"name": name, "title": TITLES[name], "series": e.series, "smape": e.smape, "mase": e.mase, "owa": e.owa(naive)}
-            for name, e in self.simple.items()
-        ]
+        rows = [{"name": name, "title": TITLES[name], **asdict(e), "owa": e.owa(naive)} for name, e in self.simple.items()]
         metrics = figures | {
-            "test": figures["test"] | scored,
+            "test": figures["test"] | asdict(self.errors) | {"owa": self.errors.owa(naive)},
             "peak_memory_gib": memory,
             "windows": len(series.ids),
+            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
             "baselines": {"of": _measured_on(series), "rows": rows},
         }
@@ -96,7 +105,7 @@ class M4Pass(TestPass):
         write_forecasts(file, series.ids, self.forecasts)
         job.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
-        for line in table(methods_of(metrics), series.synthetic).splitlines():
+        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
             job.log(line)
         return metrics
 
@@ -128,6 +137,7 @@ def _measured_on(series: M4Series) -> dict[str, Any]:
     return {
         "file": series.path.name,
         "sha256": series.fingerprint,
+        "test_sha256": content(series.ids, series.future),
         "seq_len": series.seq_len,
         "pred_len": series.pred_len,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from data_provider.patterns import M4
 from layers.errors import input_error
 from utils.command_line import parse_flags
 from utils.flags import FLAGS, clean_name
@@ -280,6 +281,9 @@ def _parsed(where: str, given: dict[str, str]) -> argparse.Namespace:
     Raises:
         InputError: run_main would refuse it; its own line is in it.
     """
+    if given.get(DATA) == M4:
+        expected, hint = "data whose errors are standardised", "run_m4.py trains, scripts/m4_scores.py makes the table"
+        raise input_error("--data", f"{M4} in {where}", expected, hint)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,55 @@ def test_naive2_without_a_season_is_the_last_value() -> None:
     for values, season in ((walk, 1), (walk[:11], 4), (np.full(40, 3.0), 12)):  # none known, too short, never moves
         assert not is_seasonal(values, season)
         np.testing.assert_array_equal(naive2(values, season, 5), np.repeat(values[-1], 5))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.tile([1.0, 2.0, 3.0, 0.0], 8),  # the last index is 0
+        np.tile([1.0, -1.0, 1.0, -1.0], 8),  # the trend is 0 everywhere
+        np.tile([3.0, -1.0, -1.0, -1.0], 8) + np.eye(32)[5],  # in most places
+    ],
+    ids=["zero", "around zero", "indices of one place"],
+)
+def test_naive2_of_a_season_without_indices_is_the_last_value(values: np.ndarray) -> None:
+    assert is_seasonal(values, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = naive2(values, 4, 6)
+    np.testing.assert_array_equal(made, np.repeat(values[-1], 6))
+
+
+def test_naive2_keeps_a_season_in_which_one_value_is_zero() -> None:
+    np.testing.assert_allclose(naive2(np.tile([1.0, 0.0, 3.0, 2.0], 8), 4, 6), [1, 0, 3, 2, 1, 0])
+
+
+def test_a_groups_mase_is_over_the_series_that_have_one() -> None:
+    found = {
+        "Weekly": (Errors(300, 8.0, 2.0, 100), Errors(300, 10.0, 4.0, 100)),
+        "Daily": (Errors(50, 8.0, float("nan"), 0), Errors(50, 10.0, float("nan"), 0)),
+        "Hourly": (Errors(100, 8.0, 1.0, 100), Errors(100, 10.0, 2.0, 100)),
+    }
+    others = {row.name: row for row in grouped(found)}["Others"]
+    assert (others.errors.series, others.errors.mase, others.errors.scaled) == (450, 1.5, 200)
+    assert others.owa == pytest.approx((0.8 + 0.5) / 2)
+    still, moving = np.full(9, 5.0), np.arange(9.0)
+    assert errors_of(np.ones((2, 2)), np.ones((2, 2)), [still, moving], 1).scaled == 1
+
+
+def test_averages_stand_beside_those_of_the_same_series_alone() -> None:
+    ones = (Errors(10, 1.0, 1.0), Errors(10, 2.0, 2.0))
+    whole = dict.fromkeys(("Yearly", "Weekly", "Hourly"), ones)
+
+    def names(method: dict) -> list[str]:
+        return [row.name for row in grouped(method, whole)]
+
+    assert names({"Yearly": ones, "Weekly": ones}) == ["Yearly", "Weekly"]
+    assert names({"Weekly": ones, "Hourly": ones}) == ["Weekly", "Hourly", "Others"]
+    assert names({"Weekly": ones}) == ["Weekly"] and names(whole)[-2:] == ["Others", "Average"]
+    lines = table({"one": whole, "other": {"Weekly": ones, "Hourly": ones}}).splitlines()
+    assert "one" in lines and "other (without Yearly, so without their average)" in lines
+    assert sum(line.startswith("  Average") for line in lines) == 2  # the other one is the paper's
 
 
 def test_groups_are_weighted_by_series() -> None:

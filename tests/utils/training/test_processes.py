@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import (
     command_line,
@@ -30,6 +31,11 @@ from tests.small_run import (
 from utils.saving.state import state_files
 
 WITHOUT_DROPOUT = "tests/without_dropout.py"
+M4 = {
+    "task_name": "short_term_forecast", "data": "m4", "seasonal_patterns": "Yearly", "data_path": None, "seq_len": None,
+    "label_len": None, "pred_len": None, "patch_len": 1, "stride": 1, "batch_size": 3, "train_epochs": 3,
+    "optimizer": "adamw",
+}  # fmt: skip
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -81,10 +87,13 @@ def without_dropout(words: list[str], processes: int) -> None:
         pytest.param({"optimizer": "adamw", "prototypes": "direct"}, 2, 1e-6, marks=pytest.mark.long),
         # Its norms' biases are near zero, where they began.
         pytest.param({"model": "PatchTST", "llm_model_path": None}, 3, 1e-5, marks=pytest.mark.long),
+        pytest.param(M4, 2, 1e-6, marks=pytest.mark.long),
     ],
-    ids=["vocab", "8bit", "direct", "batch norm"],
+    ids=["vocab", "8bit", "direct", "batch norm", "m4"],
 )
-def test_several_processes_leave_what_one_leaves(words, flags, processes, tolerance) -> None:
+def test_several_processes_leave_what_one_leaves(words, tmp_path: Path, flags, processes, tolerance) -> None:
+    if "data" in flags:
+        write_m4(tmp_path, flags["seasonal_patterns"])
     alone, group = words("alone", **flags), words("group", **flags)
     without_dropout(alone, 1)
     without_dropout(group, processes)
