@@ -84,7 +84,7 @@ def wait_for_a_random_moment(run: Command, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.01))
 
 
-@pytest.mark.kill
+@pytest.mark.long
 def test_twenty_kills_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lab = Lab(tmp_path)
     whole = Command(lab, tmp_path / "whole")

@@ -112,6 +112,8 @@ def shares(args: Namespace, processes: int) -> list[str]:
     """Lines that say what each of several processes has of a batch."""
     if processes == 1:
         return []
+    if not args.is_training:
+        return [f"{processes} processes: --eval_batch_size {args.eval_batch_size} and --max_sequences are of each"]
     fewest, most = args.batch_size // processes, -(-args.batch_size // processes)
     each = f"{most}" if fewest == most else f"{fewest} or {most}"
     step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process"

@@ -375,5 +375,5 @@ def test_the_conclusion_follows_from_the_numbers() -> None:
 
 def test_the_other_description_is_another() -> None:
     bank = other_description("None of them.")
-    assert bank.startswith("The Electricity Transformer") and other_description(bank) != bank
+    assert bank.startswith("The Electricity Consuming Load") and other_description(bank) != bank
     assert other_description(bank[:40]) == other_description(bank)  # cut, for it did not fit

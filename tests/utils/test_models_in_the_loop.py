@@ -25,7 +25,6 @@ from tests.small_run import (
     refusal,
     run_folder,
     train,
-    train_in_two_processes,
 )
 from utils.command_line import parse_flags
 from utils.saving.checkpoint import Checkpoint
@@ -156,13 +155,6 @@ def test_a_step_without_numbers_does_not_spoil_the_batch_normalisation(small, ca
     state = load_file(run_folder(words) / "checkpoint.safetensors")
     counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
     assert counts == [WINDOWS // 16 - 1] * 4
-
-
-def test_two_processes_normalise_alike(small, capsys) -> None:
-    """What PatchTST's batch normalisation has seen is that of both, so that they and a later test score one model."""
-    words = small(model="PatchTST", batch_size=8, eval_batch_size=5)
-    lines = train_in_two_processes(words)
-    assert figures(train([*words, "--is_training", "0"], capsys)) == figures(lines)
 
 
 def test_a_summary_names_no_language_model_where_none_runs(small, capsys, tmp_path: Path) -> None:

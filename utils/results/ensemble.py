@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_provider.data_factory import data_provider
+from data_provider.data_loader import SplitSeries
 from utils.intervals import Intervals, probabilities, quantiles
 from utils.results.calibration import KEPT
 from utils.results.predictions import PREDICTIONS
@@ -113,13 +114,16 @@ def mean_intervals(job: Job, repeats: list[Path]) -> Intervals | None:
     files = [place / KEPT for place in repeats]
     if not job.levels or not all(file.is_file() for file in files):
         return None
-    series = job.windows
-    expected = (len(series.windows("val")), len(series.forecast_columns), series.pred_len)
+    series = job.series
+    shape = (len(series.forecast_columns), job.args.pred_len)
     try:
         errors = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]  # each (W, N, H)
     except (OSError, ValueError):
         return None
-    if any(each.shape != expected for each in errors):
+    windows = (
+        len(job.windows.windows("val")) if isinstance(series, SplitSeries) else len(errors[0])
+    )  # else they are not here
+    if any(each.shape != (windows, *shape) for each in errors):
         return None
     channels = range(errors[0].shape[1])
     rows = [quantiles(np.mean([e[:, n] for e in errors], axis=0), probabilities(job.levels)) for n in channels]

@@ -195,6 +195,8 @@ def test_the_mean_of_the_repeats(dlinear, capsys) -> None:
         middle = (frames[0][name] + frames[1][name]) / 2
         np.testing.assert_allclose(frames[2][name], middle, rtol=1e-5)
         assert (frames[2][f"{name}_lo80"] < middle).all() and (middle < frames[2][f"{name}_hi80"]).all()
+    train([*words, "--is_training", "0"], capsys)  # forecasts again, without windows
+    pd.testing.assert_frame_equal(pd.read_csv(mean / "forecast.csv"), frames[2])
     errors = [np.load(folder / "validation_errors.npy") for folder in (first, second)]
     n, ordered = len(errors[0]), np.sort((errors[0] + errors[1]) / 2, axis=0)
     widths = ordered[-(-9 * (n + 1) // 10) - 1] - ordered[(n + 1) // 10 - 1]  # in deviations of the histories

@@ -119,9 +119,9 @@ def short_of_memory(job: Job, limit: int) -> list[int]:
     """Let the model run out of memory above `limit` sequences, as CUDA does; returns what was tried."""
     forecast, tried = job.model.forecast, []
 
-    def short(x, prompts, shared):
+    def short(x, *rest):
         tried.append(len(x))
-        out = forecast(x, prompts, shared)
+        out = forecast(x, *rest)
         if len(x) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return out
