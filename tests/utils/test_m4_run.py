@@ -218,6 +218,7 @@ def test_a_run_resumes_with_the_series_that_it_began_with_alone(argv, capsys, tm
     assert "--resume: got the data's number of series 5; the data's training series" in refusal(words, capsys)
 
 
+@pytest.mark.long
 def test_processes_that_read_other_series_do_not_train_together(argv, tmp_path: Path) -> None:
     write_m4(tmp_path / "other", "Yearly", seed=1)
     program = tmp_path / "program.py"
