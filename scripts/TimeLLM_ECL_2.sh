@@ -27,7 +27,6 @@
     --d_model 16 \
     --n_heads 8 \
     --d_ff 32 \
-    --llm_dim 2048 \
     --llm_layers 6 \
     --num_workers 2 \
     --prompt_domain 1 \

@@ -19,6 +19,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
+from data_provider.patterns import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
@@ -89,10 +90,11 @@ def read_runs(folder: Path) -> Iterator[dict]:
 
 def _silent(flags: dict, backbone: object) -> set[str]:
     """Names of the flags that say nothing of a run: of one without a language model those about it; of one that is not
-    TimeLLM, whose record has no backbone, all of their group."""
+    TimeLLM, whose record has no backbone, all of their group; of one that is not on M4 the competition's pattern."""
     without = backbone == {}
     replaced = make_substitute(str(flags.get(ABLATION)), 1, 1) is not None
-    return {f.name for f in FLAGS if (without and f.role.group == LLM.group) or (replaced and f.role.about_llm)}
+    silent = {f.name for f in FLAGS if (without and f.role.group == LLM.group) or (replaced and f.role.about_llm)}
+    return silent if flags.get("data") == M4 else silent | {"seasonal_patterns"}
 
 
 def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:

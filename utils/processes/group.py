@@ -1,7 +1,10 @@
 """The group of processes that accelerate or torchrun has started; of one process, nothing."""
 
+import ctypes
 import os
+import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,6 +13,8 @@ from typing import Any
 from layers.errors import input_error
 from utils.flags import differing
 
+AFTER_THE_FIRST = 10.0  # seconds; the first process needs less for its imports and its line
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The last word before accelerate's own flags: of `accelerate launch`, `accelerate-launch`, or `python -m`.
 LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
 
@@ -44,12 +49,20 @@ def start_those_of_accelerate() -> None:
         hint = "start them with --config_file scripts/accelerate/cpu.yaml, or with torchrun"
         raise input_error("accelerate launch --cpu", "one process", "as many as --num_processes says", hint)
     options = [word for word in words[start + 1 : script] if word != "--cpu"]
+    if sys.platform == "linux":  # a launcher that ends ends the processes, too; of this one it does not know that it is one
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 
 def speaks() -> bool:
-    """Whether this process is its machine's first: what goes wrong before the watch is there, each machine says once."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process is its machine's first: what goes wrong before the watch is there, each machine says once.
+
+    The others wait here: a launcher ends all as soon as one has ended, and the first might not have spoken yet.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(AFTER_THE_FIRST)
+    return False
 
 
 def in_group(args: Namespace, work: Callable[[], int]) -> int:

@@ -73,7 +73,7 @@ class Watch:
         token = secrets.token_hex(16)
         local = address in ("localhost", "127.0.0.1") or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == self.world
         with socket.create_server(("127.0.0.1" if local else "", 0), backlog=self.world) as server:
-            connect(("127.0.0.1" if local else address, server.getsockname()[1], token))
+            connect(("127.0.0.1" if local else address, server.getsockname()[1], token, self.host))
             until = time.monotonic() + CONNECT
             while len(self._others) < self.world - 1:
                 server.settimeout(max(until - time.monotonic(), 0.1))
@@ -95,14 +95,14 @@ class Watch:
                 self._start(lines, hello["rank"], hello["host"])
 
     def _reach(self, connect: Callable[[Any], Any]) -> None:
-        address, port, token = connect(None)
+        address, port, token, host = connect(None)
         try:
             first = socket.create_connection((address, port), timeout=CONNECT)
         except OSError as error:
             raise RunError(f"rank {self.rank} on {self.host}: no way to the first process, {address} ({error})") from error
         self._others.append(_kept_alive(first))
         self._tell({"token": token, "rank": self.rank, "host": self.host})
-        self._start(first.makefile("r", encoding="utf-8"), 0, address)
+        self._start(first.makefile("r", encoding="utf-8"), 0, host)
 
     def _start(self, lines: Any, rank: int, host: str) -> None:
         self._listeners.append(threading.Thread(target=self._listen, args=(lines, rank, host), daemon=True))
@@ -127,7 +127,7 @@ class Watch:
         if said.get("left") or self._over.is_set():
             return
         if self.rank > 0:
-            self._end_with_first(said)
+            self._end_with_first(said, host)
         failure = {"text": said.get("failed", LOST), "code": said.get("code", 1), "host": host}
         with self._lock:
             self._failures[rank] = failure | {"consequence": bool(said.get("consequence"))}
@@ -147,12 +147,12 @@ class Watch:
                 return
             time.sleep(0.1)
 
-    def _end_with_first(self, said: dict[str, Any]) -> NoReturn:
+    def _end_with_first(self, said: dict[str, Any], host: str) -> NoReturn:
         """The first process has told the end, or is gone: so does this one, in the middle of whatever it does."""
         # Of each machine one process says so; where the first one lived the second does.
         speaks = self.rank == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
         if not said and speaks:
-            _print(f"rank 0: {LOST}; {KEPT}")
+            _print(f"rank 0 on {host}: {LOST}; {KEPT}")
         end_workers()
         os._exit(int(said.get("end", 1)))
 

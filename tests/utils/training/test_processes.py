@@ -136,7 +136,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(words, tmp_path:
         _, err = run.communicate(timeout=60)
     assert run.returncode != 0 and time.monotonic() - began < 30
     told = [line for line in err.splitlines() if line.startswith("run_main.py: error: ")]
-    assert len(told) == 1 and re.match("run_main.py: error: rank 0: ended without a word.*--resume", told[0])
+    assert len(told) == 1 and re.match("run_main.py: error: rank 0 on .*: ended without a word.*--resume", told[0])
     done = run_in_group(launched(killed))
     assert done.returncode == 0 and "Resuming from" in done.stdout
     one, two = tensors(whole), tensors(killed)
