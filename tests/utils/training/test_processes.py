@@ -143,6 +143,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(words, tmp_path:
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.long
 def test_what_all_refuse_is_said_once(words) -> None:
     run = run_in_group(launched(words(batch_size=1)))
     told = [line for line in run.stderr.splitlines() if line.startswith("run_main.py: error: ")]
@@ -156,6 +157,7 @@ def test_accelerate_starts_as_many_as_it_is_asked_for(words) -> None:
     assert run.returncode == 0 and "2 processes: " in run.stdout, run.stderr
 
 
+@pytest.mark.long
 def test_two_machines_that_share_a_folder(words) -> None:
     flags = {"model": "DLinear", "llm_model_path": None}
     alone, group = words("alone", **flags), words("group", **flags)
@@ -185,7 +187,13 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize(("line", "told"), OTHERWISE.values(), ids=OTHERWISE.keys())
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        pytest.param(*case, id=name, marks=[] if name == "other data" else pytest.mark.long)
+        for name, case in OTHERWISE.items()
+    ],
+)
 def test_what_one_process_alone_has_wrong_ends_both(words, tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     write_csv(tmp_path / "elsewhere" / "series.csv", seed=1)
@@ -202,6 +210,7 @@ def test_what_one_process_alone_has_wrong_ends_both(words, tmp_path: Path, line:
     assert re.match(f"program.py: error: {told}", lines[0]), lines
 
 
+@pytest.mark.long
 def test_a_signal_to_all_lets_them_save_and_leave(words) -> None:
     flags = {
         "model": "DLinear",
