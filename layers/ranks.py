@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 Value = TypeVar("Value")
-# Each has two names: torch 2.13 calls the second one deprecated, and earlier versions have it alone.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Each has two names: torch 2.13 calls the second one deprecated, and earlier versions have it alone. A torch that is built
+# without torch.distributed has neither, and runs one process as ever.
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 class Rows(NamedTuple):
