@@ -77,15 +77,6 @@ def test_a_grid_is_all_combinations_but_those_left_out(tmp_path: Path) -> None:
     assert len({cell.id for cell in grid.cells}) == 6
 
 
-def test_a_study_of_m4_is_refused(tmp_path: Path) -> None:
-    text = FLAGS.replace("ETTh1", "m4") + 'task_name = "short_term_forecast"\n'
-    for grid in (text, FLAGS.replace('data = "ETTh1"\n', "") + '[grid]\ndata = ["ETTh1", "m4"]\n'):
-        with pytest.raises(
-            InputError, match=r"^--data: got m4 in .*, expected .*, scripts/m4_scores.py makes the table\W*$"
-        ):
-            grid_of(tmp_path, grid)
-
-
 def test_a_cells_id_is_readable_and_says_what_was_tried(tmp_path: Path) -> None:
     grid = grid_of(tmp_path, FLAGS + VARIANTS + "[grid]\nseed = [1]\n")
     ids = [cell.id for cell in grid.cells]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data_provider.m4 import load_m4
+from layers.errors import InputError
 from layers.norm import instance_norm
 from layers.prompt import describe_series
 from scripts import m4_scores, summary
@@ -22,6 +23,7 @@ from tests.small_run import command_line, launched, refusal, run_folder, run_in_
 from utils.command_line import parse_flags
 from utils.results.comparison import report
 from utils.results.m4_scores import errors_of, naive2, table
+from utils.study.grid import read_grid
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {
@@ -304,3 +306,10 @@ def test_a_broken_file_is_one_line(argv, capsys, tmp_path: Path, line: str, mess
     with (tmp_path / "m4" / "Yearly-train.csv").open("a") as file:
         file.write(line + "\n")
     assert message in refusal(words, capsys)
+
+
+@pytest.mark.parametrize("words", ['data = "m4"\ntask_name = "short_term_forecast"', '[grid]\ndata = ["ETTh1", "m4"]'])
+def test_a_study_of_it_is_refused(tmp_path: Path, words: str) -> None:
+    (tmp_path / "grid.toml").write_text(f'[flags]\nmodel = "TimeLLM"\nllm_model_path = "x"\n{words}\n')
+    with pytest.raises(InputError, match="--data: got m4 in .*, expected .*, scripts/m4_scores.py makes the table"):
+        read_grid(tmp_path / "grid.toml", (), ())
