@@ -12,7 +12,7 @@ from layers.errors import InputError
 from utils.command_line import parse_flags
 from utils.errors import RunError
 from utils.inputs import check_inputs
-from utils.processes.group import in_group, launched, speaks, start_those_of_accelerate
+from utils.processes.group import in_group, launched, start_those_of_accelerate, tells_errors
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.threads import spin_briefly
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str], prog: str = "run_main.py") -> int:
             start_those_of_accelerate()
             return work() if launched() == 1 else in_group(args, work)
         except (InputError, RunError) as error:
-            if speaks():
+            if tells_errors():
                 print(f"{prog}: error: {error}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
         except Interrupted as signal:

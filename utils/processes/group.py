@@ -54,7 +54,7 @@ def start_those_of_accelerate() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 
-def speaks() -> bool:
+def tells_errors() -> bool:
     """Whether this process is its machine's first: what goes wrong before the watch is there, each machine says once.
 
     The others wait here: a launcher ends all as soon as one has ended, and the first might not have spoken yet.
