@@ -1,8 +1,6 @@
 """The door to the data: from a run's flags to its series, datasets and loaders."""
 
-import ctypes
 import inspect
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -16,12 +14,11 @@ from data_provider.batches import WindowCollate
 from data_provider.data_loader import SplitSeries, WindowDataset, load_series
 from data_provider.m4 import load_m4
 from data_provider.m4_windows import CutBatches, Cuts
+from data_provider.parent import end_with_parent
 from data_provider.patterns import M4
 from data_provider.sampler import EpochBatches
 from layers.errors import input_error
 from layers.prompt import PromptEncoder
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def data_provider(
@@ -146,9 +143,4 @@ def start_worker(_worker_id: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform != "linux":
-        return  # there PyTorch's own watchdog ends workers some seconds later
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above took effect
-        os._exit(1)
+    end_with_parent(signal.SIGKILL)  # elsewhere than on Linux PyTorch's own watchdog ends workers some seconds later

@@ -1,6 +1,5 @@
 """The group of processes that accelerate or torchrun has started; of one process, nothing."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -10,11 +9,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from data_provider.parent import end_with_parent
 from layers.errors import input_error
 from utils.flags import differing
 
 AFTER_THE_FIRST = 10.0  # seconds; the first process needs less for its imports and its line
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The last word before accelerate's own flags: of `accelerate launch`, `accelerate-launch`, or `python -m`.
 LAUNCH = ("launch", "accelerate-launch", "accelerate.commands.launch", "accelerate/commands/launch.py")
 
@@ -49,8 +48,7 @@ def start_those_of_accelerate() -> None:
         hint = "start them with --config_file scripts/accelerate/cpu.yaml, or with torchrun"
         raise input_error("accelerate launch --cpu", "one process", "as many as --num_processes says", hint)
     options = [word for word in words[start + 1 : script] if word != "--cpu"]
-    if sys.platform == "linux":  # a launcher that ends ends the processes, too; of this one it does not know that it is one
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)  # which does not know that this process is a launcher, too
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 
