@@ -32,7 +32,7 @@ from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from scripts.measure import open_backbone  # noqa: E402
 from utils.command_line import parse_flags  # noqa: E402
 from utils.training.reduction import GradientReducer  # noqa: E402
-from utils.training.step import build_optimizer  # noqa: E402
+from utils.training.optimizer import build_optimizer  # noqa: E402
 from utils.training.train import forward_backward  # noqa: E402
 
 

@@ -17,7 +17,8 @@ from utils.training.memory import advice, explain_out_of_memory
 from utils.training.precision import LossScale
 from utils.training.reduction import GradientReducer
 from utils.training.session import Job, Training
-from utils.training.step import Guard, build_optimizer
+from utils.training.optimizer import build_optimizer
+from utils.training.step import Guard
 
 
 def begin(job: Job, start: Start) -> Training:

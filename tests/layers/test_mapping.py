@@ -8,7 +8,7 @@ from torch import nn
 
 import layers.mapping as mapping_module
 from layers.mapping import MappingLayer
-from utils.training.step import RowAdam
+from utils.training.optimizer import RowAdam
 
 V, K, D = 70, 40, 24
 

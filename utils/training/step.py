@@ -5,11 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data_provider.batches import Batch
-from layers.backbone import require_bitsandbytes
-from layers.mapping import MappingLayer
 from models.forecaster import Forecaster
 from utils.results.log import RunLog
 from utils.saving.asks import Asks
@@ -17,63 +14,6 @@ from utils.saving.state import Progress
 from utils.training.precision import LossScale
 
 MAX_SKIPS = 10  # skipped iterations in a row that a run survives
-
-
-class RowAdam(torch.optim.Adam):
-    """Adam or AdamW, PyTorch's fused kernels, that step the mapping layer's weight a block of rows at a time.
-
-    The gradient of that weight is the largest tensor of a step; of its two factors only a block is formed at once,
-    and goes into the kernel with the same rows of weight and moments. The result is the same to the last bit.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, rate: float, decoupled: bool):
-        """Args:
-        mapping: the layer whose weight is among the parameters; None: there is none.
-        decoupled: AdamW, with PyTorch's weight decay; else Adam without.
-        """
-        decay = 1e-2 if decoupled else 0.0
-        super().__init__(parameters, lr=rate, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
-        self._mapping = mapping
-        if mapping is not None:
-            mapping.factored = True
-        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step every parameter that has a gradient; `found_inf` and `grad_scale` as PyTorch's fused kernels take them."""
-        super().step()
-        if self._mapping is not None and self._mapping.row_gradient is not None:
-            self._step_rows(self._mapping)
-
-    def _step_rows(self, mapping: MappingLayer) -> None:
-        weight, group = mapping.weight, self.param_groups[0]
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        beta1, beta2 = group["betas"]
-        state["step"] += 1
-        for rows, gradient in mapping.gradient_blocks():
-            self._kernel(
-                [weight[rows]], [gradient], [state["exp_avg"][rows]], [state["exp_avg_sq"][rows]], [], [state["step"]],
-                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
-            )  # fmt: skip
-            del gradient  # before the next block is formed
-        if found_inf is not None:
-            state["step"] -= found_inf
-
-
-def build_optimizer(name: str, model: Forecaster, rate: float) -> torch.optim.Optimizer:
-    """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
-    parameters = list(model.parameters())
-    if name == "adamw8bit":
-        require_bitsandbytes("optimizer adamw8bit")
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=rate)
-    return RowAdam(parameters, model.mapping_layer, rate, decoupled=name == "adamw")
 
 
 class TooManySkips(Exception):
