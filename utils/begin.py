@@ -14,10 +14,10 @@ from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, part_random, restore
 from utils.training.memory import advice, explain_out_of_memory
+from utils.training.optimizer import build_optimizer
 from utils.training.precision import LossScale
 from utils.training.reduction import GradientReducer
 from utils.training.session import Job, Training
-from utils.training.optimizer import build_optimizer
 from utils.training.step import Guard
 
 
@@ -51,12 +51,13 @@ def begin(job: Job, start: Start) -> Training:
     else:
         if model.linear_map is not None:
             _fit_linear_map(job, model.linear_map)
-        from_first(tensor for name, tensor in model.state_dict().items() if name not in model.rows)
+        from_first(model.state_dict().values())
         part_random(job.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
     reducer = None
     if accelerator.num_processes > 1:
-        reducer = GradientReducer(model.parameters(), [model.get_parameter(name) for name in model.rows])
+        mapping = model.mapping_layer
+        reducer = GradientReducer(model.parameters(), [mapping.weight] if mapping is not None and mapping.factored else [])
     guard = Guard(model, optimizer, asks, log, scale)
     return Training(optimizer, guard, saver, progress, journal, start.lock, reducer)
 

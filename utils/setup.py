@@ -159,7 +159,6 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if trains and isinstance(series, SplitSeries):
         checks.check_linear_map(args, pretrain or series, outline)
         checks.fit_batch(args, pretrain or series, outline)
-        checks.check_processes(args, outline, accelerator.num_processes)
     precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
     final = FinalFlags(args)
     plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision, pretrain)
@@ -293,8 +292,6 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
                 words_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
-            if plan.accelerator.num_processes > 1:  # before the whole of what is split takes room on the device
-                model.split(plan.accelerator.process_index, plan.accelerator.num_processes, checks.quantises(args))
             model.to(device)
     free_memory(device)  # what loading took for a while would lie between the parts of a step
     path = f"; {model.path()}" if model.path() else ""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from data_provider.batches import Batch, Sequences
@@ -220,6 +221,9 @@ def forward_backward(
         torch.autograd.backward(shared, gradients)
     if reducer is not None:
         reducer.finish()
+        mapping = model.mapping_layer
+        if mapping is not None and mapping.gradient_factor is not None:
+            dist.all_reduce(mapping.gradient_factor)
     return found
 
 
