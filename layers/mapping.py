@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layers.fast.linear import product
-from layers.half import shrink
+from layers.fp16 import shrink
 
 # Of a block of words of W and of its gradient: on the CPU the gradient lies in the cache when the optimizer reads it.
 CPU_BLOCK_BYTES, BLOCK_BYTES = 2**21, 2**26

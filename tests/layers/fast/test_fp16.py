@@ -8,7 +8,7 @@ import torch
 from layers.backbone import Backbone
 from layers.backbone_files import find_backbone
 from layers.fast import FastPath
-from layers.half import HalfMLP, shrink
+from layers.fp16 import HalfMLP, shrink
 from layers.mapping import MappingLayer
 from tests.conftest import NAMES
 
