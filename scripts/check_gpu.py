@@ -91,9 +91,9 @@ def measure(args: Namespace, folder: str) -> dict[str, Any]:
     # Only now, so that a wrong flag answers without waiting for torch.
     from utils.saving.interrupt import Interrupts
     from utils.setup import setup
+    from utils.training.dry_run import memory_limit, now
     from utils.training.evaluate import score
     from utils.training.train import Clock, save, train_epoch
-    from utils.training.dry_run import memory_limit, now
 
     short = dict(is_training=1, itr=1, max_iters=WARM_UP + STEPS, checkpoints=folder, checkpoint=None, resume=False)
     short |= dict(do_predict=False, predict_path=None, predict_steps=None, tensorboard=False, save_steps=0)
@@ -222,8 +222,8 @@ def estimates(job: "Job", sequences: int, peak: float) -> dict[str, float]:
         By flags; those with "--llm_layers" are the largest number that fits.
     """
     from models.TimeLLM import Model
-    from utils.training.memory import OPTIMIZER_BYTES
     from utils.training.dry_run import memory_limit
+    from utils.training.memory import OPTIMIZER_BYTES
 
     args, model = job.args, job.model
     assert isinstance(model, Model)

@@ -14,8 +14,8 @@ from utils.saving.record import TENSORS
 from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, part_random, restore
 from utils.training.memory import advice, explain_out_of_memory
+from utils.training.optimizer import build_optimizer
 from utils.training.session import Job, Training
-from utils.training.step import build_optimizer
 
 
 def begin(job: Job, start: Start) -> Training:
@@ -48,7 +48,7 @@ def begin(job: Job, start: Start) -> Training:
     else:
         if model.linear_map is not None:
             _fit_linear_map(job, model.linear_map)
-        from_first(tensor for name, tensor in model.state_dict().items() if name not in model.rows)
+        from_first(model.state_dict().values())
         part_random(job.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     return Training(optimizer, saver, progress, journal, start.lock)
 

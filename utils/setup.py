@@ -162,7 +162,6 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if trains and isinstance(series, SplitSeries):
         checks.check_linear_map(args, pretrain or series, outline)
         checks.fit_batch(args, pretrain or series, outline)
-        checks.check_processes(args, outline, accelerator.num_processes)
     precision = choose_precision(args, device, uses_llm=info is not None)
     final = FinalFlags(args)
     plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import utils.training.train
 import utils.training.dry_run
+import utils.training.train
 from tests.small_run import run_folder, train
 from utils.training.dry_run import duration
 

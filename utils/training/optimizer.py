@@ -1,4 +1,4 @@
-"""The optimizer, by the name of `--optimizer`."""
+"""The optimizer: Adam, AdamW, or AdamW with 8-bit moments; the mapping layer's weight is stepped a block at a time."""
 
 import torch
 from torch import nn
@@ -8,20 +8,20 @@ from layers.mapping import MappingLayer
 from models.forecaster import Forecaster
 
 
-class RowAdam(torch.optim.Adam):
-    """Adam or AdamW, PyTorch's fused kernels, that step the mapping layer's weight a block of rows at a time.
+class BlockAdam(torch.optim.Adam):
+    """Adam or AdamW, PyTorch's fused kernels, that step the mapping layer's weight some words at a time.
 
     The gradient of that weight is the largest tensor of a step; of its two factors only a block is formed at once,
-    and goes into the kernel with the same rows of weight and moments. The result is the same to the last bit.
+    and goes into the kernel with the same words of weight and moments. The result is that of one kernel for all.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, rate: float, decoupled: bool):
+    def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, lr: float, decoupled: bool):
         """Args:
         mapping: the layer whose weight is among the parameters; None: there is none.
         decoupled: AdamW, with PyTorch's weight decay; else Adam without.
         """
         decay = 1e-2 if decoupled else 0.0
-        super().__init__(parameters, lr=rate, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
+        super().__init__(parameters, lr=lr, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
         self._mapping = mapping
         if mapping is not None:
             mapping.factored = True
@@ -31,11 +31,9 @@ class RowAdam(torch.optim.Adam):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient; `found_inf` and `grad_scale` as PyTorch's fused kernels take them."""
         super().step()
-        if self._mapping is not None and self._mapping.row_gradient is not None:
-            self._step_rows(self._mapping)
-
-    def _step_rows(self, mapping: MappingLayer) -> None:
-        weight, group = mapping.weight, self.param_groups[0]
+        if self._mapping is None or self._mapping.gradient_factor is None:
+            return
+        weight, group = self._mapping.weight, self.param_groups[0]
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -43,9 +41,9 @@ class RowAdam(torch.optim.Adam):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        for rows, gradient in mapping.gradient_blocks():
+        for words, gradient in self._mapping.gradient_blocks():
             self._kernel(
-                [weight[rows]], [gradient], [state["exp_avg"][rows]], [state["exp_avg_sq"][rows]], [], [state["step"]],
+                [weight[words]], [gradient], [state["exp_avg"][words]], [state["exp_avg_sq"][words]], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
                 amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
             )  # fmt: skip
@@ -54,12 +52,12 @@ class RowAdam(torch.optim.Adam):
             state["step"] -= found_inf
 
 
-def build_optimizer(name: str, model: Forecaster, rate: float) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: Forecaster, lr: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":
         require_bitsandbytes("optimizer adamw8bit")
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=rate)
-    return RowAdam(parameters, model.mapping_layer, rate, decoupled=name == "adamw")
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=lr)
+    return BlockAdam(parameters, model.mapping_layer, lr, decoupled=name == "adamw")
