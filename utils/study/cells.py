@@ -1,152 +1,105 @@
-"""Cells of a study on the disk: where each lies, how far it is, and what a finished one has measured."""
+"""Cells of a study: how far each is, what a finished one has measured, and the queue that runs the others as processes."""
 
-import csv
-import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
-from dataclasses import dataclass, field
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from layers.errors import InputError, input_error
-from utils.flags import run_name
+import pandas as pd
+from safetensors import safe_open
+
 from utils.saving.files import write_json
-from utils.saving.record import TENSORS, read_header
-from utils.study.devices import ask_cards
-from utils.study.grid import Cell, Grid
+from utils.saving.interrupt import SIGNALS
+from utils.study.grid import Cell
 
-try:
-    import fcntl
-except ImportError:  # Windows without WSL: nothing there keeps two studies apart
-    fcntl = None  # type: ignore[assignment]
-
-CELLS, NOTE, LOG, LOCK, RESULTS_LOCK = "cells", "cell.json", "log.txt", ".lock", ".results.lock"
-RECORD, METRICS, HISTORY = "checkpoint.json", "metrics.json", "history.csv"  # what a run leaves in its folder
+NOTE, LOG = "cell.json", "log.txt"  # in a cell's folder, beside the run's
 NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a finished cell has found."""
-
-    mse: float
-    mae: float
-    windows: int  # scored
-    trained_values: int | None
-    epochs: int | None
-    best_epoch: int | None
-    validation_loss: float | None
-    seconds: float
-    machine: str
-    data: str  # the file's name
-    synthetic: bool
-    baselines: dict[str, tuple[float, float]]  # title -> MSE and MAE on the same windows
-    intervals: dict[str, float] = field(default_factory=dict)  # see `interval_figures`
-    baseline_intervals: dict[str, dict[str, float]] = field(default_factory=dict)  # by title
-
-
-class Place:
-    """A cell's folder in a study."""
-
-    def __init__(self, study: Path, cell: Cell):
-        """The folder keeps its name when the grid's axes are named otherwise: the hash at its end says what was tried."""
-        held = sorted((study / CELLS).glob(f"*_{cell.hash}"))
-        self.cell, self.folder = cell, held[0] if held else study / CELLS / cell.id
-        self.run, self.log = self.folder / run_name(cell.args, 0), self.folder / LOG
-
-    def note(self) -> dict[str, Any]:
-        """What earlier calls have written down."""
-        return _read(self.folder / NOTE)
-
-    def write_note(self, **values: object) -> None:
-        """Write down what is known of the cell now, beside what was."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / NOTE, self.note() | {"id": self.cell.id, "flags": self.cell.given} | values)
-
-    def foreign(self) -> bool:
-        """Whether the run in the folder was made with other flags than the cell's."""
-        recorded = _read(self.run / RECORD).get("flags", {})
-        asked = {name: getattr(self.cell.args, name) for name in self.cell.given}
-        return any(name in recorded and recorded[name] != value for name, value in asked.items())
-
-    def state(self) -> str:
-        """How far the cell is."""
-        if self.measured() is not None:
-            return DONE
-        code = self.note().get("exit_code", 0)
-        if code:
-            return FAILED
-        return HALF if self.run.is_dir() else NEW
-
-    def last_line(self) -> str:
-        """The last line of the log that says something."""
-        try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError:
-            return "no log"
-        return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
-
-    def measured(self) -> Measured | None:
-        """What the finished run has found; None where it is not finished, or another cell's."""
-        metrics, record, note = _read(self.run / METRICS), _read(self.run / RECORD), self.note()
-        test = metrics.get("test")
-        if not isinstance(test, dict) or not record or self.foreign():
-            return None
-        history = _rows(self.run / HISTORY)
-        spent = sum(float(row[name] or 0) for row in history for name in ("seconds", "evaluation_seconds") if name in row)
-        rows = metrics.get("baselines", {}).get("rows", [])
-        return Measured(
-            mse=test["mse"],
-            mae=test["mae"],
-            windows=metrics["windows"],
-            trained_values=_trained_values(self.run / TENSORS),
-            epochs=len(history) or None,
-            best_epoch=record.get("epoch"),
-            validation_loss=record.get("vali_loss"),
-            # A call that was killed could not write its time down; the epochs' own times are there still.
-            seconds=max(note.get("seconds", 0.0), spent),
-            machine=note.get("machine", "unknown"),
-            data=str(metrics.get("data", {}).get("file", "")),
-            synthetic=bool(metrics.get("data", {}).get("synthetic")),
-            baselines={row["title"]: (row["mse"], row["mae"]) for row in rows},
-            intervals=interval_figures(metrics.get("intervals")),
-            baseline_intervals={row["title"]: interval_figures(row.get("intervals")) for row in rows},
-        )
+def measure(cell: Cell) -> dict[str, Any]:
+    """How far a cell is (`state`); of one that is done also the figures of results.csv, machine and data, and figures of
+    prediction intervals and of the simple forecasts."""
+    metrics, header = read_json(cell.run / "metrics.json"), read_json(cell.run / "checkpoint.json")
+    note = read_json(cell.folder / NOTE)
+    if not metrics.get("test") or not header:
+        return {"state": FAILED if note.get("exit_code") else HALF if cell.run.is_dir() else NEW}
+    history, tensors, trained = cell.run / "history.csv", cell.run / "checkpoint.safetensors", None
+    epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
+    if tensors.is_file():  # large ones may have been removed
+        with safe_open(tensors, "np") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.startswith("intervals.")]
+        trained = sum(math.prod(shape) for shape in shapes)
+    simple = metrics.get("baselines", {}).get("rows", [])
+    return {
+        "state": DONE,
+        "mse": metrics["test"]["mse"],
+        "mae": metrics["test"]["mae"],
+        "windows": metrics["windows"],
+        "windows_dropped": 0,  # the test split is scored whole
+        "trained_values": trained,
+        "epochs": len(epochs) or None,
+        "best_epoch": header.get("epoch"),
+        "validation_loss": header.get("vali_loss"),
+        # A call that was killed could not write its time down; the epochs' own times are there still.
+        "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
+        "machine": note.get("machine", "unknown"),
+        "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
+        "intervals": interval_figures(metrics),
+        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
+    }
 
 
-def interval_figures(found: dict[str, Any] | None) -> dict[str, float]:
-    """What metrics.json says of prediction intervals, under the heads of a table: "in 80 %" is the part of the truths that
-    the 80 % intervals held."""
-    if not found:
-        return {}
-    figures: dict[str, float] = {}
-    for level, held in found["levels"].items():
-        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
-    return figures if found["wql"] is None else figures | {"WQL": found["wql"]}
+def interval_figures(found: dict[str, Any]) -> dict[str, float]:
+    """What metrics.json says of prediction intervals, under a table's heads: "in 80 %" is the part of truths inside."""
+    intervals = found.get("intervals") or {"levels": {}, "wql": None}
+    figures = {} if intervals["wql"] is None else {"WQL": intervals["wql"]}
+    for level, held in reversed(intervals["levels"].items()):
+        figures = {f"in {level} %": held["coverage"], f"width {level} %": held["width"], **figures}
+    return figures
 
 
-def left_over(study: Path, grid: Grid) -> list[str]:
-    """Names of the cells' folders that the grid does not have (any more)."""
-    ours = {Place(study, cell).folder.name for cell in grid.cells}
-    folder = study / CELLS
-    return (
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in ours) if folder.is_dir() else []
-    )
+def last_line(cell: Cell) -> str:
+    """The last line of a failed cell's log that says something."""
+    lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_note(cell: Cell, **values: object) -> None:
+    """Write down what is known of a cell now, beside what was."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_json(cell.folder / NOTE, read_json(cell.folder / NOTE) | {"command": cell.command} | values)
+
+
+def card_names() -> list[str]:
+    """The graphics cards that nvidia-smi lists; none where it is missing."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return []
 
 
 def machine() -> str:
     """CPU, cores and torch's version, and the graphics cards where there are some."""
-    name = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), name)
-    cards = "".join(f", {card}" for card in ask_cards("name") or [])
-    return f"{name}, {cores()} cores{cards}, torch {importlib.metadata.version('torch')}"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
+    name = models[0] if models else platform.processor() or platform.machine()
+    return ", ".join([name, f"{cores()} cores", *card_names(), f"torch {importlib.metadata.version('torch')}"])
 
 
 def cores() -> int:
@@ -154,145 +107,82 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class StudyLock:
-    """The study's folder is this process's until it ends, however it ends."""
+def run_cells(
+    cells: list[Cell], jobs: int, gpus: Sequence[str], lock: int
+) -> tuple[list[str], int]:
+    """Run the cells that are not done, each in a process; signals are passed on, failures told, and the rest goes on.
 
-    def __init__(self, study: Path, shared: bool = False):
-        """Make the folder if need be, and lock it.
+    Args:
+        cells: all cells of the study, in order.
+        jobs: how many run at once.
+        gpus: the cards that they share; none: what the flags say.
+        lock: a file handle that the runs keep open until they end.
 
-        Args:
-            shared: with others that share it, such as tasks that run a cell each (see `CellLock`).
-
-        Raises:
-            InputError: it cannot be written, or another study runs in it.
-        """
-        self._handle = _open_lock(study, study / LOCK)
-        if not _lock(self._handle, shared):
-            os.close(self._handle)
-            raise input_error(f"--out {study}", "another study that runs in it", "none", "wait for it or end it")
-
-    def release(self) -> None:
-        """Give the folder back."""
-        os.close(self._handle)
-
-
-class CellLock:
-    """A cell is this task's until it ends, however it ends."""
-
-    def __init__(self, study: Path, place: Place):
-        """Lock a cell of a study.
-
-        Raises:
-            InputError: its folder cannot be written, or another task runs it.
-        """
-        self._handle = _open_lock(study, _lock_of(place))
-        if not _lock(self._handle):
-            os.close(self._handle)
-            raise input_error(f"--cell {place.cell.id}", "another task that runs it", "none", "wait for it or end it")
-
-    def release(self) -> None:
-        """Give the cell back."""
-        os.close(self._handle)
-
-
-class ResultsLock:
-    """A context in which no other process writes a study's tables: each is made from all cells that are done, and one that
-    had looked earlier must not replace one that has seen more."""
-
-    def __init__(self, study: Path):
-        self._study = study
-
-    def __enter__(self) -> None:
-        """Wait for the others.
-
-        Raises:
-            InputError: the study's folder cannot be written.
-        """
-        self._handle = _open_lock(self._study, self._study / RESULTS_LOCK)
-        _lock(self._handle, wait=True)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-
-def _lock_of(place: Place) -> Path:
-    # Beside the cell's folder, which may be moved aside.
-    return place.folder.with_name(f".{place.folder.name}{LOCK}")
-
-
-def _open_lock(study: Path, path: Path) -> int:
-    """A lock's file, made where there is none.
-
-    Raises:
-        InputError: the study's folder cannot be written.
+    Returns:
+        The cells that failed, and the number of the signal that has ended the study, or 0.
     """
-    try:
-        (study / CELLS).mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as error:
-        raise input_error(f"--out {study}", f"no writing ({error.strerror})", "a folder that can be written") from None
+    seconds = {cell.name: found["seconds"] for cell in cells if (found := measure(cell))["state"] == DONE}
+    cards = [gpus[number % len(gpus)] if gpus else None for number in range(jobs)]  # free ones
+    processes: list[subprocess.Popen] = []
+    received, failed = 0, []
+
+    def pass_on(number: int, _frame: object) -> None:
+        # The runs save and end, and no other starts; a second signal ends them at once.
+        nonlocal received
+        received = number
+        for process in processes:
+            process.send_signal(number)  # one that has ended gets none
+
+    def run(cell: Cell) -> tuple[int, float, str]:
+        card, environment = cards.pop(0), os.environ.copy()
+        if jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, int(environment.get("OMP_NUM_THREADS") or cores()) // jobs))
+        if card is not None:
+            # CUDA counts the fastest card first unless it is told to count as nvidia-smi does.
+            environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, VISIBLE: card}
+            print(f"{cell.name} begins on GPU {card}", flush=True)
+        write_note(cell, exit_code=0, machine=machine())
+        began = time.monotonic()
+        with (cell.folder / LOG).open("ab") as log:
+            # A session of its own: Ctrl+C reaches the run once, through `pass_on`, and not twice.
+            process = subprocess.Popen(
+                cell.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                pass_fds=[lock],
+            )  # fmt: skip
+        processes.append(process)
+        if received:  # it came between the two lines
+            process.send_signal(received)
+        code = process.wait()
+        cards.append(card)
+        return code, time.monotonic() - began, f" on GPU {card}" if gpus else ""
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, pass_on)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(lambda c=cell: None if received else run(c)): cell for cell in cells if cell.name not in seconds}
+        for future in as_completed(waiting):
+            if future.result() is None:
+                continue
+            cell, (code, spent, where) = waiting[future], future.result()
+            stopped = bool(received and code)  # a run that is stopped while it starts may die with any code
+            write_note(cell, exit_code=0 if stopped else code, seconds=read_json(cell.folder / NOTE).get("seconds", 0.0) + spent)
+            found = measure(cell)
+            if stopped:
+                print(f"{cell.name}: stopped, {found['state']}", flush=True)
+            elif code or found["state"] != DONE:
+                failed.append(cell.name)
+                print(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on", flush=True)
+            else:
+                seconds[cell.name] = found["seconds"]
+                rest = len(cells) - len(seconds) - len(failed)
+                left = f"left about {time_text(sum(seconds.values()) / len(seconds) * rest / jobs)}" if rest else "nothing left"
+                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
+                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {left}", flush=True)
+    return failed, received
 
 
-def has_task(place: Place) -> bool:
-    """Whether a task runs the cell, as far as this machine can see."""
-    return _is_locked(_lock_of(place))
-
-
-def in_use(run: Path) -> bool:
-    """Whether a process trains in a run's folder: one that has outlived a study that was killed."""
-    return _is_locked(run / LOCK)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _lock(handle)
-    finally:
-        os.close(handle)  # gives a lock back, too
-
-
-def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
-    """Take a lock that dies with the process; False: another process has it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks goes without
-    return True
-
-
-def _trained_values(file: Path) -> int | None:
-    try:
-        return sum(math.prod(shape) for shape in read_header(file).shapes.values())
-    except (OSError, ValueError):
-        return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    return held if isinstance(held, dict) else {}
-
-
-def _damaged(path: Path, error: ValueError) -> InputError:
-    return input_error(path, f"a damaged file ({error})", "JSON", "move the cell's folder away, and it runs anew")
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def time_text(seconds: float) -> str:
+    """Seconds for people: 45 s, 4 min 12 s, 1 h 50 min."""
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{whole} s" if not minutes else f"{minutes} min {whole} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
