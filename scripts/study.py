@@ -15,8 +15,13 @@ import os
 import platform
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -25,12 +30,29 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.command_line import FlagParser  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
+from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.study.cells import (  # noqa: E402
-    DONE, FAILED, HALF, NEW, VISIBLE, card_names, last_line, machine, measure, run_cells, write_note,
-)  # fmt: skip
-from utils.study.grid import Study, read_study  # noqa: E402
+    DONE,
+    FAILED,
+    HALF,
+    LOG,
+    NEW,
+    NOTE,
+    Cell,
+    Study,
+    card_names,
+    cores,
+    last_line,
+    machine,
+    measure,
+    read_json,
+    read_study,
+    time_text,
+    write_note,
+)
 from utils.study.tables import write_results  # noqa: E402
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +69,7 @@ def main(argv: list[str]) -> int:
             return 0
         handle = lock(study.folder, shared=args.cell is not None)
         return run_cell(study, args.cell) if args.cell is not None else run_study(study, args, handle, argv)
-    except (InputError, StorageError) as error:
+    except (InputError, StorageError, OSError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
@@ -64,7 +86,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B", help="an axis: a flag and its values")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the study's folder")
     parser.add_argument("--reference", metavar="VALUE", help="the value of an axis that the others are compared with")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells that run at once (default: 1, or one a GPU)")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="cells that run at once (default: 1, or one a GPU)")
     parser.add_argument("--gpus", nargs="+", metavar="GPU", help="graphics cards of this machine, as nvidia-smi numbers "
                         "them (0 1 2), or all: a cell has one; with more --jobs than cards they share them")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
@@ -73,12 +95,11 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     mode.add_argument("--cell", metavar="N", help="run one cell, by its number or name in --list, beside others: what a "
                       "task of a cluster does (docs/cluster.md); --table makes the tables then")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.file is None and not args.grid:
-        parser.error("got neither GRID.toml nor --grid, expected one of them")
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(str(input_error("--jobs", args.jobs, "a whole number of at least 1")))
-    if args.cell is not None and (args.jobs or args.gpus):
-        parser.error(str(input_error("--cell", "it with --jobs or --gpus", "one cell, on the card that its task is given")))
+    if args.jobs < 0 or (args.cell is not None and (args.jobs or args.gpus)):
+        expected = (
+            "1 or more cells at once" if args.jobs < 0 else "neither with --cell: one cell, on the card that its task has"
+        )
+        parser.error(str(input_error("--jobs, --gpus", " ".join(argv), expected)))
     return args
 
 
@@ -99,15 +120,9 @@ def lock(folder: Path, shared: bool) -> int:
 
     Args:
         shared: with others that run a cell each.
-
-    Raises:
-        InputError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise input_error(f"--out {folder}", f"no writing ({error.strerror})", "a folder that can be written") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
@@ -118,11 +133,87 @@ def lock(folder: Path, shared: bool) -> int:
     return handle
 
 
+def run_cells(cells: list[Cell], jobs: int, gpus: Sequence[str], lock: int) -> tuple[list[str], int]:
+    """Run the cells that are not done, each in a process; signals are passed on, failures told, and the rest goes on.
+
+    Args:
+        cells: all cells of the study, in order.
+        jobs: how many run at once.
+        gpus: the cards that they share; none: what the flags say.
+        lock: a file handle that the runs keep open until they end.
+
+    Returns:
+        The cells that failed, and the number of the signal that has ended the study, or 0.
+    """
+    seconds = {cell.name: found["seconds"] for cell in cells if (found := measure(cell))["state"] == DONE}
+    cards = [gpus[number % len(gpus)] if gpus else None for number in range(jobs)]  # free ones
+    processes: list[subprocess.Popen] = []
+    received, failed = 0, []
+
+    def pass_on(number: int, _frame: object) -> None:
+        # The runs save and end, and no other starts; a second signal ends them at once.
+        nonlocal received
+        received = number
+        for process in processes:
+            process.send_signal(number)  # one that has ended gets none
+
+    def run(cell: Cell) -> tuple[int, float, str] | None:
+        if received:
+            return None
+        card, environment = cards.pop(0), os.environ.copy()
+        if jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, int(environment.get("OMP_NUM_THREADS") or cores()) // jobs))
+        if card is not None:
+            # CUDA counts the fastest card first unless it is told to count as nvidia-smi does.
+            environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, VISIBLE: card}
+            print(f"{cell.name} begins on GPU {card}", flush=True)
+        write_note(cell, exit_code=0, machine=machine())
+        began = time.monotonic()
+        with (cell.folder / LOG).open("ab") as log:
+            # A session of its own: Ctrl+C reaches the run once, through `pass_on`, and not twice.
+            process = subprocess.Popen(
+                cell.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                pass_fds=[lock],
+            )  # fmt: skip
+        processes.append(process)
+        if received:  # it came between the two lines
+            process.send_signal(received)
+        code = process.wait()
+        cards.append(card)
+        return code, time.monotonic() - began, f" on GPU {card}" if gpus else ""
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, pass_on)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(run, cell): cell for cell in cells if cell.name not in seconds}
+        for future in as_completed(waiting):
+            if (ended := future.result()) is None:
+                continue
+            cell, (code, spent, where) = waiting[future], ended
+            stopped = bool(received and code)  # a run that is stopped while it starts may die with any code
+            spent_before = read_json(cell.folder / NOTE).get("seconds", 0.0)
+            write_note(cell, exit_code=0 if stopped else code, seconds=spent_before + spent)
+            found = measure(cell)
+            if stopped:
+                print(f"{cell.name}: stopped, {found['state']}", flush=True)
+            elif code or found["state"] != DONE:
+                failed.append(cell.name)
+                print(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on", flush=True)
+            else:
+                seconds[cell.name] = found["seconds"]
+                rest = len(cells) - len(seconds) - len(failed)
+                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
+                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
+                more = f"left about {left}" if rest else "nothing left"
+                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}", flush=True)
+    return failed, received
+
+
 def run_study(study: Study, args: argparse.Namespace, handle: int, argv: list[str]) -> int:
     """Run the cells that are not done and make the tables; the exit code."""
     tell_start(study)
-    jobs = args.jobs or max(1, len(args.gpus))
-    failed, received = run_cells(study.cells, jobs, args.gpus, handle)
+    failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
     done = show_results(study)
     again = shlex.join(["python", "scripts/study.py", *argv])
     if failed:

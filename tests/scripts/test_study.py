@@ -1,4 +1,4 @@
-"""Studies: grids and their errors, tables against numbers worked by hand and by scipy, and real runs that are killed and go on."""
+"""Studies: grids and their errors, tables against numbers worked by hand and by scipy, real runs that are killed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from scripts.make_backbone import make_backbone
 from scripts.study import main
 from tests.realdata import ROOT
 from tests.small_run import command_line
-from utils.study.grid import Study, read_study
+from utils.study.cells import Study, read_study
 
 FLAGS = """
 [flags]
@@ -49,7 +49,9 @@ def test_a_grid_is_all_combinations_but_those_left_out(tmp_path: Path) -> None:
     assert study.title == "T" and list(study.axes) == ["variant", "seed", "pred_len"] and len(study.cells) == 6
     assert {cell.args.prompt_decimals for cell in study.cells if cell.values["variant"] == "short, 4"} == {4}
     assert not any(cell.values["variant"] == "plain" and cell.args.seed == 2 for cell in study.cells)
-    bare = read_study(tmp_path, None, ["model=TimeLLM", "pred_len=96,192", "seed=1,2"], ["--data", "ETTh1", "--load_in_4bit"])
+    bare = read_study(
+        tmp_path, None, ["model=TimeLLM", "pred_len=96,192", "seed=1,2"], ["--data", "ETTh1", "--load_in_4bit"]
+    )
     assert [cell.args.pred_len for cell in bare.cells] == [96, 96, 192, 192] and bare.cells[0].args.load_in_4bit is True
 
 
@@ -101,8 +103,8 @@ def test_a_wrong_grid_is_one_line(tmp_path: Path, text: str, axes, flags, line: 
         (["--gpus", "0,x"], "--gpus: got 'x', expected all, or the numbers that nvidia-smi shows, such as 0 1"),
         (["--gpus", "0", "my.toml"], "such as 0 1; GRID.toml stands before it"),
         (["--gpus", "all"], "--gpus: got '', expected all, or the numbers"),
-        (["--cell", "x", "--jobs", "2"], "--cell: got it with --jobs or --gpus, expected one cell"),
-        (["--jobs", "0"], "--jobs: got 0, expected a whole number of at least 1"),
+        (["--cell", "x", "--jobs", "2"], "expected neither with --cell: one cell, on the card that its task has"),
+        (["--jobs", "-1"], "--jobs -1, expected 1 or more cells at once"),
         (["--cell", "5"], "--cell: got '5', expected a number from 0 to 0, or a name; --list shows them"),
     ],
 )
@@ -110,7 +112,9 @@ def test_wrong_words_are_one_line(tmp_path: Path, monkeypatch, capsys, words: li
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     try:
-        code = main(["--grid", "seed=1", "--out", str(tmp_path / "out"), *words, "--", "--data", "ETTh1", "--model", "Ridge"])
+        code = main(
+            ["--grid", "seed=1", "--out", str(tmp_path / "out"), *words, "--", "--data", "ETTh1", "--model", "Ridge"]
+        )
     except SystemExit as stop:
         code = stop.code
     said = capsys.readouterr().err
@@ -191,8 +195,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 from scripts.study import main
-from utils.study import grid
-grid.PROGRAM = Path(sys.argv[1])
+from utils.study import cells
+cells.PROGRAM = Path(sys.argv[1])
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -292,7 +296,7 @@ def test_a_killed_and_a_stopped_study_goes_on_to_the_same_figures(lab: Lab) -> N
 
 
 def test_a_cluster_runs_a_cell_a_task(lab: Lab) -> None:
-    """The script of docs/cluster.md, with stand-ins for Slurm: a task whose time is up goes back to the queue and resumes."""
+    """The script of docs/cluster.md beside stand-ins for Slurm: a task whose time is up returns to the queue and resumes."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
     ours = ["python", *lab.command("tasks", "--cell")[1:6], '"$SLURM_ARRAY_TASK_ID"', *lab.command("tasks")[5:]]
     quoted = " ".join(word if word.startswith('"') else f"'{word}'" if "'" not in word else f'"{word}"' for word in ours)
@@ -315,7 +319,9 @@ def test_a_cluster_runs_a_cell_a_task(lab: Lab) -> None:
     assert last.wait(60) == 128 + signal.SIGTERM and (lab.folder / "requeued").read_text() == "requeue 77_3\n"
     assert "SIGTERM: ending after the work in hand" in (lab.folder / "tasks.log").read_text()
     code, said = lab.run("tasks", "--list")
-    assert code == 0 and "4 cells: 3 done, 1 half way" in said and re.search(r"^ +3  half way  short_seed-2_\w+$", said, re.M)
+    assert (
+        code == 0 and "4 cells: 3 done, 1 half way" in said and re.search(r"^ +3  half way  short_seed-2_\w+$", said, re.M)
+    )
     assert task(3).wait(120) == 0 and task(3).wait(120) == 0  # one that is done ends at once
     assert "Resuming from" in (lab.folder / "tasks.log").read_text() and lab.run("tasks", "--table")[0] == 0
     assert [row | {"cell": ""} for row in lab.rows("tasks")] == [row | {"cell": ""} for row in lab.rows("whole")]

@@ -23,7 +23,7 @@ from tests.small_run import command_line, launched, refusal, run_folder, run_in_
 from utils.command_line import parse_flags
 from utils.results.comparison import report
 from utils.results.m4_scores import errors_of, naive2, table
-from utils.study.grid import read_study
+from utils.study.cells import read_study
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {

@@ -1,29 +1,172 @@
-"""Cells of a study: how far each is, what a finished one has measured, and the queue that runs the others as processes."""
+"""Cells of a study: a grid, a TOML file and the command line, read into command lines of run_main.py; and how far each is,
+and what it has measured."""
 
+import argparse
+import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
 import re
-import signal
 import subprocess
-import time
+import sys
+import tomllib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors import safe_open
 
+from data_provider.patterns import M4
+from layers.errors import InputError, input_error
+from utils.command_line import parse_flags
+from utils.flags import FLAGS, clean_name, run_name
 from utils.saving.files import write_json
-from utils.saving.interrupt import SIGNALS
-from utils.study.grid import Cell
 
+PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
+VARIANT = "variant"  # the axis whose values are named sets of flags
+PARTS = {"title": str, "reference": str, "flags": dict, "grid": dict, VARIANT: list, "skip": list}  # of a grid file
+# What run_main asks for and a study need not say.
+USUAL = {"task_name": "long_term_forecast", "is_training": 1, "model_id": "study", "model_comment": "study"}
+OWN = {"checkpoints", "checkpoint", "resume"}  # the study sets them
+RECORDED = {flag.name for flag in FLAGS if flag.role.recorded}  # the others are of output and change no result
+LONGEST = 120  # characters of a cell's name without its hash
 NOTE, LOG = "cell.json", "log.txt"  # in a cell's folder, beside the run's
 NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    values: dict[str, str]  # axis -> value
+    args: argparse.Namespace  # its flags, read and completed
+    name: str  # readable, unique and the same in each call; its end says what was tried
+    folder: Path
+    run: Path  # the folder in it in which run_main.py leaves its files
+    command: list[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All cells of a grid, in the order in which they run."""
+
+    folder: Path
+    title: str
+    axes: dict[str, list[str]]
+    reference: str | None  # the value to which others are compared
+    cells: list[Cell]
+
+
+def read_study(
+    folder: Path, file: Path | None, axes: Sequence[str], words: Sequence[str], reference: str | None = None
+) -> Study:
+    """The study of a TOML file, of axes `name=value,value`, and of flags for every run, which win over the file's [flags].
+
+    Raises:
+        InputError: the first thing that is wrong, with the file or the flag, what was found and what was expected.
+    """
+    where, held = str(file or "--grid"), _read_file(file) if file else {}
+    own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    rows = [_as_text(row) for row in held.get(VARIANT, [])]
+    variants = {row.pop("name", ""): row for row in rows}
+    if "" in variants or len(variants) < len(rows):
+        raise input_error(f"{where}: [[{VARIANT}]]", f"the names {list(variants)}", "a name of its own for each variant")
+    grid: dict[str, Any] = {VARIANT: list(variants)} if variants else {}
+    grid |= held.get("grid", {}) | {name: text.split(",") for name, _, text in (axis.partition("=") for axis in axes)}
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise input_error(f"{where}: [grid] {name}", repr(values), "a list of values, such as [1, 2, 3]")
+    flags = {name: value for name, value in _as_text(held.get("flags", {})).items() if name not in own}
+    for place, names in {"[flags]": flags, "the flags after --": own, **variants}.items():
+        if twice := set(names) & (grid.keys() | (own if place in variants else set())):
+            got = f"a flag of {place!r}, and an axis or a flag after --"
+            raise input_error(f"{where}: {min(twice)}", got, "it in one place")
+    cells: list[Cell] = []
+    skips = [_as_text(row) for row in held.get("skip", [])]
+    unused = list(skips)
+    for combination in product(*grid.values()):
+        values = _as_text(dict(zip(grid, combination, strict=True)))
+        given = flags | variants.get(values.get(VARIANT, ""), {}) | values
+        fits = [skip for skip in skips if given.items() >= skip.items()]
+        unused = [skip for skip in unused if skip not in fits]
+        if not fits:
+            given.pop(VARIANT, None)
+            cells.append(_cell(folder, where, values, given, words, own))
+            same = next(cell for cell in cells if cell.args == cells[-1].args)
+            if same is not cells[-1]:
+                raise input_error(f"{where}: cell {values}", f"the flags of {same.values}", "others")
+    if unused:
+        raise input_error(f"{where}: [[skip]] {unused[0]}", "a combination that no cell has", "one of the grid")
+    if not cells or not grid:
+        raise input_error(where, "no cells", "an axis, and not all of it left out")
+    read = {name: list(dict.fromkeys(cell.values[name] for cell in cells)) for name in grid}
+    reference = reference or held.get("reference")
+    if reference is not None and not any(reference in values for values in read.values()):
+        raise input_error(f"{where}: reference", repr(reference), f"a value of an axis: {read}")
+    return Study(folder, held.get("title") or (file.stem if file else "study"), read, reference, cells)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        held = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise input_error(file, f"no TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
+    for name, value in held.items():
+        rows = value if isinstance(value, list) else []
+        if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
+            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
+            raise input_error(f"{file}: {name}", repr(value), expected)
+    return held
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in row.items()}
+
+
+def _cell(
+    folder: Path, where: str, values: dict[str, str], given: dict[str, str], words: Sequence[str], own: set[str]
+) -> Cell:
+    """A cell whose command line run_main.py takes.
+
+    Args:
+        values: axis -> value; given: flag -> value of the grid file; words: the flags after --, own: their names.
+
+    Raises:
+        InputError: run_main.py refuses, in its own words; or it would train no single run.
+    """
+    where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items())}"
+    if M4 in (given.get("data"), *words):
+        hint = "run_m4.py trains, scripts/m4_scores.py makes the table"
+        raise input_error("--data", f"{M4} in {where}", "data whose errors are standardised", hint)
+    if OWN & (given.keys() | own):
+        raise input_error(where, f"--{min(OWN & (given.keys() | own))}", "it left out: the study sets it")
+    every = {name: value for name, value in (USUAL | given).items() if name not in own}
+    line = [word for name, value in every.items() for word in (f"--{name}", str(value))] + list(words)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse_flags(line)
+    except SystemExit:
+        raise InputError(f"{where}: {said.getvalue().strip().removeprefix('run_main.py: error: ')}") from None
+    if args.is_training != 1 or args.itr != 1:
+        raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")
+    # Values as the parser reads them: two ways to write a number are the same run.
+    values = {name: word if name == VARIANT else str(getattr(args, name)) for name, word in values.items()}
+    tried = sorted((name, str(getattr(args, name))) for name in (given.keys() | own) & RECORDED)
+    digest = hashlib.sha256(json.dumps(tried).encode()).hexdigest()[:8]
+    readable = clean_name("_".join(word if name == VARIANT else f"{name}-{word}" for name, word in values.items()))
+    name = f"{re.sub(r'_{2,}', '_', readable)[:LONGEST]}_{digest}"
+    held = sorted((folder / "cells").glob(f"*_{digest}"))  # the folder stays where the axes were named otherwise
+    home = held[0] if held else folder / "cells" / name
+    command = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
+    return Cell(values, args, name, home, home / run_name(args, 0), command)
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -54,13 +197,13 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
         "machine": note.get("machine", "unknown"),
         "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
-        "intervals": interval_figures(metrics),
-        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
+        "intervals": _interval_figures(metrics),
+        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **_interval_figures(r)} for r in simple],
     }
 
 
-def interval_figures(found: dict[str, Any]) -> dict[str, float]:
-    """What metrics.json says of prediction intervals, under a table's heads: "in 80 %" is the part of truths inside."""
+def _interval_figures(found: dict[str, Any]) -> dict[str, float]:
+    # Under a table's heads: "in 80 %" is the part of the truths inside the 80 % intervals.
     intervals = found.get("intervals") or {"levels": {}, "wql": None}
     figures = {} if intervals["wql"] is None else {"WQL": intervals["wql"]}
     for level, held in reversed(intervals["levels"].items()):
@@ -69,7 +212,7 @@ def interval_figures(found: dict[str, Any]) -> dict[str, float]:
 
 
 def last_line(cell: Cell) -> str:
-    """The last line of a failed cell's log that says something."""
+    """What a cell's log says last."""
     lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
 
@@ -107,82 +250,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_cells(
-    cells: list[Cell], jobs: int, gpus: Sequence[str], lock: int
-) -> tuple[list[str], int]:
-    """Run the cells that are not done, each in a process; signals are passed on, failures told, and the rest goes on.
-
-    Args:
-        cells: all cells of the study, in order.
-        jobs: how many run at once.
-        gpus: the cards that they share; none: what the flags say.
-        lock: a file handle that the runs keep open until they end.
-
-    Returns:
-        The cells that failed, and the number of the signal that has ended the study, or 0.
-    """
-    seconds = {cell.name: found["seconds"] for cell in cells if (found := measure(cell))["state"] == DONE}
-    cards = [gpus[number % len(gpus)] if gpus else None for number in range(jobs)]  # free ones
-    processes: list[subprocess.Popen] = []
-    received, failed = 0, []
-
-    def pass_on(number: int, _frame: object) -> None:
-        # The runs save and end, and no other starts; a second signal ends them at once.
-        nonlocal received
-        received = number
-        for process in processes:
-            process.send_signal(number)  # one that has ended gets none
-
-    def run(cell: Cell) -> tuple[int, float, str]:
-        card, environment = cards.pop(0), os.environ.copy()
-        if jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, int(environment.get("OMP_NUM_THREADS") or cores()) // jobs))
-        if card is not None:
-            # CUDA counts the fastest card first unless it is told to count as nvidia-smi does.
-            environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, VISIBLE: card}
-            print(f"{cell.name} begins on GPU {card}", flush=True)
-        write_note(cell, exit_code=0, machine=machine())
-        began = time.monotonic()
-        with (cell.folder / LOG).open("ab") as log:
-            # A session of its own: Ctrl+C reaches the run once, through `pass_on`, and not twice.
-            process = subprocess.Popen(
-                cell.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
-                pass_fds=[lock],
-            )  # fmt: skip
-        processes.append(process)
-        if received:  # it came between the two lines
-            process.send_signal(received)
-        code = process.wait()
-        cards.append(card)
-        return code, time.monotonic() - began, f" on GPU {card}" if gpus else ""
-
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
-            signal.signal(number, pass_on)
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(lambda c=cell: None if received else run(c)): cell for cell in cells if cell.name not in seconds}
-        for future in as_completed(waiting):
-            if future.result() is None:
-                continue
-            cell, (code, spent, where) = waiting[future], future.result()
-            stopped = bool(received and code)  # a run that is stopped while it starts may die with any code
-            write_note(cell, exit_code=0 if stopped else code, seconds=read_json(cell.folder / NOTE).get("seconds", 0.0) + spent)
-            found = measure(cell)
-            if stopped:
-                print(f"{cell.name}: stopped, {found['state']}", flush=True)
-            elif code or found["state"] != DONE:
-                failed.append(cell.name)
-                print(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on", flush=True)
-            else:
-                seconds[cell.name] = found["seconds"]
-                rest = len(cells) - len(seconds) - len(failed)
-                left = f"left about {time_text(sum(seconds.values()) / len(seconds) * rest / jobs)}" if rest else "nothing left"
-                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
-                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {left}", flush=True)
-    return failed, received
-
-
 def time_text(seconds: float) -> str:
     """Seconds for people: 45 s, 4 min 12 s, 1 h 50 min."""
-    minutes, whole = divmod(round(seconds), 60)
-    return f"{whole} s" if not minutes else f"{minutes} min {whole} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

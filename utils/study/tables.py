@@ -5,15 +5,15 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from utils.saving.files import write_atomic, write_text
-from utils.study.cells import DONE, measure, time_text
-from utils.study.grid import VARIANT, Cell, Study
+from utils.study.cells import DONE, VARIANT, Cell, Study, measure, time_text
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts" / "published.toml"
 ERRORS = ["mse", "mae"]
@@ -21,7 +21,7 @@ COLUMNS = [*ERRORS, "windows", "windows_dropped", "trained_values", "epochs", "b
 NOT_IN_LABEL = ("seed", "pred_len", "data", "percent")  # means are over seeds, columns horizons, tables data and share
 PAIRS = 3  # seeds from which on a difference has an interval: of two, Student's t is 12.7 (of three 4.3)
 RUN, SIMPLE, OTHERS = "run", "simple forecast", "published"  # kinds of rows
-NONE = "-"
+NONE, RIDGE = "-", "ridge regression"
 Table = tuple[str, pd.DataFrame]  # title and texts, by the names of the rows
 
 
@@ -42,43 +42,43 @@ class Section:
     windows: dict[int, list[int]]
 
 
-def write_csv(study: Study) -> None:
-    """Write results.csv: all cells of the grid, with what is known of each."""
-    rows = [cell.values | measure(cell) | {"cell": cell.name} for cell in study.cells]
+def write_results(study: Study) -> list[str]:
+    """Write results.csv with a row a cell, and the tables and pictures of what is done; the names of the files."""
+    measured = [(cell, measure(cell)) for cell in study.cells]
+    rows = [cell.values | found | {"cell": cell.name} for cell, found in measured]
     frame = pd.DataFrame(rows, columns=[*study.axes, *COLUMNS, "state", "cell"], dtype=object)
     frame["seconds"] = frame["seconds"].map("{:.1f}".format, na_action="ignore")
-    write_text(study.folder / "results.csv", frame.to_csv(index=False, lineterminator="\n"))
-
-
-def write_results(study: Study) -> list[str]:
-    """Write results.csv, and the tables and pictures of what is done; the names of the files."""
-    write_csv(study)
     groups: dict[tuple[str, int], list[tuple[Cell, dict[str, Any]]]] = {}
-    for cell in study.cells:
-        if (found := measure(cell))["state"] == DONE:
+    for cell, found in measured:
+        if found["state"] == DONE:
             groups.setdefault((cell.args.data, cell.args.percent), []).append((cell, found))
-    sections = [read_section(group) for group in groups.values()]
-    tables = [table for section in sections for table in tables_of(study, section)]
-    facts = facts_of(study, [found for group in groups.values() for _, found in group], sections)
-    pictures = draw(study, sections)
-    write_text(study.folder / "results.txt", as_text(study.title, tables, facts))
-    write_text(study.folder / "results.md", as_markdown(study, tables, facts, pictures))
-    write_text(study.folder / "results.tex", as_latex(study.title, tables, facts))
-    return ["results.csv", "results.md", "results.tex", "results.txt", *pictures]
+    sections = [_read_section(group) for group in groups.values()]
+    tables = [table for section in sections for table in _tables_of(study, section)]
+    facts = _facts(study, [found for group in groups.values() for _, found in group], sections)
+    pictures = _draw(study, sections)
+    texts = {
+        "results.csv": frame.to_csv(index=False, lineterminator="\n"),
+        "results.md": _as_markdown(study, tables, facts, pictures),
+        "results.tex": _as_latex(study.title, tables, facts),
+        "results.txt": _as_text(study.title, tables, facts),
+    }
+    for name, text in texts.items():
+        write_text(study.folder / name, text)
+    return [*texts, *pictures]
 
 
-def label_of(values: dict[str, str], otherwise: str) -> str:
-    """A row's name: the variant and the model by their values alone."""
+def _label_of(values: dict[str, str], otherwise: str) -> str:
+    # The variant and the model stand by their values alone.
     parts = [(axis, value) for axis, value in values.items() if axis not in NOT_IN_LABEL]
     return ", ".join(value if axis in (VARIANT, "model") else f"{axis} {value}" for axis, value in parts) or otherwise
 
 
-def read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
+def _read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
     """The figures of the cells of one data set and share, of the simple forecasts beside them, and of others."""
     rows: list[dict[str, Any]] = []
     simple: list[dict[str, Any]] = []
     for cell, found in group:
-        place = {"horizon": cell.args.pred_len, "seed": cell.args.seed, "row": label_of(cell.values, cell.args.model)}
+        place = {"horizon": cell.args.pred_len, "seed": cell.args.seed, "row": _label_of(cell.values, cell.args.model)}
         figures = {name: found[name] for name in (*ERRORS, "windows")} | found["intervals"]
         rows.append(place | {"kind": RUN} | figures)
         simple += [place | {"kind": SIMPLE, "seed": 0, "beside": place["row"]} | row for row in found["simple"]]
@@ -100,23 +100,25 @@ def read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
     others = others.drop_duplicates(["row", "horizon"])
     frame = pd.concat([pd.DataFrame(rows), others, pd.DataFrame(published)])
     index = ["kind", "row", "seed"]
-    errors = frame.set_index([*index, "horizon"]).unstack("horizon").swaplevel(axis="columns")
+    errors = frame.pivot(index=index, columns="horizon").swaplevel(axis="columns")
     errors = errors.reindex(pd.MultiIndex.from_frame(frame[index].drop_duplicates()))
     for error in ERRORS if len(horizons) > 1 else []:
-        errors["mean", error] = errors.xs(error, axis="columns", level=1).mean(axis="columns", skipna=False)
+        errors["mean", error] = errors[[(horizon, error) for horizon in horizons]].mean(axis="columns", skipna=False)
     share = f", {cell.args.percent} % of training" if cell.args.percent < 100 else ""
     return Section(first["data"] + share, errors.rename_axis(columns=["horizon", "figure"]), notes, windows)
 
 
-def tables_of(study: Study, section: Section) -> list[Table]:
-    """Means ± deviations over seeds with the best marked *, prediction intervals where there are some, paired differences."""
+def _tables_of(study: Study, section: Section) -> list[Table]:
+    """Means ± deviations over seeds, the best marked *; prediction intervals where there are some; paired differences."""
     by_row = section.errors.groupby(level=["kind", "row"], sort=False)
     means, horizons = by_row.mean(), section.errors.columns.unique("horizon")
     columns, kinds = [(horizon, error) for horizon in horizons for error in ERRORS], means.index.get_level_values("kind")
     texts = means[columns].map(lambda value: NONE if pd.isna(value) else f"{value:.4f}")
     best = texts.eq(means.loc[kinds != OTHERS, columns].min().map("{:.4f}".format))  # as printed: what looks level is level
     best.loc[kinds == OTHERS] = False
-    texts.loc[kinds == OTHERS] = texts[kinds == OTHERS].map(lambda text: text.removesuffix("0"))  # papers print three decimals
+    texts.loc[kinds == OTHERS] = texts[kinds == OTHERS].map(
+        lambda text: text.removesuffix("0")
+    )  # papers print three decimals
     texts += by_row.std()[columns].map(lambda value: "" if pd.isna(value) else f" ± {value:.4f}")
     texts += best.map(lambda is_best: "*" if is_best else "")
     texts.columns = [f"{horizon} {error.upper()}" for horizon, error in columns]
@@ -125,6 +127,7 @@ def tables_of(study: Study, section: Section) -> list[Table]:
     texts.insert(0, "seeds", [seed if kind == RUN else NONE for seed, kind in zip(seeds, kinds, strict=True)])
     tables = [(section.title, texts.droplevel("kind"))]
 
+    names = [name for name in section.errors.columns.unique("figure") if name not in ERRORS]
     intervals = means.drop(columns=columns).dropna(how="all")
     if RUN in intervals.index:
         held = {
@@ -132,27 +135,28 @@ def tables_of(study: Study, section: Section) -> list[Table]:
                 NONE if pd.isna(value) else f"{100 * value:.1f} %" if name.startswith("in ") else f"{value:.4g}"
                 for value in intervals[horizon, name]
             ]
-            for horizon, name in sorted(intervals.columns, key=lambda column: column[0])
+            for horizon in section.windows
+            for name in names
         }
-        frame = pd.DataFrame(held, intervals.index.droplevel("kind"))
+        frame = pd.DataFrame(held, index=intervals.index.get_level_values("row"))
         tables.append((f"Prediction intervals ({section.title})", frame))
 
     axes = {axis: values for axis, values in study.axes.items() if axis not in NOT_IN_LABEL and len(values) > 1}
     for axis, values in sorted(axes.items(), key=lambda item: study.reference not in item[1])[:1]:
         reference = study.reference if study.reference in values else values[0]
-        pairs = {label_of(cell.values, ""): label_of(cell.values | {axis: reference}, "") for cell in study.cells}
-        if lines := [line for pair in pairs.items() for line in paired(section, *pair)]:
+        pairs = {_label_of(cell.values, ""): _label_of(cell.values | {axis: reference}, "") for cell in study.cells}
+        if lines := [line for pair in pairs.items() for line in _paired(section, *pair)]:
             title = f"Differences from {reference}, paired over the same seed, data and horizon ({section.title})"
             tables.append((title, pd.DataFrame(lines).set_index("row")))
     return tables
 
 
-def paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
-    """One row's mean difference from another over the seeds that both have, with Student's 95 % interval: a line a horizon."""
-    runs, lines = section.errors.loc[RUN], []
+def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
+    """A row's mean difference from another over the seeds that both have, with Student's 95 % interval: a line a horizon."""
+    runs, lines = section.errors.loc[[RUN]].droplevel("kind"), []
     if row == other or not {row, other} <= set(runs.index.unique("row")):
         return []
-    differences = runs.loc[row] - runs.loc[other]
+    differences = runs.loc[[row]].droplevel("row") - runs.loc[[other]].droplevel("row")
     for horizon in section.errors.columns.unique("horizon"):
         line = {"row": f"{row} - {other}", "horizon": str(horizon)}
         for error in ERRORS:
@@ -167,7 +171,7 @@ def paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
     return lines
 
 
-def facts_of(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
+def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
     """What stands below the tables: how much is done, where, on which windows, and what others did otherwise."""
     spent = time_text(sum(result["seconds"] for result in found))
     facts = [
@@ -186,15 +190,12 @@ def facts_of(study: Study, found: list[dict[str, Any]], sections: list[Section])
     return facts + [f"Published, not measured here: {', '.join(held.index)}: {note}." for note, held in by_note]
 
 
-def as_text(title: str, tables: list[Table], facts: list[str]) -> str:
-    """The tables for a terminal."""
+def _as_text(title: str, tables: list[Table], facts: list[str]) -> str:
     parts = [f"{head}\n\n{frame.rename_axis(None).to_string()}\n" for head, frame in tables]
     return "\n".join([title, "=" * len(title), "", *parts, *facts, ""])
 
 
-def as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: list[str]) -> str:
-    """The tables, the pictures and every cell's command, for a page."""
-
+def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: list[str]) -> str:
     def escape(text: str) -> str:
         plain = re.sub(r"([|*_<`])", r"\\\1", text.removesuffix("*"))
         return f"**{plain}**" if text.endswith("*") else plain
@@ -212,48 +213,47 @@ def as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: l
     return "\n".join([*lines, "</details>", ""])
 
 
-def as_latex(title: str, tables: list[Table], facts: list[str]) -> str:
-    """The tables for a paper."""
+def _as_latex(title: str, tables: list[Table], facts: list[str]) -> str:
     parts = [f"% {title}", r"% \usepackage{booktabs}"]
     for head, frame in tables:
         caption = re.sub(r"([&%$#_{}])", r"\\\1", head)
         text = frame.rename_axis(None).to_latex(escape=True, caption=caption, column_format="l" + "r" * frame.shape[1])
         text = re.sub(r"(\S+(?: ± \S+)?)\* ", r"\\textbf{\1} ", text)
-        parts.append(re.sub(r"(?<= )([+-])(?=\d)", r"$\1$", text).replace("±", r"$\pm$"))
+        text = re.sub(r"(?<= )([+-])(?=\d)", r"$\1$", text).replace("±", r"$\pm$")
+        parts.append(text.replace(r"\begin{tabular}", "\\centering\n\\begin{tabular}"))
     return "\n".join([*parts, *(f"% {fact}" for fact in facts), ""])
 
 
-def draw(study: Study, sections: list[Section]) -> list[str]:
+def _draw(study: Study, sections: list[Section]) -> list[str]:
     """Write the pictures: errors by row with a point a seed, and by horizon where there are several; their names."""
     from matplotlib.figure import Figure  # only now: it takes a second to load
 
+    panels = [(section, horizon) for section in sections for horizon in section.windows]
     several = [section for section in sections if len(section.windows) > 1]
-    columns = max(len(section.windows) for section in sections)
-    by_row, by_horizon = Figure(layout="constrained"), Figure(figsize=(8, 5 * len(several)), layout="constrained")
-    by_row.set_size_inches(3 + 3.6 * columns, sum(1.2 + 0.2 * len(section.errors) for section in sections))
-    for number, section in enumerate(sections):
-        errors = section.errors.xs("mse", axis="columns", level="figure")
-        runs = errors.loc[RUN].groupby(level="row", sort=False)
-        ridge = errors[errors.index.get_level_values("row").str.startswith("ridge regression")]
-        for place, horizon in enumerate(section.windows):
-            axes = by_row.add_subplot(len(sections), columns, number * columns + place + 1)
-            for value in ridge[horizon]:
-                axes.axvline(value, color="gray", linestyle=":", label="ridge regression")
-            axes.scatter(errors.loc[RUN][horizon], errors.loc[RUN].index.get_level_values("row"), alpha=0.6, label="a seed")
-            axes.errorbar(
-                runs.mean()[horizon], list(runs.groups), xerr=runs.std()[horizon], fmt="|", ms=16, label="mean ± deviation"
-            )
-            axes.invert_yaxis()  # the first row on top
-            axes.set_title(f"{section.title}, horizon {horizon}")
-            axes.set_xlabel("test MSE, standardised scale")
-        if section in several:
-            axes = by_horizon.add_subplot(len(several), 1, several.index(section) + 1)
-            lines = pd.concat([runs.mean(), ridge.droplevel(["kind", "seed"])])[list(section.windows)]
-            lines.T.plot(ax=axes, marker="o", title=section.title, xlabel="horizon", xticks=list(section.windows))
-            axes.set_ylabel("test MSE, standardised scale")
-    handles, labels = by_row.axes[0].get_legend_handles_labels()
-    by_row.legend(dict(zip(labels, handles, strict=True)).values(), dict.fromkeys(labels), loc="outside lower center", ncols=4)
+    highest = max(len(section.errors.loc[RUN].index.unique("row")) for section in sections)
+    by_row = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
+    by_horizon = Figure(figsize=(8, 5 * len(several)), layout="constrained")
+    for number, (section, horizon) in enumerate(panels, 1):
+        title = f"{section.title}, horizon {horizon}"
+        axes = by_row.add_subplot(len(panels), 1, number, title=title, xlabel="test MSE, standardised scale")
+        values = section.errors[horizon, "mse"]
+        rows = values[RUN].groupby(level="row", sort=False)
+        means = rows.mean()
+        axes.scatter(values[RUN], values[RUN].index.get_level_values("row"), alpha=0.6, label="a seed")
+        axes.errorbar(means, means.index, xerr=rows.std(), fmt="|", ms=16, label="mean ± deviation")
+        ridge = values[values.index.get_level_values("row").str.startswith(RIDGE)]
+        axes.vlines(ridge, -0.5, len(rows) - 0.5, colors="gray", linestyles=":", label=RIDGE)
+        axes.invert_yaxis()  # the first row on top
+        axes.legend(fontsize="small")
+    for number, section in enumerate(several, 1):
+        lines = section.errors[[(horizon, "mse") for horizon in section.windows]].groupby(level="row", sort=False).mean()
+        lines = lines.loc[
+            [*section.errors.loc[RUN].index.unique("row"), *(row for row in lines.index if row.startswith(RIDGE))]
+        ]
+        axes = by_horizon.add_subplot(len(several), 1, number, ylabel="test MSE, standardised scale")
+        lines.T.set_index(pd.Index(section.windows)).plot(ax=axes, marker="o", title=section.title, xlabel="horizon")
+        axes.set_xticks(list(section.windows))
     pictures = {"error_by_row.png": by_row} | ({"error_by_horizon.png": by_horizon} if several else {})
     for name, picture in pictures.items():
-        write_atomic(study.folder / name, lambda partial, picture=picture: picture.savefig(partial, format="png", dpi=110))
+        write_atomic(study.folder / name, partial(picture.savefig, format="png", dpi=110))
     return list(pictures)
