@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def lock(folder: Path, shared: bool) -> int:
     return handle
 
 
-def run_cells(cells: list[Cell], jobs: int, gpus: Sequence[str], lock: int) -> tuple[list[str], int]:
+def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple[list[str], int]:
     """Run the cells that are not done, each in a process; signals are passed on, failures told, and the rest goes on.
 
     Args:

@@ -116,9 +116,8 @@ def _tables_of(study: Study, section: Section) -> list[Table]:
     texts = means[columns].map(lambda value: NONE if pd.isna(value) else f"{value:.4f}")
     best = texts.eq(means.loc[kinds != OTHERS, columns].min().map("{:.4f}".format))  # as printed: what looks level is level
     best.loc[kinds == OTHERS] = False
-    texts.loc[kinds == OTHERS] = texts[kinds == OTHERS].map(
-        lambda text: text.removesuffix("0")
-    )  # papers print three decimals
+    # Papers print three decimals.
+    texts.loc[kinds == OTHERS] = texts[kinds == OTHERS].map(lambda text: text.removesuffix("0"))
     texts += by_row.std()[columns].map(lambda value: "" if pd.isna(value) else f" ± {value:.4f}")
     texts += best.map(lambda is_best: "*" if is_best else "")
     texts.columns = [f"{horizon} {error.upper()}" for horizon, error in columns]
