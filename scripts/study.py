@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             return 0
         handle = lock(study.folder, shared=args.cell is not None)
         return run_cell(study, args.cell) if args.cell is not None else run_study(study, args, handle, argv)
-    except (InputError, StorageError, OSError) as error:
+    except (InputError, StorageError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
@@ -119,9 +119,15 @@ def lock(folder: Path, shared: bool) -> int:
 
     Args:
         shared: with others that run a cell each.
+
+    Raises:
+        InputError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise input_error(f"--out {folder}", error.strerror, "a folder that can be written") from None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)

@@ -91,7 +91,7 @@ def read_study(
     cells: list[Cell] = []
     skips = [_as_text(row) for row in held.get("skip", [])]
     unused = list(skips)
-    for combination in product(*grid.values()):
+    for combination in product(*grid.values()) if grid else []:
         values = _as_text(dict(zip(grid, combination, strict=True)))
         given = flags | variants.get(values.get(VARIANT, ""), {}) | values
         fits = [skip for skip in skips if given.items() >= skip.items()]
@@ -104,7 +104,7 @@ def read_study(
                 raise input_error(f"{where}: cell {values}", f"the flags of {same.values}", "others")
     if unused:
         raise input_error(f"{where}: [[skip]] {unused[0]}", "a combination that no cell has", "one of the grid")
-    if not cells or not grid:
+    if not cells:
         raise input_error(where, "no cells", "an axis, and not all of it left out")
     read = {name: list(dict.fromkeys(cell.values[name] for cell in cells)) for name in grid}
     reference = reference or held.get("reference")
@@ -117,7 +117,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     try:
         held = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise input_error(file, f"no TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
+        raise input_error(file, f"no readable TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
     for name, value in held.items():
         rows = value if isinstance(value, list) else []
         if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
