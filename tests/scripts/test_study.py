@@ -186,9 +186,10 @@ RECORDER = """
 import os, sys, time
 folder = sys.argv[sys.argv.index("--checkpoints") + 1]
 began = time.time()
-time.sleep(0.4)
-with open(folder + "/record", "w") as file:
-    print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"], began, time.time(), file=file)
+print("begun", flush=True)
+time.sleep(float(os.environ.get("SECONDS", 0.4)))
+with open(folder + "/record", "a") as file:
+    print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("CUDA_DEVICE_ORDER"), began, time.time(), file=file)
 sys.exit(3)
 """
 DRIVER = """
@@ -215,6 +216,22 @@ def test_a_cell_has_a_gpu_and_frees_it_when_it_fails(tmp_path: Path, jobs: list[
     assert {card for card, *_ in records} == {"3", "GPU-a"} and done.stdout.count("failed on GPU 3 (exit code 3)") >= 2
     for card, _, began, _ in records:
         assert sum(other[0] == card and other[2] <= began < other[3] for other in records) <= most
+
+
+def test_a_study_waits_for_a_run_that_a_killed_one_has_left(tmp_path: Path) -> None:
+    (tmp_path / "recorder.py").write_text(RECORDER)
+    words = [str(tmp_path / "recorder.py"), "--grid", "seed=1", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", DRIVER, *words, "--", "--model", "DLinear", "--data", "ETTh1"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "3"}
+    first = subprocess.Popen(command, cwd=ROOT, env=env | {"SECONDS": "8"}, stdout=subprocess.DEVNULL)
+    while not any(path.read_text() for path in tmp_path.glob("out/cells/*/log.txt")) and first.poll() is None:
+        time.sleep(0.01)
+    first.kill()
+    second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "a run that it has left behind, works in" in second.stdout, second.stdout
+    (record,) = tmp_path.glob("out/cells/*/record")
+    (_, _, began, ended), (_, _, began_again, _) = (line.split() for line in record.read_text().splitlines())
+    assert float(began) < float(ended) <= float(began_again)
 
 
 class Lab:
