@@ -72,6 +72,8 @@ def read_study(
     Raises:
         InputError: the first thing that is wrong, with the file or the flag, what was found and what was expected.
     """
+    if not file and not axes:
+        raise input_error("GRID.toml", "neither it nor --grid", "one of them")
     where, held = str(file or "--grid"), _read_file(file) if file else {}
     own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     rows = [_as_text(row) for row in held.get(VARIANT, [])]
@@ -91,7 +93,7 @@ def read_study(
     cells: list[Cell] = []
     skips = [_as_text(row) for row in held.get("skip", [])]
     unused = list(skips)
-    for combination in product(*grid.values()) if grid else []:
+    for combination in product(*grid.values()):
         values = _as_text(dict(zip(grid, combination, strict=True)))
         given = flags | variants.get(values.get(VARIANT, ""), {}) | values
         fits = [skip for skip in skips if given.items() >= skip.items()]
@@ -141,7 +143,7 @@ def _cell(
     Raises:
         InputError: run_main.py refuses, in its own words; or it would train no single run.
     """
-    where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items())}"
+    where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items()) or 'without axes'}"
     if M4 in (given.get("data"), *words):
         hint = "run_m4.py trains, scripts/m4_scores.py makes the table"
         raise input_error("--data", f"{M4} in {where}", "data whose errors are standardised", hint)
