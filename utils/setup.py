@@ -32,7 +32,7 @@ from utils.saving.folder import Start, open_folder, refuse_links, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.shares import whole_shapes
 from utils.saving.state import identity
-from utils.training.memory import cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
+from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
 from utils.training.precision import Precision, choose_precision
 from utils.training.session import Job, Limit
 
@@ -295,7 +295,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
     set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
     cap_memory(device)
-    with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
+    with explain_out_of_memory("loading the model", lambda: advice(args)):
         if plan.info is None:
             model = model_class(args.model)(args).to(device)
         else:
