@@ -89,14 +89,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 import layers.backbone
-import utils.begin
 import utils.setup
 from data_provider.batches import Batch
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
 from utils.command_line import parse_flags
 from utils.saving.interrupt import Interrupts
-from utils.saving.saver import Saver
+from utils.saving.state import Saver
 from utils.training.train import Clock, train_epoch
 
 GPU = torch.device("cuda", 0)
@@ -330,7 +329,7 @@ class Bench:
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
         utils.setup.join = lambda _args: _Accelerator()
-        utils.begin.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
+        utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
 

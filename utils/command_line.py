@@ -16,7 +16,7 @@ from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, ru
 from utils.kinds import BOOL, LEVELS
 from utils.m4_flags import complete_m4
 from utils.processes.group import tells_errors
-from utils.saving.record import read_record
+from utils.saving.files import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
 

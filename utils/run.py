@@ -23,8 +23,7 @@ from utils.results.log import RunLog
 from utils.results.m4_pass import open_pass
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
-from utils.saving.saver import resume_command
-from utils.saving.shares import whole_state
+from utils.saving.state import resume_command
 from utils.setup import load_checkpoint, setup
 from utils.training.evaluate import Scores, score
 from utils.training.memory import free_memory
@@ -89,10 +88,9 @@ def fit(job: Job) -> TestFound | None:
     job.accelerator.wait_for_everyone()
     checkpoint = load_checkpoint(job)
     if args.torch_checkpoint:
-        tensors = whole_state(job.model)
         if job.accelerator.is_main_process:
             with job.training.saver.explained():
-                save_for_torch(checkpoint.file, tensors)
+                save_for_torch(checkpoint.file, job.model.state_dict())
     return found
 
 
@@ -161,7 +159,7 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if job.accelerator.is_main_process:
         now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile
-        if now.header != checkpoint.header:
+        if now != checkpoint:
             job.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
         else:
             checkpoint = add_intervals(checkpoint, found)

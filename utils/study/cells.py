@@ -13,8 +13,7 @@ from typing import Any
 
 from layers.errors import InputError, input_error
 from utils.flags import run_name
-from utils.saving.files import write_json
-from utils.saving.record import TENSORS, read_header
+from utils.saving.files import TENSORS, read_header, write_json
 from utils.study.devices import ask_cards
 from utils.study.grid import Cell, Grid
 
@@ -267,7 +266,7 @@ def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
 
 def _trained_values(file: Path) -> int | None:
     try:
-        return sum(math.prod(shape) for shape in read_header(file).shapes.values())
+        return sum(math.prod(shape) for shape in read_header(file)[1].values())
     except (OSError, ValueError):
         return None
 

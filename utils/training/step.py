@@ -10,9 +10,9 @@ from torch import nn
 from data_provider.batches import Batch
 from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
+from layers.ranks import processes
 from models.forecaster import Forecaster
 from utils.results.log import RunLog
-from utils.saving.asks import Asks
 from utils.saving.state import Progress
 from utils.training.precision import LossScale
 
@@ -100,34 +100,26 @@ class Guard:
         self,
         model: Forecaster,
         optimizer: torch.optim.Optimizer,
-        asks: Asks,
         log: RunLog,
         scale: LossScale | None = None,
     ):
         """Args:
-        asks: what the processes of a group ask of each other, which travels with the step's own numbers.
         scale: what the loss was multiplied with, so that the gradients are as much too large; None: 1.
         """
-        self.model, self.optimizer, self.asks, self.log, self.scale = model, optimizer, asks, log, scale
+        self.model, self.optimizer, self.log, self.scale = model, optimizer, log, scale
         self._wrong = torch.zeros((), dtype=torch.bool)  # what is known of the step in hand, on the device
         self._pending: _Step | None = None
-        self._asked: _Later | None = None
 
     def whole(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss of the whole batch, of this process's part of it. Gradients are there already, those of all added up."""
         # A sum is finite only if every term is, and takes no memory of its own.
         sums = [gradient.sum() for gradient in self.model.gradients()]
         self._wrong = ~torch.isfinite(torch.stack([loss, *sums])).all()
-        if self.asks.alone:
+        if processes() == 1:
             return loss
-        if self._asked is not None:
-            self.asks.hear(self._asked.read())
-        own = torch.tensor(self.asks.say())
-        if loss.device.type == "cuda":
-            own = own.pin_memory().to(loss.device, non_blocking=True)
-        told = torch.cat([torch.stack([loss.float(), self._wrong.float()]), own])
+        told = torch.stack([loss.float(), self._wrong.float()])
         dist.all_reduce(told)
-        self._wrong, self._asked = told[1] > 0, _Later(told[2:])
+        self._wrong = told[1] > 0
         return told[0]
 
     def allows_step(self) -> bool:

@@ -19,7 +19,7 @@ from utils.results.log import memory_line, peak_memory_gib, progress_bar
 from utils.results.m4_pass import open_pass
 from utils.results.test_pass import TestPass
 from utils.saving.interrupt import Interrupted
-from utils.saving.saver import resume_command
+from utils.saving.state import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
@@ -264,8 +264,11 @@ def save_if_due(job: Job) -> None:
     Raises:
         Interrupted: a signal has come.
     """
-    job.training.saver.asks.check_signal()
-    if job.training.saver.due(job.training.progress):
+    wanted = from_all((job.interrupts.received, job.training.saver.due(job.training.progress)))  # all do the same
+    received, due = (max(each) for each in zip(*wanted, strict=True))
+    if received:
+        raise Interrupted(received)
+    if due:
         save(job)
 
 

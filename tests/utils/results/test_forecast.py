@@ -21,7 +21,7 @@ from tests.realdata import ROOT
 from utils.command_line import parse_flags
 from utils.results.forecast import read_history, roll
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.record import read_record
+from utils.saving.files import read_record
 
 COLUMNS = ["load", "OT", "price €"]
 T, H = 24, 6

@@ -37,7 +37,7 @@ def test_a_run_is_the_same_with_and_without(argv, capsys, monkeypatch, tmp_path,
     bare = argv(train_epochs=2, plots=0, checkpoints=tmp_path / "without", **flags)
     other = train(bare, capsys)
     assert not trials(other) and without_times(lines) == without_times(other)
-    for name in ("checkpoint.safetensors", "state.2.safetensors"):
+    for name in ("checkpoint.safetensors", "state.2.pt"):
         one, two = (load_file(run_folder(w) / name) for w in (words, bare))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
