@@ -27,7 +27,7 @@ from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
 from utils.intervals import Intervals
-from utils.saving.files import LEGACY, OFFSETS, RECORD, TENSORS, find_checkpoint, read_header, write_atomic, write_json
+from utils.saving.files import OFFSETS, RECORD, TENSORS, find_checkpoint, read_header, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
 NOT_TRAINED = ("llm_model.", "word_embeddings", OFFSETS)  # what a file may hold besides the trained tensors
@@ -105,7 +105,10 @@ class Checkpoint:
     def intervals(self) -> Intervals | None:
         """The prediction intervals of the tensors, in the order of `forecast_columns`; None without."""
         held = self.record.get("intervals")
-        return Intervals(tuple(held["levels"]), load_file(self.file)[OFFSETS].numpy(), held["windows"]) if held else None
+        if held is None:
+            return None
+        offsets = load_file(self.file)[OFFSETS].clone()  # else a window that keeps the whole file's space taken
+        return Intervals(tuple(held["levels"]), offsets.numpy(), held["windows"])
 
     def scaler(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The training's columns, and their mean and deviation `[N]` float64.
@@ -213,18 +216,6 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor], record: dict[str, An
     # One entry: the library writes several in another order each time.
     metadata = {"record": json.dumps(record, ensure_ascii=False)}
     write_atomic(file, lambda path: path.write_bytes(save(content, metadata)))
-
-
-def save_for_torch(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the trained tensors, which are those of the checkpoint `file`, as the state dict that `torch.load` reads, to
-    `checkpoint` beside it; nothing is done where that has been done.
-
-    Raises:
-        StorageError: the file system refused.
-    """
-    target = file.with_name(LEGACY)
-    if not target.is_file() or target.stat().st_mtime_ns < file.stat().st_mtime_ns:
-        write_torch(target, {name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 def write_torch(path: Path, value: object) -> None:

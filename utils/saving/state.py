@@ -8,7 +8,6 @@ rate (utils/training/schedule.py).
 
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -84,17 +83,11 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         InputError: it was saved by another run; what differs is named.
     """
-
-    def short(value: object) -> str:
-        text = str(value)
-        if re.fullmatch("[0-9a-f]{64}", text):  # a SHA-256
-            return text[:8]
-        return text if len(text) <= 60 else f"{text[:57]}..."
-
     now, was = json.loads(json.dumps(now)), saved["identity"]
     different = [name for name in now | was if now.get(name) != was.get(name)]
     if different:
-        found, expected = ("; ".join(f"{name} {short(of.get(name))}" for name in different) for of in (now, was))
+        sizes = {name: 8 if name.endswith(("(SHA-256)", "fingerprint")) else 60 for name in different}
+        found, expected = ("; ".join(f"{name} {str(of.get(name))[:n]}" for name, n in sizes.items()) for of in (now, was))
         raise input_error(
             "--resume", found, f"{expected}, with which {saved['path']} was saved",
             "give the same ones, or start anew with --resume False (what is there is then moved aside)",
