@@ -79,7 +79,6 @@ def _load_shims(folder: Path) -> None:
 _load_shims(Path(os.environ.get("FAKE_GPU_FOLDER") or tempfile.mkdtemp(prefix="fake_gpu_")))
 
 import bitsandbytes
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -89,6 +88,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 import layers.backbone
+import utils.saving.checkpoint
 import utils.setup
 from data_provider.batches import Batch
 from layers.prompt import Prompts
@@ -257,7 +257,15 @@ def pretend(gpu: FakeGPU) -> None:
     fake: Any = FakeTensor
     # A storage without memory can be neither copied nor read.
     fake.__deepcopy__ = lambda tensor, memo: tensor.clone()
-    fake.numpy = lambda tensor: np.zeros(tensor.shape, np.uint8)  # only the bytes of files are read so
+
+    def stage(held: object, *_: Any) -> bytes:
+        """What torch.save and safetensors do with tensors of a GPU: one after the other comes to the CPU."""
+        for tensor in tree_leaves(held):
+            if isinstance(tensor, torch.Tensor):
+                tensor.cpu()
+        return b""
+
+    torch.save = utils.saving.checkpoint.save = stage  # type: ignore[assignment]
     nn.Module._apply = _apply  # type: ignore[method-assign]
 
 

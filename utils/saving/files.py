@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from layers.errors import input_error
 from utils.errors import StorageError
 
@@ -41,6 +39,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         OSError: the file cannot be read.
         ValueError: it is no safetensors file, it is cut short, or its record is none.
     """
+    from safetensors import SafetensorError, safe_open  # only now: a wrong flag answers without a library
+
     try:
         with safe_open(file, framework="np") as held:
             metadata = held.metadata() or {}

@@ -28,8 +28,7 @@ MARGIN = 2**24  # bytes for logs and figures
 class FolderLock:
     """The folder is this process's until it ends, however it ends.
 
-    A record lock dies with its process and, unlike flock, does not live on in the loader's workers. It lies beside the
-    folder, which may be moved aside.
+    A record lock dies with its process and, unlike flock, does not live on in the loader's workers.
     """
 
     def __init__(self, folder: Path):
@@ -40,13 +39,13 @@ class FolderLock:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = folder.with_name(f".{folder.name}.lock").open("w")
+            self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             got, expected = f"no writing ({error.strerror})", "a folder that can be written"
             raise input_error(f"--checkpoints {folder}", got, expected) from error
         try:
             if fcntl is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks, and the run goes without
                 got = "another run that trains in it"
@@ -56,7 +55,7 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the folder back."""
-        self._file.close()
+        os.close(self._handle)
 
 
 def move_aside(folder: Path) -> Path:
@@ -104,7 +103,7 @@ def open_folder(
             if start.lines:
                 start.lines.append("WARNING: no sound state is left: starting anew")
             start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder)}")
-            folder.mkdir()
+            start.lock = FolderLock(folder)  # the first one stays with what was moved, whoever still waits for it
         start.lines.append(_check_room(args, folder, trained_values))
     if accelerator.num_processes > 1:
         (name,) = broadcast_object_list([start.state["path"].name if start.state else None])
