@@ -45,7 +45,7 @@ from utils.study.table import CSV, LATEX, MARKDOWN, TEXT, write_csv, write_table
 
 PUBLISHED = REPO / "scripts" / "published.toml"
 SHOWN = 5  # names of cells in a line
-STATES = "state.*.safetensors"  # what a run that was stopped resumes from
+STATES = "state.*.pt"  # what a run that was stopped resumes from
 
 
 def main(argv: list[str]) -> int:

@@ -55,8 +55,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record in the checkpoint at `path`, a file or a run's folder; empty where there is none that can be read."""
+    file = path / TENSORS if path.is_dir() else path
     try:
-        return read_header(path / TENSORS if path.is_dir() else path)[0]
+        return read_header(file)[0] if file.is_file() else {}
     except (OSError, ValueError):
         return {}
 
