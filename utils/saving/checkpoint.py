@@ -210,7 +210,7 @@ def add_intervals(checkpoint: Checkpoint, intervals: Intervals) -> Checkpoint:
 
 
 def _write(file: Path, tensors: Mapping[str, torch.Tensor], record: dict[str, Any], intervals: Intervals | None) -> None:
-    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     if intervals is not None:
         record = record | {"intervals": {"levels": list(intervals.levels), "windows": intervals.windows}}
         content[OFFSETS] = torch.from_numpy(intervals.offsets)
