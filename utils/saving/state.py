@@ -6,6 +6,7 @@ disk before the oldest goes. The order of the batches needs no state (see data_p
 rate (utils/training/schedule.py).
 """
 
+import copy
 import json
 import os
 import shlex
@@ -143,16 +144,11 @@ def pack(
         if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
             raise RunError(f"{name} has become NaN or infinite, so it is not saved")
     told = {"identity": identity, "progress": asdict(progress) | {"loss_sum": float(progress.loss_sum)}}
-    moments = {
-        # 8-bit moments share a table of levels; those of a resumed run do not, and it shall save the same bytes.
-        number: {name: value.clone() if name.startswith("qmap") else value for name, value in state.items()}
-        for number, state in optimizer.state_dict()["state"].items()
-    }
     return {
         **json.loads(json.dumps(told)),  # also the same bytes: pickle writes whether two equal strings are one object
         "random": gather_object([random_state(device)]),
         "model": trained,
-        "optimizer": moments,
+        "optimizer": optimizer.state_dict()["state"],
     }
 
 
@@ -234,13 +230,9 @@ class Saver:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(saved["model"][name])
-        # Copies: a window would keep a removed file's space taken.
-        states = {
-            number: {name: value.to(device, copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
-            for number, state in saved["optimizer"].items()
-        }
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        moments = copy.deepcopy(saved["optimizer"])  # windows would keep a removed file's space taken
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         has_own = rank < len(saved["random"])  # else there were fewer processes than now
         set_random_state(saved["random"][rank if has_own else 0], device)
         if not has_own:
