@@ -185,7 +185,7 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster,
     flags = checkpoint.flags
     if flags.get("model", args.model) != args.model:
         raise input_error("--model", args.model, f"{flags['model']}, which {checkpoint.file} holds")
-    checkpoint.check(shapes_of(model))
+    checkpoint.tensors(shapes_of(model))
     # A flag that came to be after the checkpoint was written had its default then.
     check_fixed(args, resumed_defaults() | flags if flags else {}, checkpoint.file)
     words = [flags.get("data"), flags.get("data_path"), flags.get("prompt_text") or ""]

@@ -15,7 +15,7 @@ from models import traits
 from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, run_name
 from utils.kinds import BOOL, LEVELS
 from utils.m4_flags import complete_m4
-from utils.saving.record import read_record
+from utils.saving.files import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
 

@@ -30,7 +30,7 @@ from utils.kinds import (
     real,
     whole,
 )
-from utils.saving.record import read_record
+from utils.saving.files import read_record
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from layers.backbone_files import check_folder
 from layers.errors import input_error
 from models import traits
 from utils.flags import run_name
-from utils.saving.record import find_checkpoint
+from utils.saving.files import find_checkpoint
 
 
 def check_inputs(args: Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_provider.patterns import M4, PATTERNS, m4_file
 from layers.errors import input_error
-from utils.saving.record import read_record
+from utils.saving.files import read_record
 
 SHORT, LONG = "short_term_forecast", "long_term_forecast"
 

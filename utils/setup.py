@@ -1,6 +1,7 @@
 """Set-up of a run: flags made complete and checked, then folder, log, model, loaders and what training needs."""
 
 import os
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import Series, SplitSeries
@@ -18,23 +19,25 @@ from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
+from layers.ranks import from_first
 from models import model_class
 from models.forecaster import Forecaster
 from models.TimeLLM import layers_of, words_on_host
 from utils import checks
-from utils.begin import begin
 from utils.flags import FinalFlags, recorded, run_name
+from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import no_rows_yet, read_history
+from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
-from utils.saving.folder import Start, open_folder, refuse_links, results_folder
+from utils.saving.folder import Start, open_folder, results_folder
 from utils.saving.interrupt import Interrupts
-from utils.saving.shares import whole_shapes
-from utils.saving.state import identity
+from utils.saving.state import Progress, Saver, identity, part_random
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
+from utils.training.optimizer import build_optimizer
 from utils.training.precision import Precision, choose_precision
-from utils.training.session import Job, Limit
+from utils.training.session import Job, Limit, Training
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,6 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if checkpoint is not None:
         checks.check_checkpoint(args, checkpoint, outline, same_data)
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
-        if folder.is_dir() and not in_program:
-            refuse_links(folder)
     intervals = checks.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     if trains and isinstance(series, SplitSeries):
@@ -201,7 +202,7 @@ def load_checkpoint(job: Job) -> Checkpoint:
     checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
     if job.has_checkpoint:
         return checkpoint
-    tensors, trained = checkpoint.tensors(whole_shapes(job.model)), checkpoint.backbone
+    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
     if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
         job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
@@ -293,7 +294,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
-    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    torch.manual_seed((args.seed + repeat) % 2**32)
     cap_memory(device)
     with explain_out_of_memory("loading the model", lambda: advice(args)):
         if plan.info is None:
@@ -336,3 +337,47 @@ def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[st
         )
         log(f"{split} {len(data)}")
     return loaders
+
+
+def begin(job: Job, start: Start) -> Training:
+    """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
+
+    Raises:
+        InputError: it is finished, but its checkpoint is gone.
+        RunError: no memory for the state.
+    """
+    args, model, log, accelerator = job.args, job.model, job.log, job.accelerator
+    optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
+    journal = None
+    if accelerator.is_main_process:
+        events = tensorboard_writer(job.folder, log) if args.tensorboard else None
+        journal = Journal(job.folder, job.steps_per_epoch, events)
+    for line in start.lines:
+        log(line)
+    saver = Saver(job.folder, args, model, optimizer, accelerator, job.device, start.identity, job.record)
+    progress = Progress()
+    if start.state is not None:
+        with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
+            progress = saver.resume(start.state, log)
+        if args.max_sequences is None:  # else what is free today would decide
+            job.step_limit.sequences = progress.max_sequences
+            job.evaluation_limit.sequences = progress.evaluation_sequences
+    else:
+        if model.linear_map is not None:
+            _fit_linear_map(job, model.linear_map)
+        from_first(model.state_dict().values())
+        part_random(accelerator.process_index)
+    return Training(optimizer, saver, progress, journal, start.lock)
+
+
+def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
+    """Ridge regression into the model's map `[T, H]`."""
+    began = time.perf_counter()
+    (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
+    weights, penalty = fit_ridge(train, val)
+    with torch.no_grad():
+        linear_map.copy_(torch.from_numpy(weights))
+    job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
+    if against := doubts(weights, penalty, val):
+        without = ", --skip none does without it" if job.model.uses_llm else ""
+        job.log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")

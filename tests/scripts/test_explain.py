@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from layers.backbone_files import find_backbone
 from models.TimeLLM import Model
@@ -21,7 +21,6 @@ from utils.results.inside import Trial, conclusion, percent
 from utils.run import load_checkpoint
 from utils.run import main as run
 from utils.saving.interrupt import Interrupts
-from utils.saving.tensors import write_tensors
 from utils.setup import setup
 from utils.training.session import Job
 
@@ -328,7 +327,7 @@ def test_a_run_that_ignores_its_prompt_is_said_to(runs, tmp_path) -> None:
     folder.mkdir()
     (folder / "checkpoint.json").write_bytes((runs["vocab"] / "checkpoint.json").read_bytes())
     record = {"record": (runs["vocab"] / "checkpoint.json").read_text("utf-8")}
-    write_tensors(folder / "checkpoint.safetensors", small, record)
+    save_file(small, folder / "checkpoint.safetensors", record)
     assert main([str(folder), "--windows", "4", "--description", "Something else."]) == 0
     found = json.loads((folder / "explain.json").read_text("utf-8"))["prompt"]
     assert (

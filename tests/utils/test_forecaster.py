@@ -9,14 +9,13 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from safetensors import safe_open
 
 import utils.run
 from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, run_folder, write_csv
 from utils.command_line import parse_flags
 from utils.forecaster import Forecaster
-from utils.intervals import Intervals
+from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupts
 from utils.setup import load_checkpoint, setup
 
@@ -117,8 +116,7 @@ def test_many_series_are_forecast_as_each_alone(loaded, frame, name: str) -> Non
 
 def test_bands_are_forecast_plus_deviation_times_offset(trained, loaded, frame) -> None:
     """By hand: the checkpoint's offsets, the deviation of the last window, squares that add up beyond pred_len."""
-    with safe_open(run_folder(trained("DLinear")) / "checkpoint.safetensors", "pt") as held:
-        intervals = Intervals.decode(held.metadata()["intervals"])
+    intervals = Checkpoint.open(run_folder(trained("DLinear"))).intervals
     training = frame[list(COLUMNS)].to_numpy()[:420]
     scale = training.std(axis=0)
     window = frame[list(COLUMNS)].to_numpy()[-SEQ_LEN:] / scale

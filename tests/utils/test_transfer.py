@@ -119,8 +119,8 @@ def test_a_map_in_closed_form_is_of_the_sources_windows(transfer, capsys, tmp_pa
     source = series_from_args(parse_flags(transfer(**ON_SOURCE, data_pretrain=None, data_path_pretrain=None)))
     expected = torch.from_numpy(fit_ridge(source.windows("train"), target.windows("val"))[0]).float()
     held = Checkpoint.open(run_folder(words))
-    assert held.header is not None
-    (found,) = held.tensors(held.header.shapes).values()
+    assert held.shapes is not None
+    (found,) = held.tensors(held.shapes).values()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -19,9 +19,8 @@ from utils.results.calibration import KEPT
 from utils.results.predictions import PREDICTIONS
 from utils.results.test_pass import TestPass
 from utils.saving.checkpoint import RECORD
-from utils.saving.files import write_json
+from utils.saving.files import TENSORS, write_json
 from utils.saving.folder import move_aside
-from utils.saving.record import TENSORS
 from utils.training.session import Job
 
 

@@ -18,8 +18,7 @@ from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts
-from utils.saving.saver import Saver
-from utils.saving.state import Progress
+from utils.saving.state import Progress, Saver
 from utils.training.precision import Precision
 
 

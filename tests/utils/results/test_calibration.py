@@ -19,8 +19,7 @@ from utils.command_line import parse_flags
 from utils.intervals import DECILES
 from utils.results.baselines import baselines
 from utils.results.interval_metrics import IntervalMetrics
-from utils.saving.checkpoint import Checkpoint
-from utils.saving.tensors import write_tensors
+from utils.saving.checkpoint import Checkpoint, save_checkpoint
 
 N = len(COLUMNS)
 
@@ -109,10 +108,10 @@ def test_losses_by_definition() -> None:
 def stripped(folder: Path) -> bytes:
     """Make the checkpoint one of before there were intervals; its tensors' bytes."""
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.header is not None
-    tensors = checkpoint.tensors(checkpoint.header.shapes)
-    checkpoint.file.unlink()
-    write_tensors(checkpoint.file, tensors, {"record": checkpoint.header.metadata["record"]})
+    assert checkpoint.shapes is not None
+    tensors = checkpoint.tensors(checkpoint.shapes)
+    record = {name: value for name, value in checkpoint.record.items() if name != "intervals"}
+    save_checkpoint(folder, tensors, record)
     return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
 
 
@@ -135,9 +134,9 @@ def test_an_older_checkpoint_gets_its_intervals_by_a_test(dlinear, capsys) -> No
     lines = train(["--is_training", "0", "--checkpoint", str(folder)], capsys)
     assert any(line.startswith("Prediction intervals of 80 % and 95 % calibrated") for line in lines)
     added = Checkpoint.open(folder)
-    assert kept is not None and added.intervals is not None and added.header is not None
+    assert kept is not None and added.intervals is not None and added.shapes is not None
     np.testing.assert_allclose(added.intervals.offsets, kept.offsets, rtol=1e-5, atol=1e-6)
-    tensors = added.tensors(added.header.shapes)
+    tensors = added.tensors(added.shapes)
     assert b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors)) == before
     again = json.loads((folder / "metrics.json").read_text())
     assert again["intervals"]["levels"]["95"]["coverage"] == scores["intervals"]["levels"]["95"]["coverage"]

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import utils.training.train
 from tests.small_run import run_folder, train
 from utils.command_line import parse_flags
 from utils.errors import RunError
 from utils.saving.interrupt import Interrupts
-from utils.saving.state import FIRST_SCALE, Progress, find_state
+from utils.saving.state import FIRST_SCALE, find_state
 from utils.setup import setup
 from utils.training.evaluate import score
 from utils.training.precision import choose_precision
@@ -193,18 +192,11 @@ def test_a_resumed_run_goes_on_with_its_scale(argv, capsys, monkeypatch, tmp_pat
     for words in (whole, parts[0]):
         train(words, capsys)
     before, _ = find_state(run_folder(parts[0]))
-    assert before is not None and Progress.from_json(before.progress).good_steps == 4
+    assert before is not None and before["progress"]["good_steps"] == 4
     assert any("Resuming from" in line for line in train(parts[1], capsys))
-    states = [find_state(run_folder(words))[0] for words in (whole, parts[1])]
-    assert states[0] is not None and states[1] is not None
-    assert states[0].progress == states[1].progress
-    assert (states[0].progress["loss_scale"], states[0].progress["good_steps"]) == (
-        FIRST_SCALE,
-        2,
-    )  # the first step has halved it
-    tensors = [load_file(state.path) for state in states if state]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+    one, two = (find_state(run_folder(words))[0] for words in (whole, parts[1]))
+    assert (one["progress"]["loss_scale"], one["progress"]["good_steps"]) == (FIRST_SCALE, 2)  # the first step has halved it
+    assert one["path"].read_bytes() == two["path"].read_bytes()
 
 
 def test_evaluation_is_finite_in_fp16(begin) -> None:

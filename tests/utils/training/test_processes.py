@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
@@ -55,8 +54,10 @@ def losses(words: list[str]) -> list[float]:
 
 def tensors(words: list[str]) -> dict[str, torch.Tensor]:
     """Those of the newest state, without the random generators'."""
-    held = load_file(state_files(run_folder(words))[0])
-    return {name: tensor for name, tensor in held.items() if not name.startswith("random")}
+    held = torch.load(state_files(run_folder(words))[0])
+    moments = {f"{number}.{name}": value for number, of in held["optimizer"].items() for name, value in of.items()}
+    named = {"model": held["model"], "optimizer": moments}
+    return {f"{kind}.{name}": value for kind, of in named.items() for name, value in of.items() if torch.is_tensor(value)}
 
 
 def assert_alike(words: list[str], others: list[str], tolerance: float) -> None:
