@@ -182,7 +182,7 @@ def machine(device: "torch.device") -> dict[str, str]:
     """Names and versions of what the run would run on."""
     import torch
 
-    from utils.checks import nvidia_driver
+    from utils.validate import nvidia_driver
 
     found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
     if device.type == "cuda":

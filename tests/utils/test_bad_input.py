@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import layers.backbone
 import run_main
 from tests.small_run import ROWS, command_line, refusal, run_folder, write_csv
-from utils.checks import check_model, outline
+from utils import validate
 from utils.command_line import parse_flags
 from utils.saving.checkpoint import shapes_of
 

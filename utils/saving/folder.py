@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from data_provider.data_loader import Series
 from layers.errors import InputError, input_error
 from layers.ranks import from_all
-from utils.flags import default_of, same_experiment
+from utils.flags import DEFAULTS, same_experiment
 from utils.saving.asks import SECONDS
 from utils.saving.checkpoint import LEGACY, Checkpoint, trained_on
 from utils.saving.files import FULL, PARTIAL, free_bytes, remove_partials, size_text
@@ -261,7 +261,7 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         data: None where they count as the training's.
     """
     home = checkpoint.file.parent
-    usual = (Path(default_of("checkpoints")).resolve(), home.parent.resolve())
+    usual = (Path(DEFAULTS["checkpoints"]).resolve(), home.parent.resolve())
     if args.checkpoint and same_experiment(args, checkpoint.flags) and Path(args.checkpoints).resolve() in usual:
         run_folder = home
     record = checkpoint.record if run_folder.resolve() == home.resolve() else read_record(run_folder)

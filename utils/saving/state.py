@@ -27,7 +27,7 @@ from layers.errors import input_error
 from layers.ranks import from_all, processes, this_process
 from models.forecaster import Forecaster
 from utils.errors import RunError, StorageError
-from utils.flags import resumed, resumed_defaults
+from utils.flags import DEFAULTS, resumed
 from utils.saving.files import FULL, write_atomic
 from utils.saving.record import read_header
 from utils.saving.shares import Shares
@@ -156,7 +156,7 @@ def compare(saved: SavedState, now: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    return {f"--{name}": value for name, value in resumed_defaults().items()}
+    return {f"--{name}": value for name, value in resumed(Namespace(**DEFAULTS)).items()}
 
 
 def _short(value: object) -> str:

@@ -32,8 +32,8 @@ PARTS = ("title", "reference", "flags", "grid", VARIANT, "skip")
 USUAL = {"--task_name": "long_term_forecast", "--is_training": "1", "--model_id": "study", "--model_comment": "study"}
 # What a study says itself. A repeat is a value of the axis seed here.
 OWN = {"--checkpoints": "the folder of the cell", "--checkpoint": "a training in each cell", "--resume": "always on"}
-KINDS = {flag.name: flag.kind for flag in FLAGS}
-RECORDED = {flag.name for flag in FLAGS if flag.role.recorded}
+KINDS = {flag.name: flag.type for flag in FLAGS}
+RECORDED = {flag.name for flag in FLAGS if flag.group != "output"}
 LONGEST = 120  # characters of a cell's id without its hash
 
 
@@ -202,8 +202,8 @@ def _word(where: str, name: str, value: object) -> str:
         raise input_error(f"{where} {name}", repr(value), kind.expected)
     try:
         return str(kind(str(value)))
-    except argparse.ArgumentTypeError:
-        raise input_error(f"{where} {name}", repr(value), kind.expected, kind.hint(str(value))) from None
+    except argparse.ArgumentTypeError as error:
+        raise input_error(f"{where} {name}", repr(value), str(error).partition(", expected ")[2]) from None
 
 
 def _read_words(words: Sequence[str]) -> dict[str, str]:
