@@ -269,11 +269,13 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
         exit_on_error=False,
     )
     groups = {flag.group: parser.add_argument_group(flag.group) for flag in {f.group: f for f in FLAGS}.values()}
+    words: dict[ArgType, dict[str, Any]] = {BOOL: {"nargs": "?", "const": True}, LEVEL: {"nargs": "+"}}
     for flag in FLAGS:
         default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
         shown = " (required)" if flag.name in required else "" if default is None else f" (default: {default})"
-        words: dict[str, Any] = {BOOL: {"nargs": "?", "const": True}, LEVEL: {"nargs": "+"}}.get(flag.type, {})
-        groups[flag.group].add_argument(f"--{flag.name}", type=flag.type, metavar="X", help=flag.help + shown, **words)
+        groups[flag.group].add_argument(
+            f"--{flag.name}", type=flag.type, metavar="X", help=flag.help + shown, **words.get(flag.type, {})
+        )
     return parser
 
 
