@@ -141,7 +141,7 @@ def test_one_column_of_both_and_gaps_are_told(transfer, capsys, tmp_path: Path) 
 
 
 def test_what_contradicts_is_one_line(transfer, small, capsys, tmp_path: Path) -> None:
-    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got x.csv, expected --data_pre")
+    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got x.csv, expected --")
     assert refusal(transfer(data_path_pretrain=None), capsys).startswith("--data_path_pretrain: got nothing, expected the")
     missing = refusal(transfer(data_path_pretrain="gone.csv"), capsys)
     assert "gone.csv: got no such file" in missing
