@@ -22,7 +22,7 @@ from layers.errors import input_error, listed
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import DEFAULTS, FLAGS, refuse, resumed
-from utils.intervals import LEVELS, Intervals, fewest_windows, name_of, supported
+from utils.intervals import LEVELS, Intervals, fewest_windows, name_of
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 
@@ -242,7 +242,7 @@ def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | Non
         kept = kept.of([names.index(name) for name in wanted]) if fits else None
     if isinstance(series, SplitSeries):
         asked, windows = args.intervals or LEVELS, len(series.windows("val"))
-        levels = supported(asked, windows)
+        levels = tuple(level for level in asked if windows >= fewest_windows(level))
         few = [level for level in asked if level not in levels]
         least = max(map(fewest_windows, few), default=0)
         if few and args.intervals:
