@@ -417,7 +417,11 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         (args.pred_len != horizon and "pred_len" in given, "pred_len", f"{horizon}, the competition's for {pattern}"),
         (args.data_path not in (None, file), "data_path", f"{alone}: --seasonal_patterns names the files"),
         (args.intervals, "intervals", f"none with --data {M4}: each series has one validation window"),
-        (args.do_predict, "do_predict", f"{alone}: a test leaves the forecasts of what follows the training file"),
+        (
+            args.do_predict,
+            "do_predict",
+            f"False with --data {M4}: a test leaves the forecasts after the training file",
+        ),
         (args.features != "M", "features", f"M with --data {M4}"),
         (args.percent != 100, "percent", f"100 with --data {M4}"),
         (args.fill_missing, "fill_missing", alone),
@@ -434,7 +438,8 @@ def refuse(args: argparse.Namespace, *rows: tuple[object, str, str]) -> None:
     for wrong, name, expected in rows:
         if wrong:
             value = getattr(args, name)
-            raise input_error(f"--{name}", "nothing" if value is None else value, expected)
+            found = " ".join(map("{:g}".format, value)) if isinstance(value, tuple) else value
+            raise input_error(f"--{name}", "nothing" if value is None else found, expected)
 
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
