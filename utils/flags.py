@@ -372,7 +372,6 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
         args.label_len = min(48, args.seq_len)
     if args.model != "Autoformer":  # nothing else reads it; published command lines have one that is too long
         args.label_len = min(args.label_len, args.seq_len)
-    forecasts = (("predict_path", None), ("predict_steps", None), ("append", False))
     refuse(
         args,
         (
@@ -396,8 +395,14 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
             "llm_model_path",
             f"the folder or hub id of the {args.llm_model} weights",
         ),
-        *((args.is_training and getattr(args, n), n, "--is_training 0 with it") for n in ("checkpoint", "predict_path")),
-        *((getattr(args, n) != off and not args.do_predict, n, "--do_predict with it") for n, off in forecasts),
+        *(
+            (args.is_training and getattr(args, name), name, "--is_training 0 with it")
+            for name in ("checkpoint", "predict_path")
+        ),
+        *(
+            (getattr(args, name) not in (None, False) and not args.do_predict, name, "--do_predict with it")
+            for name in ("predict_path", "predict_steps", "append")
+        ),
     )
     return args
 

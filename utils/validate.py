@@ -76,9 +76,13 @@ def check_device(args: Namespace) -> None:
     if driver is not None:
         got = f"an NVIDIA GPU (driver {driver}) that PyTorch {torch.__version__} cannot use"
         expected = "a PyTorch with CUDA" if torch.version.cuda is None else f"a driver for its CUDA {torch.version.cuda}"
-        hint = "update the driver (under WSL2 the one of Windows), install another build (TORCH_INDEX_URL=https://download."
-        hint += "pytorch.org/whl/cu126 bash scripts/setup_env.sh), or give --device cpu"
-        raise input_error(f"--device {args.device}", got, expected, hint)
+        raise input_error(
+            f"--device {args.device}",
+            got,
+            expected,
+            "update the driver (under WSL2 the one of Windows), install another build (TORCH_INDEX_URL="
+            "https://download.pytorch.org/whl/cu126 bash scripts/setup_env.sh), or give --device cpu",
+        )
     if args.device == "cuda":
         raise input_error("--device", "cuda, and PyTorch finds no GPU", "auto or cpu on this machine")
     if args.load_in_4bit:
