@@ -5,6 +5,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from layers.errors import InputError
@@ -29,7 +30,12 @@ def main(argv: Sequence[str], prog: str = "run_main.py") -> int:
 
             return run(args, interrupts)
         except (InputError, RunError) as error:
-            print(f"{prog}: error: {error}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            who = prog if rank == "0" else f"{prog}: rank {rank}"
+            if rank == "0" or isinstance(error, RunError):
+                print(f"{who}: error: {error}", file=sys.stderr, flush=True)
+            if rank != "0":
+                time.sleep(5)  # a launcher ends all processes once one has ended: let the first one say why
             return 2 if isinstance(error, InputError) else 1
         except Interrupted as signal:
             return signal.exit_code

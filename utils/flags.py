@@ -462,16 +462,6 @@ def same_experiment(args: argparse.Namespace, held: dict[str, Any]) -> bool:
     return all(held.get(name) == getattr(args, name) for name in ("model_id", "model_comment", "des"))
 
 
-# What the machines of a group may have each in its own way.
-OF_A_MACHINE = {"root_path", "llm_model_path", "predict_path", "device", "num_workers"}
-
-
-def differing(args: argparse.Namespace, first: argparse.Namespace) -> str | None:
-    """The name of a flag that this process of a group has otherwise than the first one; None where all is alike."""
-    names = [flag.name for flag in FLAGS if flag.name not in OF_A_MACHINE]
-    return next((name for name in names if getattr(args, name) != getattr(first, name)), None)
-
-
 def clean_name(text: str) -> str:
     """`text` as part of a folder's name: letters, digits, `.`, `_` and `-`; no leading dot."""
     return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"

@@ -171,16 +171,20 @@ def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries |
         InputError: `--data_pretrain` has other columns, or no training window is whole and a linear map is to be fitted.
     """
     if pretrain is not None and not model.channel_independent and pretrain.columns != series.columns:
-        got = f"the columns {', '.join(pretrain.columns[:LISTED])} of {pretrain.path}"
-        reason = f"for --model {args.model} forecasts each from all"
-        raise input_error("--data_pretrain", got, f"those of {series.path}, {', '.join(series.columns[:LISTED])}, {reason}")
+        raise input_error(
+            "--data_pretrain",
+            f"the columns {', '.join(pretrain.columns[:LISTED])} of {pretrain.path}",
+            f"those of {series.path}, {', '.join(series.columns[:LISTED])}: --model {args.model} forecasts each from all",
+        )
     trains_on = pretrain or series
     if not (args.is_training and isinstance(trains_on, SplitSeries)) or model.linear_map is None:
         return
     if trains_on.windows("train").sequence_count == 0:
-        flag = f"--skip {args.skip}" if model.uses_llm else f"--model {args.model}"
-        expected = f"a shorter --seq_len, or series of {args.seq_len + 2 * args.pred_len} values"
-        raise input_error(flag, f"--seq_len {args.seq_len}, with which no training series has a whole window", expected)
+        raise input_error(
+            f"--skip {args.skip}" if model.uses_llm else f"--model {args.model}",
+            f"--seq_len {args.seq_len}, with which no training series has a whole window",
+            f"a shorter --seq_len, or series of {args.seq_len + 2 * args.pred_len} values",
+        )
 
 
 def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster, same_data: bool) -> None:
@@ -200,8 +204,12 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster,
         raise input_error("--model", args.model, f"{flags['model']}, which {file} holds")
     trained_on = checkpoint.trained_data.get("file")
     if args.data_pretrain and trained_on not in (None, Path(args.data_path_pretrain).name):
-        got = f"{args.data_pretrain}, file {args.data_path_pretrain}"
-        raise input_error("--data_pretrain", got, f"{trained_on}, on which {file} was trained", "or leave it out")
+        raise input_error(
+            "--data_pretrain",
+            f"{args.data_pretrain}, file {args.data_path_pretrain}",
+            f"{trained_on}, on which {file} was trained",
+            "or leave it out",
+        )
     checkpoint.check(shapes_of(model))
     if not flags:
         return
