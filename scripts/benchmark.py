@@ -26,8 +26,8 @@ import torch  # noqa: E402
 from layers.errors import InputError  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from scripts.measure import MEASUREMENTS, VARIANTS  # noqa: E402
-from utils.command_line import parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
 
 
 def main() -> int:

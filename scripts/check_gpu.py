@@ -28,8 +28,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
+from utils.flags import FlagParser, parse_flags  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +182,7 @@ def machine(device: "torch.device") -> dict[str, str]:
     """Names and versions of what the run would run on."""
     import torch
 
-    from utils.checks import nvidia_driver
+    from utils.validate import nvidia_driver
 
     found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
     if device.type == "cuda":

@@ -33,8 +33,8 @@ from data_provider.patterns import M4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from layers.prompt import PromptEncoder  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
-from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
+from utils.flags import FlagParser, parse_flags  # noqa: E402
 from utils.results import inside  # noqa: E402
 from utils.results.plots import FORECAST, HISTORY, TRUTH, day_of, dress, fonts, glyphs  # noqa: E402
 from utils.results.test_pass import Window  # noqa: E402

@@ -27,8 +27,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.command_line import FlagParser  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
+from utils.flags import FlagParser  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.study.cells import (  # noqa: E402
     DONE,

@@ -18,8 +18,10 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from data_provider.splits import DATASETS  # noqa: E402
-from utils.command_line import parse_flags  # noqa: E402
-from utils.flags import run_name  # noqa: E402
+from utils.flags import (
+    parse_flags,  # noqa: E402
+    run_name,  # noqa: E402
+)
 
 COLUMNS = ("zero-shot", "source", "last 24 h", "ridge")
 Errors = tuple[float, float] | None  # MSE and MAE; None: the data have no season to repeat

@@ -94,7 +94,7 @@ import utils.training.train
 from data_provider.batches import Batch
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Saver
 from utils.training.train import Clock, train_epoch

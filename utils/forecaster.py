@@ -26,7 +26,7 @@ from data_provider.description import frequency
 from data_provider.frames import check_rows, tables_of
 from data_provider.timefeatures import time_marks
 from layers.errors import input_error
-from utils.command_line import flags_for
+from utils.flags import flags_for
 from utils.intervals import Intervals, name_of
 from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
 from utils.results.log import KeptLog

@@ -14,7 +14,6 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import Series, SplitSeries
-from data_provider.description import frequency
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
@@ -23,8 +22,8 @@ from layers.ranks import from_first
 from models import model_class
 from models.forecaster import Forecaster
 from models.TimeLLM import layers_of, words_on_host
-from utils import checks
-from utils.flags import FinalFlags, recorded, run_name
+from utils import validate
+from utils.flags import recorded, run_name
 from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import no_rows_yet, read_history
 from utils.results.journal import Journal, tensorboard_writer
@@ -44,13 +43,13 @@ from utils.training.session import Job, Limit, Training
 class Plan:
     """A run whose flags are complete and checked; no weight is loaded yet."""
 
-    args: FinalFlags
+    args: Namespace
     folder: Path  # of its results
     series: Series  # a SplitSeries, but for a run that only forecasts
     info: BackboneInfo | None  # the language model's, where there is one
     outline: Forecaster  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
-    intervals: checks.IntervalPlan
+    intervals: validate.IntervalPlan
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     device: torch.device
@@ -139,33 +138,31 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     """
     args = Namespace(**vars(args))
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
-    checks.check_device(args)
+    validate.check_flags(args)
     accelerator, device = find_device(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
-    if in_program and checkpoint is not None:
-        series, same_data, notes = no_rows_yet(args, checkpoint)
+    series: Series
+    if checkpoint is not None and forecasts_only:
+        series, same_data, notes = no_rows_yet(args, checkpoint) if in_program else read_history(args, checkpoint)
     else:
-        series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
+        series, notes = series_from_args(args), []
+        same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
     if args.do_predict and not in_program:
         series.future_dates(1)
-    info = checks.check_model(args)
-    if not model_class(args.model).channel_independent and args.freq is None:
-        args.freq = frequency(series.step)  # tells how many time marks there are
+    validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = pretraining_series(args) if trains and args.data_pretrain else None
-    checks.check_pretraining(args, series, pretrain, checkpoint)
-    outline = checks.outline(args, info)
+    info = validate.complete_from_model(args, pretrain or series)
+    with torch.device("meta"):
+        outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
-        checks.check_checkpoint(args, checkpoint, outline, same_data)
+        validate.check_checkpoint(args, checkpoint, outline, same_data)
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
-    intervals = checks.plan_intervals(args, series, checkpoint, same_data)
+    intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
-    if trains and isinstance(series, SplitSeries):
-        checks.check_linear_map(args, pretrain or series, outline)
-        checks.fit_batch(args, pretrain or series, outline)
     precision = choose_precision(args, device, uses_llm=info is not None)
-    final = FinalFlags(args)
-    plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
+    plan = Plan(args, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
@@ -236,20 +233,6 @@ def describe_run(
     return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
 
 
-def _read_series(args: Namespace, checkpoint: Checkpoint | None, forecasts_only: bool) -> tuple[Series, bool, list[str]]:
-    """The data; whether they are those of the checkpoint's training; and what is to be said of a forecast's history.
-
-    Fills in `enc_in` and `prompt_text`.
-    """
-    if forecasts_only and checkpoint is not None:
-        return read_history(args, checkpoint)
-    series = series_from_args(args)
-    checks.check_channels(args, series)
-    checks.fill_in_prompt(args, series, checkpoint)
-    same = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
-    return series, same, []
-
-
 def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
     """The folder of a run that trains, locked, and what it finds there; None for one that does not."""
     if not (plan.args.is_training and isinstance(plan.series, SplitSeries)):
@@ -266,15 +249,13 @@ def _open_log(plan: Plan) -> RunLog:
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
     log(f"Using device: {plan.device}")
-    for line in checks.shares(args, plan.accelerator.num_processes):
-        log(line)
-    for each in (series, plan.pretrain):
-        if each is not None and each.synthetic:
-            log(f"SYNTHETIC DATA: {each.path} was generated, not measured; results on it say nothing about real series")
-    if plan.pretrain is not None:
-        for line in checks.transfer(series, plan.pretrain):
-            log(line)
-    for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
+    world = plan.accelerator.num_processes
+    if world > 1:
+        each = " or ".join(map(str, sorted({args.batch_size // world, -(-args.batch_size // world)})))
+        step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process; "
+        own = f"--eval_batch_size {args.eval_batch_size} and --max_sequences are of each"
+        log(f"{world} processes: {step if args.is_training else ''}{own}")
+    for line in validate.overview(args, series, plan.pretrain):
         log(line)
     for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
         log(line)

@@ -12,7 +12,7 @@ from data_provider.description import dataset_description
 from data_provider.splits import DATASETS, DataSet, Splits, find_csv, split_rows
 from layers.errors import InputError
 from tests.realdata import ROOT, real_data
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 
 FILE = Path("some.csv")
 

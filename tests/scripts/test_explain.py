@@ -15,7 +15,7 @@ from layers.backbone_files import find_backbone
 from models.TimeLLM import Model
 from scripts.explain import main, other_description
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.results import inside
 from utils.results.inside import Trial, conclusion, percent
 from utils.run import load_checkpoint

@@ -79,7 +79,7 @@ def test_a_cells_name_says_what_was_tried(tmp_path: Path) -> None:
         ("[grid]\nseed = []\n", (), (), "[grid] seed: got [], expected a list of values"),
         ("[grid]\nsede = [1]\n", (), (), "cell sede = 1: --sede: got an unknown flag, expected perhaps --seed"),
         (FLAGS + "[grid]\nseed = [1, 'x']\n", (), (), "cell seed = x: --seed: got 'x', expected a whole number from 0 to"),
-        (FLAGS + "[grid]\nseq_len = [512, 8]\n", (), (), "cell seq_len = 8: --seq_len: got 8, shorter than a patch"),
+        (FLAGS + "[grid]\nseq_len = [512, 8]\n", (), (), "cell seq_len = 8: --seq_len: got 8, expected --patch_len 16"),
         (FLAGS + "[grid]\nlearning_rate = [0.001, '1e-3']\n", (), (), "got the flags of {'learning_rate': '0.001'}"),
         (FLAGS + "seed = 1\n[grid]\nseed = [1]\n", (), (), "seed: got a flag of '[flags]', and an axis"),
         (FLAGS + VARIANTS, (), ("--prompt_decimals", "2"), "prompt_decimals: got a flag of 'short, 4', and an axis or"),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import utils.run
 from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, run_folder, write_csv
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.forecaster import Forecaster
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupts

@@ -21,7 +21,7 @@ from scripts import m4_scores, summary
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.results.comparison import report
 from utils.results.m4_scores import errors_of, naive2, table
 from utils.study.cells import read_study
@@ -264,15 +264,15 @@ def test_a_map_that_nothing_can_be_fitted_to_is_refused_before_the_folder_is_tak
     [
         (
             {"task_name": "long_term_forecast"},
-            "--task_name long_term_forecast: got it with --data m4, expected --data m4 with",
+            "--task_name: got long_term_forecast, expected short_term_forecast with --data m4",
         ),
         ({"pred_len": 8}, "--pred_len: got 8, expected 6, the competition's for Yearly"),
         ({"data_path": "my.csv"}, "--data_path: got my.csv, expected nothing with --data m4"),
         ({"features": "S"}, "--features: got S, expected M with --data m4"),
         ({"percent": 10}, "--percent: got 10, expected 100 with --data m4"),
-        ({"do_predict": True}, "--do_predict: got it, expected none with --data m4: a test leaves the forecasts"),
-        ({"intervals": 80}, "--intervals: got levels with --data m4, expected none"),
-        ({"patch_len": 16}, "--seq_len: got 12, shorter than a patch, expected --patch_len 16 or more"),
+        ({"do_predict": True}, "--do_predict: got True, expected False with --data m4: a test leaves the forecasts"),
+        ({"intervals": 80}, "--intervals: got 80, expected none with --data m4"),
+        ({"patch_len": 16}, "--seq_len: got 12, expected --patch_len 16 or more"),
         ({"seasonal_patterns": "Hourly"}, "--seasonal_patterns Hourly: got no Hourly-train.csv and Hourly-test.csv"),
         ({"model": "DLinear", "llm_model_path": None}, "--model: got DLinear, expected TimeLLM or Ridge with --data m4"),
         ({"batch_size": 7}, "--batch_size: got 7, expected at most 6, for 6 training windows"),
@@ -291,7 +291,7 @@ def test_other_data_take_none_of_the_competitions(tmp_path: Path, backbones, cap
         [*words, "--data_pretrain", "m4"], capsys
     )
     line = refusal([*words, "--task_name", "short_term_forecast"], capsys)
-    assert line.startswith("--task_name short_term_forecast: got it with --data custom, expected --data m4 with short_term")
+    assert line.startswith("--task_name: got short_term_forecast, expected short_term_forecast with --data m4")
 
 
 @pytest.mark.parametrize(

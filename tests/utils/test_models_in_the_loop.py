@@ -26,7 +26,7 @@ from tests.small_run import (
     run_folder,
     train,
 )
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import OFFSETS
 from utils.saving.interrupt import Interrupted, Interrupts

@@ -22,7 +22,7 @@ from models.TimeLLM import Model
 from scripts.make_backbone import make_backbone
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, command_line, figures, run_folder, train, write_csv
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 
 
 def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:

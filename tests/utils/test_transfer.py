@@ -13,7 +13,7 @@ import utils.run
 from data_provider.data_factory import series_from_args
 from tests.small_run import PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train, write_csv
 from tests.utils.test_models_in_the_loop import StopAt, same
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.results.baselines import fit_ridge
 from utils.results.comparison import report
 from utils.saving.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ def test_one_column_of_both_and_gaps_are_told(transfer, capsys, tmp_path: Path) 
 
 
 def test_what_contradicts_is_one_line(transfer, small, capsys, tmp_path: Path) -> None:
-    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got it without --data_pre")
+    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got x.csv, expected --")
     assert refusal(transfer(data_path_pretrain=None), capsys).startswith("--data_path_pretrain: got nothing, expected the")
     missing = refusal(transfer(data_path_pretrain="gone.csv"), capsys)
     assert "gone.csv: got no such file" in missing

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from data_provider.data_loader import Series
 from layers.errors import input_error
-from utils.flags import default_of, same_experiment
+from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text
 from utils.saving.state import SECONDS, compare, find_state, read_state, state_bytes, state_files
@@ -143,7 +143,7 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         data: None where they count as the training's.
     """
     home = checkpoint.file.parent
-    usual = (Path(default_of("checkpoints")).resolve(), home.parent.resolve())
+    usual = (Path(DEFAULTS["checkpoints"]).resolve(), home.parent.resolve())
     if args.checkpoint and same_experiment(args, checkpoint.flags) and Path(args.checkpoints).resolve() in usual:
         run_folder = home
     if run_folder.resolve() != home.resolve():  # what was trained there counts

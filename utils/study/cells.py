@@ -25,8 +25,7 @@ from safetensors import safe_open
 
 from data_provider.patterns import M4
 from layers.errors import InputError, input_error
-from utils.command_line import parse_flags
-from utils.flags import FLAGS, clean_name, run_name
+from utils.flags import FLAGS, clean_name, parse_flags, run_name
 from utils.saving.files import write_json
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
@@ -35,7 +34,7 @@ PARTS = {"title": str, "reference": str, "flags": dict, "grid": dict, VARIANT: l
 # What run_main asks for and a study need not say.
 USUAL = {"task_name": "long_term_forecast", "is_training": 1, "model_id": "study", "model_comment": "study"}
 OWN = {"checkpoints", "checkpoint", "resume"}  # the study sets them
-RECORDED = {flag.name for flag in FLAGS if flag.role.recorded}  # the others are of output and change no result
+RECORDED = {flag.name for flag in FLAGS if flag.group != "output"}  # the others are of output and change no result
 LONGEST = 120  # characters of a cell's name without its hash
 NOTE, LOG = "cell.json", "log.txt"  # in a cell's folder, beside the run's
 NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"

@@ -18,7 +18,7 @@ from data_provider.timestamps import future_dates
 from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.realdata import ROOT
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.results.forecast import read_history, roll
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import read_record

@@ -18,7 +18,7 @@ from data_provider.data_factory import series_from_args
 from data_provider.table import read_table
 from layers.errors import InputError
 from tests.small_run import command_line, figures, run_folder, train, write_csv
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.intervals import Intervals
 from utils.saving.checkpoint import Checkpoint, save_checkpoint
 

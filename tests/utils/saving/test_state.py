@@ -29,8 +29,9 @@ class Run:
         kinds = {"adam": lambda values: torch.optim.Adam(values, lr=0.1, fused=True), "adamw8bit": AdamW8bit}
         self.optimizer = kinds[optimizer](self.model.parameters())
         args = Namespace(save_steps=1, train_epochs=9, patience=3, optimizer=optimizer)
-        self.saver = Saver(folder, args, self.model, self.optimizer, Accelerator(cpu=True), torch.device("cpu"), IDENTITY, {})
-        self.progress = Progress(loss_sum=torch.tensor(1 / 3, dtype=torch.float64))
+        cpu = torch.device("cpu")
+        self.saver = Saver(folder, args, self.model, self.optimizer, Accelerator(cpu=True), cpu, IDENTITY, {})
+        self.progress = Progress(loss_sum=1 / 3)
         self.lines: list[str] = []
 
     def step(self) -> float:

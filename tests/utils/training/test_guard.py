@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.live import Lab
-from utils.command_line import parse_flags
 from utils.errors import RunError
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.setup import setup
 from utils.training.evaluate import score

@@ -17,7 +17,7 @@ from layers.patch import patch_count
 from models.TimeLLM import Model
 from tests.conftest import NAMES
 from tests.small_run import command_line, make_batch, random_windows, small_model, train
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.setup import setup
 from utils.training.memory import advice
 from utils.training.session import Job

@@ -8,8 +8,8 @@ import torch
 
 import utils.training.train
 from tests.small_run import run_folder, train
-from utils.command_line import parse_flags
 from utils.errors import RunError
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import FIRST_SCALE, find_state
 from utils.setup import setup
