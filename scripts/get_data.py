@@ -84,9 +84,8 @@ def get(name: str, out: Path, offline: bool) -> Path:
         path = write_synthetic_m4(out / "synthetic" / name)
     else:
         path = write_synthetic(name, out / "synthetic")
-    print(
-        f"{name}: !!! {path} IS SYNTHETIC (made up, not measured): results on it say NOTHING about {'M4' if name == 'm4' else name} !!!"
-    )
+    public = "M4" if name == "m4" else name
+    print(f"{name}: !!! {path} IS SYNTHETIC (made up, not measured): results on it say NOTHING about {public} !!!")
     return path
 
 
