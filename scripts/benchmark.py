@@ -104,21 +104,15 @@ def show(found: dict[str, Any]) -> None:
     print(
         "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}".format(**seen)
     )
-    columns = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "at_once", "batch_s", "loader_share"]
+    columns = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
     table = pd.DataFrame(found).T.reindex(columns=columns).dropna(axis=1, how="all")
-    print(table.astype({"at_once": int}).to_string(float_format="{:.3f}".format))
-    fast = found.get("fast", {})
-    for name in ("plain", "plain_sdpa"):
-        if name in found and fast:
-            speed, memory = found[name]["s_per_step"] / fast["s_per_step"], fast["peak_gib"] / found[name]["peak_gib"]
-            evaluation, alone = (found[name][key] / fast[key] for key in ("eval_s", "eval_alone_s"))
-            print(
-                f"fast over {name}: speedup {speed:.2f}, memory ratio {memory:.2f}, evaluation {evaluation:.2f}, "
-                f"in a process that only evaluates {alone:.2f}"
-            )
-    if fast:
+    table = table.astype({"at_once": int})
+    print(table.to_string(float_format="{:.3f}".format))
+    if fast := found.get("fast"):
+        ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
+        print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
         print(
-            f"floor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s; "
+            f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s; "
             f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
         )
 
@@ -252,9 +246,10 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        found["card"] = f"{card.name}, {total:.2f} GiB, {free:.2f} of them free"
-        found["compute capability"] = f"{card.major}.{card.minor}, bf16: {'yes' if bf16 else 'no'}"
+        bf16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        found["card"] = (
+            f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
+        )
     else:
         info = Path("/proc/cpuinfo")
         lines = info.read_text(errors="replace").splitlines() if info.exists() else []
