@@ -46,7 +46,7 @@ from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.session import Job  # noqa: E402
-from utils.training.train import leave_gradients  # noqa: E402
+from utils.training.train import train_step  # noqa: E402
 
 # Published implementations ask transformers for the attention weights, which makes it fall back to eager
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
@@ -131,10 +131,10 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
 
     evaluation()  # the first one makes caches
     alone, rates = evaluation(), [0.0]
-    timed(device, step, job, batch)
-    times = []
+    times, lr = [], job.args.learning_rate
+    train_step(job, batch, lr)
     for _ in range(args.rounds):
-        times.append(timed(device, step, job, batch))
+        times.append(timed(device, train_step, job, batch, lr))
         if fast:
             rates.append(matmul_rate(device, model.backbone.dtype))
     found: dict[str, Any] = {
@@ -159,13 +159,13 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
         found["batch_s"] = time.process_time() - began
         batches = iter(loader)
-        step(job, next(batches).to(device))  # workers start
+        train_step(job, next(batches).to(device), lr)  # workers start
         began = time.perf_counter()
         for _ in range(args.rounds):
             asked = time.perf_counter()
             batch = next(batches).to(device)
             waited += time.perf_counter() - asked
-            timed(device, step, job, batch)
+            timed(device, train_step, job, batch, lr)
         found["loader_share"] = waited / (time.perf_counter() - began)
     job.close()
     return found
@@ -200,17 +200,6 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> J
     return job
 
 
-def step(job: Job, batch: Batch) -> torch.Tensor:
-    """One training step, as the loop makes it; its loss."""
-    training = job.training
-    loss = training.guard.whole(leave_gradients(job, batch))
-    if training.guard.allows_step():
-        training.optimizer.step()
-    training.guard.count(batch, loss, training.progress)
-    job.model.zero_grad(set_to_none=True)
-    return loss
-
-
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
     """Seconds that `work(*args)` takes, until the device has done it."""
     began = time.perf_counter()
@@ -229,7 +218,7 @@ def step_flops(job: Job, batch: Batch) -> int:
     if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
         missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        step(job, batch)
+        train_step(job, batch, job.args.learning_rate)
     return counter.get_total_flops()
 
 

@@ -27,7 +27,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from layers.errors import InputError, input_error  # noqa: E402
-from scripts.benchmark import GIB, machine, step, timed  # noqa: E402
+from scripts.benchmark import GIB, machine, timed  # noqa: E402
 from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
@@ -35,7 +35,7 @@ from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice  # noqa: E402
-from utils.training.train import save  # noqa: E402
+from utils.training.train import save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATION_BATCHES = 2, 6, 3
 
@@ -86,9 +86,14 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     try:
         note_peaks("loading")
-        batches, losses, times = islice(train, WARM_UP + STEPS), [], []
-        while len(times) < WARM_UP + STEPS:  # the wait for the loader is in a step's time
-            times.append(timed(device, lambda: losses.append(step(job, next(batches).to(device)))))
+        batches, losses, times = iter(train), [], []
+
+        def step() -> None:
+            """The next batch's, with the wait for the loader."""
+            losses.append(train_step(job, next(batches).to(device), args.learning_rate)[0])
+
+        for _ in range(min(WARM_UP + STEPS, job.steps_per_epoch)):
+            times.append(timed(device, step))
         note_peaks("steps")
         saving = timed(device, save, job)
         note_peaks("save")
@@ -99,7 +104,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         changes = advice(job.args, job.model)
     finally:
         job.close()
-    seconds, epochs, every = float(np.median(times[WARM_UP:])), args.train_epochs, args.test_every
+    seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
     evaluated = epochs * len(val.dataset) + tests * len(job.loaders["test"].dataset)
     limit = psutil.virtual_memory().total
@@ -114,7 +119,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "path": job.model.path(),
         "sequences": sequences,
         "at_once": min(job.step_limit.sequences or sequences, sequences),
-        "loss": float(torch.stack(losses).mean()),
+        "loss": float(np.mean(losses)),
         "skipped": job.training.progress.skipped,
         "s_per_step": seconds,
         "s_save": saving,
