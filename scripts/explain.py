@@ -27,9 +27,9 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from data_provider.data_factory import series_from_args  # noqa: E402
-from data_provider.data_loader import SplitSeries  # noqa: E402
+from data_provider.data_loader import FileSeries  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from data_provider.patterns import M4  # noqa: E402
+from data_provider.splits import M4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from layers.prompt import PromptEncoder  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
@@ -131,7 +131,7 @@ def explain(args: argparse.Namespace, flags: argparse.Namespace) -> None:
     print(f"Figures saved at: {folder / 'explain.json'}")
 
 
-def find_window(series: SplitSeries, date: str | None) -> int:
+def find_window(series: FileSeries, date: str | None) -> int:
     """The number of the test window whose forecast begins at `date`, or last before it; None: the middle one.
 
     Raises:
@@ -151,7 +151,7 @@ def find_window(series: SplitSeries, date: str | None) -> int:
     return int(starts.searchsorted(at, side="right")) - 1
 
 
-def find_channel(series: SplitSeries, name: str | None) -> int:
+def find_channel(series: FileSeries, name: str | None) -> int:
     """The place of a channel among those that are forecast; None: the target's, else the last.
 
     Raises:

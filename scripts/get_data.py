@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_provider.patterns import M4, PATTERNS, m4_file  # noqa: E402 (needs the line above)
-from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402 (needs the line above)
+from data_provider.splits import M4, PATTERNS, m4_file  # noqa: E402 (needs the line above)
+from data_provider.synthetic import MADE_UP, WIDE, write_synthetic, write_synthetic_m4  # noqa: E402 (needs the line above)
 
 SHA256 = {
     "ETTh1": "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
@@ -109,8 +109,6 @@ def get_m4(out: Path, offline: bool) -> Path:
         missing = [pattern for pattern in PATTERNS if pattern not in there]
         print(f"{M4}: {', '.join(there)}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
         return folder
-    from data_provider.m4_synthetic import write_synthetic_m4  # only now: it imports torch
-
     folder = write_synthetic_m4(out / "synthetic" / M4)
     print(f"{M4}: !!! {folder} IS SYNTHETIC (made up, not measured): results on it say NOTHING about M4 !!!")
     return folder

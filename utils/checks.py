@@ -5,11 +5,11 @@ import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from data_provider.data_loader import Series, SplitSeries
+from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
@@ -216,7 +216,7 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster,
         raise input_error(flag, got, expected)
 
 
-def fill_in_prompt(args: Namespace, series: SplitSeries, checkpoint: Checkpoint | None) -> None:
+def fill_in_prompt(args: Namespace, series: FileSeries, checkpoint: Checkpoint | None) -> None:
     """Give `--data custom` a `--prompt_text`, where the user and the prompt bank have none.
 
     A test takes the text of the training, whatever has come to the file since. Only the columns that
@@ -234,7 +234,7 @@ def fill_in_prompt(args: Namespace, series: SplitSeries, checkpoint: Checkpoint 
     args.prompt_text = make_description(series.dates, series.forecast_columns, rows.min(axis=0), rows.max(axis=0))
 
 
-def overview(args: Namespace, series: SplitSeries) -> list[str]:
+def overview(args: Namespace, series: Any) -> list[str]:
     """Lines that say what was read off the file of `--data custom`; none for the named data sets."""
     if args.data != "custom":
         return []
@@ -254,14 +254,14 @@ def overview(args: Namespace, series: SplitSeries) -> list[str]:
     return lines
 
 
-def transfer(series: Series, pretrain: SplitSeries) -> list[str]:
+def transfer(series: Series, pretrain: FileSeries) -> list[str]:
     """Lines that say what trains, in place of the series that is validated, tested and forecast."""
     trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
     line = f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})"
     return [line, *_gaps(pretrain, f" in {pretrain.path}")]
 
 
-def _gaps(series: SplitSeries, where: str) -> list[str]:
+def _gaps(series: FileSeries, where: str) -> list[str]:
     gaps = gaps_in(series.dates, series.step)
     if not gaps:
         return []

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_provider.patterns import M4, PATTERNS
-from data_provider.splits import DATASETS
+from data_provider.splits import DATASETS, M4, PATTERNS
 from layers.errors import input_error
 from models import MODELS
 from utils.kinds import (

@@ -6,8 +6,7 @@ Only the standard library is imported at the top. What a file holds, `utils.chec
 from argparse import Namespace
 from pathlib import Path
 
-from data_provider.patterns import M4, find_m4
-from data_provider.splits import find_csv
+from data_provider.splits import M4, find_csv, find_m4
 from layers.backbone_files import check_folder
 from layers.errors import input_error
 from models import traits

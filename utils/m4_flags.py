@@ -6,7 +6,7 @@ Only the standard library is imported here.
 import argparse
 from pathlib import Path
 
-from data_provider.patterns import M4, PATTERNS, m4_file
+from data_provider.splits import M4, PATTERNS, m4_file
 from layers.errors import input_error
 from utils.saving.record import read_record
 

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from data_provider.data_factory import data_provider, epoch_batches, pretraining_series, series_from_args
-from data_provider.data_loader import Series, SplitSeries
-from data_provider.description import frequency
+from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.splits import SPLITS
+from data_provider.timestamps import frequency
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
 from models import model_class
@@ -50,7 +50,7 @@ class Plan:
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     precision: Precision
-    pretrain: SplitSeries | None = None  # trained on in the series' place
+    pretrain: FileSeries | None = None  # trained on in the series' place
 
     def random_seed(self, repeat: int) -> int | None:
         """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
@@ -202,7 +202,7 @@ def describe_run(
     series: Series,
     info: BackboneInfo | None,
     random_seed: int | None = None,
-    pretrain: SplitSeries | None = None,
+    pretrain: FileSeries | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run; data, columns and scaler are those of what it forecasts, and under "pretrain" those
     of what it trained on, where that is another series."""

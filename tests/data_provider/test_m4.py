@@ -9,8 +9,8 @@ import torch
 
 from data_provider.data_factory import data_provider, epoch_batches
 from data_provider.m4 import load_m4, read_wide
-from data_provider.m4_synthetic import SERIES, write_synthetic_m4
-from data_provider.patterns import PATTERNS, find_m4, m4_file
+from data_provider.splits import PATTERNS, find_m4, m4_file
+from data_provider.synthetic import M4_SERIES as SERIES, write_synthetic_m4
 from layers.errors import InputError
 from tests.m4_files import write_m4, write_wide
 from tests.small_run import defaults

@@ -12,12 +12,10 @@ from data_provider.description import (
     PROMPT_BANK,
     bank_file,
     dataset_description,
-    frequency,
     make_description,
-    step_words,
 )
-from data_provider.table import fill_empty, read_table
-from data_provider.timestamps import infer_step
+from data_provider.table import read_table
+from data_provider.timestamps import frequency, infer_step, step_words
 from layers.errors import InputError
 from tests.realdata import real_data
 
@@ -34,13 +32,12 @@ NAN = np.nan
 )  # fmt: skip
 def test_step_and_frequency(freq, words, key):
     dates = pd.date_range("2019-01-01", periods=60, freq=freq)
-    assert step_words(dates) == words and frequency(dates) == key
     assert step_words(infer_step(dates)) == words and frequency(infer_step(dates)) == key
 
 
 def test_irregular_rows_have_no_step():
     dates = pd.DatetimeIndex(["2020-01-01", "2020-01-02", "2020-01-07", "2020-02-01"])
-    assert step_words(dates) == "irregular" and frequency(dates) == "h"
+    assert step_words(infer_step(dates)) == "irregular" and frequency(None) == "h"
 
 
 def test_description_says_names_ranges_step_and_length():
@@ -73,18 +70,6 @@ def test_a_description_that_is_not_in_the_bank():
         dataset_description(args)
     args.checkpoint = "runs/other"  # then the flag was inherited, and told of the training's data
     assert dataset_description(args) == DEFAULT_DESCRIPTION
-
-
-@pytest.mark.parametrize(
-    ("how", "column", "expected"),
-    [
-        ("linear", [1, NAN, NAN, 4], [1, 2, 3, 4]), ("linear", [NAN, 2, NAN], [2, 2, 2]),
-        ("ffill", [1, NAN, NAN, 4, NAN], [1, 1, 1, 4, 4]), ("ffill", [NAN, 2], [NAN, 2]),
-        ("linear", [NAN, NAN], [NAN, NAN]), ("ffill", [1, 2], [1, 2]),
-    ],
-)  # fmt: skip
-def test_fill(how, column, expected):
-    np.testing.assert_array_equal(fill_empty(np.array(column, float), how), expected)
 
 
 def write(path, text):

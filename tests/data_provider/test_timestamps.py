@@ -3,8 +3,7 @@
 import pandas as pd
 import pytest
 
-from data_provider.timefeatures import frequency_key, time_marks
-from data_provider.timestamps import future_dates, gaps_in, infer_step, read_timestamps
+from data_provider.timestamps import frequency_key, future_dates, gaps_in, infer_step, read_timestamps, time_marks
 from layers.errors import InputError
 
 FORMS = {
@@ -38,30 +37,30 @@ def test_offsets_that_change_become_utc():
 def test_step_continues_the_range(freq):
     whole = pd.date_range("2019-11-01", periods=70, freq=freq)
     rows = whole[:60].delete([7, 8, 31])  # a few gaps
-    assert list(future_dates(rows, 10)) == list(whole[60:])
+    assert list(future_dates(rows, 10, infer_step(rows))) == list(whole[60:])
 
 
 def test_month_end_leap_day_and_clipped_day():
-    assert str(future_dates(pd.DatetimeIndex(["2019-12-31", "2020-01-31"]), 1)[0].date()) == "2020-02-29"
+    assert str(future_dates(pd.DatetimeIndex(["2019-12-31", "2020-01-31"]), 1, infer_step(pd.DatetimeIndex(["2019-12-31", "2020-01-31"])))[0].date()) == "2020-02-29"
     rows = pd.DatetimeIndex(["2018-12-30", "2019-01-30", "2019-02-28"])
-    assert [str(date.date()) for date in future_dates(rows, 2)] == ["2019-03-30", "2019-04-30"]
-    assert str(future_dates(pd.date_range("2020-02-20", "2020-02-28"), 1)[0].date()) == "2020-02-29"
+    assert [str(date.date()) for date in future_dates(rows, 2, infer_step(rows))] == ["2019-03-30", "2019-04-30"]
+    assert str(future_dates(pd.date_range("2020-02-20", "2020-02-28"), 1, infer_step(pd.date_range("2020-02-20", "2020-02-28")))[0].date()) == "2020-02-29"
 
 
 def test_business_days_go_over_the_weekend():
     friday = pd.bdate_range("2020-01-06", "2020-01-17")
-    assert [str(date.date()) for date in future_dates(friday, 2)] == ["2020-01-20", "2020-01-21"]
+    assert [str(date.date()) for date in future_dates(friday, 2, infer_step(friday))] == ["2020-01-20", "2020-01-21"]
 
 
 def test_no_common_step():
     rows = pd.DatetimeIndex(["2020-01-01", "2020-01-02", "2020-01-09", "2020-02-20", "2021-01-01"])
     assert infer_step(rows) is None and infer_step(rows[:1]) is None
     with pytest.raises(InputError, match="column 'date': got timestamps with no common step, expected"):
-        future_dates(rows, 1)
+        future_dates(rows, 1, infer_step(rows))
 
 
 def test_no_future_rows():
-    assert len(future_dates(pd.date_range("2020", periods=5, freq="h"), 0)) == 0
+    assert len(future_dates(pd.date_range("2020", periods=5, freq="h"), 0, infer_step(pd.date_range("2020", periods=5, freq="h")))) == 0
 
 
 def test_marks_by_hand():

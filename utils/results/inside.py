@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from data_provider.batches import Sequences, WindowCollate
-from data_provider.data_loader import SplitSeries
+from data_provider.data_loader import FileSeries
 from layers.norm import instance_norm
 from layers.prompt import PromptEncoder, Prompts, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
@@ -78,7 +78,7 @@ class Trial:
         return self.mse / self.mse_before - 1 if self.mse_before else 0.0
 
 
-def spread(series: SplitSeries, count: int) -> list[int]:
+def spread(series: FileSeries, count: int) -> list[int]:
     """Numbers of at most `count` test windows, spread evenly from the first to the last."""
     windows = len(series.windows("test"))
     return np.unique(np.linspace(0, windows - 1, min(count, windows)).round().astype(int)).tolist()

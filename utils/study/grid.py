@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from data_provider.patterns import M4
+from data_provider.splits import M4
 from layers.errors import input_error
 from utils.command_line import parse_flags
 from utils.flags import FLAGS, clean_name
