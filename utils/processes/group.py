@@ -1,7 +1,6 @@
 """The group of processes that accelerate or torchrun has started; of one process, nothing."""
 
 import os
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from data_provider.parent import end_with_parent
 from layers.errors import input_error
 from utils.flags import differing
 
@@ -48,7 +46,6 @@ def start_those_of_accelerate() -> None:
         hint = "start them with --config_file scripts/accelerate/cpu.yaml, or with torchrun"
         raise input_error("accelerate launch --cpu", "one process", "as many as --num_processes says", hint)
     options = [word for word in words[start + 1 : script] if word != "--cpu"]
-    end_with_parent(signal.SIGTERM)  # which does not know that this process is a launcher, too
     os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, *words[script:]])
 
 
