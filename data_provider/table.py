@@ -169,7 +169,7 @@ def _table(
         if wrong.any():
             raise _wrong_cell(f"{path}: row {rows[int(wrong.argmax())]}", column, wrong, fill)
     steps = np.diff(dates.asi8)
-    # A row that repeats the one above it whole is let through: no value is in doubt, and the widely used weather.csv has one.
+    # A row that repeats the one above it whole is let through: no value is in doubt, and weather.csv as distributed has one.
     bad = np.flatnonzero((steps < 0) | ((steps == 0) & (values[1:] != values[:-1]).any(axis=1)))
     if bad.size:
         above, own = (repr(str(cell)) for cell in cells["date"].iloc[bad[0] : bad[0] + 2])
