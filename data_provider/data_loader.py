@@ -88,19 +88,13 @@ class WindowDataset(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """A file's columns in their own units, and the mean and deviation that standardise them."""
+class Source:
+    """Where data come from, and their columns."""
 
     path: Path
-    dates: pd.DatetimeIndex  # [rows], of the whole file
     columns: list[str]  # [N], those that are read
-    own: np.ndarray  # [rows, N] float64, in the columns' own units
-    mean: np.ndarray  # [N] float64, of the training rows
-    deviation: np.ndarray  # [N] float64
-    target: str | None  # the column that S and MS forecast, given or chosen
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
-    filled: int = 0  # cells that were empty in the file
 
     @property
     def forecast_slice(self) -> slice:
@@ -111,6 +105,18 @@ class Series:
     def forecast_columns(self) -> list[str]:
         """The names of the columns that are forecast."""
         return self.columns[self.forecast_slice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(Source):
+    """A file's columns in their own units, and the mean and deviation that standardise them."""
+
+    dates: pd.DatetimeIndex  # [rows], of the whole file
+    own: np.ndarray  # [rows, N] float64, in the columns' own units
+    mean: np.ndarray  # [N] float64, of the training rows
+    deviation: np.ndarray  # [N] float64
+    target: str | None  # the column that S and MS forecast, given or chosen
+    filled: int = 0  # cells that were empty in the file
 
     @cached_property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -145,23 +151,14 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSeries:
+class SplitSeries(Source):
     """Data that train and test, one file's (`FileSeries`) or the many series of M4 (`data_provider.m4.M4Series`): what the
     loop, the checks, the results and a checkpoint ask of them."""
 
-    path: Path
-    columns: list[str]  # [N], those that are read
-    target_index: int | None  # MS: the one of the columns that is forecast
-    synthetic: bool  # made by scripts/get_data.py, not measured
     seq_len: int
     label_len: int
     pred_len: int
     fingerprint: str  # of what trains, by which a checkpoint knows it again
-
-    @property
-    def forecast_columns(self) -> list[str]:
-        """The names of the columns that are forecast."""
-        return self.columns if self.target_index is None else [self.columns[self.target_index]]
 
     def windows(self, flag: str) -> Any:
         """The dataset of "train", "val" or "test", with `window_dates`, and what `fit_ridge` asks for."""
@@ -185,8 +182,14 @@ class FileSeries(Series, SplitSeries):
     splits: Splits
 
     def windows(self, flag: str) -> WindowDataset:
-        rows = self.splits.slice(flag, self.seq_len)
-        lengths = self.seq_len, self.label_len, self.pred_len
+        splits, T = self.splits, self.seq_len
+        tested = splits.train + splits.val
+        rows = {  # validation and test look back seq_len rows
+            "train": slice(0, splits.few_shot),
+            "val": slice(splits.train - T, tested),
+            "test": slice(tested - T, tested + splits.test),
+        }[flag]
+        lengths = T, self.label_len, self.pred_len
         return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index)
 
     def as_record(self) -> dict[str, Any]:
@@ -204,9 +207,8 @@ class FileSeries(Series, SplitSeries):
         }
 
     def identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.values.tobytes())
-        digest.update(self.dates.asi8.tobytes())
-        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest.hexdigest()}
+        digest = hashlib.sha256(self.values.tobytes() + self.dates.asi8.tobytes()).hexdigest()
+        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest}
 
 
 def load_series(

@@ -180,14 +180,10 @@ class M4Series(SplitSeries):
     """
 
     pattern: str
+    kind: Pattern  # what the competition says of it
     ids: list[str]  # [S]
     known: list[np.ndarray]  # [S] of [values] float64, as the training file has them
     future: np.ndarray  # [S, H] float64, the test file
-
-    @property
-    def kind(self) -> Pattern:
-        """What the competition says of the pattern."""
-        return PATTERNS[self.pattern]
 
     @property
     def step_words(self) -> str:
@@ -252,6 +248,7 @@ def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_l
         target_index=None,
         fingerprint=fingerprint(known.values()),
         pattern=seasonal_patterns,
+        kind=PATTERNS[seasonal_patterns],
         ids=list(known),
         known=list(known.values()),
         future=np.stack([future[name] for name in known]),

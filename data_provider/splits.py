@@ -71,13 +71,6 @@ class Splits:
     test: int
     few_shot: int  # rows of the training range that training windows may use
 
-    def slice(self, flag: str, seq_len: int) -> slice:
-        """The rows a split's windows lie in; validation and test look back seq_len rows."""
-        if flag == "train":
-            return slice(0, self.few_shot)
-        start, rows = {"val": (self.train, self.val), "test": (self.train + self.val, self.test)}[flag]
-        return slice(start - seq_len, start + rows)
-
 
 def split_rows(data: str, rows: int, seq_len: int, pred_len: int, percent: int, path: Path) -> Splits:
     """Split a file of `rows` rows.
@@ -130,7 +123,6 @@ def _longest(train: int, most: int, seq_len: int, pred_len: int, percent: int) -
 
 
 def _roots(root_path: str | Path) -> list[Path]:
-    """The folders that data are looked for in: `--root_path`, then $TIMELLM_DATA."""
     return [Path(root) for root in (root_path, os.environ.get("TIMELLM_DATA")) if root]
 
 

@@ -54,10 +54,7 @@ def write_synthetic(name: str, folder: str | Path) -> Path:
         values, columns = _wide(*WIDE[name]).round(4), [*map(str, range(WIDE[name][1] - 1)), "OT"]
     else:
         values, columns = _drift().round(4), ["a", "b"]
-    return _write_csv(Path(folder) / f"{name}{SUFFIX}", values, columns, step)
-
-
-def _write_csv(path: Path, values: np.ndarray, columns: list[str], step: str) -> Path:
+    path = Path(folder) / f"{name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     dates = pd.date_range("2016-07-01", periods=len(values), freq=step, name="date")
@@ -66,8 +63,8 @@ def _write_csv(path: Path, values: np.ndarray, columns: list[str], step: str) ->
 
 
 def _ett(name: str) -> np.ndarray:
-    """Loads `[rows, 7]` with daily, weekly and yearly cycles, slow drift, level shifts and
-    correlated noise; OT (oil temperature) follows the loads and the season."""
+    # Loads `[rows, 7]` with daily, weekly and yearly cycles, slow drift, level shifts and
+    # correlated noise; OT (oil temperature) follows the loads and the season.
     per_hour = ROWS_PER_HOUR[name]
     rows = HOURS * per_hour
     random = np.random.default_rng([2021, list(ROWS_PER_HOUR).index(name)])
@@ -89,11 +86,9 @@ def _ett(name: str) -> np.ndarray:
 
 
 def _rates() -> np.ndarray:
-    """Daily rates `[7588, 8]`, as many as the family's exchange-rate file has.
-
-    Random walks whose steps are quiet and wild by turns, as those of exchange rates are: nothing in them can be
-    foreseen but how wild the next days are.
-    """
+    # Daily rates `[7588, 8]`, as many as the family's exchange-rate file has.
+    # Random walks whose steps are quiet and wild by turns, as those of exchange rates are: nothing in them can be
+    # foreseen but how wild the next days are.
     random, rows = np.random.default_rng(7588), 7588
     steps = np.empty((rows, len(RATES)))
     variance = np.ones(len(RATES))
@@ -105,10 +100,8 @@ def _rates() -> np.ndarray:
 
 
 def _drift() -> np.ndarray:
-    """Hourly values `[10000, 2]` whose day of 24 hours becomes one of 27 after 80 % of the rows.
-
-    That is where the test split of `--data custom` begins: what was calibrated before does not hold there.
-    """
+    # Hourly values `[10000, 2]` whose day of 24 hours becomes one of 27 after 80 % of the rows.
+    # That is where the test split of `--data custom` begins: what was calibrated before does not hold there.
     rows, late = 10_000, 8_000
     hours = np.concatenate([np.arange(late), late + np.arange(rows - late) * 24 / 27])
     day = 2 * np.pi * hours / 24
@@ -117,8 +110,8 @@ def _drift() -> np.ndarray:
 
 
 def _wide(rows: int, channels: int) -> np.ndarray:
-    """Hourly values `[rows, channels]`: days and weeks of other strengths and hours in each channel, weather that all
-    share, and noise of each one's own."""
+    # Hourly values `[rows, channels]`: days and weeks of other strengths and hours in each channel, weather that all
+    # share, and noise of each one's own.
     random = np.random.default_rng([rows, channels])
     hours = np.arange(rows)
     shared = _smooth(random.standard_normal(rows), 72) * 6
@@ -134,7 +127,7 @@ def _wide(rows: int, channels: int) -> np.ndarray:
 
 
 def _correlated(random: np.random.Generator, rows: int, memory: int) -> np.ndarray:
-    """Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one."""
+    # Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one.
     slow = _smooth(random.standard_normal(rows), memory)
     return 0.9 * slow / slow.std() + 0.44 * random.standard_normal(rows)
 
@@ -144,7 +137,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _level_shifts(random: np.random.Generator, rows: int, per_hour: int) -> np.ndarray:
-    """Jumps about every six weeks, of a level that returns to zero in the long run."""
+    # Jumps about every six weeks, of a level that returns to zero in the long run.
     level = np.zeros(rows)
     start, height = 0, 0.0
     while start < rows:
@@ -164,22 +157,20 @@ def write_synthetic_m4(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for place, (pattern, kind) in enumerate(PATTERNS.items()):
         random = np.random.default_rng([2018, place])
-        season = 7 if pattern == "Daily" else kind.season
-        series, lengths = [], []
+        series = []
         for _ in range(M4_SERIES):
-            lengths.append(int(random.integers(*M4_LENGTHS[pattern], endpoint=True)))
-            series.append(_m4_series(random, lengths[-1] + kind.horizon, season).round(2))
+            length = int(random.integers(*M4_LENGTHS[pattern], endpoint=True)) + kind.horizon
+            series.append(_m4_series(random, length, 7 if pattern == "Daily" else kind.season).round(2))
         names = pd.Index([f"{SYNTHETIC_ID}-{pattern[0]}{number + 1}" for number in range(M4_SERIES)], name="V1")
-        for part in ("train", "test"):
-            cut = [values[:n] if part == "train" else values[n:] for values, n in zip(series, lengths, strict=True)]
-            table = pd.DataFrame([pd.Series(values) for values in cut]).set_index(names)
+        for part, rows in (("train", slice(-kind.horizon)), ("test", slice(-kind.horizon, None))):
+            table = pd.DataFrame([pd.Series(values[rows]).reset_index(drop=True) for values in series]).set_index(names)
             table.columns = [f"V{number + 2}" for number in range(table.shape[1])]
             table.to_csv(folder / m4_file(pattern, part))
     return folder
 
 
 def _m4_series(random: np.random.Generator, length: int, season: int) -> np.ndarray:
-    """Positive values `[length]`."""
+    # Positive values `[length]`.
     level = 10 ** random.uniform(2, 4)
     steps = random.normal(0.0, 0.01, length) + np.cumsum(random.normal(0.0, 0.0005, length))
     cycle = np.zeros(length)

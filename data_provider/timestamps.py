@@ -23,7 +23,8 @@ _DAYS = (
 )
 _TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 _MONTHLY = (pd.offsets.MonthBegin, pd.offsets.MonthEnd, pd.offsets.BMonthEnd, pd.offsets.BMonthBegin)
-_UNITS = (("week", 604800), ("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+_UNITS = ((604800, "week"), (86400, "day"), (3600, "hour"), (60, "minute"))
+_START = pd.Timestamp("2001-01-01")
 
 # Calendar fields as (name, function of the index, lowest value, highest value).
 _FIELDS = {
@@ -92,7 +93,7 @@ def _parse(text: pd.Series, form: str) -> pd.DatetimeIndex:
 
 
 def _best_form(text: pd.Series, best: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    """The first form that reads every cell in increasing order, else the one that reads most."""
+    # The first form that reads every cell in increasing order, else the one that reads most.
     for day, time in product(_DAYS, _TIMES):
         if _parse(text.iloc[:1], day + time).isna().all():
             continue
@@ -131,7 +132,7 @@ def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
 
 
 def _month_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
-    """The step in whole months, where every row keeps to one rule for its day."""
+    # The step in whole months, where every row keeps to one rule for its day.
     steps, counts = np.unique(np.diff(dates.year * 12 + dates.month), return_counts=True)
     if steps[0] < 1 or 2 * counts.max() < counts.sum():
         return None
@@ -148,19 +149,15 @@ def step_words(step: pd.offsets.BaseOffset | None) -> str:
     """A step of `infer_step` for people: "15 minutes", "1 hour", "1 business day", "1 month"; "irregular"."""
     if step is None:
         return "irregular"
-    start = pd.Timestamp("2001-01-01")
     months = step.n if isinstance(step, _MONTHLY) else step.kwds.get("months", 0)
-    number: float
     if isinstance(step, pd.offsets.BDay):
-        number, unit = step.n, "business day"
+        count, length, unit = float(step.n), 1, "business day"
     elif months:
-        number, unit = (months, "month") if months % 12 else (months // 12, "year")
+        count, length, unit = months, *((1, "month") if months % 12 else (12, "year"))
     else:
-        seconds = (start + step - start).total_seconds()
-        whole = (pair for pair in _UNITS if seconds % pair[1] == 0)
-        unit, length = next(whole, ("second", 1))
-        number = seconds / length
-    return f"{number:.15g} {unit}{'' if number == 1 else 's'}"
+        count = (_START + step - _START).total_seconds()
+        length, unit = next((pair for pair in _UNITS if count % pair[0] == 0), (1, "second"))
+    return f"{count / length:.15g} {unit}{'' if count == length else 's'}"
 
 
 def gaps_in(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> list[tuple[pd.Timestamp, pd.Timestamp]]:
@@ -180,8 +177,7 @@ def future_dates(dates: pd.DatetimeIndex, n: int, step: pd.offsets.BaseOffset | 
         InputError: no step is common to half of the rows.
     """
     if step is None:
-        expected = "evenly spaced rows, which alone can be continued"
-        raise input_error("column 'date'", "timestamps with no common step", expected)
+        raise input_error("column 'date'", "timestamps with no common step", "evenly spaced rows, to be continued")
     return pd.DatetimeIndex(list(accumulate([dates[-1], *[step] * n]))[1:], dtype=dates.dtype)
 
 
@@ -215,11 +211,10 @@ def frequency_key(freq: str) -> str:
 
 
 def _nearest(offset: pd.offsets.BaseOffset) -> str:
-    """The row of time marks for the unit that an offset counts."""
+    # The row of time marks for the unit that an offset counts.
     if isinstance(offset, pd.offsets.BusinessDay):  # CustomBusinessDay is one
         return "b"
-    first = pd.Timestamp("2001-01-01") + offset.base
-    span = first + offset.base - first
+    span = _START + offset.base + offset.base - (_START + offset.base)  # from one to the next, wherever the first lies
     return next((key for key, longest in _SPANS.items() if span <= pd.Timedelta(longest)), "a")
 
 
