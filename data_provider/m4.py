@@ -7,6 +7,7 @@ here, and named by file, line and series. Shapes: T = seq_len, H = pred_len.
 
 import csv
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,8 @@ class M4Series(SplitSeries):
 
     def identity(self) -> dict[str, Any]:
         # The test file is no part of it, for no training reads it.
-        return {"number of series": len(self.ids), "training series (SHA-256)": self.fingerprint}
+        content = hashlib.sha256(json.dumps([self.ids, self.fingerprint]).encode()).hexdigest()
+        return {"number of series": len(self.ids), "training series (SHA-256)": content}
 
     def windows(self, flag: str) -> M4Windows:
         H, lengths = self.pred_len, (self.seq_len, self.label_len, self.pred_len)

@@ -94,7 +94,9 @@ def test_what_is_read_off_a_file(own) -> None:
     series = own(freq="15min", target=None)
     assert series.step == pd.Timedelta(minutes=15) and series.step_words == "15 minutes" and series.target == "OT"
     assert list(series.future_dates(2)) == list(pd.date_range(series.dates[-1], periods=3, freq="15min")[1:])
-    assert series.marks.shape == (101, 4)  # --freq h, the default
+    assert series.marks.shape == (101, 4)  # --freq h, the default; of None the step decides: minutes, too
+    lengths = {"seq_len": 8, "label_len": 3, "pred_len": 4}
+    assert load_series("custom", series.path.parent, "own.csv", freq=None, **lengths).marks.shape == (101, 5)
     # the training rows are known again by the SHA-256 of 1000, 1001, ..., 1069 as <f8
     known = "957997c4532cc5f03984a20b947413291730ae2d5e65d2cdaa3af0b7c3144445"
     assert own(features="S", target="b").fingerprint == fingerprint(np.asfortranarray(series.own)[:70, [1]]) == known
