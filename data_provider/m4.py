@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
@@ -27,11 +28,8 @@ STILL = 1e-6  # of its level: a history that deviates less stands still
 ABSENT = ("", "NA", "NaN", "nan")  # cells behind a series' last value
 
 
-def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
+def read_wide(path: Path) -> dict[str, np.ndarray]:
     """The series of a wide file by their ids, in the file's order, each `[values]` float64.
-
-    Args:
-        most: values that a line may have; what is left of its cells must be empty.
 
     Raises:
         InputError: unreadable, no series, an id twice, a cell that is no number, a gap, or a series without values.
@@ -41,7 +39,7 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = next(file, "")
             cells = next(csv.reader([header]), [])
-            if len(cells) > 1 and not np.isnan(_number(cells[1])):  # a series, which would be lost without a word
+            if len(cells) > 1 and pd.notna(pd.to_numeric(cells[1], errors="coerce")):  # a series, which would be lost without a word
                 raise input_error(f"{path}: row 1", f"the values of a series, {header[:30]!r}...", "a header")
             # Most cells of most lines are the empty ones of the longest series: they go before the line is parsed.
             for number, cells in enumerate(csv.reader(line.rstrip("\r\n,") for line in file), 2):
@@ -51,7 +49,7 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
                 place = f"{path}: row {number}, series {name!r}"
                 if not name or name in series:
                     raise input_error(place, "an id that stands twice" if name else "no id", "an id of its own")
-                series[name] = _values(place, [cell.strip() for cell in cells[1:]], most)
+                series[name] = _values(place, [cell.strip() for cell in cells[1:]])
     except FileNotFoundError:
         raise input_error(path, "no such file", "a wide CSV file") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -61,30 +59,21 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
     return series
 
 
-def _values(place: str, cells: list[str], most: int | None) -> np.ndarray:
+def _values(place: str, cells: list[str]) -> np.ndarray:
     while cells and cells[-1] in ABSENT:
         cells.pop()
     if not cells:
         raise input_error(place, "no values", "at least one, or no such line")
-    if most is not None and len(cells) > most:
-        raise input_error(place, f"{len(cells)} values", f"at most {most}")
     try:
         values = np.array(cells, dtype=np.float64)
     except ValueError:
-        values = np.array([_number(cell) for cell in cells])
+        values = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
     wrong = np.flatnonzero(~(np.abs(values) <= LARGEST_STANDARDISED))  # NaN is none either
     if wrong.size:
         cell = cells[wrong[0]]
         got = "an empty cell between its values" if cell in ABSENT else repr(cell[:40])
         raise input_error(f"{place}, value {wrong[0] + 1}", got, f"a number of at most {LARGEST_STANDARDISED:.0e}")
     return values
-
-
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan
 
 
 class M4Windows(Dataset):
@@ -192,10 +181,18 @@ class M4Series(SplitSeries):
         return self.kind.step
 
     def as_record(self) -> dict[str, Any]:
-        mark = {"rows": len(self.ids), "sha256": self.fingerprint}
-        data = {"file": self.path.name, "rows": len(self.ids), "synthetic": self.synthetic, "step": self.kind.step}
-        scaler = {"mean": [0.0], "deviation": [1.0]}
-        return {"data": data | {"mark": mark}, "columns": self.columns, "target": None, "scaler": scaler}
+        return {
+            "data": {
+                "file": self.path.name,
+                "rows": len(self.ids),
+                "synthetic": self.synthetic,
+                "step": self.step_words,
+                "mark": {"rows": len(self.ids), "sha256": self.fingerprint},
+            },
+            "columns": self.columns,
+            "target": None,
+            "scaler": {"mean": [0.0], "deviation": [1.0]},  # none: a series stays in its own units
+        }
 
     def identity(self) -> dict[str, Any]:
         # The test file is no part of it, for no training reads it.
@@ -232,11 +229,10 @@ def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_l
         InputError: a file is missing or cannot be used, or they have not the same series.
     """
     train, test = find_m4(root_path, seasonal_patterns)
-    known, future = read_wide(train), read_wide(test, pred_len)
-    for name in future:
+    known, future = read_wide(train), read_wide(test)
+    for name in known | future:
         if name not in known:
             raise input_error(f"{test}: series {name!r}", "no such series in the training file", f"the ids of {train}")
-    for name in known:
         found = len(future.get(name, ()))
         if found != pred_len:
             expected = f"{pred_len}, the horizon of {seasonal_patterns}"

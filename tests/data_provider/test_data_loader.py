@@ -29,14 +29,14 @@ def etth1(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path):
-    """`own(rows, freq, **flags)`: a file's series, whose values tell where they come from: 1000 x column + row."""
+    """`own(rows, step, change, **flags)`: a file's series, whose values tell where they come from: 1000 x column + row."""
 
-    def load(rows: int = 101, freq: str = "h", **flags):
-        frame = pd.DataFrame(np.arange(rows)[:, None] + 1000.0 * np.arange(3), columns=["a", "b", "OT"])
-        frame.insert(0, "date", pd.date_range("2020-01-01", periods=rows, freq=freq))
-        frame.to_csv(tmp_path / "own.csv", index=False)
-        flags = {"seq_len": 8, "label_len": 3, "pred_len": 4, "root_path": tmp_path} | flags
-        return load_series(data="custom", data_path="own.csv", **flags)
+    def load(rows: int = 101, step: str = "h", change=lambda frame: frame, **flags):
+        dates = pd.date_range("2020-01-01", periods=rows, freq=step, name="date")
+        frame = pd.DataFrame(np.arange(rows)[:, None] + 1000.0 * np.arange(3), dates, ["a", "b", "OT"])
+        change(frame).to_csv(tmp_path / "own.csv")
+        flags = {"seq_len": 8, "label_len": 3, "pred_len": 4, "data": "custom"} | flags
+        return load_series(root_path=tmp_path, data_path="own.csv", **flags)
 
     return load
 
@@ -91,43 +91,29 @@ def test_windows_by_hand(own, features, columns, forecast) -> None:
 
 
 def test_what_is_read_off_a_file(own) -> None:
-    series = own(freq="15min", target=None)
+    series = own(step="15min", target=None, freq=None)
     assert series.step == pd.Timedelta(minutes=15) and series.step_words == "15 minutes" and series.target == "OT"
     assert list(series.future_dates(2)) == list(pd.date_range(series.dates[-1], periods=3, freq="15min")[1:])
-    assert series.marks.shape == (101, 4)  # --freq h, the default; of None the step decides: minutes, too
-    lengths = {"seq_len": 8, "label_len": 3, "pred_len": 4}
-    assert load_series("custom", series.path.parent, "own.csv", freq=None, **lengths).marks.shape == (101, 5)
+    assert series.marks.shape == (101, 5) and own(step="15min").marks.shape == (101, 4)  # without --freq minutes, too
     # the training rows are known again by the SHA-256 of 1000, 1001, ..., 1069 as <f8
     known = "957997c4532cc5f03984a20b947413291730ae2d5e65d2cdaa3af0b7c3144445"
     assert own(features="S", target="b").fingerprint == fingerprint(np.asfortranarray(series.own)[:70, [1]]) == known
 
 
-def test_a_file_that_no_training_saw_has_its_own_scale(own, tmp_path) -> None:
-    own(50)
-    frame = pd.read_csv(tmp_path / "own.csv").assign(a=4.0)
-    frame[["date", "a", "b"]].to_csv(tmp_path / "two.csv", index=False)
-    frame.to_csv(tmp_path / "own.csv", index=False)
-    table = read_table(tmp_path / "own.csv")
+def test_a_file_that_no_training_saw_has_its_own_scale(own) -> None:
+    table = read_table(own(50, change=lambda frame: frame.assign(a=4.0)).path)
     whole, single = own_scale(table, "M", None), own_scale(table, "MS", None)
     assert whole.forecast_columns == ["a", "b", "OT"] and single.forecast_columns == single.columns == ["OT"]
     assert whole.mean.tolist() == [4, 1024.5, 2024.5] and whole.values[:, 0].tolist() == [0] * 50
     np.testing.assert_allclose(single.deviation, np.arange(50).std(), rtol=1e-12)
-    assert own_scale(read_table(tmp_path / "two.csv"), "S", None).columns == ["b"]  # without OT the last one
-    with pytest.raises(InputError, match="--target: got 'c', expected one of the columns of .*own.csv: a, b, OT"):
-        own_scale(table, "S", "c")
+    without = own(50, change=lambda frame: frame.drop(columns="OT"), target=None)
+    assert own_scale(read_table(without.path), "S", None).columns == ["b"] == [without.target]  # without OT the last one
 
 
-def test_large_values_are_standardised_or_named(own, tmp_path) -> None:
-    own()
-    frame = pd.read_csv(tmp_path / "own.csv")
-    frame["a"] *= 1e60  # beyond float32
-    frame.to_csv(tmp_path / "own.csv", index=False)
-    flags = {"root_path": tmp_path, "data_path": "own.csv", "seq_len": 8, "label_len": 3, "pred_len": 4}
-    assert np.isfinite(load_series("custom", **flags).values).all()
-    frame.loc[90, "a"] = 1e100
-    frame.to_csv(tmp_path / "own.csv", index=False)
-    with pytest.raises(InputError, match=r"row 92, column 'a': got 4.\d*e\+38 in deviations .* at most 1e\+18"):
-        load_series("custom", **flags)
+def test_large_values_are_standardised_or_named(own) -> None:
+    assert np.isfinite(own(change=lambda frame: frame.assign(a=frame["a"] * 1e60)).values).all()  # beyond float32
+    with pytest.raises(InputError, match=r"row 92, column 'a': got 4.\d*e\+98 in deviations .* at most 1e\+18"):
+        own(change=lambda frame: frame.assign(a=frame["a"].where(frame["a"] != 90, 1e100)))
 
 
 @pytest.mark.parametrize(
@@ -182,21 +168,27 @@ def test_a_name_stands_for_the_familys_file_folder_and_text(tmp_path, monkeypatc
     assert 60 < len(text.split()) < 120 and text == (ROOT / f"dataset/prompt_bank/{name}.txt").read_text().strip()
 
 
-def test_other_bad_input_and_the_data_folder(own, tmp_path, monkeypatch) -> None:
-    with pytest.raises(InputError, match="--target: got 'c', expected one of the columns of .*: a, b, OT"):
-        own(target="c", features="S")
-    with pytest.raises(InputError, match="--freq: got 'z', expected one of s, t"):
-        load_series("custom", tmp_path, "own.csv", freq="z", seq_len=8, pred_len=4)
-    with pytest.raises(InputError, match="--data ETTh1: got .* with 101 rows, expected at least 14400"):
-        load_series("ETTh1", tmp_path, "own.csv")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"target": "c", "features": "S"}, "--target: got 'c', expected one of the columns of .*own.csv: a, b, OT"),
+        ({"freq": "z"}, "--freq: got 'z', expected one of s, t"),
+        ({"data": "ETTh1"}, "--data ETTh1: got .* with 101 rows, expected at least 14400"),
+    ],
+)
+def test_other_flags_that_do_not_fit_the_file(own, flags: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        own(**flags)
+
+
+def test_a_file_is_looked_for_in_the_data_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("TIMELLM_DATA", raising=False)
     with pytest.raises(InputError, match=r"none\.csv: got no such file, expected .*none\.csv.*python scripts/get_data\.py"):
         load_series("ETTh1", tmp_path, "none.csv")
-    below = tmp_path / "ETT-small"
-    below.mkdir()
-    (tmp_path / "own.csv").rename(below / "own.csv")
+    (tmp_path / "ETT-small").mkdir()
+    (tmp_path / "ETT-small" / "own.csv").touch()
     monkeypatch.setenv("TIMELLM_DATA", str(tmp_path))
-    assert find_csv("./nowhere", "own.csv") == below / "own.csv"
+    assert find_csv("./nowhere", "own.csv") == tmp_path / "ETT-small" / "own.csv"
 
 
 def test_whose_description_a_run_takes() -> None:

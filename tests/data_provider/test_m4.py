@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_wide_file_is_named(tmp_path: Path, lines: str, mes
     [
         ((6,), "series 'Y2': got 0 values, expected 6, the horizon of Yearly"),
         ((6, 5), "series 'Y2': got 5 values, expected 6"),
-        ((7, 6), "series 'Y1': got 7 values, expected at most 6"),
+        ((7, 6), "series 'Y1': got 7 values, expected 6, the horizon"),
         ((6, 6, 6), "series 'Y3': got no such series in the training file"),
     ],
 )
