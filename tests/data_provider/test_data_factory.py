@@ -60,7 +60,7 @@ def test_four_tensors_of_the_field_and_the_batch_that_models_take(flags, backbon
     batch = next(iter(loader))
     assert torch.equal(batch.x, batch_x[:, :, 6]) and torch.equal(batch.y, batch_y[:, 48:, 6])
     ids, length = batch.prompts
-    assert ids[2, : length[2]].tolist() == encoder.for_window(batch_x[2, :, 6:])[0]
+    assert ids[2, : length[2]].tolist() == encoder.for_windows([batch_x[2, :, 6:]])[0]
     assert torch.cat([batch.index for batch in loader]).tolist() == list(range(len(data)))
 
 
