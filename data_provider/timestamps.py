@@ -70,7 +70,7 @@ def read_timestamps(cells: pd.Series, source: str, first_row: int) -> pd.Datetim
     elif pd.api.types.is_numeric_dtype(cells):
         raise input_error(f"{source}: column 'date'", f"numbers such as {cells.iloc[0]}", "timestamps")
     else:
-        cells = cells.astype(object).map(str, na_action="ignore")
+        cells = cells.astype("string")
         # pandas reads words such as "now" as the present moment: a timestamp has a digit.
         text = cells.where(cells.str.contains(r"\d", na=False))
         best = _parse(text, "ISO8601")

@@ -37,6 +37,7 @@ BAD = {
     "word pandas knows": (HEAD + "now,1,2\n", "row 3, column 'date': got 'now'"),
     "no such day": (HEAD + "2020-02-30,1,2\n", "row 3, column 'date': got '2020-02-30'"),
     "timestamp missing": (HEAD + ",1,2\n", "row 3, column 'date': got an empty cell"),
+    "no timestamp at all": ("date,x\n,1\n,2\n", "row 2, column 'date': got an empty cell"),
     "backwards": (HEAD + "2020-01-03,1,2\n2020-01-02,1,2\n", "row 4, column 'date': got '2020-01-02', which is earlier than "
                   "the row above ('2020-01-03'), expected timestamps that increase"),
     "repeated": (HEAD + "2020-01-01,1,3\n", "row 3, column 'date': got '2020-01-01', which repeats, with other values"),

@@ -62,9 +62,10 @@ def test_the_step_is_named_and_continues_the_range(freq) -> None:
         (["2018-12-30", "2019-01-30", "2019-02-28"], ["2019-03-30", "2019-04-30"]),
         (["2020-02-27", "2020-02-28"], ["2020-02-29", "2020-03-01"]),
         (["2020-01-09", "2020-01-10", "2020-01-13", "2020-01-14", "2020-01-15", "2020-01-16", "2020-01-17"], ["2020-01-20"]),
+        ([f"2020-01-{day:02}" for day in (6, 7, 8, 9, 10, 11, 13, 14, 15, 16, 17, 18)], ["2020-01-19"]),
         (["2020-01-01", "2020-01-02"], []),
     ],
-    ids=["end of a leap February", "the 30th, clipped", "days", "over a weekend", "no rows asked for"],
+    ids=["end of a leap February", "the 30th, clipped", "days", "over a weekend", "open on Saturdays", "no rows asked for"],
 )
 def test_what_follows(rows, following) -> None:
     dates = pd.DatetimeIndex(rows)
