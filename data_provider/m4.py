@@ -202,7 +202,8 @@ class M4Series(SplitSeries):
     def windows(self, flag: str) -> M4Windows:
         H, lengths = self.pred_len, (self.seq_len, self.label_len, self.pred_len)
         if flag == "test":
-            series = [np.append(values, future) for values, future in zip(self.known, self.future, strict=True)]
+            pairs = zip(self.known, self.future, strict=True)
+            series = [np.append(values[-self.seq_len :], future) for values, future in pairs]
         else:
             series = [values if flag == "val" else values[:-H] for values in self.known]
         if flag == "train":
