@@ -31,11 +31,9 @@ def main(argv: Sequence[str], prog: str = "run_main.py") -> int:
             return run(args, interrupts)
         except (InputError, RunError) as error:
             rank = os.environ.get("RANK", "0")
-            who = prog if rank == "0" else f"{prog}: rank {rank}"
-            if rank == "0" or isinstance(error, RunError):
-                print(f"{who}: error: {error}", file=sys.stderr, flush=True)
             if rank != "0":
-                time.sleep(5)  # a launcher ends all processes once one has ended: let the first one say why
+                time.sleep(5)  # what all find is said once: the launcher ends this process after the first one
+            print(f"{prog if rank == '0' else f'{prog}: rank {rank}'}: error: {error}", file=sys.stderr, flush=True)
             return 2 if isinstance(error, InputError) else 1
         except Interrupted as signal:
             return signal.exit_code
