@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data_provider.batches import Batch
-from data_provider.timefeatures import time_marks
+from data_provider.timestamps import time_marks
 from layers.autocorrelation import AutoCorrelation
 from layers.decomposition import SeasonalNorm, decompose
 from layers.embedding import DataEmbedding

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402 (needs the line above)
+from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402
 from utils.saving.files import write_atomic  # noqa: E402
 
 # Name -> its files with their SHA-256, small ones first: where none comes, nobody waits for the large ones.
@@ -79,7 +79,7 @@ def get(name: str, out: Path, offline: bool) -> Path:
         print(f"{name}: {there}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
         return folder
     if name == "m4":
-        from data_provider.m4_synthetic import write_synthetic_m4  # only now: it imports torch
+        from data_provider.synthetic import write_synthetic_m4  # only now: it imports torch
 
         path = write_synthetic_m4(out / "synthetic" / name)
     else:

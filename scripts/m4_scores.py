@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 import numpy as np  # noqa: E402
 
 from data_provider.m4 import load_m4, read_wide  # noqa: E402
-from data_provider.patterns import PATTERNS, find_m4  # noqa: E402
+from data_provider.splits import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.comparison import METRICS  # noqa: E402
 from utils.results.m4_scores import (  # noqa: E402

@@ -19,7 +19,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from data_provider.patterns import M4  # noqa: E402
+from data_provider.splits import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.errors import StorageError  # noqa: E402

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_provider.patterns import M4, PATTERNS, m4_file
-from data_provider.splits import DATASETS
+from data_provider.splits import DATASETS, M4, PATTERNS, m4_file
 from layers.errors import InputError, input_error
 from models import MODELS
 

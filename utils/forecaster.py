@@ -22,9 +22,8 @@ from torch.utils.data import ConcatDataset
 from data_provider.batches import Batch, WindowCollate
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
-from data_provider.description import frequency
-from data_provider.frames import check_rows, tables_of
-from data_provider.timefeatures import time_marks
+from data_provider.table import check_rows, tables_of
+from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
 from utils.flags import flags_for
 from utils.intervals import Intervals, name_of
@@ -183,7 +182,7 @@ class Forecaster:
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
-        batches = epoch_batches(args, windows, "test")  # type: ignore[arg-type]  # of which the length alone is asked
+        batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
         scores = score(replace(job, loaders={"test": loader}), "test", consume)
         return {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data_provider.patterns import M4
+from data_provider.splits import M4
 from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster

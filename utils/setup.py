@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
-from data_provider.data_loader import Series, SplitSeries
+from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone
 from layers.backbone_files import BackboneInfo
@@ -54,7 +54,7 @@ class Plan:
     accelerator: Accelerator
     device: torch.device
     precision: Precision
-    pretrain: SplitSeries | None = None  # trained on in the series' place
+    pretrain: FileSeries | None = None  # trained on in the series' place
 
     def random_seed(self, repeat: int) -> int | None:
         """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
@@ -218,7 +218,7 @@ def describe_run(
     series: Series,
     info: BackboneInfo | None,
     random_seed: int | None = None,
-    pretrain: SplitSeries | None = None,
+    pretrain: FileSeries | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run; data, columns and scaler are those of what it forecasts, and under "pretrain" those
     of what it trained on, where that is another series."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from data_provider.data_loader import Series, SplitSeries
-from data_provider.description import LISTED, bank_file, dataset_description, frequency, make_description
-from data_provider.patterns import M4
-from data_provider.timestamps import gaps_in
+from data_provider.description import LISTED, bank_file, dataset_description, make_description
+from data_provider.splits import M4
+from data_provider.timestamps import frequency, gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error, listed

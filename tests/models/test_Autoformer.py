@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_provider.timefeatures import time_marks
+from data_provider.timestamps import time_marks
 from layers.autocorrelation import AutoCorrelation
 from layers.decomposition import SeasonalNorm
 from layers.embedding import CALENDAR, CalendarEmbedding, sinusoids

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import utils.run
 from data_provider.batches import Batch, WindowCollate
-from data_provider.timefeatures import time_marks
+from data_provider.timestamps import time_marks
 from models.Autoformer import Model as Autoformer
 from scripts import summary
 from tests.small_run import (

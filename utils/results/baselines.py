@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_provider.data_loader import SplitSeries, WindowDataset
+from data_provider.data_loader import FileSeries, WindowDataset
 from layers.norm import EPSILON
 from utils.intervals import Intervals, deviations, probabilities, quantiles
 from utils.results.interval_metrics import IntervalMetrics
@@ -48,7 +48,7 @@ class Baseline:
     intervals: dict | None = None  # "levels" with their coverage and width, and "wql", see `IntervalMetrics`
 
 
-def baselines(series: SplitSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[Baseline]:
+def baselines(series: FileSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[Baseline]:
     """Measure the naive forecasts and the ridge regression on the test windows.
 
     Args:
@@ -100,7 +100,7 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
 
 
 def _measure(
-    name: str, title: str, detail: str, series: SplitSeries, levels: tuple[float, ...], start: float, forecast: Forecast
+    name: str, title: str, detail: str, series: FileSeries, levels: tuple[float, ...], start: float, forecast: Forecast
 ) -> Baseline:
     kept, columns = series.forecast_slice, series.forecast_columns
     metrics = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_provider.data_factory import series_from_args
-from data_provider.data_loader import SplitSeries
+from data_provider.data_loader import FileSeries
 from layers.errors import input_error
 from utils.results.baselines import PENALTIES, RIDGE, baselines, fitted_every
 from utils.results.m4_scores import methods_of, warnings_of
@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
-def measured(series: SplitSeries, kept: dict[str, Any] | None = None, levels: tuple[float, ...] = ()) -> dict[str, Any]:
+def measured(series: FileSeries, kept: dict[str, Any] | None = None, levels: tuple[float, ...] = ()) -> dict[str, Any]:
     """The baselines of a series' test windows: those `kept`, where they are of the same data, lengths and `levels`.
 
     Returns:

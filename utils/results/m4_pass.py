@@ -12,7 +12,7 @@ import torch
 
 from data_provider.batches import Batch
 from data_provider.data_factory import series_flags
-from data_provider.m4 import M4Series, content
+from data_provider.m4 import M4Series, fingerprint
 from layers.norm import instance_norm
 from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge
 from utils.results.comparison import METRICS
@@ -127,7 +127,7 @@ def _ridge(series: M4Series) -> np.ndarray:
     """Forecasts `[S, H]` of one linear map of the normalised window."""
     weights, _ = fit_ridge(*series.windows_for_a_map())
     test = series.windows("test")
-    items = [test[number] for number in range(len(series.ids))]
+    items: list[Any] = [test[number] for number in range(len(series.ids))]
     x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
     z, mean, deviation = instance_norm(x, mask)
     return (z @ torch.from_numpy(weights) * deviation + mean).numpy()
@@ -137,7 +137,7 @@ def _measured_on(series: M4Series) -> dict[str, Any]:
     return {
         "file": series.path.name,
         "sha256": series.fingerprint,
-        "test_sha256": content(series.ids, series.future),
+        "test_sha256": fingerprint(series.future),
         "seq_len": series.seq_len,
         "pred_len": series.pred_len,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_provider.patterns import GROUPS, PATTERNS
+from data_provider.splits import GROUPS, PATTERNS
 
 SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
 AVERAGE = "Average"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from data_provider.data_loader import Series, SplitSeries, fingerprint
+from data_provider.data_loader import FileSeries, Series, fingerprint
 from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
@@ -138,7 +138,7 @@ class Checkpoint:
         rows, expected = held["mark"]["rows"], held["mark"]["sha256"]
         if isinstance(data, M4Series):
             return data.fingerprint == expected
-        if isinstance(data, SplitSeries) and data.columns == names and data.splits.train == rows:
+        if isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows:
             return data.fingerprint == expected
         table = data if isinstance(data, Table) else read_table(data.path, fill)
         if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):

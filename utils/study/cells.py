@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 from safetensors import safe_open
 
-from data_provider.patterns import M4
+from data_provider.splits import M4
 from layers.errors import InputError, input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
 from utils.saving.files import write_json

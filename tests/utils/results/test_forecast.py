@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_provider.timestamps import future_dates
+from data_provider.timestamps import future_dates, infer_step
 from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.realdata import ROOT
@@ -213,4 +213,4 @@ def test_rolling_goes_on_from_the_forecast():
 )
 def test_dates_across_month_ends_leap_days_and_weekends(freq, last):
     dates = pd.date_range(end=last, periods=40, freq=freq)
-    assert (future_dates(dates, 12) == pd.date_range(last, periods=13, freq=freq)[1:]).all()
+    assert (future_dates(dates, 12, infer_step(dates)) == pd.date_range(last, periods=13, freq=freq)[1:]).all()
