@@ -21,7 +21,7 @@ from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
 from utils.inputs import check_model_flags
-from utils.intervals import LEVELS, MOST_OFFSETS, Intervals, fewest_windows, name_of, probabilities, supported
+from utils.results.bands import LEVELS, MOST_OFFSETS, Intervals, fewest_windows, name_of, probabilities
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 OLDEST_DRIVER = {"13": "580", "12": "525"}  # by the CUDA that PyTorch was built for
@@ -314,7 +314,7 @@ def _from_windows(args: Namespace, series: SplitSeries, kept: Intervals | None) 
         if args.intervals is not None:
             raise input_error("--intervals", got, f"at most {MOST_OFFSETS:,}", "ask for fewer levels, or for none")
         return IntervalPlan((), None, [f"No prediction intervals: {got}, a checkpoint holds {MOST_OFFSETS:,}"])
-    levels = supported(asked, windows)
+    levels = tuple(level for level in asked if windows >= fewest_windows(level))
     few = [level for level in asked if level not in levels]
     notes = []
     if few:

@@ -16,7 +16,7 @@ from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, run_folder, write_csv
 from utils.command_line import parse_flags
 from utils.forecaster import Forecaster
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.interrupt import Interrupts
 from utils.setup import load_checkpoint, setup
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from utils.intervals import Intervals, continued, deviations, ends, fewest_windows, probabilities, quantiles, rank, supported
+from utils.results.bands import Intervals, continued, deviations, ends, fewest_windows, probabilities, quantiles, rank, supported
 
 
 def test_ranks_worked_by_hand() -> None:

@@ -12,10 +12,10 @@ import torch
 from data_provider.data_loader import WindowDataset, load_series
 from scripts import past_forecasts
 from tests.small_run import run_folder, train
-from utils.intervals import LEVELS, Intervals, probabilities, quantiles
+from utils.results.bands import LEVELS, Intervals, probabilities, quantiles
 from utils.results import baselines, calibration, metrics, test_pass
-from utils.results.calibration import intervals_of
-from utils.results.interval_metrics import IntervalMetrics
+from utils.results.bands import intervals_of
+from utils.results.bands import IntervalMetrics
 from utils.results.metrics import Metrics
 from utils.saving.array_file import ArrayFile
 

@@ -26,7 +26,7 @@ from data_provider.data_loader import Series, SplitSeries, fingerprint
 from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.files import write_atomic, write_json
 from utils.saving.record import LEGACY, TENSORS, Header, find_checkpoint, parse_record, read_header
 from utils.saving.tensors import damage, write_tensors

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from layers.ranks import from_all, processes
 from models.forecaster import Forecaster
 from utils.errors import RunError, StorageError
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.asks import Asks
 from utils.saving.checkpoint import save_checkpoint, value_count
 from utils.saving.files import FULL, free_bytes, size_text

@@ -14,10 +14,10 @@ from data_provider.batches import Batch, Sequences
 from layers.ranks import from_all, processes
 from models.forecaster import Forecaster
 from utils.errors import RunError
-from utils.results.calibration import Calibration
+from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.m4_pass import open_pass
-from utils.results.test_pass import TestPass
+from utils.results.m4 import open_pass
+from utils.results.metrics import TestPass
 from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score

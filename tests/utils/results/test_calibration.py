@@ -16,9 +16,9 @@ from data_provider.synthetic import write_synthetic
 from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, run_folder, train, write_csv
 from utils.command_line import parse_flags
-from utils.intervals import DECILES
+from utils.results.bands import DECILES
 from utils.results.baselines import baselines
-from utils.results.interval_metrics import IntervalMetrics
+from utils.results.bands import IntervalMetrics
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.tensors import write_tensors
 

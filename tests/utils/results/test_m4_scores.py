@@ -12,7 +12,7 @@ from data_provider.m4 import M4Series, load_m4, read_wide
 from data_provider.patterns import PATTERNS
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
-from utils.results.m4_scores import PAPER, Errors, errors_of, grouped, is_seasonal, naive2, seasonal_indices, table
+from utils.results.m4 import PAPER, Errors, errors_of, grouped, is_seasonal, naive2, seasonal_indices, table
 
 
 def real(pattern: str) -> tuple[M4Series, Path]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.results.metrics import Metrics
-from utils.results.predictions import Predictions
+from utils.results.metrics import Predictions
 
 W, H, N = 37, 5, 3
 COLUMNS = ["a", "b", "c"]

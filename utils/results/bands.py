@@ -1,0 +1,353 @@
+"""Prediction intervals: calibrated on the errors of the validation windows, scored on the test's.
+
+Split-conformal prediction (Papadopoulos et al., ECML 2002) with signed errors, so that both sides have their own
+length (Linusson et al., PAKDD 2014), each divided by the deviation of its window's history (Lei et al., JASA 2018,
+section 5.2): quiet hours get narrow bands. Of n errors that can be exchanged with the next one, the k-th smallest lies
+above it with probability k / (n + 1); from this come the ranks below, and with them the promise: a truth lies below
+the band's lower end with at most, and above its upper end with at most, half of what the level leaves.
+
+Shapes: W validation windows, B windows of a batch, N channels, H steps ahead, Q probabilities.
+"""
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from data_provider.batches import Batch
+from data_provider.data_loader import SplitSeries
+from layers.norm import EPSILON, instance_norm
+from utils.saving.files import PARTIAL, writing
+
+if TYPE_CHECKING:
+    from utils.training.session import Job
+
+LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
+DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
+MOST_OFFSETS = 14_000_000  # as text 75 MB of the 100 MB that a safetensors header may have
+LARGEST = 1e30  # an offset beyond is no number of deviations
+KEPT = "validation_errors.npy"  # of the repeats of a run, for the mean of their forecasts
+ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
+VALUES_AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
+EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
+
+
+def ends(level: float) -> tuple[float, float]:
+    """The probabilities of a band's lower and upper end: 80 % has 0.1 and 0.9."""
+    low = round((100 - level) / 200, 8)
+    return low, round(1 - low, 8)
+
+
+def probabilities(levels: Iterable[float]) -> tuple[float, ...]:
+    """Those of the levels' ends, and the deciles, in order."""
+    return tuple(sorted({*DECILES, *(end for level in levels for end in ends(level))}))
+
+
+def fewest_windows(level: float) -> int:
+    """How many validation windows it takes to have one error beyond each end: 9 for 80 %, 39 for 95 %."""
+    return -(-EXACT // round(ends(level)[0] * EXACT)) - 1
+
+
+def name_of(level: float) -> str:
+    """80.0 -> "80", 99.5 -> "99.5": as in the names of columns."""
+    return f"{level:g}"
+
+
+def deviations(x: np.ndarray) -> np.ndarray:
+    """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it."""
+    return np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON)
+
+
+def quantiles(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray:
+    """Errors `[W, ...]` -> their quantiles `[Q, ...]` with the finite-sample correction; NaN where W is too small."""
+    W, ordered = len(errors), np.sort(errors, axis=0)
+    found = np.full((len(probabilities), *errors.shape[1:]), np.nan, dtype=np.float32)
+    for row, probability in zip(found, probabilities, strict=True):
+        parts = round(probability * EXACT) * (W + 1)
+        rank = parts // EXACT if probability < 0.5 else -(-parts // EXACT)  # of two ranks the outer one
+        if probability == 0.5:
+            row[:] = (ordered[(W - 1) // 2] + ordered[W // 2]) / 2
+        elif 1 <= rank <= W:
+            row[:] = ordered[rank - 1]
+    return found
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The calibrated quantiles of a model's errors.
+
+    Attributes:
+        levels: per cent, those that were asked for.
+        offsets: `[Q, N, H]` float32, in deviations of a window's history: a quantile of the truth is the forecast plus
+            offset times deviation. NaN where the windows were too few.
+        windows: how many were calibrated on, W.
+    """
+
+    levels: tuple[float, ...]
+    offsets: np.ndarray
+    windows: int
+
+    def has(self, levels: Iterable[float]) -> bool:
+        """Whether the ends of these levels were calibrated: those asked for, and 20, 40, 60 and 80 %."""
+        return all(level in (*self.levels, 20, 40, 60, 80) and self.windows >= fewest_windows(level) for level in levels)
+
+    def band(self, level: float) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets of the lower and the upper end, each `[N, H]`."""
+        low, high = (self.offsets[probabilities(self.levels).index(end)] for end in ends(level))
+        return low, high
+
+    def only(self, levels: Iterable[float]) -> "Intervals":
+        """These levels, of which all `has` to be there."""
+        levels, held = tuple(levels), probabilities(self.levels)
+        return Intervals(levels, self.offsets[[held.index(end) for end in probabilities(levels)]], self.windows)
+
+    def of(self, places: Sequence[int]) -> "Intervals":
+        """Those of some channels."""
+        return Intervals(self.levels, self.offsets[:, list(places)], self.windows)
+
+    def encode(self) -> str:
+        """As text, for a checkpoint's header."""
+        values = base64.b64encode(np.ascontiguousarray(self.offsets, "<f4").tobytes()).decode()
+        return json.dumps(
+            {"levels": self.levels, "windows": self.windows, "shape": self.offsets.shape[1:], "offsets": values}
+        )
+
+    @classmethod
+    def decode(cls, text: str) -> "Intervals":
+        """What `encode` made; the text may be anyone's.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            held = json.loads(text)
+            levels, windows, shape = tuple(held["levels"]), held["windows"], held["shape"]
+            sound = type(windows) is int and windows > 0 and len(levels) <= 100
+            sound = sound and all(type(level) in (int, float) and 0 < level < 100 for level in levels)
+            sound = sound and len({round(level, 4) for level in levels} & set(levels)) == len(levels)
+            if not sound or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+                raise ValueError
+            values = np.frombuffer(base64.b64decode(held["offsets"], validate=True), "<f4")
+            offsets = values.astype(np.float32).reshape(len(probabilities(levels)), *shape)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            raise ValueError("intervals that cannot be read") from None
+        if np.isinf(offsets).any() or np.nanmax(np.abs(offsets), initial=0) > LARGEST:
+            raise ValueError("intervals of numbers that are none")
+        return cls(tuple(map(float, levels)), offsets, windows)
+
+
+def continued(offsets: np.ndarray, steps: int) -> np.ndarray:
+    """Offsets `[N, H]` of one end, for `steps` rows `[N, steps]` of a forecast that goes on from itself.
+
+    Beyond H nothing was calibrated: there the band widens as if the errors of the rounds were independent, so
+    that their squares add up. It never gets narrower where one round ends.
+    """
+    H = offsets.shape[1]
+    rounds = np.arange(steps) // H
+    per_step = offsets[:, np.arange(steps) % H]
+    whole = offsets[:, -1:]
+    return np.where(rounds, np.sign(whole) * np.hypot(np.sqrt(rounds) * whole, per_step), per_step)
+
+
+def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
+    """Make a float32 .npy file of zeros, to be filled through memory maps; one that is there goes.
+
+    Its room on the disk is taken at once: a map that meets a full disk would end the program without a word.
+
+    Args:
+        part_of: the file that it becomes a part of, named in an error.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with writing(part_of):
+        path.unlink(missing_ok=True)
+        np.lib.format.open_memmap(path, mode="w+", dtype="<f4", shape=shape)
+        if hasattr(os, "posix_fallocate"):  # Linux
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+class Calibration:
+    """Takes in the batches of a pass over the validation split: pass `consume` to `score`, then call `end`, within `with`.
+
+    The errors `[W, N, H]` lie on the disk meanwhile, where all processes of a group write theirs. The file goes, however
+    the pass ends.
+    """
+
+    def __init__(self, job: "Job", levels: tuple[float, ...] = ()):
+        """Args:
+        levels: per cent; none: the job's.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        series = job.windows
+        self.job, self.levels, self.path = job, levels or job.levels, job.folder / f".{KEPT}{PARTIAL}"
+        if job.accelerator.is_main_process:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
+            make_array(self.path, shape, job.folder / KEPT)
+        job.accelerator.wait_for_everyone()
+
+    def __enter__(self) -> "Calibration":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.job.accelerator.is_main_process:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
+        sequences, first, B = batch.sequences(), int(batch.index[0]), len(batch.index)
+        errors = (sequences.y - forecast) / instance_norm(sequences.x)[2]  # (M, H)
+        held = np.load(self.path, mmap_mode="r+")  # anew for each batch, so that memory holds no more than that
+        held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
+
+    def end(self) -> None:
+        """Give the job the intervals that the pass comes to; none where errors are no finite numbers.
+
+        The errors of repeats (`--itr`) stay in the run's folder, as `KEPT`.
+        """
+        job = self.job
+        job.accelerator.wait_for_everyone()  # all have written their windows
+        found = intervals_of([self.path], self.levels)
+        finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
+        job.intervals = found if finite else None
+        if not finite:
+            job.log("No prediction intervals: errors of the validation windows are no finite numbers")
+        job.accelerator.wait_for_everyone()
+        if job.args.itr > 1 and finite and job.accelerator.is_main_process:
+            with writing(self.path):
+                self.path.replace(job.folder / KEPT)
+
+
+def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
+    """The intervals of the mean of the errors `[W, N, H]` in these files; memory holds some of the channels."""
+    W, N, H = np.load(files[0], mmap_mode="r").shape
+    step = max(1, ERRORS_AT_ONCE // (W * H * len(files)))
+    rows = []
+    for first in range(0, N, step):
+        errors = np.mean([np.load(file, mmap_mode="r")[:, first : first + step] for file in files], axis=0)
+        rows.append(quantiles(errors, probabilities(levels)))
+    return Intervals(levels, np.concatenate(rows, axis=1), W)
+
+
+def mean_intervals(job: "Job", repeats: Sequence[Path]) -> Intervals | None:
+    """Those of the mean of the repeats' forecasts: the mean of their errors is its error.
+
+    None where a repeat has not left the errors of these validation windows.
+    """
+    files, series = [folder / KEPT for folder in repeats], job.series
+    try:
+        shapes = {np.load(file, mmap_mode="r").shape for file in files}
+    except (OSError, ValueError):
+        return None
+    W, *rest = shapes.pop()
+    fits = not shapes and rest == [len(series.forecast_columns), job.args.pred_len]
+    if isinstance(series, SplitSeries):  # a run that only forecasts has no windows
+        fits = fits and len(series.windows("val")) == W
+    return intervals_of(files, job.levels) if job.levels and fits else None
+
+
+def channels_at_once(values: torch.Tensor) -> list[slice]:
+    """The channels of `[B, N, H]` in parts of at most VALUES_AT_ONCE values, one channel at least: the memory of what is
+    computed does not grow with their number."""
+    B, N, H = values.shape
+    step = max(1, VALUES_AT_ONCE // (B * H))
+    return [slice(start, start + step) for start in range(0, N, step)]
+
+
+class IntervalMetrics:
+    """Sums over windows; memory depends on channels and horizon, not on the number of windows.
+
+    For truth y, quantile q at probability p, and a band from low to high:
+
+    - coverage: the part of the truths that lie in the band; width: mean of high - low.
+    - pinball: mean of max(p (y - q), (p - 1) (y - q)).
+    - wql: the weighted quantile loss, twice the sum of the pinball losses over the sum of |y|, averaged over the
+      deciles (Park et al., AISTATS 2022; GluonTS's mean_weighted_sum_quantile_loss). In own units, whose |y| is that of the
+      data; over all channels it adds up different units.
+    """
+
+    def __init__(self, intervals: Intervals, mean: np.ndarray, deviation: np.ndarray, device: torch.device | str = "cpu"):
+        """Args:
+        mean, deviation: `[N]`, from standardised values to own units.
+        """
+        self.intervals, (Q, N, H) = intervals, intervals.offsets.shape
+        self.mean, self.deviation = (
+            torch.as_tensor(v, dtype=torch.float32, device=device)[:, None] for v in (mean, deviation)
+        )
+        self.offsets = torch.from_numpy(intervals.offsets).to(device)
+        self.bands = [[torch.from_numpy(end).to(device) for end in intervals.band(level)] for level in intervals.levels]
+        L = len(intervals.levels)
+        shapes = {"pinball": (Q, N, H), "inside": (L, N, H), "width": (L, N, H), "size": (N, H), "windows": ()}
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+    def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return values.sum(dim=0, dtype=torch.float64)
+
+        levels = probabilities(self.intervals.levels)
+        for part in channels_at_once(forecast):
+            y, unit = truth[:, part].float(), deviation[:, part].float()
+            error = y - forecast[:, part].float()
+            all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
+            for pinball, probability, offset in zip(self.sums["pinball"], levels, self.offsets[:, part], strict=True):
+                # p u where u > 0, else (p - 1) u: that is p u less its negative part.
+                below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
+                pinball[part] += probability * (all_error - all_unit * offset) - below
+            for inside, width, band in zip(self.sums["inside"], self.sums["width"], self.bands, strict=True):
+                low, high = (end[part] for end in band)
+                inside[part] += ((error >= unit * low) & (error <= unit * high)).sum(dim=0)
+                width[part] += all_unit * (high - low)
+            self.sums["size"][part] += total((y * self.deviation[part] + self.mean[part]).abs())
+        self.sums["windows"] += len(truth)
+
+    def result(self, columns: Sequence[str]) -> dict[str, Any]:
+        """The figures as JSON takes them; widths are standardised where nothing else is said."""
+        sums, deviation = {name: v.cpu().numpy() for name, v in self.sums.items()}, self.deviation.cpu().double().numpy()
+        levels, size = {}, sums["size"]
+        for level, hits, wide in zip(self.intervals.levels, sums["inside"], sums["width"], strict=True):  # (N, H)
+            figures = {"coverage": hits / sums["windows"], "width": wide / sums["windows"]}
+            channels = {name: values.mean(axis=1) for name, values in figures.items()}
+            channels["width_own_units"] = channels["width"] * deviation[:, 0]
+            levels[name_of(level)] = {
+                **{name: float(values.mean()) for name, values in figures.items()},
+                "channels": {
+                    column: {name: float(values[n]) for name, values in channels.items()} for n, column in enumerate(columns)
+                },
+                "steps": {name: values.mean(axis=0).tolist() for name, values in figures.items()},
+            }
+        ends = probabilities(self.intervals.levels)
+        means = dict(zip(ends, sums["pinball"].sum(axis=(1, 2)) / (sums["windows"] * size.size), strict=True))
+        found = {
+            "calibration_windows": self.intervals.windows,
+            "levels": levels,
+            "pinball": {f"{end:g}": float(mean) for end, mean in means.items() if np.isfinite(mean)},
+            "wql": None,
+        }
+        own = 2 * sums["pinball"][[ends.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
+        if np.isfinite(own).all():  # else the windows were too few for the deciles
+            loss, truth = (np.append(v.sum(axis=1), v.sum()) for v in (own, size))  # (N + 1), the last one of all
+            *by_channel, found["wql"] = [float(a / b) if b > 0 else None for a, b in zip(loss, truth, strict=True)]
+            found["wql_channels"] = dict(zip(columns, by_channel, strict=True))
+        return found
+
+
+def line_of(found: dict[str, Any]) -> str:
+    """What `IntervalMetrics.result` has found, in a line for the log."""
+    levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
+              for name, level in found["levels"].items()]  # fmt: skip
+    wql = "" if found["wql"] is None else f"; weighted quantile loss: {found['wql']:.4f}"
+    return f"Prediction intervals: {'; '.join(levels)}{wql}"

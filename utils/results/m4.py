@@ -1,0 +1,288 @@
+"""The M4 competition: its scores SMAPE, MASE and OWA, its benchmark Naive2, and the test pass that leaves them.
+
+Sources: Makridakis, Spiliotis and Assimakopoulos, The M4 Competition: 100,000 time series and 61 forecasting methods,
+International Journal of Forecasting 36 (2020). Shapes: S series, H values ahead.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data_provider.batches import Batch
+from data_provider.data_factory import series_flags
+from data_provider.m4 import M4Series, content
+from data_provider.patterns import GROUPS, PATTERNS
+from layers.norm import instance_norm
+from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge, kept_or_measured
+from utils.results.log import peak_memory_gib
+from utils.results.metrics import METRICS, TestPass
+from utils.saving.files import write_atomic, write_json
+from utils.training.evaluate import Scores
+from utils.training.session import Job
+
+SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
+AVERAGE = "Average"
+NAIVE2, NAIVE2_TITLE = "naive2", "Naive2"  # in metrics.json, and for people
+SYNTHETIC = "SYNTHETIC DATA: the series were generated, not measured; these figures say nothing about M4"
+# Time-LLM in its paper's table of short-term forecasts: SMAPE, MASE, OWA.
+PAPER = {
+    "Yearly": (13.419, 3.005, 0.789),
+    "Quarterly": (10.110, 1.178, 0.889),
+    "Monthly": (12.980, 0.963, 0.903),
+    "Others": (4.795, 3.178, 1.006),
+    AVERAGE: (11.983, 1.595, 0.859),
+}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean errors over series, each counting alike."""
+
+    series: int
+    smape: float
+    mase: float
+    scaled: int  # series that have a MASE, over which it is the mean
+
+    @classmethod
+    def of(cls, forecast: np.ndarray, truth: np.ndarray, known: list[np.ndarray], season: int) -> "Errors":
+        """Errors of forecasts `[S, H]`.
+
+        - SMAPE: mean of 200 |f - y| / (|f| + |y|); f = y = 0 counts as 0.
+        - MASE: mean of |f - y| in units of the series' own mean |y_t - y_{t-season}| before the forecast; a series that
+          has no such steps, or steps of 0 alone, has none, and the mean is over the others.
+
+        Args:
+            truth: `[S, H]`.
+            known: `[S]` of `[values]` before the forecast.
+        """
+        error, size = np.abs(forecast - truth), np.abs(forecast) + np.abs(truth)
+        smape = 200 * np.divide(error, size, out=np.zeros_like(error), where=size > 0).mean()
+        steps = [np.abs(values[season:] - values[:-season]) for values in known]
+        scale = np.array([step.mean() if len(step) else 0.0 for step in steps])  # (S,)
+        there = scale > 0
+        mase = (error[there].mean(axis=1) / scale[there]).mean() if there.any() else float("nan")
+        return cls(len(forecast), float(smape), float(mase), int(there.sum()))
+
+    @classmethod
+    def joined(cls, parts: list["Errors"]) -> "Errors":
+        """Of several sets of series together, each of which counts alike."""
+        count, scaled = sum(part.series for part in parts), sum(part.scaled for part in parts)
+        smape = sum(part.series * part.smape for part in parts) / count
+        mase = sum(part.scaled * part.mase for part in parts if part.scaled) / scaled if scaled else float("nan")
+        return cls(count, smape, mase, scaled)
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "Errors":
+        """As a part of metrics.json has them."""
+        return cls(row["series"], row["smape"], row["mase"], row["scaled"])
+
+    def owa(self, naive2: "Errors") -> float:
+        """Overall weighted average: the mean of both errors as parts of Naive2's; NaN where Naive2 has none."""
+        if not (naive2.smape > 0 and naive2.mase > 0):
+            return float("nan")
+        return (self.smape / naive2.smape + self.mase / naive2.mase) / 2
+
+
+def naive2(values: np.ndarray, season: int, horizon: int) -> np.ndarray:
+    """The last value `[horizon]`, of a series that the 90 % test calls seasonal without its season, and the season put
+    back; a series whose values cannot be divided by their seasonal indices counts as without a season.
+
+    Args:
+        values: `[values]`.
+        season: values in a season; 1 for none.
+    """
+    last, n = np.repeat(values[-1], horizon), len(values)
+    if season < 2 or n < 3 * season:
+        return last
+    # What cannot be divided becomes NaN: a series that never moves, or one around 0, whose trend or last index is 0.
+    with np.errstate(all="ignore"):
+        # Seasonal is a significant autocorrelation at the season, by Bartlett's formula for its deviation.
+        centred = values - values.mean()
+        correlation = np.array([centred[lag:] @ centred[:-lag] for lag in range(1, season + 1)]) / (centred @ centred)
+        limit = SIGNIFICANT * np.sqrt((1 + 2 * np.square(correlation[:-1]).sum()) / n)
+        if not abs(correlation[-1]) > limit:
+            return last
+        # Classical multiplicative decomposition: the trend is the centred moving average over a season, whose two end
+        # values count half where the season is even; an index is the mean of the values' ratios to it.
+        window = np.full(season, 1 / season)
+        window = np.convolve(window, [0.5, 0.5]) if season % 2 == 0 else window
+        half, ratios = len(window) // 2, np.full(-(-n // season) * season, np.nan)
+        trend = np.convolve(values, window, mode="valid")
+        ratios[half : n - half] = np.where(trend == 0, np.nan, values[half : n - half] / trend)
+        ratios = ratios.reshape(-1, season)
+        indices = np.nansum(ratios, axis=0) / np.count_nonzero(~np.isnan(ratios), axis=0)
+        indices /= indices.mean()
+        made = values[-1] / indices[(n - 1) % season] * indices[np.arange(n, n + horizon) % season]
+    return made if np.isfinite(made).all() else last
+
+
+class M4Pass:
+    """As `TestPass`, for the competition's series: it leaves `<Pattern>_forecast.csv` and metrics.json."""
+
+    def __init__(self, job: Job):
+        assert isinstance(job.series, M4Series)
+        self.job, self.series, self.folder = job, job.series, job.folder
+        shape = len(self.series.ids), self.series.pred_len
+        self.made = torch.zeros(shape, dtype=torch.float64, device=job.device)  # zero where another process forecasts
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        """Keep the forecasts `[B, H]` of a batch."""
+        self.made[batch.index.to(self.made.device)] = forecast.double()
+
+    @cached_property
+    def forecasts(self) -> np.ndarray:
+        """`[S, H]`, those of all processes."""
+        return self.job.accelerator.reduce(self.made).cpu().numpy()
+
+    @cached_property
+    def errors(self) -> Errors:
+        """The model's."""
+        return Errors.of(self.forecasts, self.series.future, self.series.known, self.series.kind.season)
+
+    @cached_property
+    def simple(self) -> dict[str, Any]:
+        """What metrics.json has of Naive2, the last value, and the linear map, where a training series fills a window."""
+        series, H, season = self.series, self.series.pred_len, self.series.kind.season
+        of = {
+            "file": series.path.name,
+            "sha256": series.fingerprint,
+            "test_sha256": content(series.ids, series.future),
+            "seq_len": series.seq_len,
+            "pred_len": H,
+            "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],
+        }
+
+        def measure() -> list[dict[str, Any]]:
+            naive = np.stack([naive2(values, season, H) for values in series.known])
+            last = np.repeat([[values[-1]] for values in series.known], H, axis=1)
+            made = [(NAIVE2, NAIVE2_TITLE, naive), (LAST, "Last value", last)]
+            if any(len(values) >= series.seq_len + 2 * H for values in series.known):
+                weights, _ = fit_ridge(*series.windows_for_a_map())
+                items = list(map(series.windows("test").__getitem__, range(len(series.ids))))
+                x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
+                z, mean, deviation = instance_norm(x, mask)
+                made.append((RIDGE, "Linear map (ridge)", (z @ torch.from_numpy(weights) * deviation + mean).numpy()))
+            errors = [Errors.of(forecast, series.future, series.known, season) for _, _, forecast in made]
+            return [
+                {"name": name, "title": title, **asdict(error), "owa": error.owa(errors[0])}
+                for (name, title, _), error in zip(made, errors, strict=True)
+            ]
+
+        return kept_or_measured(of, self.folder / METRICS, measure, self.job.log)
+
+    def headline(self, scores: Scores) -> str:
+        """The line with the test's figures."""
+        owa = self.errors.owa(Errors.read(self.simple["rows"][0]))
+        return f"Test SMAPE: {self.errors.smape:.3f} MASE: {self.errors.mase:.3f} OWA: {owa:.3f}"
+
+    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
+        job, series = self.job, self.series
+        if not job.accelerator.is_main_process:
+            return figures
+        owa = self.errors.owa(Errors.read(self.simple["rows"][0]))
+        metrics = figures | {
+            "test": figures["test"] | asdict(self.errors) | {"owa": owa},
+            "peak_memory_gib": peak_memory_gib(job.device),
+            "windows": len(series.ids),
+            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
+            "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
+            "baselines": self.simple,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
+        frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
+        file = self.folder / f"{series.pattern}_forecast.csv"
+        write_atomic(file, frame.to_csv)
+        job.log(f"Forecasts of {len(series.ids)} series: {file}")
+        write_json(self.folder / METRICS, metrics)
+        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
+            job.log(line)
+        return metrics
+
+
+def open_pass(job: Job) -> TestPass | M4Pass:
+    """The test pass of a job's data."""
+    return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
+
+
+Methods = dict[str, dict[str, tuple[Errors, Errors]]]  # title -> pattern -> its errors, and Naive2's on the same series
+
+
+def methods_of(metrics: Mapping[str, Any]) -> Methods:
+    """What the metrics.json of a run on a pattern says of its model and of the simple forecasts.
+
+    Raises:
+        KeyError, TypeError: it is of another run.
+    """
+    name = "Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]
+    rows = metrics["baselines"]["rows"]
+    found = {name: Errors.read(metrics["m4"] | metrics["test"])} | {row["title"]: Errors.read(row) for row in rows}
+    return {title: {metrics["m4"]["pattern"]: (errors, found[NAIVE2_TITLE])} for title, errors in found.items()}
+
+
+def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
+    """What must be said of the metrics.json of a run on a pattern: made-up series, and a training on other data."""
+    said = [SYNTHETIC] if metrics["m4"].get("synthetic") else []
+    trained = metrics.get("trained_on", {})  # only of other data than the tested
+    if trained:
+        said.append(f"{metrics['m4']['pattern']}: after training on other series, those of {trained.get('file')}")
+    if trained.get("synthetic"):
+        said.append(f"SYNTHETIC DATA: {trained.get('file')}, which the model was trained on, was generated, not measured")
+    return said
+
+
+def grouped(found: Mapping[str, tuple[Errors, Errors]], among: Iterable[str] = ()) -> dict[str, tuple[Errors, float]]:
+    """Errors and OWA of the patterns found, of the competition's groups, and of all, weighted by series; of one pattern
+    alone its own.
+
+    Args:
+        found: pattern -> errors of a method and of Naive2 on the same series.
+        among: patterns that other methods of the table have: a group that has one of them which this method lacks is left
+            out, and so is the average, for they would stand beside those of other series.
+    """
+    present = [pattern for pattern in PATTERNS if pattern in found]
+    lacking = {*among} - {*found}
+    sets = {pattern: [pattern] for pattern in present}
+    for group in GROUPS:
+        if not any(PATTERNS[pattern].group == group for pattern in lacking):
+            sets.setdefault(group, [pattern for pattern in present if PATTERNS[pattern].group == group])
+    if not lacking and len(present) > 1:
+        sets[AVERAGE] = present
+    elif not lacking:
+        sets = {present[0]: present}
+    rows = {}
+    for name, patterns in sets.items():
+        if patterns:
+            errors, naive = (Errors.joined([found[pattern][place] for pattern in patterns]) for place in (0, 1))
+            rows[name] = errors, errors.owa(naive)
+    return rows
+
+
+def table(methods: Methods, warnings: Iterable[str] = ()) -> str:
+    """An aligned table: a block a method, the paper's figures in the last one.
+
+    Args:
+        methods: of a run, or of several runs together.
+        warnings: lines for its end; one that comes twice is said once.
+    """
+    found = {pattern for patterns in methods.values() for pattern in patterns}
+    lines = [f"{'':24}{'series':>8}{'SMAPE':>10}{'MASE':>9}{'OWA':>8}"]
+    for title, patterns in methods.items():
+        lacking = [pattern for pattern in PATTERNS if pattern in found and pattern not in patterns]
+        lines += ["", f"{title} (without {', '.join(lacking)}, so without their average)" if lacking else title]
+        for name, (e, owa) in grouped(patterns, found).items():
+            lines.append(f"  {name:22}{e.series:8}{e.smape:10.3f}{e.mase:9.3f}{owa:8.3f}")
+    lines += ["", "Time-LLM in its paper (all 100,000 series)"]
+    lines += [f"  {name:22}{'':8}{smape:10.3f}{mase:9.3f}{owa:8.3f}" for name, (smape, mase, owa) in PAPER.items()]
+    missing = [pattern for pattern in PATTERNS if pattern not in found]
+    if missing and len(found) > 1:
+        lines += ["", f"Others and Average are without {', '.join(missing)}, which are not here"]
+    for warning in dict.fromkeys(warnings):
+        lines += ["", warning]
+    return "\n".join(lines)
