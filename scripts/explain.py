@@ -36,8 +36,8 @@ from models.TimeLLM import Model  # noqa: E402
 from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
 from utils.results import inside  # noqa: E402
-from utils.results.metrics import Window  # noqa: E402
 from utils.results.plots import FORECAST, HISTORY, TRUTH, day_of, dress, fonts, glyphs  # noqa: E402
+from utils.results.test_pass import Window  # noqa: E402
 from utils.run import load_checkpoint  # noqa: E402
 from utils.saving.files import write_atomic, write_json, writing  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402

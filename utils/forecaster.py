@@ -26,6 +26,7 @@ from data_provider.description import frequency
 from data_provider.frames import check_rows, tables_of
 from data_provider.timefeatures import time_marks
 from layers.errors import input_error
+from layers.norm import instance_norm
 from utils.command_line import flags_for
 from utils.results.bands import Intervals, name_of
 from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
@@ -176,10 +177,12 @@ class Forecaster:
         starts = [day for part in parts for day in (part.dates[T], part.dates[len(part.dates) - H])]
         kept = job.series.forecast_slice
         columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
-        metrics = Metrics(columns, mean, deviation, H, job.device, self._intervals(intervals))
+        metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
-            metrics.add(batch, forecast)
+            sequences = batch.sequences()
+            pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, sequences.y, sequences.x))
+            metrics.add(pred, true, instance_norm(x)[2])
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)

@@ -12,13 +12,14 @@ from data_provider.patterns import M4
 from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.results.bands import KEPT, Calibration, line_of, mean_intervals, name_of
+from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
 from utils.results.comparison import note_of
 from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
 from utils.results.log import RunLog
 from utils.results.m4 import open_pass
-from utils.results.metrics import score_mean
+from utils.results.metrics import line_of
+from utils.results.test_pass import score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command

@@ -1,4 +1,4 @@
-"""Prediction intervals: calibrated on the errors of the validation windows, scored on the test's.
+"""Prediction intervals, calibrated on the errors of the validation windows.
 
 Split-conformal prediction (Papadopoulos et al., ECML 2002) with signed errors, so that both sides have their own
 length (Linusson et al., PAKDD 2014), each divided by the deviation of its window's history (Lei et al., JASA 2018,
@@ -6,23 +6,22 @@ section 5.2): quiet hours get narrow bands. Of n errors that can be exchanged wi
 above it with probability k / (n + 1); from this come the ranks below, and with them the promise: a truth lies below
 the band's lower end with at most, and above its upper end with at most, half of what the level leaves.
 
-Shapes: W validation windows, B windows of a batch, N channels, H steps ahead, Q probabilities.
+Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
 """
 
 import base64
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from data_provider.batches import Batch
-from data_provider.data_loader import SplitSeries
 from layers.norm import EPSILON, instance_norm
 from utils.saving.files import PARTIAL, writing
 
@@ -35,7 +34,6 @@ MOST_OFFSETS = 14_000_000  # as text 75 MB of the 100 MB that a safetensors head
 LARGEST = 1e30  # an offset beyond is no number of deviations
 KEPT = "validation_errors.npy"  # of the repeats of a run, for the mean of their forecasts
 ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
-VALUES_AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
 EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
 
 
@@ -175,7 +173,7 @@ def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-class Calibration:
+class Calibration(AbstractContextManager):
     """Takes in the batches of a pass over the validation split: pass `consume` to `score`, then call `end`, within `with`.
 
     The errors `[W, N, H]` lie on the disk meanwhile, where all processes of a group write theirs. The file goes, however
@@ -196,9 +194,6 @@ class Calibration:
             shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
             make_array(self.path, shape, job.folder / KEPT)
         job.accelerator.wait_for_everyone()
-
-    def __enter__(self) -> "Calibration":
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.job.accelerator.is_main_process:
@@ -242,112 +237,6 @@ def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
 
 
 def mean_intervals(job: "Job", repeats: Sequence[Path]) -> Intervals | None:
-    """Those of the mean of the repeats' forecasts: the mean of their errors is its error.
-
-    None where a repeat has not left the errors of these validation windows.
-    """
-    files, series = [folder / KEPT for folder in repeats], job.series
-    try:
-        shapes = {np.load(file, mmap_mode="r").shape for file in files}
-    except (OSError, ValueError):
-        return None
-    W, *rest = shapes.pop()
-    fits = not shapes and rest == [len(series.forecast_columns), job.args.pred_len]
-    if isinstance(series, SplitSeries):  # a run that only forecasts has no windows
-        fits = fits and len(series.windows("val")) == W
-    return intervals_of(files, job.levels) if job.levels and fits else None
-
-
-def channels_at_once(values: torch.Tensor) -> list[slice]:
-    """The channels of `[B, N, H]` in parts of at most VALUES_AT_ONCE values, one channel at least: the memory of what is
-    computed does not grow with their number."""
-    B, N, H = values.shape
-    step = max(1, VALUES_AT_ONCE // (B * H))
-    return [slice(start, start + step) for start in range(0, N, step)]
-
-
-class IntervalMetrics:
-    """Sums over windows; memory depends on channels and horizon, not on the number of windows.
-
-    For truth y, quantile q at probability p, and a band from low to high:
-
-    - coverage: the part of the truths that lie in the band; width: mean of high - low.
-    - pinball: mean of max(p (y - q), (p - 1) (y - q)).
-    - wql: the weighted quantile loss, twice the sum of the pinball losses over the sum of |y|, averaged over the
-      deciles (Park et al., AISTATS 2022; GluonTS's mean_weighted_sum_quantile_loss). In own units, whose |y| is that of the
-      data; over all channels it adds up different units.
-    """
-
-    def __init__(self, intervals: Intervals, mean: np.ndarray, deviation: np.ndarray, device: torch.device | str = "cpu"):
-        """Args:
-        mean, deviation: `[N]`, from standardised values to own units.
-        """
-        self.intervals, (Q, N, H) = intervals, intervals.offsets.shape
-        self.mean, self.deviation = (
-            torch.as_tensor(v, dtype=torch.float32, device=device)[:, None] for v in (mean, deviation)
-        )
-        self.offsets = torch.from_numpy(intervals.offsets).to(device)
-        self.bands = [[torch.from_numpy(end).to(device) for end in intervals.band(level)] for level in intervals.levels]
-        L = len(intervals.levels)
-        shapes = {"pinball": (Q, N, H), "inside": (L, N, H), "width": (L, N, H), "size": (N, H), "windows": ()}
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-
-    def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
-
-        def total(values: torch.Tensor) -> torch.Tensor:
-            return values.sum(dim=0, dtype=torch.float64)
-
-        levels = probabilities(self.intervals.levels)
-        for part in channels_at_once(forecast):
-            y, unit = truth[:, part].float(), deviation[:, part].float()
-            error = y - forecast[:, part].float()
-            all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
-            for pinball, probability, offset in zip(self.sums["pinball"], levels, self.offsets[:, part], strict=True):
-                # p u where u > 0, else (p - 1) u: that is p u less its negative part.
-                below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
-                pinball[part] += probability * (all_error - all_unit * offset) - below
-            for inside, width, band in zip(self.sums["inside"], self.sums["width"], self.bands, strict=True):
-                low, high = (end[part] for end in band)
-                inside[part] += ((error >= unit * low) & (error <= unit * high)).sum(dim=0)
-                width[part] += all_unit * (high - low)
-            self.sums["size"][part] += total((y * self.deviation[part] + self.mean[part]).abs())
-        self.sums["windows"] += len(truth)
-
-    def result(self, columns: Sequence[str]) -> dict[str, Any]:
-        """The figures as JSON takes them; widths are standardised where nothing else is said."""
-        sums, deviation = {name: v.cpu().numpy() for name, v in self.sums.items()}, self.deviation.cpu().double().numpy()
-        levels, size = {}, sums["size"]
-        for level, hits, wide in zip(self.intervals.levels, sums["inside"], sums["width"], strict=True):  # (N, H)
-            figures = {"coverage": hits / sums["windows"], "width": wide / sums["windows"]}
-            channels = {name: values.mean(axis=1) for name, values in figures.items()}
-            channels["width_own_units"] = channels["width"] * deviation[:, 0]
-            levels[name_of(level)] = {
-                **{name: float(values.mean()) for name, values in figures.items()},
-                "channels": {
-                    column: {name: float(values[n]) for name, values in channels.items()} for n, column in enumerate(columns)
-                },
-                "steps": {name: values.mean(axis=0).tolist() for name, values in figures.items()},
-            }
-        ends = probabilities(self.intervals.levels)
-        means = dict(zip(ends, sums["pinball"].sum(axis=(1, 2)) / (sums["windows"] * size.size), strict=True))
-        found = {
-            "calibration_windows": self.intervals.windows,
-            "levels": levels,
-            "pinball": {f"{end:g}": float(mean) for end, mean in means.items() if np.isfinite(mean)},
-            "wql": None,
-        }
-        own = 2 * sums["pinball"][[ends.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
-        if np.isfinite(own).all():  # else the windows were too few for the deciles
-            loss, truth = (np.append(v.sum(axis=1), v.sum()) for v in (own, size))  # (N + 1), the last one of all
-            *by_channel, found["wql"] = [float(a / b) if b > 0 else None for a, b in zip(loss, truth, strict=True)]
-            found["wql_channels"] = dict(zip(columns, by_channel, strict=True))
-        return found
-
-
-def line_of(found: dict[str, Any]) -> str:
-    """What `IntervalMetrics.result` has found, in a line for the log."""
-    levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
-              for name, level in found["levels"].items()]  # fmt: skip
-    wql = "" if found["wql"] is None else f"; weighted quantile loss: {found['wql']:.4f}"
-    return f"Prediction intervals: {'; '.join(levels)}{wql}"
+    """Those of the mean of the repeats' forecasts, whose errors are the mean of theirs; None where one has not left them."""
+    files = [folder / KEPT for folder in repeats]
+    return intervals_of(files, job.levels) if job.levels and all(file.is_file() for file in files) else None

@@ -4,10 +4,8 @@ All are measured on the standardised test windows of a series, as the model is.
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ import torch
 from data_provider.data_loader import SplitSeries, WindowDataset
 from data_provider.m4_windows import Cuts
 from layers.norm import instance_norm
-from utils.results.bands import IntervalMetrics, Intervals, deviations, probabilities, quantiles
+from utils.results.bands import Intervals, deviations, probabilities, quantiles
+from utils.results.metrics import Metrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
@@ -27,18 +26,9 @@ Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
 Windows = WindowDataset | Cuts
 
 
-def measured(
-    series: SplitSeries, file: Path, levels: tuple[float, ...] = (), log: Callable[[str], None] = lambda line: None
-) -> dict:
-    """What metrics.json has of the baselines of a series' test windows.
-
-    Args:
-        file: an earlier metrics.json, whose figures are taken if they are of the same data, lengths and levels.
-        levels: of the prediction intervals, per cent.
-
-    Returns:
-        {"of": what they were measured on, "rows": see `baselines`}
-    """
+def measured(series: SplitSeries, levels: tuple[float, ...] = ()) -> dict[str, Any]:
+    """What metrics.json has of the baselines: {"of": what they were measured on, "rows": see `baselines`}."""
+    every = fitted_every(series.windows("train"))
     of = {
         "file": series.path.name,
         "rows": len(series.dates),
@@ -48,25 +38,10 @@ def measured(
         "pred_len": series.pred_len,
         "train_rows": series.splits.few_shot,
         "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
-    } | ({"levels": list(levels)} if levels else {})
-    every = fitted_every(series.windows("train"))
-    of |= {"fitted_every": every} if every > 1 else {}
-    return kept_or_measured(of, file, lambda: baselines(series, levels=levels), log)
-
-
-def kept_or_measured(of: dict, file: Path, measure: Callable[[], list[dict]], log: Callable[[str], None]) -> dict[str, Any]:
-    """The baselines that an earlier metrics.json has `of` the same data; else those that `measure` finds."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["baselines"]
-    except (OSError, ValueError, KeyError):
-        kept = {}
-    if kept.get("of") == of:
-        return kept
-    began = time.perf_counter()
-    found = {"of": of, "rows": measure()}
-    if time.perf_counter() - began > 1:
-        log(f"Simple forecasts measured in {time.perf_counter() - began:.0f} s")
-    return found
+        **({"levels": list(levels)} if levels else {}),
+        **({"fitted_every": every} if every > 1 else {}),
+    }
+    return {"of": of, "rows": baselines(series, levels=levels)}
 
 
 def baselines(series: SplitSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
@@ -80,7 +55,7 @@ def baselines(series: SplitSeries, season: int | None = None, levels: tuple[floa
 
     Returns:
         Rows of the comparison: name, title (for people), mse and mae on the standardised scale, seconds (fit and test),
-        detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `IntervalMetrics`.
+        detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `Metrics`.
     """
     H, step = series.pred_len, series.step
     season = season_length(step) if season is None else season
@@ -115,8 +90,7 @@ def _row(
     name: str, title: str, detail: str, series: SplitSeries, levels: tuple[float, ...], began: float, forecast: Forecast
 ) -> dict[str, Any]:
     """A row of the comparison; memory holds the errors of one channel."""
-    kept, columns, val = series.forecast_slice, series.forecast_columns, series.windows("val")
-    metrics = None
+    kept, columns, val, intervals = series.forecast_slice, series.forecast_columns, series.windows("val"), None
     if levels:
         offsets = []
         for place in range(len(series.columns))[kept]:
@@ -125,22 +99,17 @@ def _row(
             errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in channel.sequences()]
             offsets.append(quantiles(np.concatenate(errors), probabilities(levels)))
         intervals = Intervals(levels, np.stack(offsets, axis=1), len(val))
-        metrics = IntervalMetrics(intervals, series.mean[kept], series.deviation[kept])
-    sums, count = np.zeros(2), 0
+    metrics = Metrics(columns, series.mean[kept], series.deviation[kept], series.pred_len, intervals)
     for x, y in series.windows("test").sequences():
-        made = forecast(x)
-        if metrics is not None:
-            metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, deviations(x))))
-        sums += np.square(made - y).sum(), np.abs(made - y).sum()
-        count += y.size
-    mse, mae = (sums / count).tolist()
-    found = None
-    if metrics is not None:
-        of_all = metrics.result(columns)
-        brief = {level: {key: of[key] for key in ("coverage", "width")} for level, of in of_all["levels"].items()}
-        found = {"levels": brief, "wql": of_all["wql"]}
+        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, deviations(x))))
+    found = metrics.result()
+    mse, mae = (found["standardised"]["all"][error] for error in ("mse", "mae"))
+    brief = found.get("intervals")
+    if brief:
+        of = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in brief["levels"].items()}
+        brief = {"levels": of, "wql": brief["wql"]}
     seconds = time.perf_counter() - began
-    return dict(name=name, title=title, mse=mse, mae=mae, seconds=seconds, detail=detail, intervals=found)
+    return dict(name=name, title=title, mse=mse, mae=mae, seconds=seconds, detail=detail, intervals=brief)
 
 
 def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -10,12 +10,11 @@ from typing import Any
 
 from data_provider.data_factory import series_from_args
 from layers.errors import input_error
-from utils.results.baselines import RIDGE, measured
+from utils.results.baselines import RIDGE
 from utils.results.m4 import methods_of, warnings_of
 from utils.results.m4 import table as table_of_m4
 from utils.results.metrics import METRICS
 from utils.saving.checkpoint import RECORD
-from utils.saving.files import write_json
 
 BANDS = (
     "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised; WQL: weighted quantile loss.",
@@ -41,10 +40,7 @@ def report(folder: Path) -> str:
     if "m4" in metrics:
         return table_of_m4(methods_of(metrics), warnings_of(metrics))
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
-    levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
-    found = measured(series, folder / METRICS, levels)
-    if found != metrics.get("baselines"):
-        write_json(folder / METRICS, metrics | {"baselines": found})
+    found = metrics["baselines"]
     model, backbone = record["flags"].get("model", "TimeLLM"), record.get("backbone", {})
     name = "Time-LLM" if model == "TimeLLM" else model
     other = metrics.get("trained_on", {})  # than the data of the figures

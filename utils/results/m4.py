@@ -15,12 +15,13 @@ import torch
 
 from data_provider.batches import Batch
 from data_provider.data_factory import series_flags
-from data_provider.m4 import M4Series, content
+from data_provider.m4 import M4Series
 from data_provider.patterns import GROUPS, PATTERNS
 from layers.norm import instance_norm
-from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge, kept_or_measured
+from utils.results.baselines import LAST, RIDGE, fit_ridge
 from utils.results.log import peak_memory_gib
-from utils.results.metrics import METRICS, TestPass
+from utils.results.metrics import METRICS
+from utils.results.test_pass import TestPass
 from utils.saving.files import write_atomic, write_json
 from utils.training.evaluate import Scores
 from utils.training.session import Job
@@ -145,39 +146,27 @@ class M4Pass:
         return Errors.of(self.forecasts, self.series.future, self.series.known, self.series.kind.season)
 
     @cached_property
-    def simple(self) -> dict[str, Any]:
+    def simple(self) -> list[dict[str, Any]]:
         """What metrics.json has of Naive2, the last value, and the linear map, where a training series fills a window."""
         series, H, season = self.series, self.series.pred_len, self.series.kind.season
-        of = {
-            "file": series.path.name,
-            "sha256": series.fingerprint,
-            "test_sha256": content(series.ids, series.future),
-            "seq_len": series.seq_len,
-            "pred_len": H,
-            "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],
-        }
-
-        def measure() -> list[dict[str, Any]]:
-            naive = np.stack([naive2(values, season, H) for values in series.known])
-            last = np.repeat([[values[-1]] for values in series.known], H, axis=1)
-            made = [(NAIVE2, NAIVE2_TITLE, naive), (LAST, "Last value", last)]
-            if any(len(values) >= series.seq_len + 2 * H for values in series.known):
-                weights, _ = fit_ridge(*series.windows_for_a_map())
-                items = list(map(series.windows("test").__getitem__, range(len(series.ids))))
-                x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
-                z, mean, deviation = instance_norm(x, mask)
-                made.append((RIDGE, "Linear map (ridge)", (z @ torch.from_numpy(weights) * deviation + mean).numpy()))
-            errors = [Errors.of(forecast, series.future, series.known, season) for _, _, forecast in made]
-            return [
-                {"name": name, "title": title, **asdict(error), "owa": error.owa(errors[0])}
-                for (name, title, _), error in zip(made, errors, strict=True)
-            ]
-
-        return kept_or_measured(of, self.folder / METRICS, measure, self.job.log)
+        naive = np.stack([naive2(values, season, H) for values in series.known])
+        last = np.repeat([[values[-1]] for values in series.known], H, axis=1)
+        made = [(NAIVE2, NAIVE2_TITLE, naive), (LAST, "Last value", last)]
+        if any(len(values) >= series.seq_len + 2 * H for values in series.known):
+            weights, _ = fit_ridge(*series.windows_for_a_map())
+            items = list(map(series.windows("test").__getitem__, range(len(series.ids))))
+            x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
+            z, mean, deviation = instance_norm(x, mask)
+            made.append((RIDGE, "Linear map (ridge)", (z @ torch.from_numpy(weights) * deviation + mean).numpy()))
+        errors = [Errors.of(forecast, series.future, series.known, season) for _, _, forecast in made]
+        return [
+            {"name": name, "title": title, **asdict(error), "owa": error.owa(errors[0])}
+            for (name, title, _), error in zip(made, errors, strict=True)
+        ]
 
     def headline(self, scores: Scores) -> str:
         """The line with the test's figures."""
-        owa = self.errors.owa(Errors.read(self.simple["rows"][0]))
+        owa = self.errors.owa(Errors.read(self.simple[0]))
         return f"Test SMAPE: {self.errors.smape:.3f} MASE: {self.errors.mase:.3f} OWA: {owa:.3f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -185,14 +174,14 @@ class M4Pass:
         job, series = self.job, self.series
         if not job.accelerator.is_main_process:
             return figures
-        owa = self.errors.owa(Errors.read(self.simple["rows"][0]))
+        owa = self.errors.owa(Errors.read(self.simple[0]))
         metrics = figures | {
             "test": figures["test"] | asdict(self.errors) | {"owa": owa},
             "peak_memory_gib": peak_memory_gib(job.device),
             "windows": len(series.ids),
             "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
-            "baselines": self.simple,
+            "baselines": {"rows": self.simple},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = [f"F{step}" for step in range(1, series.pred_len + 1)]

@@ -1,37 +1,19 @@
-"""What a test leaves in the run's folder: its errors in metrics.json, and every forecast in predictions.npz."""
+"""Figures of forecasts: errors, and how good their prediction intervals were; summed up batch by batch."""
 
-import json
-import shutil
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from data_provider.batches import Batch
-from data_provider.data_factory import data_provider, series_flags
-from layers.norm import instance_norm
-from utils.results.bands import IntervalMetrics, Intervals, channels_at_once, make_array, mean_intervals, name_of
-from utils.results.baselines import measured
-from utils.results.log import peak_memory_gib
-from utils.saving.checkpoint import RECORD
-from utils.saving.files import free_bytes, size_text, write_atomic, write_json, writing
-from utils.saving.folder import move_aside
-from utils.saving.record import TENSORS
-from utils.training.evaluate import Scores
-from utils.training.session import Job
+from utils.results.bands import DECILES, Intervals, ends, name_of, probabilities
 
-METRICS, PREDICTIONS = "metrics.json", "predictions.npz"
+METRICS = "metrics.json"
 NEAR_ZERO = 0.01  # truths nearer to zero than this part of the channel's deviation say nothing in per cent
-SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
+AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
 
 
 class Metrics:
-    """Sums of errors `[N, H]`; memory depends on channels and horizon, not on the number of windows.
+    """Sums over windows for each channel and step; memory does not depend on the number of windows.
 
     For forecast p and truth y, on the standardised scale (as papers report) and in the data's own units:
 
@@ -42,8 +24,16 @@ class Metrics:
       series crosses zero all the time, so there mape says little.
     - smape: 100 x mean of 2 |p - y| / (|p| + |y|), from 0 to 200; an element with p = y = 0 counts as 0.
 
-    In own units, figures over all channels add up different units; those by channel do not. How good the prediction
-    intervals were is in `IntervalMetrics`.
+    For quantile q at probability p, and a band from low to high, on the standardised scale:
+
+    - coverage: the part of the truths that lie in the band; width: mean of high - low.
+    - pinball: mean of max(p (y - q), (p - 1) (y - q)).
+    - wql: the weighted quantile loss, twice the sum of the pinball losses over the sum of |y|, averaged over the
+      deciles (Park et al., AISTATS 2022; GluonTS's mean_weighted_sum_quantile_loss). In own units, whose |y| is that of the
+      data.
+
+    In own units, figures over all channels add up different units; those by channel do not.
+    Shapes: B windows, N channels, H steps ahead, Q probabilities, L levels.
     """
 
     def __init__(
@@ -52,295 +42,109 @@ class Metrics:
         mean: np.ndarray,
         deviation: np.ndarray,
         pred_len: int,
-        device: torch.device,
         intervals: Intervals | None = None,
+        device: torch.device | str = "cpu",
     ):
         """Args:
         columns, mean, deviation: `[N]`, names, and from standardised values to own units.
         """
-        self.columns, N = columns, len(columns)
+        self.columns, self.intervals = columns, intervals
+        self.probabilities = probabilities(intervals.levels) if intervals else ()
+        self.offsets = torch.from_numpy(intervals.offsets).to(device) if intervals else None  # (Q, N, H)
         self.mean, self.deviation = (
             torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, deviation)
         )
-        # On both scales: squares, absolutes, relative errors, how many of these, symmetric errors.
-        self.sums = torch.zeros(2, 5, N, pred_len, dtype=torch.float64, device=device)
-        self.windows = torch.zeros((), dtype=torch.float64, device=device)
-        self.bands = None if intervals is None else IntervalMetrics(intervals, mean, deviation, device)
+        # The windows; on both scales squares, absolutes, relative errors, how many of these, symmetric errors and |y|;
+        # for each quantile its loss; for each level the truths inside and the widths.
+        rows = 1 + 2 * 6 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
+        self.sums = torch.zeros(rows, len(columns), pred_len, dtype=torch.float64, device=device)
 
-    def add(self, batch: Batch, forecast: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`.
+    def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
 
-        Returns:
-            forecast and truth `[B, N, H]`, history `[B, N, T]` and its deviation `[B, N, 1]`.
-        """
-        sequences = batch.sequences()
-        pred, true, x = (v.view(len(batch.index), len(self.columns), -1) for v in (forecast, sequences.y, sequences.x))
-        for part in channels_at_once(pred):
-            p, y = pred[:, part].double(), true[:, part].double()
-            mean, deviation = self.mean[part], self.deviation[part]
-            own_p, own_y = p * deviation + mean, y * deviation + mean
-            for scale, (a, b, unit) in enumerate(((p, y, torch.ones_like(deviation)), (own_p, own_y, deviation))):
-                error, size, far = (a - b).abs(), a.abs() + b.abs(), b.abs() > NEAR_ZERO * unit
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return values.sum(dim=0, dtype=torch.float64)
+
+        B, N, H = forecast.shape
+        step = max(1, AT_ONCE // (B * H))  # channels, so that the memory does not grow with their number
+        for part in (slice(start, start + step) for start in range(0, N, step)):
+            p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.deviation[part]
+            sums = [torch.full_like(p[0], B)]
+            for a, b, unit in ((p, y, torch.ones_like(spread)), (p * spread + mean, y * spread + mean, spread)):
+                error, both, far = (a - b).abs(), a.abs() + b.abs(), b.abs() > NEAR_ZERO * unit
                 relative = torch.where(far, error / torch.where(far, b.abs(), 1.0), 0.0)
-                symmetric = torch.where(size > 0, 2 * error / torch.where(size > 0, size, 1.0), 0.0)
-                terms = (error.square(), error, relative, far.double(), symmetric)
-                self.sums[scale, :, part] += torch.stack([term.sum(dim=0) for term in terms])
-        self.windows += len(pred)
-        deviation = instance_norm(x)[2]
-        if self.bands is not None:
-            self.bands.add(pred, true, deviation)
-        return pred, true, x, deviation
+                symmetric = torch.where(both > 0, 2 * error / torch.where(both > 0, both, 1.0), 0.0)
+                sums += map(total, (error.square(), error, relative, far, symmetric, b.abs()))
+            if self.intervals is not None and self.offsets is not None:
+                offsets, unit = self.offsets[:, part], deviation[:, part].float()
+                error = truth[:, part].float() - forecast[:, part].float()
+                for probability, offset in zip(self.probabilities, offsets, strict=True):
+                    # p u where u > 0, else (p - 1) u: that is p u less its negative part.
+                    below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
+                    sums.append(probability * (total(error) - total(unit) * offset) - below)
+                for level in self.intervals.levels:
+                    low, high = (offsets[self.probabilities.index(end)] for end in ends(level))
+                    sums += [total((error >= unit * low) & (error <= unit * high)), total(unit) * (high - low)]
+            self.sums[:, part] += torch.stack(sums)
 
     def result(self) -> dict[str, Any]:
-        """For each scale: "all", "channels" by name and "steps" (lists `[H]`), as JSON takes them; and "intervals"."""
-        windows, made = float(self.windows), {}
-        for scale, sums in zip(("standardised", "own_units"), self.sums.cpu().numpy(), strict=True):
-            _, N, H = sums.shape
-            by_channel, by_step = _figures(sums.sum(axis=2), windows * H), _figures(sums.sum(axis=1), windows * N)
-            made[scale] = {
-                "all": {
-                    name: values[0] for name, values in _figures(sums.sum(axis=(1, 2))[:, None], windows * N * H).items()
-                },
-                "channels": {
-                    column: {name: values[n] for name, values in by_channel.items()} for n, column in enumerate(self.columns)
-                },
-                "steps": by_step,
+        """As metrics.json has them: for each scale "all", "channels" by name and "steps" (lists `[H]`); and "intervals",
+        whose widths are standardised where nothing else is said."""
+        sums, (_, N, H) = self.sums.cpu().numpy(), self.sums.shape
+        windows, scales, rest = sums[0, 0, 0], sums[1:13].reshape(2, 6, N, H), sums[13:]
+
+        def by_column(figures: dict[str, list]) -> dict[str, dict]:
+            return {column: {name: values[n] for name, values in figures.items()} for n, column in enumerate(self.columns)}
+
+        def ratio(losses: np.ndarray, sizes: np.ndarray) -> float | None:
+            return float(losses.sum() / sizes.sum()) if sizes.sum() > 0 else None
+
+        found: dict[str, Any] = {}
+        for scale, part in zip(("standardised", "own_units"), scales, strict=True):
+            of_all = _figures(part.sum(axis=(1, 2))[:, None], windows * N * H)
+            found[scale] = {
+                "all": {name: values[0] for name, values in of_all.items()},
+                "channels": by_column(_figures(part.sum(axis=2), windows * H)),
+                "steps": _figures(part.sum(axis=1), windows * N),
             }
-        return made if self.bands is None else made | {"intervals": self.bands.result(self.columns)}
+        if self.intervals is None:
+            return found
+        pinball, bands = np.split(rest, [len(self.probabilities)])
+        deviation, levels = self.deviation.cpu().numpy(), {}
+        for level, coverage, width in zip(self.intervals.levels, bands[::2] / windows, bands[1::2] / windows, strict=True):
+            channels = {"coverage": coverage, "width": width, "width_own_units": width * deviation}
+            levels[name_of(level)] = {
+                "coverage": float(coverage.mean()),
+                "width": float(width.mean()),
+                "channels": by_column({name: values.mean(axis=1).tolist() for name, values in channels.items()}),
+                "steps": {"coverage": coverage.mean(axis=0).tolist(), "width": width.mean(axis=0).tolist()},
+            }
+        means = zip(self.probabilities, pinball.mean(axis=(1, 2)) / windows, strict=True)
+        losses = {name_of(probability): float(mean) for probability, mean in means if np.isfinite(mean)}
+        made = {"calibration_windows": self.intervals.windows, "levels": levels, "pinball": losses, "wql": None}
+        loss = 2 * pinball[[self.probabilities.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
+        if np.isfinite(loss).all():  # else the windows were too few for the deciles
+            size = scales[1, 5]
+            made |= {"wql": ratio(loss, size), "wql_channels": dict(zip(self.columns, map(ratio, loss, size), strict=True))}
+        return found | {"intervals": made}
 
 
 def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
-    """The figures of sums `[5, n]`, each over `count` elements, by their names in metrics.json."""
-    squares, absolutes, relative, far, symmetric = sums
+    """The errors of sums `[6, n]`, each over `count` elements, by their names in metrics.json."""
+    squares, absolutes, relative, far, symmetric, _ = sums
     return {
         "mse": (squares / count).tolist(),
         "mae": (absolutes / count).tolist(),
         "rmse": np.sqrt(squares / count).tolist(),
-        "mape": [
-            100 * error / counted if counted else None
-            for error, counted in zip(relative.tolist(), far.tolist(), strict=True)
-        ],
+        "mape": [100 * error / n if n else None for error, n in zip(relative.tolist(), far.tolist(), strict=True)],
         "mape_share": (far / count).tolist(),
         "smape": (100 * symmetric / count).tolist(),
     }
 
 
-class Predictions:
-    """Writes predictions.npz, window by window; memory holds one batch.
-
-    Its members, for W windows, H steps ahead and N channels, in the data's own units:
-
-    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
-    - start `[W]` datetime64: date of the first forecast row
-    - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
-
-    The processes of a group write to the same files, which one of them makes.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int], levels: Sequence[float] = (), main: bool = True):
-        """Args:
-        folder: the run's folder; the members lie in a folder in it until `close`.
-        """
-        self.file, self.parts = folder / PREDICTIONS, folder / ".predictions.parts"
-        if main:
-            with writing(self.file):
-                shutil.rmtree(self.parts, ignore_errors=True)
-                self.parts.mkdir()
-            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
-                make_array(self.parts / f"{name}.npy", shape, self.file)
-
-    def add(self, first: int, arrays: dict[str, np.ndarray]) -> None:
-        """Write neighbouring windows from number `first` on, each `[B, H, N]`."""
-        for name, rows in arrays.items():
-            np.load(self.parts / f"{name}.npy", mmap_mode="r+")[first : first + len(rows)] = rows
-
-    def close(self, columns: list[str], start: pd.DatetimeIndex, mean: np.ndarray, deviation: np.ndarray) -> None:
-        """Put the members into predictions.npz; an earlier one stays until this one is whole."""
-        dates = pd.DatetimeIndex(start).tz_localize(None).to_numpy().astype("datetime64[ns]")
-        small = {"start": dates, "columns": np.array(columns), "mean": mean, "deviation": deviation}
-
-        def pack(path: Path) -> None:
-            for name, values in small.items():
-                np.save(self.parts / f"{name}.npy", values, allow_pickle=False)
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
-                for part in sorted(self.parts.glob("*.npy")):
-                    packed.write(part, part.name)  # copied in small pieces
-                    part.unlink()  # so that the disk never holds all of it twice
-
-        write_atomic(self.file, pack)
-        shutil.rmtree(self.parts)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A test window for a picture, in the data's own units."""
-
-    dates: pd.DatetimeIndex  # [T + H]
-    history: np.ndarray  # [T, N]
-    true: np.ndarray  # [H, N]
-    pred: np.ndarray  # [H, N]
-    bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
-
-
-class TestPass:
-    """Takes in the batches of one pass over the test split, and writes what they come to.
-
-    Pass `consume` to `score`, then call `finish`.
-    """
-
-    __test__ = False  # no pytest class
-
-    def __init__(self, job: Job):
-        self.job, self.series, self.folder = job, job.windows, job.folder
-        self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
-        kept, H, main = self.series.forecast_slice, self.series.pred_len, job.accelerator.is_main_process
-        self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
-        self.metrics = Metrics(self.columns, self.mean, self.deviation, H, job.device, job.intervals)
-        self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
-        self.windows: dict[int, Window] = {}
-        self.predictions: Predictions | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if job.args.save_predictions:
-            shape, levels = (len(self.data), H, len(self.columns)), job.intervals.levels if job.intervals else ()
-            size = 4 * int(np.prod(shape)) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
-            free = free_bytes(self.folder)  # 0: that cannot be told
-            # Of several processes, one alone must not leave it out.
-            if job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) == 0:
-                self.predictions = Predictions(self.folder, shape, levels, main)
-                job.accelerator.wait_for_everyone()
-            else:
-                job.log(
-                    f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free "
-                    "(--save_predictions 0 does without it)"
-                )
-
-    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
-        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        pred, true, x, deviation = self.metrics.add(batch, forecast)
-        index, intervals = batch.index.tolist(), self.job.intervals
-        if self.predictions is None and not self.shown.intersection(index):
-            return
-
-        def own_units(values: torch.Tensor) -> np.ndarray:
-            """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
-            return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
-
-        bands = {}
-        for level in intervals.levels if intervals else ():
-            for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True):
-                bands[side + name_of(level)] = own_units(pred + deviation * torch.from_numpy(offsets).to(pred.device))
-        made = {"pred": own_units(pred), "true": own_units(true)}
-        if self.predictions is not None:
-            self.predictions.add(index[0], made | bands)  # a batch's windows are neighbours
-        for place, number in enumerate(index):
-            if number in self.shown:
-                history = own_units(x[place : place + 1])[0]
-                dates = self.data.dates[number : number + len(history) + self.series.pred_len]
-                shown = {name: band[place] for name, band in bands.items()}
-                self.windows[number] = Window(dates, history, made["true"][place], made["pred"][place], shown)
-
-    def headline(self, scores: Scores) -> str:
-        """The line with the test's figures."""
-        return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
-
-    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json and predictions.npz; return the metrics.
-
-        Args:
-            figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
-        """
-        job, metrics = self.job, self.metrics
-        metrics.sums, metrics.windows = job.accelerator.reduce((metrics.sums, metrics.windows))
-        if metrics.bands is not None:
-            metrics.bands.sums = job.accelerator.reduce(metrics.bands.sums)
-        job.accelerator.wait_for_everyone()  # all have written their windows
-        if not job.accelerator.is_main_process:
-            return figures
-        T, W = self.series.seq_len, len(self.data)
-        starts = self.data.dates[T : T + W]
-        found = figures | {
-            "peak_memory_gib": peak_memory_gib(job.device),  # before the baselines take theirs
-            "windows": W,
-            "first_forecast_row": [str(starts[0]), str(starts[-1])],
-            "flags": series_flags(job.args),  # on what data the test was made
-            **metrics.result(),
-        }
-        levels = job.levels if job.intervals else ()
-        found["baselines"] = measured(self.series, self.folder / METRICS, levels, job.log)
-        write_json(self.folder / METRICS, found)
-        if self.predictions is not None:
-            self.predictions.close(self.columns, starts, self.mean, self.deviation)
-        return found
-
-
-def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:
-    """Score the mean of the repeats' test forecasts (`--itr`); leaves in `folder` what a test leaves in a run's.
-
-    Args:
-        job: of the last repeat, tested. Of a group of processes each scores its share.
-        repeats: the runs' folders.
-
-    Returns:
-        The pass and its metrics; None where a repeat has left no predictions of these test windows.
-    """
-    accelerator = job.accelerator
-    accelerator.wait_for_everyone()  # the last predictions.npz is whole
-    try:
-        readers = [_reader(place, job) for place in repeats]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
-        return None
-    if accelerator.is_main_process:
-        record = json.loads(json.dumps(job.record | {"repeats": [place.name for place in repeats]}))
-        earlier = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else record
-        if earlier["flags"] != record["flags"]:
-            job.log(f"An earlier mean is now in: {move_aside(folder)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, record)
-    accelerator.wait_for_everyone()
-    job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
-    results = TestPass(job)
-    rank, world, whole = accelerator.process_index, accelerator.num_processes, not job.model.channel_independent
-    _, loader = data_provider(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
-    totals = torch.zeros(3, dtype=torch.float64, device=job.device)
-    for batch in loader:
-        first, last = int(batch.index[0]), int(batch.index[-1])
-        own = np.mean([read(first, last + 1) for read in readers], axis=0)  # (B, H, N)
-        forecast = torch.from_numpy((own - results.mean) / results.deviation).transpose(1, 2).flatten(0, 1)
-        batch, forecast = batch.to(job.device), forecast.float().to(job.device)
-        missed = (forecast - batch.sequences().y).double()
-        totals += torch.stack([missed.square().sum(), missed.abs().sum(), torch.full_like(totals[2], missed.numel())])
-        results.consume(batch, forecast)
-    squared, absolute, count = accelerator.reduce(totals).tolist()
-    test = {"mse": squared / count, "mae": absolute / count}
-    figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
-    metrics = results.finish(figures)
-    job.log(f"Mean of {len(repeats)} repeats: Test MSE: {test['mse']:.7f} MAE: {test['mae']:.7f}; saved at: {folder}")
-    return results, metrics
-
-
-def _reader(folder: Path, job: Job) -> Callable[[int, int], np.ndarray]:
-    """Reads windows from one number to another, `[B, H, N]` float64, of the test forecasts that a run has left.
-
-    Raises:
-        OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
-    """
-    path, series = folder / PREDICTIONS, job.windows
-    windows = series.windows("test")
-    with np.load(path, allow_pickle=False) as held:
-        first = np.datetime64(windows.window_dates(0)[1].tz_localize(None), "ns")
-        fits = held["columns"].tolist() == series.forecast_columns and held["start"][0] == first
-    stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
-    # Its members are stored as they are, so a place in one is a place in the file.
-    file = zipfile.ZipFile(path).open("pred.npy")
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    start, size = file.tell(), int(np.prod(shape[1:])) * dtype.itemsize
-    if not fits or stale or shape != (len(windows), series.pred_len, len(series.forecast_columns)):
-        raise ValueError("forecasts of other windows, or of an earlier checkpoint")
-
-    def read(first: int, stop: int) -> np.ndarray:
-        file.seek(start + first * size)
-        return np.frombuffer(file.read((stop - first) * size), dtype).reshape(-1, *shape[1:]).astype(np.float64)
-
-    return read
+def line_of(intervals: dict[str, Any]) -> str:
+    """The figures of prediction intervals, as metrics.json has them, in a line for the log."""
+    levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
+              for name, level in intervals["levels"].items()]  # fmt: skip
+    wql = "" if intervals["wql"] is None else f"; weighted quantile loss: {intervals['wql']:.4f}"
+    return f"Prediction intervals: {'; '.join(levels)}{wql}"

@@ -11,8 +11,8 @@ from matplotlib.dates import date2num
 from utils.errors import StorageError
 from utils.results.forecast import Forecast
 from utils.results.plots import draw_forecast, draw_losses, draw_steps, draw_windows, forecast_figure, panels_of
-from utils.results.metrics import Predictions
-from utils.results.metrics import Window
+from utils.results.test_pass import Predictions
+from utils.results.test_pass import Window
 
 
 @pytest.mark.parametrize(("channels", "pages"), [(1, 1), (7, 1), (21, 3)])

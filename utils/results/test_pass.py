@@ -1,0 +1,251 @@
+"""A test pass: what it leaves in the run's folder is metrics.json, predictions.npz and pictures."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from data_provider.batches import Batch
+from data_provider.data_factory import data_provider, series_flags
+from layers.norm import instance_norm
+from utils.results.bands import make_array, mean_intervals, name_of
+from utils.results.baselines import measured
+from utils.results.log import peak_memory_gib
+from utils.results.metrics import METRICS, Metrics
+from utils.saving.checkpoint import RECORD
+from utils.saving.files import free_bytes, size_text, write_atomic, write_json, writing
+from utils.saving.folder import move_aside
+from utils.saving.record import TENSORS
+from utils.training.evaluate import Scores
+from utils.training.session import Job
+
+PREDICTIONS = "predictions.npz"
+SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
+
+
+class Predictions:
+    """Writes predictions.npz, window by window; memory holds one batch.
+
+    Its members, for W windows, H steps ahead and N channels, in the data's own units:
+
+    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
+    - start `[W]` datetime64: date of the first forecast row
+    - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
+
+    The processes of a group write to the same files, which one of them makes.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int], levels: Sequence[float] = (), main: bool = True):
+        """Args:
+        folder: the run's folder; the members lie in a folder in it until `close`.
+        """
+        self.file, self.parts = folder / PREDICTIONS, folder / ".predictions.parts"
+        if main:
+            with writing(self.file):
+                shutil.rmtree(self.parts, ignore_errors=True)
+                self.parts.mkdir()
+            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
+                make_array(self.parts / f"{name}.npy", shape, self.file)
+
+    def add(self, first: int, arrays: dict[str, np.ndarray]) -> None:
+        """Write neighbouring windows from number `first` on, each `[B, H, N]`."""
+        for name, rows in arrays.items():
+            np.load(self.parts / f"{name}.npy", mmap_mode="r+")[first : first + len(rows)] = rows
+
+    def close(self, columns: list[str], start: pd.DatetimeIndex, mean: np.ndarray, deviation: np.ndarray) -> None:
+        """Put the members into predictions.npz; an earlier one stays until this one is whole."""
+        dates = pd.DatetimeIndex(start).tz_localize(None).to_numpy().astype("datetime64[ns]")
+        small = {"start": dates, "columns": np.array(columns), "mean": mean, "deviation": deviation}
+
+        def pack(path: Path) -> None:
+            for name, values in small.items():
+                np.save(self.parts / f"{name}.npy", values, allow_pickle=False)
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
+                for part in sorted(self.parts.glob("*.npy")):
+                    packed.write(part, part.name)  # copied in small pieces
+                    part.unlink()  # so that the disk never holds all of it twice
+
+        write_atomic(self.file, pack)
+        shutil.rmtree(self.parts)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A test window for a picture, in the data's own units."""
+
+    dates: pd.DatetimeIndex  # [T + H]
+    history: np.ndarray  # [T, N]
+    true: np.ndarray  # [H, N]
+    pred: np.ndarray  # [H, N]
+    bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
+
+
+class TestPass:
+    """Takes in the batches of one pass over the test split, and writes what they come to.
+
+    Pass `consume` to `score`, then call `finish`.
+    """
+
+    __test__ = False  # no pytest class
+
+    def __init__(self, job: Job):
+        self.job, self.series, self.folder = job, job.windows, job.folder
+        self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
+        kept, H, main = self.series.forecast_slice, self.series.pred_len, job.accelerator.is_main_process
+        self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
+        self.metrics = Metrics(self.columns, self.mean, self.deviation, H, job.intervals, job.device)
+        self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
+        self.windows: dict[int, Window] = {}
+        self.predictions: Predictions | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if job.args.save_predictions:
+            shape, levels = (len(self.data), H, len(self.columns)), job.intervals.levels if job.intervals else ()
+            size = 4 * int(np.prod(shape)) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
+            free = free_bytes(self.folder)  # 0: that cannot be told
+            # Of several processes, one alone must not leave it out.
+            if job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) == 0:
+                self.predictions = Predictions(self.folder, shape, levels, main)
+                job.accelerator.wait_for_everyone()
+            else:
+                job.log(
+                    f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free "
+                    "(--save_predictions 0 does without it)"
+                )
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
+        sequences = batch.sequences()
+        pred, true, x = (v.view(len(batch.index), len(self.columns), -1) for v in (forecast, sequences.y, sequences.x))
+        deviation = instance_norm(x)[2]  # (B, N, 1)
+        self.metrics.add(pred, true, deviation)
+        index, intervals = batch.index.tolist(), self.job.intervals
+        if self.predictions is None and not self.shown.intersection(index):
+            return
+
+        def own_units(values: torch.Tensor) -> np.ndarray:
+            """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
+            return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
+
+        bands = {}
+        for level in intervals.levels if intervals else ():
+            for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True):
+                bands[side + name_of(level)] = own_units(pred + deviation * torch.from_numpy(offsets).to(pred.device))
+        made = {"pred": own_units(pred), "true": own_units(true)}
+        if self.predictions is not None:
+            self.predictions.add(index[0], made | bands)  # a batch's windows are neighbours
+        for place, number in enumerate(index):
+            if number in self.shown:
+                history = own_units(x[place : place + 1])[0]
+                dates = self.data.dates[number : number + len(history) + self.series.pred_len]
+                shown = {name: band[place] for name, band in bands.items()}
+                self.windows[number] = Window(dates, history, made["true"][place], made["pred"][place], shown)
+
+    def headline(self, scores: Scores) -> str:
+        """The line with the test's figures."""
+        return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
+
+    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json and predictions.npz; return the metrics.
+
+        Args:
+            figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
+        """
+        job, metrics = self.job, self.metrics
+        metrics.sums = job.accelerator.reduce(metrics.sums)
+        job.accelerator.wait_for_everyone()  # all have written their windows
+        if not job.accelerator.is_main_process:
+            return figures
+        T, W = self.series.seq_len, len(self.data)
+        starts = self.data.dates[T : T + W]
+        found = figures | {
+            "peak_memory_gib": peak_memory_gib(job.device),  # before the baselines take theirs
+            "windows": W,
+            "first_forecast_row": [str(starts[0]), str(starts[-1])],
+            "flags": series_flags(job.args),  # on what data the test was made
+            **metrics.result(),
+        }
+        found["baselines"] = measured(self.series, job.levels if job.intervals else ())
+        write_json(self.folder / METRICS, found)
+        if self.predictions is not None:
+            self.predictions.close(self.columns, starts, self.mean, self.deviation)
+        return found
+
+
+def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:
+    """Score the mean of the repeats' test forecasts (`--itr`); leaves in `folder` what a test leaves in a run's.
+
+    Args:
+        job: of the last repeat, tested. Of a group of processes each scores its share.
+        repeats: the runs' folders.
+
+    Returns:
+        The pass and its metrics; None where a repeat has left no predictions of these test windows.
+    """
+    accelerator = job.accelerator
+    accelerator.wait_for_everyone()  # the last predictions.npz is whole
+    try:
+        readers = [_reader(place, job) for place in repeats]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
+        return None
+    if accelerator.is_main_process:
+        record = json.loads(json.dumps(job.record | {"repeats": [place.name for place in repeats]}))
+        earlier = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else record
+        if earlier["flags"] != record["flags"]:
+            job.log(f"An earlier mean is now in: {move_aside(folder)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, record)
+    accelerator.wait_for_everyone()
+    job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
+    results = TestPass(job)
+    rank, world, whole = accelerator.process_index, accelerator.num_processes, not job.model.channel_independent
+    _, loader = data_provider(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
+    totals = torch.zeros(3, dtype=torch.float64, device=job.device)
+    for batch in loader:
+        first, last = int(batch.index[0]), int(batch.index[-1])
+        own = np.mean([read(first, last + 1) for read in readers], axis=0)  # (B, H, N)
+        forecast = torch.from_numpy((own - results.mean) / results.deviation).transpose(1, 2).flatten(0, 1)
+        batch, forecast = batch.to(job.device), forecast.float().to(job.device)
+        missed = (forecast - batch.sequences().y).double()
+        totals += torch.stack([missed.square().sum(), missed.abs().sum(), torch.full_like(totals[2], missed.numel())])
+        results.consume(batch, forecast)
+    squared, absolute, count = accelerator.reduce(totals).tolist()
+    test = {"mse": squared / count, "mae": absolute / count}
+    figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
+    metrics = results.finish(figures)
+    job.log(f"Mean of {len(repeats)} repeats: Test MSE: {test['mse']:.7f} MAE: {test['mae']:.7f}; saved at: {folder}")
+    return results, metrics
+
+
+def _reader(folder: Path, job: Job) -> Callable[[int, int], np.ndarray]:
+    """Reads windows from one number to another, `[B, H, N]` float64, of the test forecasts that a run has left.
+
+    Raises:
+        OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
+    """
+    path, series = folder / PREDICTIONS, job.windows
+    windows = series.windows("test")
+    with np.load(path, allow_pickle=False) as held:
+        first = np.datetime64(windows.window_dates(0)[1].tz_localize(None), "ns")
+        fits = held["columns"].tolist() == series.forecast_columns and held["start"][0] == first
+    stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
+    # Its members are stored as they are, so a place in one is a place in the file.
+    file = zipfile.ZipFile(path).open("pred.npy")
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    start, size = file.tell(), int(np.prod(shape[1:])) * dtype.itemsize
+    if not fits or stale or shape != (len(windows), series.pred_len, len(series.forecast_columns)):
+        raise ValueError("forecasts of other windows, or of an earlier checkpoint")
+
+    def read(first: int, stop: int) -> np.ndarray:
+        file.seek(start + first * size)
+        return np.frombuffer(file.read((stop - first) * size), dtype).reshape(-1, *shape[1:]).astype(np.float64)
+
+    return read
