@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 from data_provider.m4 import load_m4, read_wide  # noqa: E402
 from data_provider.patterns import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.results.m4 import NAIVE2_TITLE, SYNTHETIC, Errors, Methods, methods_of, naive2, table, warnings_of  # noqa: E402
+from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, Errors, Methods, methods_of, naive2, table, warnings_of  # noqa: E402
 from utils.results.metrics import METRICS  # noqa: E402
 
 
@@ -59,7 +59,7 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
         with suppress(InputError):
             find_m4(root_path, name)
             present.append(name)
-    methods: Methods = {str(file): {}, NAIVE2_TITLE: {}}
+    methods: Methods = {str(file): {}, TITLES[NAIVE2]: {}}
     warnings: list[str] = []
     for name in present:
         H, season = PATTERNS[name].horizon, PATTERNS[name].season
@@ -72,9 +72,9 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
                 raise input_error(f"{file}: series {id!r}", got, f"{H} forecasts of every {name} series")
         forecasts = [made[id] for id in series.ids], [naive2(values, season, H) for values in series.known]
         own, naive = (Errors.of(np.stack(each), series.future, series.known, season) for each in forecasts)
-        methods[str(file)][name], methods[NAIVE2_TITLE][name] = (own, naive), (naive, naive)
+        methods[str(file)][name], methods[TITLES[NAIVE2]][name] = (own, naive), (naive, naive)
         warnings += [SYNTHETIC] if series.synthetic else []
-    if not methods[NAIVE2_TITLE]:
+    if not methods[TITLES[NAIVE2]]:
         raise input_error(file, "no series of a pattern whose files are there", f"those of files in {root_path}")
     return methods, warnings
 

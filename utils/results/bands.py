@@ -155,7 +155,7 @@ def continued(offsets: np.ndarray, steps: int) -> np.ndarray:
 
 
 def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
-    """Make a float32 .npy file of zeros, to be filled through memory maps; one that is there goes.
+    """Make a float32 .npy file of zeros, to be filled through memory maps.
 
     Its room on the disk is taken at once: a map that meets a full disk would end the program without a word.
 
@@ -166,7 +166,7 @@ def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
         StorageError: the file system refused.
     """
     with writing(part_of):
-        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, mode="w+", dtype="<f4", shape=shape)
         if hasattr(os, "posix_fallocate"):  # Linux
             with path.open("r+b") as file:
@@ -190,7 +190,6 @@ class Calibration(AbstractContextManager):
         series = job.windows
         self.job, self.levels, self.path = job, levels or job.levels, job.folder / f".{KEPT}{PARTIAL}"
         if job.accelerator.is_main_process:
-            job.folder.mkdir(parents=True, exist_ok=True)
             shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
             make_array(self.path, shape, job.folder / KEPT)
         job.accelerator.wait_for_everyone()
@@ -208,19 +207,12 @@ class Calibration(AbstractContextManager):
         held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
 
     def end(self) -> None:
-        """Give the job the intervals that the pass comes to; none where errors are no finite numbers.
-
-        The errors of repeats (`--itr`) stay in the run's folder, as `KEPT`.
-        """
+        """Give the job the intervals that the pass comes to; the errors of repeats (`--itr`) stay in the run's folder."""
         job = self.job
         job.accelerator.wait_for_everyone()  # all have written their windows
-        found = intervals_of([self.path], self.levels)
-        finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
-        job.intervals = found if finite else None
-        if not finite:
-            job.log("No prediction intervals: errors of the validation windows are no finite numbers")
+        job.intervals = intervals_of([self.path], self.levels)
         job.accelerator.wait_for_everyone()
-        if job.args.itr > 1 and finite and job.accelerator.is_main_process:
+        if job.args.itr > 1 and job.accelerator.is_main_process:
             with writing(self.path):
                 self.path.replace(job.folder / KEPT)
 

@@ -28,7 +28,8 @@ from utils.training.session import Job
 
 SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
 AVERAGE = "Average"
-NAIVE2, NAIVE2_TITLE = "naive2", "Naive2"  # in metrics.json, and for people
+MODEL, NAIVE2 = "model", "naive2"
+TITLES = {NAIVE2: "Naive2", LAST: "Last value", RIDGE: "Linear map (ridge)"}  # for people; the names are metrics.json's
 SYNTHETIC = "SYNTHETIC DATA: the series were generated, not measured; these figures say nothing about M4"
 # Time-LLM in its paper's table of short-term forecasts: SMAPE, MASE, OWA.
 PAPER = {
@@ -76,11 +77,6 @@ class Errors:
         smape = sum(part.series * part.smape for part in parts) / count
         mase = sum(part.scaled * part.mase for part in parts if part.scaled) / scaled if scaled else float("nan")
         return cls(count, smape, mase, scaled)
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> "Errors":
-        """As a part of metrics.json has them."""
-        return cls(row["series"], row["smape"], row["mase"], row["scaled"])
 
     def owa(self, naive2: "Errors") -> float:
         """Overall weighted average: the mean of both errors as parts of Naive2's; NaN where Naive2 has none."""
@@ -141,47 +137,40 @@ class M4Pass:
         return self.job.accelerator.reduce(self.made).cpu().numpy()
 
     @cached_property
-    def errors(self) -> Errors:
-        """The model's."""
-        return Errors.of(self.forecasts, self.series.future, self.series.known, self.series.kind.season)
-
-    @cached_property
-    def simple(self) -> list[dict[str, Any]]:
-        """What metrics.json has of Naive2, the last value, and the linear map, where a training series fills a window."""
+    def errors(self) -> dict[str, Errors]:
+        """The model's, those of Naive2 and of the last value, and of the linear map, where a training series fills a window."""
         series, H, season = self.series, self.series.pred_len, self.series.kind.season
-        naive = np.stack([naive2(values, season, H) for values in series.known])
-        last = np.repeat([[values[-1]] for values in series.known], H, axis=1)
-        made = [(NAIVE2, NAIVE2_TITLE, naive), (LAST, "Last value", last)]
+        made = {
+            MODEL: self.forecasts,
+            NAIVE2: np.stack([naive2(values, season, H) for values in series.known]),
+            LAST: np.stack([np.repeat(values[-1], H) for values in series.known]),
+        }
         if any(len(values) >= series.seq_len + 2 * H for values in series.known):
             weights, _ = fit_ridge(*series.windows_for_a_map())
-            items = list(map(series.windows("test").__getitem__, range(len(series.ids))))
+            windows = series.windows("test")
+            items = [windows[number] for number in range(len(series.ids))]
             x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
             z, mean, deviation = instance_norm(x, mask)
-            made.append((RIDGE, "Linear map (ridge)", (z @ torch.from_numpy(weights) * deviation + mean).numpy()))
-        errors = [Errors.of(forecast, series.future, series.known, season) for _, _, forecast in made]
-        return [
-            {"name": name, "title": title, **asdict(error), "owa": error.owa(errors[0])}
-            for (name, title, _), error in zip(made, errors, strict=True)
-        ]
+            made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()
+        return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
 
     def headline(self, scores: Scores) -> str:
-        """The line with the test's figures."""
-        owa = self.errors.owa(Errors.read(self.simple[0]))
-        return f"Test SMAPE: {self.errors.smape:.3f} MASE: {self.errors.mase:.3f} OWA: {owa:.3f}"
+        own = self.errors[MODEL]
+        return f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(self.errors[NAIVE2]):.3f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
-        job, series = self.job, self.series
+        job, series, errors = self.job, self.series, self.errors
         if not job.accelerator.is_main_process:
             return figures
-        owa = self.errors.owa(Errors.read(self.simple[0]))
+        found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
         metrics = figures | {
-            "test": figures["test"] | asdict(self.errors) | {"owa": owa},
+            "test": figures["test"] | found.pop(MODEL),
             "peak_memory_gib": peak_memory_gib(job.device),
             "windows": len(series.ids),
             "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
-            "baselines": {"rows": self.simple},
+            "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
@@ -209,10 +198,11 @@ def methods_of(metrics: Mapping[str, Any]) -> Methods:
     Raises:
         KeyError, TypeError: it is of another run.
     """
-    name = "Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]
-    rows = metrics["baselines"]["rows"]
-    found = {name: Errors.read(metrics["m4"] | metrics["test"])} | {row["title"]: Errors.read(row) for row in rows}
-    return {title: {metrics["m4"]["pattern"]: (errors, found[NAIVE2_TITLE])} for title, errors in found.items()}
+    rows = {"Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]: metrics["test"]}
+    rows |= {row["title"]: row for row in metrics["baselines"]["rows"]}
+    fields = Errors.__dataclass_fields__
+    found = {title: Errors(**{name: row[name] for name in fields}) for title, row in rows.items()}
+    return {title: {metrics["m4"]["pattern"]: (errors, found[TITLES[NAIVE2]])} for title, errors in found.items()}
 
 
 def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
@@ -232,19 +222,15 @@ def grouped(found: Mapping[str, tuple[Errors, Errors]], among: Iterable[str] = (
 
     Args:
         found: pattern -> errors of a method and of Naive2 on the same series.
-        among: patterns that other methods of the table have: a group that has one of them which this method lacks is left
-            out, and so is the average, for they would stand beside those of other series.
+        among: patterns that other methods of the table have: where this method lacks one, it has neither groups nor an
+            average, for they would stand beside those of other series.
     """
     present = [pattern for pattern in PATTERNS if pattern in found]
-    lacking = {*among} - {*found}
     sets = {pattern: [pattern] for pattern in present}
-    for group in GROUPS:
-        if not any(PATTERNS[pattern].group == group for pattern in lacking):
+    if len(present) > 1 and {*present} >= {*among}:
+        for group in GROUPS:
             sets.setdefault(group, [pattern for pattern in present if PATTERNS[pattern].group == group])
-    if not lacking and len(present) > 1:
         sets[AVERAGE] = present
-    elif not lacking:
-        sets = {present[0]: present}
     rows = {}
     for name, patterns in sets.items():
         if patterns:

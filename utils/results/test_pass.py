@@ -1,9 +1,10 @@
 """A test pass: what it leaves in the run's folder is metrics.json, predictions.npz and pictures."""
 
 import json
+import math
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from utils.results.baselines import measured
 from utils.results.log import peak_memory_gib
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.checkpoint import RECORD
-from utils.saving.files import free_bytes, size_text, write_atomic, write_json, writing
+from utils.saving.files import free_bytes, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
 from utils.saving.record import TENSORS
 from utils.training.evaluate import Scores
@@ -28,52 +29,6 @@ from utils.training.session import Job
 
 PREDICTIONS = "predictions.npz"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
-
-
-class Predictions:
-    """Writes predictions.npz, window by window; memory holds one batch.
-
-    Its members, for W windows, H steps ahead and N channels, in the data's own units:
-
-    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
-    - start `[W]` datetime64: date of the first forecast row
-    - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
-
-    The processes of a group write to the same files, which one of them makes.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int], levels: Sequence[float] = (), main: bool = True):
-        """Args:
-        folder: the run's folder; the members lie in a folder in it until `close`.
-        """
-        self.file, self.parts = folder / PREDICTIONS, folder / ".predictions.parts"
-        if main:
-            with writing(self.file):
-                shutil.rmtree(self.parts, ignore_errors=True)
-                self.parts.mkdir()
-            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
-                make_array(self.parts / f"{name}.npy", shape, self.file)
-
-    def add(self, first: int, arrays: dict[str, np.ndarray]) -> None:
-        """Write neighbouring windows from number `first` on, each `[B, H, N]`."""
-        for name, rows in arrays.items():
-            np.load(self.parts / f"{name}.npy", mmap_mode="r+")[first : first + len(rows)] = rows
-
-    def close(self, columns: list[str], start: pd.DatetimeIndex, mean: np.ndarray, deviation: np.ndarray) -> None:
-        """Put the members into predictions.npz; an earlier one stays until this one is whole."""
-        dates = pd.DatetimeIndex(start).tz_localize(None).to_numpy().astype("datetime64[ns]")
-        small = {"start": dates, "columns": np.array(columns), "mean": mean, "deviation": deviation}
-
-        def pack(path: Path) -> None:
-            for name, values in small.items():
-                np.save(self.parts / f"{name}.npy", values, allow_pickle=False)
-            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
-                for part in sorted(self.parts.glob("*.npy")):
-                    packed.write(part, part.name)  # copied in small pieces
-                    part.unlink()  # so that the disk never holds all of it twice
-
-        write_atomic(self.file, pack)
-        shutil.rmtree(self.parts)
 
 
 @dataclass(frozen=True)
@@ -90,7 +45,14 @@ class Window:
 class TestPass:
     """Takes in the batches of one pass over the test split, and writes what they come to.
 
-    Pass `consume` to `score`, then call `finish`.
+    Pass `consume` to `score`, then call `finish`. Members of predictions.npz, for W windows, H steps ahead and N channels,
+    in the data's own units:
+
+    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
+    - start `[W]` datetime64: date of the first forecast row
+    - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
+
+    Memory holds one batch of them: all processes write to files in a folder of the run's, from which they are packed.
     """
 
     __test__ = False  # no pytest class
@@ -98,57 +60,57 @@ class TestPass:
     def __init__(self, job: Job):
         self.job, self.series, self.folder = job, job.windows, job.folder
         self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
-        kept, H, main = self.series.forecast_slice, self.series.pred_len, job.accelerator.is_main_process
+        kept, shape = self.series.forecast_slice, (len(self.data), self.series.pred_len, len(self.columns))
         self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
-        self.metrics = Metrics(self.columns, self.mean, self.deviation, H, job.intervals, job.device)
+        self.metrics = Metrics(self.columns, self.mean, self.deviation, shape[1], job.intervals, job.device)
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
-        self.predictions: Predictions | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        if job.args.save_predictions:
-            shape, levels = (len(self.data), H, len(self.columns)), job.intervals.levels if job.intervals else ()
-            size = 4 * int(np.prod(shape)) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
-            free = free_bytes(self.folder)  # 0: that cannot be told
-            # Of several processes, one alone must not leave it out.
-            if job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) == 0:
-                self.predictions = Predictions(self.folder, shape, levels, main)
-                job.accelerator.wait_for_everyone()
-            else:
-                job.log(
-                    f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free "
-                    "(--save_predictions 0 does without it)"
-                )
+        self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(job.args.save_predictions)
+        levels = job.intervals.levels if job.intervals else ()
+        size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
+        free = free_bytes(self.folder)  # 0: that cannot be told
+        # Of several processes, one alone must not leave it out.
+        short = job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) > 0
+        if self.saves_predictions and short:
+            self.saves_predictions = False
+            job.log(
+                f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free"
+                " (--save_predictions 0 does without it)"
+            )
+        if self.saves_predictions and job.accelerator.is_main_process:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
+                make_array(self.parts / f"{name}.npy", shape, self.folder / PREDICTIONS)
+        job.accelerator.wait_for_everyone()
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        sequences = batch.sequences()
-        pred, true, x = (v.view(len(batch.index), len(self.columns), -1) for v in (forecast, sequences.y, sequences.x))
+        sequences, index, intervals = batch.sequences(), batch.index.tolist(), self.job.intervals
+        pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, sequences.y, sequences.x))
         deviation = instance_norm(x)[2]  # (B, N, 1)
         self.metrics.add(pred, true, deviation)
-        index, intervals = batch.index.tolist(), self.job.intervals
-        if self.predictions is None and not self.shown.intersection(index):
+        if not self.saves_predictions and not self.shown.intersection(index):
             return
-
-        def own_units(values: torch.Tensor) -> np.ndarray:
-            """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
-            return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
-
-        bands = {}
+        values = {"pred": pred, "true": true}
         for level in intervals.levels if intervals else ():
             for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True):
-                bands[side + name_of(level)] = own_units(pred + deviation * torch.from_numpy(offsets).to(pred.device))
-        made = {"pred": own_units(pred), "true": own_units(true)}
-        if self.predictions is not None:
-            self.predictions.add(index[0], made | bands)  # a batch's windows are neighbours
-        for place, number in enumerate(index):
-            if number in self.shown:
-                history = own_units(x[place : place + 1])[0]
-                dates = self.data.dates[number : number + len(history) + self.series.pred_len]
-                shown = {name: band[place] for name, band in bands.items()}
-                self.windows[number] = Window(dates, history, made["true"][place], made["pred"][place], shown)
+                values[side + name_of(level)] = pred + deviation * torch.from_numpy(offsets).to(pred.device)
+        own = {name: self._own_units(rows) for name, rows in values.items()}
+        if self.saves_predictions:
+            for name, rows in own.items():  # a batch's windows are neighbours
+                np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
+        for place in [place for place, number in enumerate(index) if number in self.shown]:
+            dates = self.data.dates[index[place] :][: self.series.seq_len + self.series.pred_len]
+            shown = {name: rows[place] for name, rows in own.items()}
+            history = self._own_units(x[place : place + 1])[0]
+            self.windows[index[place]] = Window(dates, history, shown.pop("true"), shown.pop("pred"), shown)
+
+    def _own_units(self, values: torch.Tensor) -> np.ndarray:
+        """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
+        return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
 
     def headline(self, scores: Scores) -> str:
-        """The line with the test's figures."""
         return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -157,24 +119,39 @@ class TestPass:
         Args:
             figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
         """
-        job, metrics = self.job, self.metrics
-        metrics.sums = job.accelerator.reduce(metrics.sums)
+        job = self.job
+        self.metrics.sums = job.accelerator.reduce(self.metrics.sums)
         job.accelerator.wait_for_everyone()  # all have written their windows
         if not job.accelerator.is_main_process:
             return figures
-        T, W = self.series.seq_len, len(self.data)
-        starts = self.data.dates[T : T + W]
+        starts = self.data.dates[self.series.seq_len :][: len(self.data)]
         found = figures | {
             "peak_memory_gib": peak_memory_gib(job.device),  # before the baselines take theirs
-            "windows": W,
+            "windows": len(self.data),
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(job.args),  # on what data the test was made
-            **metrics.result(),
+            **self.metrics.result(),
+            "baselines": measured(self.series, job.levels if job.intervals else ()),
         }
-        found["baselines"] = measured(self.series, job.levels if job.intervals else ())
         write_json(self.folder / METRICS, found)
-        if self.predictions is not None:
-            self.predictions.close(self.columns, starts, self.mean, self.deviation)
+        small = {
+            "start": starts.tz_localize(None).to_numpy().astype("datetime64[ns]"),
+            "columns": np.array(self.columns),
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
+
+        def pack(path: Path) -> None:
+            for name, values in small.items():
+                np.save(self.parts / f"{name}.npy", values, allow_pickle=False)
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
+                for part in sorted(self.parts.glob("*.npy")):
+                    packed.write(part, part.name)  # copied in small pieces
+                    part.unlink()  # so that the disk never holds all of it twice
+
+        if self.saves_predictions:
+            write_atomic(self.folder / PREDICTIONS, pack)  # an earlier one stays until this one is whole
+            shutil.rmtree(self.parts)
         return found
 
 
@@ -231,17 +208,13 @@ def _reader(folder: Path, job: Job) -> Callable[[int, int], np.ndarray]:
         OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
     """
     path, series = folder / PREDICTIONS, job.windows
-    windows = series.windows("test")
-    with np.load(path, allow_pickle=False) as held:
-        first = np.datetime64(windows.window_dates(0)[1].tz_localize(None), "ns")
-        fits = held["columns"].tolist() == series.forecast_columns and held["start"][0] == first
-    stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
     # Its members are stored as they are, so a place in one is a place in the file.
     file = zipfile.ZipFile(path).open("pred.npy")
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    start, size = file.tell(), int(np.prod(shape[1:])) * dtype.itemsize
-    if not fits or stale or shape != (len(windows), series.pred_len, len(series.forecast_columns)):
+    start, size = file.tell(), dtype.itemsize * math.prod(shape[1:])
+    stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
+    if stale or shape != (len(series.windows("test")), series.pred_len, len(series.forecast_columns)):
         raise ValueError("forecasts of other windows, or of an earlier checkpoint")
 
     def read(first: int, stop: int) -> np.ndarray:
