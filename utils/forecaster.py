@@ -180,8 +180,7 @@ class Forecaster:
         metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
-            sequences = batch.sequences()
-            pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, sequences.y, sequences.x))
+            pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
             metrics.add(pred, true, instance_norm(x)[2])
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)

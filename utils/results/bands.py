@@ -201,8 +201,8 @@ class Calibration(AbstractContextManager):
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
-        sequences, first, B = batch.sequences(), int(batch.index[0]), len(batch.index)
-        errors = (sequences.y - forecast) / instance_norm(sequences.x)[2]  # (M, H)
+        first, B = int(batch.index[0]), len(batch.index)
+        errors = (batch.y - forecast) / instance_norm(batch.x)[2]  # (M, H)
         held = np.load(self.path, mmap_mode="r+")  # anew for each batch, so that memory holds no more than that
         held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from data_provider.batches import Sequences, Windows
+from data_provider.batches import Batch, Windows
 from data_provider.data_loader import LARGEST_STANDARDISED, Series, check_size, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.frames import FRAME
@@ -304,9 +304,9 @@ def _bands(
     return found
 
 
-def _sequences(x: torch.Tensor) -> Sequences:
+def _sequences(x: torch.Tensor) -> Batch:
     """Sequences `[M, T]` whose truth is not known."""
-    return Sequences(x, x.new_empty(len(x), 0))
+    return Batch(x, x.new_empty(len(x), 0))
 
 
 def _marks(job: Job, histories: Sequence[Series], ahead: int) -> torch.Tensor:

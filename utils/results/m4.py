@@ -138,7 +138,7 @@ class M4Pass:
 
     @cached_property
     def errors(self) -> dict[str, Errors]:
-        """The model's, those of Naive2 and of the last value, and of the linear map, where a training series fills a window."""
+        """Of the model, Naive2, the last value, and the linear map where a training series fills a window."""
         series, H, season = self.series, self.series.pred_len, self.series.kind.season
         made = {
             MODEL: self.forecasts,

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch
-from data_provider.data_factory import data_provider, series_flags
+from data_provider.data_factory import batch_loader, series_flags
 from layers.norm import instance_norm
 from utils.results.bands import make_array, mean_intervals, name_of
 from utils.results.baselines import measured
@@ -24,7 +24,7 @@ from utils.saving.checkpoint import RECORD
 from utils.saving.files import free_bytes, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
 from utils.saving.record import TENSORS
-from utils.training.evaluate import Scores
+from utils.training.evaluate import Scores, evaluate
 from utils.training.session import Job
 
 PREDICTIONS = "predictions.npz"
@@ -86,8 +86,8 @@ class TestPass:
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        sequences, index, intervals = batch.sequences(), batch.index.tolist(), self.job.intervals
-        pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, sequences.y, sequences.x))
+        index, intervals = batch.index.tolist(), self.job.intervals
+        pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
         deviation = instance_norm(x)[2]  # (B, N, 1)
         self.metrics.add(pred, true, deviation)
         if not self.saves_predictions and not self.shown.intersection(index):
@@ -182,22 +182,20 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     accelerator.wait_for_everyone()
     job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
     results = TestPass(job)
-    rank, world, whole = accelerator.process_index, accelerator.num_processes, not job.model.channel_independent
-    _, loader = data_provider(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
-    totals = torch.zeros(3, dtype=torch.float64, device=job.device)
-    for batch in loader:
-        first, last = int(batch.index[0]), int(batch.index[-1])
+    rank, world = accelerator.process_index, accelerator.num_processes
+    _, loader = batch_loader(job.args, "test", job.windows, rank=rank, world=world)
+
+    def forecast(batch: Batch, shared: object) -> torch.Tensor:
+        first, last = int(batch.index[0]), int(batch.index[-1])  # a batch's windows are neighbours
         own = np.mean([read(first, last + 1) for read in readers], axis=0)  # (B, H, N)
-        forecast = torch.from_numpy((own - results.mean) / results.deviation).transpose(1, 2).flatten(0, 1)
-        batch, forecast = batch.to(job.device), forecast.float().to(job.device)
-        missed = (forecast - batch.sequences().y).double()
-        totals += torch.stack([missed.square().sum(), missed.abs().sum(), torch.full_like(totals[2], missed.numel())])
-        results.consume(batch, forecast)
-    squared, absolute, count = accelerator.reduce(totals).tolist()
-    test = {"mse": squared / count, "mae": absolute / count}
+        standardised = torch.from_numpy((own - results.mean) / results.deviation)
+        return standardised.transpose(1, 2).flatten(0, 1).float().to(job.device)
+
+    scores = evaluate(job.model, loader, accelerator, forecast, results.consume)
+    test = {"mse": scores.mse, "mae": scores.mae}
     figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
     metrics = results.finish(figures)
-    job.log(f"Mean of {len(repeats)} repeats: Test MSE: {test['mse']:.7f} MAE: {test['mae']:.7f}; saved at: {folder}")
+    job.log(f"Mean of {len(repeats)} repeats: {results.headline(scores)}; saved at: {folder}")
     return results, metrics
 
 
