@@ -17,9 +17,8 @@ from utils.results.comparison import note_of
 from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
 from utils.results.log import RunLog
-from utils.results.m4 import open_pass
 from utils.results.metrics import line_of
-from utils.results.test_pass import score_mean
+from utils.results.test_pass import open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.saver import resume_command

@@ -178,15 +178,15 @@ class Calibration(AbstractContextManager):
 
     The errors `[W, N, H]` lie on the disk meanwhile, where all processes of a group write theirs. The file goes, however
     the pass ends.
+
+    Args:
+        levels: per cent; none: the job's.
+
+    Raises:
+        StorageError: the file system refused.
     """
 
     def __init__(self, job: "Job", levels: tuple[float, ...] = ()):
-        """Args:
-        levels: per cent; none: the job's.
-
-        Raises:
-            StorageError: the file system refused.
-        """
         series = job.windows
         self.job, self.levels, self.path = job, levels or job.levels, job.folder / f".{KEPT}{PARTIAL}"
         if job.accelerator.is_main_process:

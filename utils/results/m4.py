@@ -1,30 +1,17 @@
-"""The M4 competition: its scores SMAPE, MASE and OWA, its benchmark Naive2, and the test pass that leaves them.
+"""The M4 competition: its scores SMAPE, MASE and OWA by pattern and group, and its benchmark Naive2.
 
 Sources: Makridakis, Spiliotis and Assimakopoulos, The M4 Competition: 100,000 time series and 61 forecasting methods,
 International Journal of Forecasting 36 (2020). Shapes: S series, H values ahead.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 
-from data_provider.batches import Batch
-from data_provider.data_factory import series_flags
-from data_provider.m4 import M4Series
 from data_provider.patterns import GROUPS, PATTERNS
-from layers.norm import instance_norm
-from utils.results.baselines import LAST, RIDGE, fit_ridge
-from utils.results.log import peak_memory_gib
-from utils.results.metrics import METRICS
-from utils.results.test_pass import TestPass
-from utils.saving.files import write_atomic, write_json
-from utils.training.evaluate import Scores
-from utils.training.session import Job
+from utils.results.baselines import LAST, RIDGE
 
 SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
 AVERAGE = "Average"
@@ -111,82 +98,11 @@ def naive2(values: np.ndarray, season: int, horizon: int) -> np.ndarray:
         half, ratios = len(window) // 2, np.full(-(-n // season) * season, np.nan)
         trend = np.convolve(values, window, mode="valid")
         ratios[half : n - half] = np.where(trend == 0, np.nan, values[half : n - half] / trend)
-        ratios = ratios.reshape(-1, season)
-        indices = np.nansum(ratios, axis=0) / np.count_nonzero(~np.isnan(ratios), axis=0)
+        by_place = ratios.reshape(-1, season)
+        indices = np.nansum(by_place, axis=0) / np.count_nonzero(~np.isnan(by_place), axis=0)
         indices /= indices.mean()
         made = values[-1] / indices[(n - 1) % season] * indices[np.arange(n, n + horizon) % season]
     return made if np.isfinite(made).all() else last
-
-
-class M4Pass:
-    """As `TestPass`, for the competition's series: it leaves `<Pattern>_forecast.csv` and metrics.json."""
-
-    def __init__(self, job: Job):
-        assert isinstance(job.series, M4Series)
-        self.job, self.series, self.folder = job, job.series, job.folder
-        shape = len(self.series.ids), self.series.pred_len
-        self.made = torch.zeros(shape, dtype=torch.float64, device=job.device)  # zero where another process forecasts
-
-    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
-        """Keep the forecasts `[B, H]` of a batch."""
-        self.made[batch.index.to(self.made.device)] = forecast.double()
-
-    @cached_property
-    def forecasts(self) -> np.ndarray:
-        """`[S, H]`, those of all processes."""
-        return self.job.accelerator.reduce(self.made).cpu().numpy()
-
-    @cached_property
-    def errors(self) -> dict[str, Errors]:
-        """Of the model, Naive2, the last value, and the linear map where a training series fills a window."""
-        series, H, season = self.series, self.series.pred_len, self.series.kind.season
-        made = {
-            MODEL: self.forecasts,
-            NAIVE2: np.stack([naive2(values, season, H) for values in series.known]),
-            LAST: np.stack([np.repeat(values[-1], H) for values in series.known]),
-        }
-        if any(len(values) >= series.seq_len + 2 * H for values in series.known):
-            weights, _ = fit_ridge(*series.windows_for_a_map())
-            windows = series.windows("test")
-            items = [windows[number] for number in range(len(series.ids))]
-            x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
-            z, mean, deviation = instance_norm(x, mask)
-            made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()
-        return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
-
-    def headline(self, scores: Scores) -> str:
-        own = self.errors[MODEL]
-        return f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(self.errors[NAIVE2]):.3f}"
-
-    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
-        job, series, errors = self.job, self.series, self.errors
-        if not job.accelerator.is_main_process:
-            return figures
-        found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
-        metrics = figures | {
-            "test": figures["test"] | found.pop(MODEL),
-            "peak_memory_gib": peak_memory_gib(job.device),
-            "windows": len(series.ids),
-            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
-            "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
-            "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
-        frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
-        file = self.folder / f"{series.pattern}_forecast.csv"
-        write_atomic(file, frame.to_csv)
-        job.log(f"Forecasts of {len(series.ids)} series: {file}")
-        write_json(self.folder / METRICS, metrics)
-        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
-            job.log(line)
-        return metrics
-
-
-def open_pass(job: Job) -> TestPass | M4Pass:
-    """The test pass of a job's data."""
-    return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
 
 
 Methods = dict[str, dict[str, tuple[Errors, Errors]]]  # title -> pattern -> its errors, and Naive2's on the same series

@@ -33,7 +33,10 @@ class Metrics:
       data.
 
     In own units, figures over all channels add up different units; those by channel do not.
-    Shapes: B windows, N channels, H steps ahead, Q probabilities, L levels.
+    Shapes: B windows, N channels, H steps ahead, Q probabilities.
+
+    Args:
+        columns, mean, deviation: `[N]`, names, and from standardised values to own units.
     """
 
     def __init__(
@@ -45,18 +48,15 @@ class Metrics:
         intervals: Intervals | None = None,
         device: torch.device | str = "cpu",
     ):
-        """Args:
-        columns, mean, deviation: `[N]`, names, and from standardised values to own units.
-        """
         self.columns, self.intervals = columns, intervals
         self.probabilities = probabilities(intervals.levels) if intervals else ()
         self.offsets = torch.from_numpy(intervals.offsets).to(device) if intervals else None  # (Q, N, H)
         self.mean, self.deviation = (
             torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, deviation)
         )
-        # The windows; on both scales squares, absolutes, relative errors, how many of these, symmetric errors and |y|;
-        # for each quantile its loss; for each level the truths inside and the widths.
-        rows = 1 + 2 * 6 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
+        # The windows, squares, absolutes; on both scales relative errors, how many of these, symmetric errors; |y| in own
+        # units; for each quantile its loss; for each level the truths inside and the widths.
+        rows = 10 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
         self.sums = torch.zeros(rows, len(columns), pred_len, dtype=torch.float64, device=device)
 
     def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
@@ -69,29 +69,33 @@ class Metrics:
         step = max(1, AT_ONCE // (B * H))  # channels, so that the memory does not grow with their number
         for part in (slice(start, start + step) for start in range(0, N, step)):
             p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.deviation[part]
-            sums = [torch.full_like(p[0], B)]
-            for a, b, unit in ((p, y, torch.ones_like(spread)), (p * spread + mean, y * spread + mean, spread)):
-                error, both, far = (a - b).abs(), a.abs() + b.abs(), b.abs() > NEAR_ZERO * unit
-                relative = torch.where(far, error / torch.where(far, b.abs(), 1.0), 0.0)
-                symmetric = torch.where(both > 0, 2 * error / torch.where(both > 0, both, 1.0), 0.0)
-                sums += map(total, (error.square(), error, relative, far, symmetric, b.abs()))
+            error, own_y = (p - y).abs(), y * spread + mean
+            sums = [torch.full_like(p[0], B), total(error.square()), total(error)]
+            for distance, a, b, unit in ((error, p, y, 1), (error * spread, p * spread + mean, own_y, spread)):
+                size, both = b.abs(), a.abs().add_(b.abs())
+                near = size <= NEAR_ZERO * unit
+                sums.append(total((distance / size).masked_fill_(near, 0)))
+                sums += B - total(near), total((2 * distance).div_(both).masked_fill_(both == 0, 0))
+            sums.append(total(own_y.abs()))
             if self.intervals is not None and self.offsets is not None:
                 offsets, unit = self.offsets[:, part], deviation[:, part].float()
                 error = truth[:, part].float() - forecast[:, part].float()
+                all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
                 for probability, offset in zip(self.probabilities, offsets, strict=True):
                     # p u where u > 0, else (p - 1) u: that is p u less its negative part.
                     below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
-                    sums.append(probability * (total(error) - total(unit) * offset) - below)
+                    sums.append(probability * (all_error - all_unit * offset) - below)
                 for level in self.intervals.levels:
                     low, high = (offsets[self.probabilities.index(end)] for end in ends(level))
-                    sums += [total((error >= unit * low) & (error <= unit * high)), total(unit) * (high - low)]
+                    sums += [total((error >= unit * low) & (error <= unit * high)), all_unit * (high - low)]
             self.sums[:, part] += torch.stack(sums)
 
     def result(self) -> dict[str, Any]:
         """As metrics.json has them: for each scale "all", "channels" by name and "steps" (lists `[H]`); and "intervals",
         whose widths are standardised where nothing else is said."""
         sums, (_, N, H) = self.sums.cpu().numpy(), self.sums.shape
-        windows, scales, rest = sums[0, 0, 0], sums[1:13].reshape(2, 6, N, H), sums[13:]
+        windows, squares, absolutes = sums[0, 0, 0], sums[1], sums[2]
+        size, rest, deviation = sums[9], sums[10:], self.deviation.cpu().numpy()  # (N, 1)
 
         def by_column(figures: dict[str, list]) -> dict[str, dict]:
             return {column: {name: values[n] for name, values in figures.items()} for n, column in enumerate(self.columns)}
@@ -100,7 +104,8 @@ class Metrics:
             return float(losses.sum() / sizes.sum()) if sizes.sum() > 0 else None
 
         found: dict[str, Any] = {}
-        for scale, part in zip(("standardised", "own_units"), scales, strict=True):
+        for scale, unit, others in (("standardised", 1, sums[3:6]), ("own_units", deviation, sums[6:9])):
+            part = np.stack([squares * unit**2, absolutes * unit, *others])
             of_all = _figures(part.sum(axis=(1, 2))[:, None], windows * N * H)
             found[scale] = {
                 "all": {name: values[0] for name, values in of_all.items()},
@@ -110,7 +115,7 @@ class Metrics:
         if self.intervals is None:
             return found
         pinball, bands = np.split(rest, [len(self.probabilities)])
-        deviation, levels = self.deviation.cpu().numpy(), {}
+        levels = {}
         for level, coverage, width in zip(self.intervals.levels, bands[::2] / windows, bands[1::2] / windows, strict=True):
             channels = {"coverage": coverage, "width": width, "width_own_units": width * deviation}
             levels[name_of(level)] = {
@@ -124,14 +129,13 @@ class Metrics:
         made = {"calibration_windows": self.intervals.windows, "levels": levels, "pinball": losses, "wql": None}
         loss = 2 * pinball[[self.probabilities.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
         if np.isfinite(loss).all():  # else the windows were too few for the deciles
-            size = scales[1, 5]
             made |= {"wql": ratio(loss, size), "wql_channels": dict(zip(self.columns, map(ratio, loss, size), strict=True))}
         return found | {"intervals": made}
 
 
 def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
-    """The errors of sums `[6, n]`, each over `count` elements, by their names in metrics.json."""
-    squares, absolutes, relative, far, symmetric, _ = sums
+    """The errors of sums `[5, n]`, each over `count` elements, by their names in metrics.json."""
+    squares, absolutes, relative, far, symmetric = sums
     return {
         "mse": (squares / count).tolist(),
         "mae": (absolutes / count).tolist(),

@@ -1,11 +1,12 @@
-"""A test pass: what it leaves in the run's folder is metrics.json, predictions.npz and pictures."""
+"""Test passes: what they leave in the run's folder is metrics.json and predictions.npz, or M4's file of forecasts."""
 
 import json
 import math
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 
 from data_provider.batches import Batch
 from data_provider.data_factory import batch_loader, series_flags
+from data_provider.m4 import M4Series
 from layers.norm import instance_norm
 from utils.results.bands import make_array, mean_intervals, name_of
-from utils.results.baselines import measured
+from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
 from utils.results.log import peak_memory_gib
+from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, methods_of, naive2, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.checkpoint import RECORD
 from utils.saving.files import free_bytes, size_text, write_atomic, write_json
@@ -67,7 +70,7 @@ class TestPass:
         self.windows: dict[int, Window] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(job.args.save_predictions)
-        levels = job.intervals.levels if job.intervals else ()
+        self.levels = levels = job.intervals.levels if job.intervals else ()
         size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
         free = free_bytes(self.folder)  # 0: that cannot be told
         # Of several processes, one alone must not leave it out.
@@ -86,15 +89,15 @@ class TestPass:
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        index, intervals = batch.index.tolist(), self.job.intervals
+        index = batch.index.tolist()
         pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
         deviation = instance_norm(x)[2]  # (B, N, 1)
         self.metrics.add(pred, true, deviation)
         if not self.saves_predictions and not self.shown.intersection(index):
             return
         values = {"pred": pred, "true": true}
-        for level in intervals.levels if intervals else ():
-            for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True):
+        for level in self.levels:
+            for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
                 values[side + name_of(level)] = pred + deviation * torch.from_numpy(offsets).to(pred.device)
         own = {name: self._own_units(rows) for name, rows in values.items()}
         if self.saves_predictions:
@@ -153,6 +156,76 @@ class TestPass:
             write_atomic(self.folder / PREDICTIONS, pack)  # an earlier one stays until this one is whole
             shutil.rmtree(self.parts)
         return found
+
+
+class M4Pass:
+    """As `TestPass`, for the competition's series: it leaves `<Pattern>_forecast.csv` and metrics.json."""
+
+    def __init__(self, job: Job):
+        assert isinstance(job.series, M4Series)
+        self.job, self.series, self.folder = job, job.series, job.folder
+        shape = len(self.series.ids), self.series.pred_len
+        self.made = torch.zeros(shape, dtype=torch.float64, device=job.device)  # zero where another process forecasts
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        self.made[batch.index.to(self.made.device)] = forecast.double()
+
+    @cached_property
+    def forecasts(self) -> np.ndarray:
+        # (S, H), those of all processes
+        return self.job.accelerator.reduce(self.made).cpu().numpy()
+
+    @cached_property
+    def errors(self) -> dict[str, Errors]:
+        """Errors of the model, Naive2, the last value, and the linear map where a training series fills a window."""
+        series, H, season = self.series, self.series.pred_len, self.series.kind.season
+        made = {
+            MODEL: self.forecasts,
+            NAIVE2: np.stack([naive2(values, season, H) for values in series.known]),
+            LAST: np.stack([np.repeat(values[-1], H) for values in series.known]),
+        }
+        if any(len(values) >= series.seq_len + 2 * H for values in series.known):
+            weights, _ = fit_ridge(*series.windows_for_a_map())
+            windows = series.windows("test")
+            items = [windows[number] for number in range(len(series.ids))]
+            x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
+            z, mean, deviation = instance_norm(x, mask)
+            made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()
+        return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
+
+    def headline(self, scores: Scores) -> str:
+        own = self.errors[MODEL]
+        return f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(self.errors[NAIVE2]):.3f}"
+
+    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
+        job, series, errors = self.job, self.series, self.errors
+        if not job.accelerator.is_main_process:
+            return figures
+        found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
+        metrics = figures | {
+            "test": figures["test"] | found.pop(MODEL),
+            "peak_memory_gib": peak_memory_gib(job.device),
+            "windows": len(series.ids),
+            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
+            "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
+            "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
+        frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
+        file = self.folder / f"{series.pattern}_forecast.csv"
+        write_atomic(file, frame.to_csv)
+        job.log(f"Forecasts of {len(series.ids)} series: {file}")
+        write_json(self.folder / METRICS, metrics)
+        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
+            job.log(line)
+        return metrics
+
+
+def open_pass(job: Job) -> TestPass | M4Pass:
+    """The test pass of a job's data."""
+    return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
 
 
 def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:

@@ -16,8 +16,7 @@ from models.forecaster import Forecaster
 from utils.errors import RunError
 from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.m4 import open_pass
-from utils.results.test_pass import TestPass
+from utils.results.test_pass import TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
 from utils.training.evaluate import Scores, forecast_in_parts, score
