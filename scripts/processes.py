@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from utils.training.reduction import GradientReducer  # noqa: E402
 
 import layers.ranks  # noqa: E402
 from data_provider.batches import WindowCollate  # noqa: E402
@@ -31,8 +32,7 @@ from models.TimeLLM import Model  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from scripts.measure import open_backbone  # noqa: E402
 from utils.command_line import parse_flags  # noqa: E402
-from utils.training.reduction import GradientReducer  # noqa: E402
-from utils.training.step import build_optimizer  # noqa: E402
+from utils.training.optimizer import build_optimizer  # noqa: E402
 from utils.training.train import forward_backward  # noqa: E402
 
 
@@ -119,11 +119,12 @@ def measure(args: Namespace) -> None:
     rank, count = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     model = Model(flags, backbone)
-    if count > 1:
-        model.split(rank, count, args.optimizer == "adamw8bit")
     model.to(accelerator.device).train()
     optimizer = build_optimizer(args.optimizer, model, 1e-4)
-    reducer = GradientReducer(model.parameters(), [model.get_parameter(n) for n in model.rows]) if count > 1 else None
+    reducer = None
+    if count > 1:
+        mapping = model.mapping_layer
+        reducer = GradientReducer(model.parameters(), [mapping.weight] if mapping and mapping.factored else [])
     series = torch.randn(args.windows, 512 + flags.pred_len, args.channels).cumsum(1)  # (B, T + H, N)
     first, last = (args.windows * part // count for part in (rank, rank + 1))
     items = [{"x": w[:512], "y": w[512:], "x_mark": w[:512], "y_mark": w[512:], "index": i} for i, w in enumerate(series)]

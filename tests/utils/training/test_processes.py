@@ -23,7 +23,6 @@ from tests.small_run import (
     launched,
     run_folder,
     run_in_group,
-    small_model,
     train,
     train_in_two_processes,
     write_csv,
@@ -229,23 +228,3 @@ def test_a_signal_to_all_lets_them_save_and_leave(words) -> None:
         out, err = run.communicate(timeout=60)
     assert run.returncode != 0 and "run_main.py: error:" not in err, err
     assert "SIGINT: the state of epoch " in out and "To resume: " in out and "torch.distributed.run" in out.splitlines()[-1]
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_split_layer_has_its_rows_of_the_whole(backbones, tmp_path: Path, rank: int) -> None:
-    from layers.backbone import Backbone
-    from layers.backbone_files import find_backbone
-
-    backbone = Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 1, torch.device("cpu"))
-    whole, split = (small_model(tmp_path, backbone).mapping_layer for _ in range(2))
-    assert whole is not None and split is not None
-    expected = whole(backbone.embeddings)
-    state = whole.state_dict()
-    split.split(rank, 3)
-    first, last = min(rank * 334, 1000), min((rank + 1) * 334, 1000)
-    assert split.rows is not None and (split.rows.start, split.rows.stop) == (first, last)
-    torch.testing.assert_close(split(backbone.embeddings), expected[first:last])
-    with torch.no_grad():
-        split.weight.zero_()
-    split.load_state_dict(state)
-    assert torch.equal(split.weight, state["weight"][first:last]) and len(state["weight"]) == 1000
