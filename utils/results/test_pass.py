@@ -264,7 +264,7 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
         standardised = torch.from_numpy((own - results.mean) / results.deviation)
         return standardised.transpose(1, 2).flatten(0, 1).float().to(job.device)
 
-    scores = evaluate(job.model, loader, accelerator, forecast, results.consume)
+    scores = evaluate(job.model, loader, accelerator, forecast, results.consume, device=job.device)
     test = {"mse": scores.mse, "mae": scores.mae}
     figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
     metrics = results.finish(figures)
