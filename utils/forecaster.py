@@ -25,11 +25,12 @@ from data_provider.data_loader import Series, WindowDataset
 from data_provider.table import check_rows, tables_of
 from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
+from layers.norm import instance_norm
 from utils.flags import flags_for
-from utils.intervals import Intervals, name_of
+from utils.results.bands import Intervals, name_of
 from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
 from utils.results.log import KeptLog
-from utils.results.test_pass import Tally
+from utils.results.metrics import Metrics
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import random_state, set_random_state
 from utils.setup import describe_run, load_checkpoint, make_job, make_plan
@@ -175,10 +176,11 @@ class Forecaster:
         starts = [day for part in parts for day in (part.dates[T], part.dates[len(part.dates) - H])]
         kept = job.series.forecast_slice
         columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
-        tally = Tally(job, self._intervals(intervals), columns, mean, deviation)
+        metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
-            tally.add(batch, forecast)
+            pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
+            metrics.add(pred, true, instance_norm(x)[2])
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
@@ -189,7 +191,7 @@ class Forecaster:
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
             "first_forecast_row": [str(min(starts)), str(max(starts))],
-            **tally.result(),
+            **metrics.result(),
         }
 
     def plot(

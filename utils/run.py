@@ -12,15 +12,13 @@ from data_provider.splits import M4
 from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.intervals import name_of
-from utils.results.calibration import KEPT, Calibration
+from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
 from utils.results.comparison import note_of
-from utils.results.ensemble import mean_intervals, score_mean
 from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
-from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
-from utils.results.m4_pass import open_pass
+from utils.results.metrics import line_of
+from utils.results.test_pass import open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
 from utils.saving.files import LEGACY
 from utils.saving.interrupt import Interrupted, Interrupts

@@ -22,7 +22,7 @@ from layers.errors import input_error, listed
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import DEFAULTS, FLAGS, refuse, resumed
-from utils.intervals import LEVELS, Intervals, fewest_windows, name_of
+from utils.results.bands import LEVELS, Intervals, fewest_windows, name_of
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.preprocessing import StandardScaler
-from utils.command_line import parse_flags
 
 from data_provider.data_loader import fingerprint, load_series, own_scale
 from data_provider.description import DEFAULT_DESCRIPTION, PROMPT_BANK, bank_file, dataset_description, make_description
@@ -17,6 +16,7 @@ from data_provider.synthetic import write_synthetic
 from data_provider.table import read_table
 from layers.errors import InputError
 from tests.realdata import ROOT, real_data
+from utils.flags import parse_flags
 
 FILE = Path("some.csv")
 

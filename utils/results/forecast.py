@@ -20,7 +20,7 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
 from data_provider.timestamps import gaps_in, time_marks
 from layers.errors import input_error, listed
-from utils.intervals import Intervals, continued, deviations, name_of
+from utils.results.bands import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
 from utils.training.evaluate import Shared, forecast_within_memory
 from utils.training.session import Job

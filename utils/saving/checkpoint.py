@@ -26,7 +26,7 @@ from data_provider.data_loader import FileSeries, Series, fingerprint
 from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.files import OFFSETS, RECORD, TENSORS, find_checkpoint, read_header, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")

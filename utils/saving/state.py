@@ -30,7 +30,7 @@ from data_provider.description import dataset_description
 from layers.errors import input_error
 from utils.errors import RunError, StorageError
 from utils.flags import resumed
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
 from utils.saving.files import FULL, TENSORS
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from models.forecaster import Forecaster
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.results.journal import Journal
 from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from data_provider.batches import Batch
 from models.forecaster import Forecaster
 from utils.errors import RunError
-from utils.results.calibration import Calibration
+from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.m4_pass import open_pass
-from utils.results.test_pass import TestPass
+from utils.results.test_pass import TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
 from utils.training.dry_run import dry_run

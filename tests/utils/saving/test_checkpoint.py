@@ -19,7 +19,7 @@ from data_provider.table import read_table
 from layers.errors import InputError
 from tests.small_run import command_line, figures, run_folder, train, write_csv
 from utils.flags import parse_flags
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.saving.checkpoint import Checkpoint, save_checkpoint
 
 SHAPES = {"a.weight": (2, 3), "a.bias": (2,)}
