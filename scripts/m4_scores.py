@@ -20,7 +20,6 @@ import numpy as np  # noqa: E402
 from data_provider.m4 import load_m4, read_wide  # noqa: E402
 from data_provider.patterns import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.results.comparison import METRICS  # noqa: E402
 from utils.results.m4_scores import (  # noqa: E402
     NAIVE2_TITLE,
     SYNTHETIC,
@@ -31,6 +30,7 @@ from utils.results.m4_scores import (  # noqa: E402
     table,
     warnings_of,
 )
+from utils.results.report import METRICS  # noqa: E402
 
 
 def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:

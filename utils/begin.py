@@ -7,7 +7,7 @@ import torch
 from layers.errors import input_error
 from layers.ranks import from_first
 from utils.results.baselines import doubts, fit_ridge
-from utils.results.journal import Journal, tensorboard_writer
+from utils.results.log import Journal, tensorboard_writer
 from utils.saving.asks import Asks
 from utils.saving.folder import Start
 from utils.saving.record import TENSORS

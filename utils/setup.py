@@ -23,8 +23,8 @@ from utils import checks
 from utils.begin import begin
 from utils.flags import FinalFlags, recorded, run_name
 from utils.processes.group import join
-from utils.results.forecast import no_rows_yet, read_history
-from utils.results.log import RunLog, SilentLog
+from utils.results.forecast import read_history
+from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import Start, open_folder, refuse_links, results_folder
@@ -138,7 +138,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     if in_program and checkpoint is not None:
-        series, same_data, notes = no_rows_yet(args, checkpoint)
+        series, same_data, notes = read_history(args, checkpoint, in_program=True)
     else:
         series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
     if args.do_predict and not in_program:
@@ -245,7 +245,7 @@ def _open_log(plan: Plan) -> RunLog:
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
-    log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
+    log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else RunLog(terminal=False)
     numbered = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else device
     log(f"Using device: {numbered}")
     for line in checks.shares(args, plan.accelerator.num_processes):

@@ -89,8 +89,8 @@ def test_the_numbers_are_the_command_lines_to_the_last_bit(trained, loaded, fram
     job = setup(parse_flags([*words, *flags]), 0, Interrupts())
     load_checkpoint(job)
     (forecast,) = Forecaster(job).forecast([job.series], steps, job.intervals)
-    assert forecast.frame()["date"].equals(found["date"])
-    assert values(forecast.frame()).tobytes() == values(found).tobytes()
+    assert forecast["date"].equals(found["date"])
+    assert values(forecast).tobytes() == values(found).tobytes()
 
 
 @pytest.mark.parametrize("name", MODELS)

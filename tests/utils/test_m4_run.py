@@ -21,8 +21,8 @@ from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, launched, refusal, run_folder, run_in_group, train, train_in_two_processes
 from utils.command_line import parse_flags
-from utils.results.comparison import report
 from utils.results.m4_scores import errors_of, naive2, table
+from utils.results.report import report
 from utils.study.grid import read_grid
 
 # As the published script has them; what it leaves out follows from the pattern.

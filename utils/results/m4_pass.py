@@ -15,7 +15,6 @@ from data_provider.data_factory import series_flags
 from data_provider.m4 import M4Series, content
 from layers.norm import instance_norm
 from utils.results.baselines import LAST, PENALTIES, RIDGE, fit_ridge
-from utils.results.comparison import METRICS
 from utils.results.log import peak_memory_gib
 from utils.results.m4_scores import (
     NAIVE2,
@@ -28,6 +27,7 @@ from utils.results.m4_scores import (
     table,
     warnings_of,
 )
+from utils.results.report import METRICS
 from utils.results.test_pass import TestPass
 from utils.saving.files import write_atomic, write_json
 from utils.training.evaluate import Scores

@@ -15,11 +15,11 @@ from data_provider.batches import Batch
 from data_provider.data_factory import series_flags
 from layers.norm import instance_norm
 from utils.intervals import Intervals, name_of
-from utils.results.comparison import METRICS, measured
 from utils.results.interval_metrics import IntervalMetrics
 from utils.results.log import peak_memory_gib
 from utils.results.metrics import Metrics
 from utils.results.predictions import PREDICTIONS, Predictions
+from utils.results.report import METRICS, measured
 from utils.saving.files import free_bytes, size_text, write_json
 from utils.training.evaluate import Scores
 from utils.training.session import Job

@@ -16,7 +16,7 @@ from layers.backbone_files import find_backbone
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, command_line, figures, run_folder, train, write_csv
 from utils.command_line import parse_flags
-from utils.results.comparison import report
+from utils.results.report import report
 
 # What that code's states compared, and what its records held.
 COMPARED = (
