@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_provider.batches import WindowCollate
 from data_provider.data_loader import SplitSeries, WindowDataset, load_series
@@ -21,10 +21,27 @@ from layers.errors import input_error
 from layers.prompt import PromptEncoder
 
 
-def data_provider(
+def data_provider(args: Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
+    """Dataset and loader of "train", "val" or "test", as the Time-Series-Library has them: the loader yields batch_x
+    `[B, T, N]`, batch_y `[B, label_len + H, N]`, batch_x_mark `[B, T, F]` and batch_y_mark `[B, label_len + H, F]`,
+    float32, the values standardised.
+
+    Raises:
+        InputError: see `load_series` and `epoch_batches`.
+    """
+    dataset = series_from_args(args).windows(flag)
+    return dataset, make_loader(dataset, epoch_batches(args, dataset, flag), args.num_workers, _four_tensors)
+
+
+def _four_tensors(items: list[dict]) -> tuple[torch.Tensor, ...]:
+    held = default_collate(items)
+    return held["x"], held["y"], held["x_mark"], held["y_mark"]
+
+
+def batch_loader(
     args: Namespace,
     flag: str,
-    series: SplitSeries | None = None,
+    series: SplitSeries,
     encoder: PromptEncoder | None = None,
     rank: int = 0,
     world: int = 1,
@@ -32,23 +49,17 @@ def data_provider(
     pin: bool = False,
     whole: bool = False,
 ) -> tuple[WindowDataset, DataLoader]:
-    """Dataset and loader of "train", "val" or "test"; the loader yields `data_provider.batches.Batch`.
-
-    Each batch unpacks into batch_x `[B, T, N]`, batch_y `[B, label_len + H, N]`, batch_x_mark `[B, T, F]` and
-    batch_y_mark `[B, label_len + H, F]`, all float32, the values standardised.
+    """Dataset and loader of "train", "val" or "test" of a series; the loader yields `data_provider.batches.Batch`.
 
     Args:
-        args: the run's flags.
-        series: what `series_from_args` made of them, where it has been read already.
         encoder: makes the prompts in the loader's workers; None: the batches have none.
         rank, world, seed: see `epoch_batches`.
         pin: give the batches page-locked memory, from which they go to a GPU faster.
         whole: the model reads whole windows and their marks.
 
     Raises:
-        InputError: see `load_series` and `epoch_batches`.
+        InputError: see `epoch_batches`.
     """
-    series = series_from_args(args) if series is None else series
     dataset = series.windows(flag)
     batches = epoch_batches(args, dataset, flag, rank, world, seed)
     collate = WindowCollate(series.pred_len, series.target_index, encoder, whole)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from data_provider.batches import Batch
 from data_provider.timefeatures import time_marks
 from layers.autocorrelation import AutoCorrelation
 from layers.decomposition import SeasonalNorm, decompose
@@ -50,22 +51,21 @@ class Model(Forecaster):
         self.decoder_norm = SeasonalNorm(d_model)
         self.projection = nn.Linear(d_model, channels)
 
-    def forward(self, x_enc: torch.Tensor, x_mark_enc=None, x_dec=None, x_mark_dec=None) -> torch.Tensor:
-        """Windows `[B, T, N]`, their marks `[B, T, F]` and the decoder's `[B, T', F]` -> forecasts `[B, H, N]`.
+    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+        """Whole windows of N channels with the marks of their rows and of the decoder's -> forecasts `[M, H]`.
 
-        The decoder's input is made of the window itself (equation 2); `x_dec` is not read.
-
-        Raises:
-            ValueError: no marks, where the model reads them.
+        The decoder's input is made of the window itself (equation 2).
         """
-        encoded = self.encoder(self.enc_embedding(x_enc, x_mark_enc))  # (B, T, d)
-        season, trend = self.decoder_start(x_enc)  # (B, T', N) each
-        hidden = self.dec_embedding(season, x_mark_dec)  # (B, T', d)
+        assert batch.windows is not None, "the loader makes no windows for this model"
+        x, x_mark, y_mark, channels = batch.windows
+        encoded = self.encoder(self.enc_embedding(x, x_mark))  # (B, T, d)
+        season, trend = self.decoder_start(x)  # (B, T', N) each
+        hidden = self.dec_embedding(season, y_mark)  # (B, T', d)
         for layer in self.decoder:
             hidden, more = layer(hidden, encoded)  # (B, T', d), (B, T', N)
             trend = trend + more
         out = self.projection(self.decoder_norm(hidden)) + trend  # (B, T', N)
-        return out[:, -self.pred_len :]
+        return out[:, -self.pred_len :, channels].transpose(1, 2).flatten(0, 1)
 
     def decoder_start(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows `[B, T, N]` -> season and trend, each `[B, T', N]`: the last `label_len` rows have their own, and the

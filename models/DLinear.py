@@ -1,6 +1,6 @@
 """DLinear: Are Transformers Effective for Time Series Forecasting? (Zeng et al., AAAI 2023).
 
-Read beside section 4 of the paper. Shapes: B windows, N channels, T = seq_len, H = pred_len.
+Read beside section 4 of the paper. Shapes: M sequences, T = seq_len, H = pred_len.
 """
 
 from argparse import Namespace
@@ -8,6 +8,7 @@ from argparse import Namespace
 import torch
 from torch import nn
 
+from data_provider.batches import Batch
 from layers.decomposition import decompose
 from models.forecaster import Forecaster
 
@@ -21,8 +22,7 @@ class Model(Forecaster):
         self.seasonal = nn.Linear(configs.seq_len, configs.pred_len)
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
 
-    def forward(self, x_enc: torch.Tensor, x_mark_enc=None, x_dec=None, x_mark_dec=None) -> torch.Tensor:
-        """Windows `[B, T, N]` of any N -> forecasts `[B, H, N]`; marks and decoder input are not used."""
-        seasonal, trend = decompose(x_enc, self.kernel)  # (B, T, N) each
-        out = self.seasonal(seasonal.transpose(1, 2)) + self.trend(trend.transpose(1, 2))  # (B, N, H)
-        return out.transpose(1, 2)
+    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+        """M sequences -> forecasts `[M, H]`."""
+        seasonal, trend = decompose(batch.x[:, :, None], self.kernel)  # (M, T, 1) each
+        return self.seasonal(seasonal[..., 0]) + self.trend(trend[..., 0])

@@ -1,6 +1,6 @@
 """PatchTST: A Time Series is Worth 64 Words (Nie et al., ICLR 2023), the supervised model.
 
-Read beside section 3.1 of the paper. Shapes: B windows, N channels, M = B*N sequences, T = seq_len,
+Read beside section 3.1 of the paper. Shapes: M sequences, T = seq_len,
 H = pred_len, P = patch_len, S = stride, L patches, d = d_model, h = n_heads.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data_provider.batches import Batch
 from layers.errors import input_error
 from layers.head import FlattenHead
 from layers.norm import instance_norm
@@ -40,14 +41,12 @@ class Model(Forecaster):
         )
         self.head = FlattenHead(configs.d_model, patches, configs.pred_len, dropout=0.0)
 
-    def forward(self, x_enc: torch.Tensor, x_mark_enc=None, x_dec=None, x_mark_dec=None) -> torch.Tensor:
-        """Windows `[B, T, N]` of any N -> forecasts `[B, H, N]`; marks and decoder input are not used."""
-        B, T, N = x_enc.shape
-        z, mean, deviation = instance_norm(x_enc.transpose(1, 2).reshape(B * N, T))  # (M, T), (M, 1), (M, 1)
+    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+        """M sequences -> forecasts `[M, H]`."""
+        z, mean, deviation = instance_norm(batch.x)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(self.patches(z))  # (M, L, d)
         hidden = self.encoder(self.dropout(tokens + self.position))  # (M, L, d)
-        out = self.head(hidden) * deviation + mean  # (M, H)
-        return out.view(B, N, -1).transpose(1, 2)
+        return self.head(hidden) * deviation + mean
 
     def patches(self, z: torch.Tensor) -> torch.Tensor:
         """Series `[M, T]`, the last value S times more at its end -> `[M, L, P]`, a patch every S steps."""

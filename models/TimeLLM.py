@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from data_provider.batches import Sequences
+from data_provider.batches import Batch
 from data_provider.description import dataset_description
 from layers.ablation import make_substitute
 from layers.backbone import Backbone
@@ -133,33 +133,15 @@ class Model(Forecaster):
             return f"no language model ({type(self.substitute).__name__})"
         return "fast path" if self.fast_path else "plain path"
 
-    def forward(self, x_enc, x_mark_enc=None, x_dec=None, x_mark_dec=None, prompts: Prompts | None = None):
-        """Windows `[B, T, N]` -> forecasts `[B, H, N]`.
-
-        The marks and the decoder input that the family of scripts passes are not used by this model.
-        Prompts that the data loader has not made are made here.
-        """
-        B, T, N = x_enc.shape
-        out = self.forecast(x_enc.transpose(1, 2).reshape(B * N, T), prompts, self.shared())
-        return out.view(B, N, self.pred_len).transpose(1, 2)
-
-    def forecast_part(self, part: Sequences, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """See `Forecaster`."""
-        return self.forecast(part.x, part.prompts, shared, part.x_mask)
-
-    def forecast(
-        self,
-        x: torch.Tensor,
-        prompts: Prompts | None,
-        shared: tuple[torch.Tensor, ...],
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Series `[M, T]` with their prompts, what `shared` gave, and the mask of padded ones -> forecasts `[M, H]` on the
+    def forward(self, batch: Batch, shared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """M sequences with their prompts, and the tensors that `shared` gave (None: made here) -> forecasts `[M, H]` on the
         series' own scale."""
+        x, prompts = batch.x, batch.prompts
+        shared = self.shared() if shared is None else shared
         if prompts is None:
             seen = x if self.prompts is None else x.cpu()  # prompts of no token say nothing of x
             prompts = self.make_prompts(seen[:, :, None]).to(x.device)
-        z, mean, deviation = instance_norm(x, mask)  # (M, T), (M, 1), (M, 1)
+        z, mean, deviation = instance_norm(x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *shared)  # (M, L, D)
         hidden = self.language_model(self.opening_ids, *prompts, patches)  # (M, L, D)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from data_provider.batches import Sequences
+from data_provider.batches import Batch, Windows
 from layers.mapping import MappingLayer
 from layers.prompt import PromptEncoder
 from layers.ranks import Rows
@@ -20,8 +20,7 @@ class Forecaster(nn.Module):
     Attributes:
         uses_llm: whether it is built around a language model; `Model(configs, backbone, prompts)` then, else
             `Model(configs)`.
-        channel_independent: whether each channel is forecast from itself alone. Then `forward` is called with N = 1 and
-            M sequences; else with whole windows and their time marks.
+        channel_independent: whether each channel is forecast from itself alone; else it reads the batch's `windows`.
         whole_batches: whether what it computes of a window depends on the others of its batch, in training. Its batches
             are then not cut where memory is short, those of an evaluation neither: `--eval_batch_size` bounds these.
         reads_masks: whether it can be told which values of a window exist, as series shorter than the window ask for.
@@ -44,17 +43,24 @@ class Forecaster(nn.Module):
         self.mapping_layer: MappingLayer | None = None
         self.register_buffer("linear_map", None)
 
+    def __call__(self, batch, *rest):
+        """`forward`; or, as the Time-Series-Library calls a model, windows `[B, T, N]`, their marks, the decoder's input
+        (not read) and its marks -> forecasts `[B, H, N]`."""
+        if isinstance(batch, Batch):
+            return super().__call__(batch, *rest)
+        x_mark, _, y_mark = (*rest, None, None, None)[:3]
+        B, _, N = batch.shape
+        x = batch.transpose(1, 2).flatten(0, 1)
+        windows = None if self.channel_independent else Windows(batch, x_mark, y_mark, slice(None))
+        return super().__call__(Batch(x, x[:, :0], windows=windows)).view(B, N, -1).transpose(1, 2)
+
     def shared(self) -> tuple[torch.Tensor, ...]:
         """What all sequences share, made once a step or an evaluation; gradients come back to it once."""
         return ()
 
-    def forecast_part(self, part: Sequences, shared: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Sequences, and what `shared` gave -> forecasts `[M, H]` on the series' own scale."""
-        if self.channel_independent:
-            return self(part.x[:, :, None])[..., 0]
-        assert part.windows is not None, "the loader makes no windows for this model"
-        x, x_mark, y_mark, channels = part.windows
-        return self(x, x_mark, None, y_mark)[..., channels].transpose(1, 2).flatten(0, 1)
+    def forward(self, batch: Batch, shared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """M sequences, and what `shared` gave (None: made here) -> forecasts `[M, H]` on the series' own scale."""
+        raise NotImplementedError
 
     def split(self, rank: int, world: int, quantised: bool = False) -> None:
         """Keep the share of process `rank` of what is split over a group of `world` processes, see `MappingLayer.split`."""

@@ -120,7 +120,7 @@ def measure(args: Namespace, folder: str) -> dict[str, Any]:
     seconds = median(steps[WARM_UP - 1 :] or steps)
     whole = Clock(_whole(job, args.max_iters))
     whole.evaluation = evaluation
-    sequences = len(job.loaders["val"][0].sequences()) // len(job.loaders["val"][0].x) * args.batch_size  # type: ignore[index]
+    sequences = len(job.loaders["val"][0]) // len(job.loaders["val"][0].index) * args.batch_size  # type: ignore[index]
     return {
         "machine": machine(device),
         "numbers": f"{job.precision.autocast_dtype or 'float32'}, frozen weights "

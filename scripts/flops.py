@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_provider.batches import Batch, Sequences
+from data_provider.batches import Batch
 from layers.fast.linear import FrozenWeight, product
 from layers.reprogramming import ReprogrammingLayer
 from models.TimeLLM import PROTOTYPES, Model
@@ -29,7 +29,7 @@ def linear_values(module: nn.Module) -> int:
     return total
 
 
-def training_step_flops(model: Model, batch: Batch | Sequences) -> int:
+def training_step_flops(model: Model, batch: Batch) -> int:
     """Operations that the step cannot do without; a product of m x k and k x n counts 2*m*k*n.
 
     The terms stand in scripts/BENCHMARK.md.

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
-from data_provider.batches import Batch, Sequences, WindowCollate
+from data_provider.batches import Batch, WindowCollate
 from data_provider.data_factory import make_loader
 from data_provider.data_loader import WindowDataset
 from data_provider.sampler import EpochBatches
@@ -74,7 +74,7 @@ class Bench:
     def take(self, batch: Batch) -> None:
         """Let the steps that follow run on this batch."""
         self.batch = batch.to(self.accelerator.device)
-        self.sequences = self.batch.sequences()
+        self.sequences = self.batch
 
     def step(self, variant: str) -> float:
         """Seconds of one training step."""
@@ -95,7 +95,7 @@ class Bench:
         evaluate(self.model, [self.batch] * once, self.accelerator, self._forecast)
         return (self.now() - began) / once
 
-    def _forecast(self, sequences: Sequences, shared: Shared) -> torch.Tensor:
+    def _forecast(self, sequences: Batch, shared: Shared) -> torch.Tensor:
         return forecast_in_parts(self.model, self.accelerator, sequences, shared, self.max_sequences)
 
     def _choose(self, variant: str) -> None:

@@ -128,7 +128,7 @@ def measure(args: Namespace) -> None:
     first, last = (args.windows * part // count for part in (rank, rank + 1))
     items = [{"x": w[:512], "y": w[512:], "x_mark": w[:512], "y_mark": w[512:], "index": i} for i, w in enumerate(series)]
     batch = WindowCollate(flags.pred_len, None, model.prompts)(items[first:last]).to(accelerator.device)
-    sequences, seconds = batch.sequences(), []
+    sequences, seconds = batch, []
     counted = Counted()
     for _ in range(1 + args.steps):
         counted.handed = counted.ring = 0

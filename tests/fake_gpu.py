@@ -336,10 +336,9 @@ class Bench:
 
     def batch(self) -> Batch:
         """A batch on the CPU, as a loader's worker makes it."""
-        B, N, M = self.WINDOWS, self.CHANNELS, self.WINDOWS * self.CHANNELS
-        x, y = torch.zeros(B, SEQ_LEN, N), torch.zeros(B, PRED_LEN, N)
+        M = self.WINDOWS * self.CHANNELS
         prompts = Prompts(torch.zeros(M, self.TOKENS, dtype=torch.long), torch.ones(M, dtype=torch.long))
-        return Batch(x, y, x, y, torch.zeros(B, dtype=torch.long), PRED_LEN, slice(None), prompts)
+        return Batch(torch.zeros(M, SEQ_LEN), torch.zeros(M, PRED_LEN), prompts)
 
     def layers(self) -> nn.ModuleList:
         """The language model's layers that the steps run."""

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset
 
-from data_provider.batches import Sequences, WindowCollate, Windows
+from data_provider.batches import Batch, WindowCollate, Windows
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
 from data_provider.description import frequency
@@ -169,7 +169,7 @@ class Forecaster:
             at_once = args.eval_batch_size if whole else S  # whole windows are not cut any smaller
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
                 sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, T)
-                batch = Sequences(sequences, sequences.new_empty(len(sequences), 0))
+                batch = Batch(sequences, sequences.new_empty(len(sequences), 0))
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))

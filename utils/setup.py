@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from data_provider.data_factory import data_provider, epoch_batches, pretraining_series, series_from_args
+from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import frequency
 from data_provider.splits import SPLITS
@@ -308,7 +308,7 @@ def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[st
     """The loaders of the splits that the run goes through."""
     loaders, accelerator = {}, plan.accelerator
     for split, series in plan.splits:
-        data, loaders[split] = data_provider(
+        data, loaders[split] = batch_loader(
             plan.args,
             split,
             series,

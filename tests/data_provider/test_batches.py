@@ -1,10 +1,10 @@
-"""Batches: the four tensors of the field, and the sequences and prompts that the model takes."""
+"""Batches: the sequences, prompts and windows that the models take."""
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data_provider.batches import Batch, Sequences, WindowCollate
+from data_provider.batches import Batch, WindowCollate
 from layers.prompt import PromptEncoder, Prompts, PromptTemplate
 
 T, LABEL_LEN, H = 3, 1, 2
@@ -19,14 +19,13 @@ def window(number: int, channels: int) -> dict:
     return {"x": values[x], "y": values[y], "x_mark": marks[x], "y_mark": marks[y], "index": number}
 
 
-def test_a_batch_unpacks_into_the_four_tensors_of_the_field() -> None:
-    batch = WindowCollate(H)([window(7, 2), window(3, 2)])
-    batch_x, batch_y, batch_x_mark, batch_y_mark = batch
-    assert batch_x.tolist() == [[[700, 710], [701, 711], [702, 712]], [[300, 310], [301, 311], [302, 312]]]
-    assert batch_y[1].tolist() == [[302, 312], [303, 313], [304, 314]]
-    assert batch_x_mark.shape == (2, T, 1) and batch_y_mark.shape == (2, LABEL_LEN + H, 1)
-    assert batch_y_mark[0, :, 0].tolist() == pytest.approx([0.2, 0.3, 0.4])
-    assert batch.index.tolist() == [7, 3] and batch.prompts is None
+def test_windows_keep_all_columns_and_the_marks_for_a_model_that_reads_them() -> None:
+    batch = WindowCollate(H, 1, whole=True)([window(7, 2), window(3, 2)])
+    x, x_mark, y_mark, channels = batch.windows
+    assert x.tolist() == [[[700, 710], [701, 711], [702, 712]], [[300, 310], [301, 311], [302, 312]]]
+    assert x_mark.shape == (2, T, 1) and y_mark[0, :, 0].tolist() == pytest.approx([0.2, 0.3, 0.4])
+    assert batch.index.tolist() == [7, 3] and batch.prompts is None and channels == slice(1, 2)
+    assert batch.y.tolist() == [[713, 714], [313, 314]] and batch.split(1) == [batch]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_a_batch_unpacks_into_the_four_tensors_of_the_field() -> None:
     ids=["M", "S", "MS"],
 )
 def test_sequences_are_the_forecast_channels_window_by_window(channels, target_index, x, y) -> None:
-    sequences = WindowCollate(H, target_index)([window(0, channels), window(1, channels)]).sequences()
+    sequences = WindowCollate(H, target_index)([window(0, channels), window(1, channels)])
     assert sequences.x.tolist() == x and sequences.y.tolist() == y and len(sequences) == len(x)
 
 
@@ -51,22 +50,22 @@ def test_sequences_lie_in_memory_as_their_own_channels_stacked(windows, channels
     kept = slice(None) if target_index is None else slice(target_index, target_index + 1)
     x = torch.stack([item["x"][:, kept] for item in items]).transpose(1, 2).flatten(0, 1)
     y = torch.stack([item["y"][-H:, kept] for item in items]).transpose(1, 2).flatten(0, 1)
-    sequences = WindowCollate(H, target_index)(items).sequences()
+    sequences = WindowCollate(H, target_index)(items)
     for made, expected in ((sequences.x, x), (sequences.y, y)):
         assert torch.equal(made, expected) and made.stride() == expected.stride()
 
 
 def test_micro_batches_are_the_sequences_in_order() -> None:
     prompts = Prompts(torch.arange(10).view(5, 2), torch.tensor([2, 1, 2, 1, 2]))
-    whole = Sequences(torch.arange(15.0).view(5, 3), torch.arange(10.0).view(5, 2), prompts)
+    whole = Batch(torch.arange(15.0).view(5, 3), torch.arange(10.0).view(5, 2), prompts)
     for size, lengths in ((0, [5]), (2, [2, 2, 1]), (5, [5]), (9, [5])):
-        parts = whole.micro_batches(size)
+        parts = whole.split(size)
         assert [len(part) for part in parts] == lengths
         assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
         assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
         assert torch.equal(torch.cat([part.prompts.ids for part in parts]), prompts.ids)
         assert torch.equal(torch.cat([part.prompts.length for part in parts]), prompts.length)
-    assert Sequences(whole.x, whole.y).micro_batches(3)[1].prompts is None
+    assert Batch(whole.x, whole.y).split(3)[1].prompts is None
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def test_each_sequence_has_its_prompt(encoder, target_index) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 8, 2, generator=generator).cumsum(1)
     items = [{"x": x[i], "y": x[i, :H], "x_mark": x[i, :, :1], "y_mark": x[i, :H, :1], "index": i} for i in range(len(x))]
-    prompts = WindowCollate(H, target_index, encoder)(items).sequences().prompts
+    prompts = WindowCollate(H, target_index, encoder)(items).prompts
     forecast = [0, 1] if target_index is None else [target_index]
     expected = [encoder.for_window(x[i, :, n : n + 1])[0] for i in range(3) for n in forecast]
     made = [ids[:length].tolist() for ids, length in zip(prompts.ids, prompts.length.tolist(), strict=True)]
@@ -93,18 +92,15 @@ def batch_with_prompts() -> Batch:
     return batch
 
 
-def test_what_the_model_reads_moves_and_the_marks_stay() -> None:
+def test_what_the_model_reads_moves() -> None:
     moved = batch_with_prompts().to(torch.device("meta"))
-    assert moved.x.is_meta and moved.y.is_meta and moved.prompts.length.is_meta
-    assert not moved.prompts.ids.is_meta  # they go where the words are looked up
-    assert not (moved.x_mark.is_meta or moved.y_mark.is_meta or moved.index.is_meta)
-    assert moved.sequences().x.shape == (4, T) and moved.pred_len == H
-    assert WindowCollate(H)([window(0, 2)]).to(torch.device("meta")).prompts is None
+    assert moved.x.is_meta and moved.y.is_meta and moved.prompts.length.is_meta and len(moved) == 4
+    assert not (moved.prompts.ids.is_meta or moved.index.is_meta)  # ids go where the token embeddings are
+    assert all(part.is_meta for part in WindowCollate(H, whole=True)([window(0, 2)]).to(torch.device("meta")).windows[:3])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory is a GPU driver's")
 def test_pinned_memory() -> None:
-    batch, pinned = batch_with_prompts(), batch_with_prompts().pin_memory()
+    pinned = batch_with_prompts().pin_memory()
     assert all(t.is_pinned() for t in (pinned.x, pinned.y, *pinned.prompts))
-    assert all(torch.equal(one, other) for one, other in zip(batch, pinned, strict=True))
-    assert WindowCollate(H)([window(0, 2)]).pin_memory().prompts is None
+    assert torch.equal(pinned.x, batch_with_prompts().x)

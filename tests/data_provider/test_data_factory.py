@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data_provider.data_factory import data_provider, epoch_batches, series_flags, series_from_args
+from data_provider.data_factory import batch_loader, data_provider, epoch_batches, series_flags, series_from_args
 from data_provider.sampler import EpochBatches
 from data_provider.synthetic import write_synthetic
 from layers.errors import InputError
@@ -65,9 +65,9 @@ def test_a_series_and_an_encoder_are_taken_as_they_are(flags, backbones):
     series = series_from_args(Namespace(**vars(flags) | {"features": "MS"}))
     template = PromptTemplate("Made-up rows.", 96, 24)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(backbones["qwen2"]), template, 1000)
-    data, loader = data_provider(Namespace(**vars(flags) | {"eval_batch_size": 3}), "val", series, encoder)
+    data, loader = batch_loader(Namespace(**vars(flags) | {"eval_batch_size": 3}), "val", series, encoder)
     assert data.values.base is series.values
-    sequences = next(iter(loader)).sequences()
+    sequences = next(iter(loader))
     assert sequences.x.shape == (3, 96) and sequences.y.shape == (3, 24)
     assert torch.equal(sequences.x[1], torch.from_numpy(series.values[8640 - 95 : 8641, 6]))
     ids, length = sequences.prompts
@@ -75,11 +75,12 @@ def test_a_series_and_an_encoder_are_taken_as_they_are(flags, backbones):
 
 
 def test_ranks_and_seeds(flags):
-    data, alone = data_provider(flags, "train")
-    shares = [data_provider(flags, "train", rank=rank, world=2)[1].batch_sampler for rank in (0, 1)]
+    series = series_from_args(flags)
+    data, alone = batch_loader(flags, "train", series)
+    shares = [batch_loader(flags, "train", series, rank=rank, world=2)[1].batch_sampler for rank in (0, 1)]
     halves = [[batch[:16] for batch in alone.batch_sampler], [batch[16:] for batch in alone.batch_sampler]]
     assert [list(share) for share in shares] == halves
-    other = data_provider(flags, "train", seed=8)[1].batch_sampler
+    other = batch_loader(flags, "train", series, seed=8)[1].batch_sampler
     assert list(other) == list(EpochBatches(len(data), 32, 8)) != list(alone.batch_sampler)
     assert list(epoch_batches(flags, data, "train")) == list(EpochBatches(len(data), 32, 7))
 
@@ -95,25 +96,27 @@ def test_the_flags_of_a_series_are_the_parameters_of_its_loading(flags):
 
 
 def test_loaders(flags):
-    train, loader = data_provider(flags, "train")
+    series = series_from_args(flags)
+    train, loader = batch_loader(flags, "train", series)
     assert len(loader) == len(train) // 32 == (8640 - 119) // 32
     batch = next(iter(loader))
-    assert batch.x.shape == (32, 96, 7) and batch.y.shape == (32, 72, 7) and batch.index.shape == (32,)
+    assert batch.x.shape == (32 * 7, 96) and batch.y.shape == (32 * 7, 24) and batch.index.shape == (32,)
     position = batch.index[5].item()
-    assert torch.equal(batch.x[5], train[position]["x"])
-    test, loader = data_provider(flags, "test")
+    assert torch.equal(batch.x[35:42], train[position]["x"].T)
+    test, loader = batch_loader(flags, "test", series)
     assert torch.cat([batch.index for batch in loader]).tolist() == list(range(len(test)))
 
 
 def test_workers_give_the_same_batches(flags):
-    _, plain = data_provider(flags, "train")
-    _, forked = data_provider(Namespace(**vars(flags) | {"num_workers": 2}), "train")
+    series = series_from_args(flags)
+    _, plain = batch_loader(flags, "train", series)
+    _, forked = batch_loader(Namespace(**vars(flags) | {"num_workers": 2}), "train", series)
     plain.batch_sampler.set_epoch(1, skip=260)
     forked.batch_sampler.set_epoch(1, skip=260)
     pairs = list(zip(plain, forked, strict=True))
     assert len(pairs) == 6
     for one, other in pairs:
-        assert all(torch.equal(a, b) for a, b in zip((*one, one.index), (*other, other.index), strict=True))
+        assert all(map(torch.equal, (one.x, one.y, one.index), (other.x, other.y, other.index)))
 
 
 def test_iterating_leaves_the_global_random_state(flags):
@@ -127,7 +130,7 @@ def test_batch_larger_than_the_training_set(flags):
     with pytest.raises(InputError, match="--batch_size: got 9000, expected at most 8521, for 8521 training windows"):
         data_provider(Namespace(**vars(flags) | {"batch_size": 9000}), "train")
     with pytest.raises(InputError, match="--batch_size: got 3, expected at least 4, a window of each step for each process"):
-        data_provider(Namespace(**vars(flags) | {"batch_size": 3}), "train", world=4)
+        batch_loader(Namespace(**vars(flags) | {"batch_size": 3}), "train", series_from_args(flags), world=4)
     with pytest.raises(InputError, match="--eval_batch_size: got 0, expected a whole number of at least 1"):
         data_provider(Namespace(**vars(flags) | {"eval_batch_size": 0}), "val")
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.data_factory import data_provider, epoch_batches
+from data_provider.data_factory import batch_loader, epoch_batches, series_from_args
 from data_provider.m4 import load_m4, read_wide
 from data_provider.m4_synthetic import SERIES, write_synthetic_m4
 from data_provider.patterns import PATTERNS, find_m4, m4_file
@@ -178,12 +178,12 @@ def test_order_and_cuts_depend_on_seed_and_epoch_alone(tmp_path: Path) -> None:
 
 def test_the_loader_gives_masks_and_no_marks(tmp_path: Path) -> None:
     write_m4(tmp_path, "Yearly")
-    dataset, loader = data_provider(flags(tmp_path), "train")
+    dataset, loader = batch_loader(flags(tmp_path), "train", series_from_args(flags(tmp_path)))
     batch = next(iter(loader))
-    assert batch.x.shape == (2, T, 1) and batch.y.shape == (2, 2 * H, 1) and batch.x_mark.shape == (2, T, 0)
-    sequences = batch.to(torch.device("cpu")).sequences()
+    assert batch.x.shape == (2, T) and batch.y.shape == (2, H) and batch.windows is None
+    sequences = batch.to(torch.device("cpu"))
     assert sequences.x_mask.shape == (2, T) and sequences.y_mask.shape == (2, H)
-    parts = sequences.micro_batches(1)
+    parts = sequences.split(1)
     assert torch.equal(torch.cat([part.y_mask for part in parts]), sequences.y_mask)
     assert torch.equal(torch.cat([part.x_mask for part in parts]), sequences.x_mask)
     assert dataset.window_dates(int(batch.index[0]))[0].startswith("Y")

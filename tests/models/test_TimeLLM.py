@@ -49,7 +49,7 @@ def backbone_bytes(model: Model) -> dict[str, bytes]:
 
 
 def train_steps(model: Model, steps: int = 3) -> None:
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
     optimizer = build_optimizer("adam", model, 1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -84,11 +84,11 @@ def test_backbone_keeps_its_bytes_and_its_eval_mode(model) -> None:
 
 
 def test_dropout_in_training_mode_only(model) -> None:
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
 
     def forecast() -> torch.Tensor:
         with torch.no_grad():
-            return model.forecast(batch.x, batch.prompts, model.shared())
+            return model(batch)
 
     assert torch.equal(forecast(), forecast())
     model.train()
@@ -203,7 +203,7 @@ def test_few_positions(load, tmp_path: Path, family: str, name: str) -> None:
     text = "A word or two. " * 500
     model = small_model(tmp_path, load(family), llm_model=name, seq_len=512, llm_layers=2, prompt_text=text)
     x = random_windows(2, seq_len=512)
-    batch = make_batch(model, x).sequences()
+    batch = make_batch(model, x)
     tokens = len(model.prompts.opening_ids) + int(batch.prompts.length.max()) + 64
     positions = load(family).info.max_positions
     assert positions - 40 < tokens <= positions

@@ -1,6 +1,7 @@
 """The two contracts of the model: a forecast does not depend on its batch, and fast equals plain."""
 
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def outputs_and_gradients(model, batch, max_sequences: int = 0) -> tuple[torch.T
     model.zero_grad()
     forward_backward(model, batch, Accelerator(cpu=True), max_sequences)
     with torch.no_grad():
-        out = model.forecast(batch.x, batch.prompts, model.shared())
+        out = model(batch)
     return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -67,7 +68,7 @@ def assert_paths_agree(model, batch, tolerance: float) -> None:
 def test_fast_equals_plain(load, tmp_path, family: str, four_bit: bool) -> None:
     model = model_of(load, tmp_path, family, four_bit)
     assert model.fast_path and model.prompts.opening_ids
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
     assert len(set(batch.prompts.length.tolist())) > 2  # prompts of different lengths
     assert_paths_agree(model, batch, BFLOAT16 if four_bit else FLOAT32)
 
@@ -103,20 +104,20 @@ def test_channels_are_forecast_in_their_place(load, tmp_path) -> None:
 def test_prompt_and_position_count(load, tmp_path) -> None:
     """The tests above could not fail if the forecast did not look at the prompt, or at positions."""
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
     with torch.no_grad():
         shared = model.shared()
-        out = model.forecast(batch.x, batch.prompts, shared)
+        out = model(batch, shared)
         turned = batch.prompts._replace(ids=batch.prompts.ids.flip(0), length=batch.prompts.length.flip(0))
-        assert difference(model.forecast(batch.x, turned, shared), out) > 1e-3
+        assert difference(model(replace(batch, prompts=turned), shared), out) > 1e-3
         shorter = batch.prompts._replace(length=batch.prompts.length - 1)
-        assert difference(model.forecast(batch.x, shorter, shared), out) > 1e-4
+        assert difference(model(replace(batch, prompts=shorter), shared), out) > 1e-4
 
 
 def test_bert_is_bidirectional_and_takes_the_plain_path(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "bert")
     assert not model.fast_path
-    _, found = outputs_and_gradients(model, make_batch(model, random_windows()).sequences())
+    _, found = outputs_and_gradients(model, make_batch(model, random_windows()))
     zero = {name for name, gradient in found.items() if gradient.abs().max() == 0}
     assert zero == {"reprogramming_layer.key_projection.bias"}
     embeddings = torch.randn(1, 5, model.backbone.hidden_size)
@@ -143,7 +144,7 @@ def test_paths_agree_without_a_shared_opening(backbones, tmp_path) -> None:
     model = small_model(tmp_path, Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2))
     model.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     assert model.prompts.opening_ids == []
-    assert_paths_agree(model, make_batch(model, random_windows(2)).sequences(), FLOAT32)
+    assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
 
 
 def test_two_paths_are_two_models_with_the_same_weights(load, tmp_path) -> None:
@@ -171,7 +172,7 @@ def test_the_opening_may_change_between_two_models(load, tmp_path) -> None:
     for horizon in (8, 9, 8):
         model = model_of(load, tmp_path, "qwen2", pred_len=horizon)
         model.language_model = language_model
-        assert_paths_agree(model, make_batch(model, random_windows(2)).sequences(), FLOAT32)
+        assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
 
 
 @pytest.mark.parametrize("failing_pass", [1, 2, 3])
@@ -204,18 +205,18 @@ def test_an_empty_opening_may_follow_another(backbones, tmp_path) -> None:
     other.language_model = model.language_model
     other.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     for each in (model, other, model):
-        assert_paths_agree(each, make_batch(each, random_windows(2)).sequences(), FLOAT32)
+        assert_paths_agree(each, make_batch(each, random_windows(2)), FLOAT32)
 
 
 def test_paths_agree_with_direct_prototypes(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2", prototypes="direct")
-    assert_paths_agree(model, make_batch(model, random_windows()).sequences(), FLOAT32)
+    assert_paths_agree(model, make_batch(model, random_windows()), FLOAT32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 5, 100])
 def test_batches_in_parts_have_the_same_gradients(load, tmp_path, parts: int) -> None:
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows(3)).sequences()  # 6 sequences
+    batch = make_batch(model, random_windows(3))  # 6 sequences
     _, whole = outputs_and_gradients(model, batch)
     _, summed = outputs_and_gradients(model, batch, max_sequences=parts)
     for name, gradient in whole.items():
@@ -231,7 +232,7 @@ def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, fa
     recomputing = Backbone(find_backbone(CAUSAL[family], str(backbones[family])), 2, recompute=True)
     for backbone in (load(family), recomputing):
         model = small_model(tmp_path, backbone, llm_model=CAUSAL[family], llm_layers=2, fast_path=path)
-        batch, held = make_batch(model, random_windows(2)).sequences(), []
+        batch, held = make_batch(model, random_windows(2)), []
 
         def count(tensor: torch.Tensor, held: list[int] = held) -> torch.Tensor:
             held.append(tensor.nbytes)
@@ -249,11 +250,11 @@ def test_recomputed_layers_have_the_same_gradients(load, backbones, tmp_path, fa
 
 def test_loss_is_the_mean_squared_error_and_gradients_are_its_own(load, tmp_path) -> None:
     model = model_of(load, tmp_path, "qwen2")
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
     loss = forward_backward(model, batch, Accelerator(cpu=True))
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    expected = (model.forecast(batch.x, batch.prompts, model.shared()) - batch.y).square().mean()
+    expected = (model(batch) - batch.y).square().mean()
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, parameter in model.named_parameters():

@@ -61,7 +61,7 @@ def test_a_sliding_window_takes_the_fast_path_where_all_fit_into_it(sliding, tmp
         assert model.fast_path == fast == (longest <= WINDOW)
         assert not small_model(tmp_path, backbone, fast_path="plain", **flags).fast_path
     model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2, prompt_text="a short description")
-    batch = make_batch(model, random_windows()).sequences()
+    batch = make_batch(model, random_windows())
     out, gradients = outputs_and_gradients(model, batch)
     model.language_model = backbone.plain
     plain, plain_gradients = outputs_and_gradients(model, batch)
@@ -171,7 +171,7 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
     model = small_model(tmp_path, backbone, llm_ablation=ablation, llm_model=name)
     assert backbone.model.config.num_hidden_layers == 0 and not model.fast_path
     x = random_windows(3)
-    sequences = make_batch(model, x).sequences()
+    sequences = make_batch(model, x)
     assert len(set(sequences.prompts.length.tolist())) > 2
     z, mean, deviation = instance_norm(sequences.x)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
             words = backbone.embeddings[ids][None]
             rows.append(model.substitute(words, torch.ones(1, len(ids), dtype=torch.bool), patch[None])[0])
         expected = head(model, torch.stack(rows)) * deviation + mean
-        out = model.forecast(sequences.x, sequences.prompts, shared)
+        out = model(sequences, shared)
         assert series_difference(out.mT, expected.mT) < FLOAT32
         alone = model(x[1:2])
         assert series_difference(alone[0], model(x)[1]) < FLOAT32
@@ -193,7 +193,7 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
 def test_every_part_of_an_ablation_is_trained(backbones, tmp_path: Path) -> None:
     for ablation in ("none", "attention", "transformer"):
         model = small_model(tmp_path, bare(backbones), llm_ablation=ablation)
-        _, gradients = outputs_and_gradients(model, make_batch(model, random_windows()).sequences())
+        _, gradients = outputs_and_gradients(model, make_batch(model, random_windows()))
         still = {name for name, gradient in gradients.items() if not gradient.any()}
         assert still == {"reprogramming_layer.key_projection.bias"}, ablation
         assert any(name.startswith("substitute.") for name in gradients) == (ablation != "none")
@@ -204,7 +204,7 @@ def test_without_a_prompt_both_paths_see_the_patches_alone(load, tmp_path: Path,
     name = {"qwen2": "QWEN"}.get(family, family.upper())
     model = small_model(tmp_path, load(family), llm_model=name, llm_layers=2, use_prompt=0)
     assert model.prompts is None and model.fast_path == (family != "bert")
-    sequences = make_batch(model, random_windows()).sequences()
+    sequences = make_batch(model, random_windows())
     assert sequences.prompts is None
     out, gradients = outputs_and_gradients(model, sequences)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_without_reprogramming_a_linear_map_feeds_the_language_model(load, tmp_p
         "patch_embedding.value_embedding.tokenConv.weight", "reprogramming_layer.weight", "reprogramming_layer.bias",
         "output_projection.linear.weight", "output_projection.linear.bias",
     }  # fmt: skip
-    sequences = make_batch(model, random_windows()).sequences()
+    sequences = make_batch(model, random_windows())
     out, gradients = outputs_and_gradients(model, sequences)
     assert all(gradient.any() for gradient in gradients.values())
     with torch.no_grad():

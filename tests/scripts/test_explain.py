@@ -269,7 +269,7 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         without.load_state_dict(job.model.state_dict())
         bare = inside.read_windows(job, WINDOWS, None)
         with torch.inference_mode():
-            expected = without.forecast(bare.x, None, without.shared())
+            expected = without(bare)
         change = (expected - as_is).double().square().mean().sqrt() / as_is.double().var(1, correction=0).mean().sqrt()
         assert trials["left_out"].change == pytest.approx(change.item(), rel=1e-3) and change > 1e-3
         assert trials["left_out"].mse == pytest.approx((expected - bare.y).square().mean().item(), rel=1e-4)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from data_provider.batches import Batch
 from data_provider.m4 import load_m4
 from layers.errors import InputError
 from layers.norm import instance_norm
@@ -153,19 +154,19 @@ def test_padding_changes_nothing(argv, load) -> None:
     torch.testing.assert_close(z[1:], instance_norm(x[1:])[0])
     # whatever stands in the padding, the forecast is the same; and it moves with the series' scale
     prompts = model.make_prompts(x[1:, :, None])
-    made = [model.forecast(v[:1], prompts, model.shared(), mask[:1]) for v in (x, x.masked_fill(mask == 0, 1e6))]
+    made = [model(Batch(v[:1], v[:1, :0], prompts, x_mask=mask[:1])) for v in (x, x.masked_fill(mask == 0, 1e6))]
     torch.testing.assert_close(made[0], made[1])
 
 
 def test_prompts_speak_of_what_exists(argv, load, tmp_path: Path) -> None:
-    from data_provider.data_factory import data_provider
+    from data_provider.data_factory import batch_loader
     from models.TimeLLM import Model
 
     args = parse_flags(argv())
     model = Model(args, load("qwen2"))
     assert model.prompts is not None
     series = load_m4(tmp_path / "m4", "Yearly", 12, 6, 6)
-    _, loader = data_provider(args, "val", series, model.prompts)
+    _, loader = batch_loader(args, "val", series, model.prompts)
     batch = next(iter(loader))
     short = list(map(len, series.known)).index(8)  # two values before the held-out ones
     z = instance_norm(torch.tensor(series.known[short][:2], dtype=torch.float32)[None])[0]

@@ -49,9 +49,8 @@ class Calibration:
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
-        sequences = batch.sequences()
-        deviation = instance_norm(sequences.x)[2]  # (M, 1)
-        errors = ((sequences.y - forecast) / deviation).view(len(batch.index), *self.errors.shape[1:])
+        deviation = instance_norm(batch.x)[2]  # (M, 1)
+        errors = ((batch.y - forecast) / deviation).view(len(batch.index), *self.errors.shape[1:])
         self.errors.write(int(batch.index[0]), errors.float().cpu().numpy())  # neighbours: these batches come in order
 
     def end(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_provider.data_factory import data_provider
+from data_provider.data_factory import batch_loader
 from data_provider.data_loader import SplitSeries
 from utils.intervals import Intervals, probabilities, quantiles
 from utils.results.calibration import KEPT
@@ -50,14 +50,14 @@ def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, d
     mean, deviation = results.mean[:, None], results.deviation[:, None]  # (N, 1)
     rank, world = accelerator.process_index, accelerator.num_processes
     whole = not job.model.channel_independent
-    _, loader = data_provider(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
+    _, loader = batch_loader(job.args, "test", job.windows, rank=rank, world=world, whole=whole)
     totals = torch.zeros(3, dtype=torch.float64, device=job.device)
     for batch in loader:
         first, last = int(batch.index[0]), int(batch.index[-1])
         own = np.mean([pred.read(first, last + 1) for pred in held], axis=0).swapaxes(1, 2)  # (B, N, H)
         forecast = torch.from_numpy((own - mean) / deviation).flatten(0, 1).float().to(job.device)
         batch = batch.to(job.device)
-        missed = (forecast - batch.sequences().y).double()
+        missed = (forecast - batch.y).double()
         totals += torch.stack([missed.square().sum(), missed.abs().sum(), torch.full_like(totals[2], missed.numel())])
         results.consume(batch, forecast)
     squared, absolute, count = accelerator.reduce(totals).tolist()

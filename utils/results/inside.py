@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data_provider.batches import Sequences, WindowCollate
+from data_provider.batches import Batch, WindowCollate
 from data_provider.data_loader import SplitSeries
 from layers.norm import instance_norm
 from layers.prompt import PromptEncoder, Prompts, pad_prompts
@@ -84,15 +84,15 @@ def spread(series: SplitSeries, count: int) -> list[int]:
     return np.unique(np.linspace(0, windows - 1, min(count, windows)).round().astype(int)).tolist()
 
 
-def read_windows(job: Job, windows: list[int], encoder: PromptEncoder | None) -> Sequences:
+def read_windows(job: Job, windows: list[int], encoder: PromptEncoder | None) -> Batch:
     """Test windows as M = B*N sequences on the job's device, window by window, with the prompts that `encoder` writes."""
     data, series = job.windows.windows("test"), job.windows
     collate = WindowCollate(series.pred_len, series.target_index, encoder)
-    return collate([data[number] for number in windows]).to(job.device).sequences()
+    return collate([data[number] for number in windows]).to(job.device)
 
 
 @torch.inference_mode()
-def forecast(job: Job, sequences: Sequences, shared: Shared | None = None) -> torch.Tensor:
+def forecast(job: Job, sequences: Batch, shared: Shared | None = None) -> torch.Tensor:
     """Forecasts `[M, H]` float32, standardised, as a test makes them."""
     model = job.model.eval()
     return forecast_within_memory(job, sequences, model.shared() if shared is None else shared, SEQUENCES)
@@ -254,7 +254,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> dict[str, Tri
 
     def forecast_with(prompts: Prompts, opening: list[int], x: torch.Tensor = sequences.x) -> torch.Tensor:
         with other_opening(model, opening):
-            return forecast(job, Sequences(x, y, prompts), shared).double()  # (M, H)
+            return forecast(job, Batch(x, y, prompts), shared).double()  # (M, H)
 
     # A cycle through the windows in random order: none keeps its own statistics.
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))

@@ -55,8 +55,8 @@ class Tally:
         Returns:
             forecast and truth `[B, N, H]`, history `[B, N, T]` and its deviation `[B, N, 1]`.
         """
-        B, N, sequences = len(batch.index), len(self.columns), batch.sequences()
-        pred, true, x = forecast.view(B, N, -1), sequences.y.view(B, N, -1), sequences.x.view(B, N, -1)
+        B, N = len(batch.index), len(self.columns)
+        pred, true, x = forecast.view(B, N, -1), batch.y.view(B, N, -1), batch.x.view(B, N, -1)
         self.metrics.add(pred, true)
         deviation = instance_norm(x)[2]
         if self.interval_metrics is not None:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from data_provider.batches import Batch, Sequences
+from data_provider.batches import Batch
 from models.forecaster import Forecaster
 from utils.saving.interrupt import Interrupted
 from utils.training.losses import Loss, loss_of, mean_squared
@@ -16,7 +16,7 @@ from utils.training.precision import Autocast
 from utils.training.session import Job
 
 Shared = tuple[torch.Tensor, ...]  # what the sequences of a pass share, see models.forecaster
-Forecast = Callable[[Sequences, Shared], torch.Tensor]  # -> [M, H] float32
+Forecast = Callable[[Batch, Shared], torch.Tensor]  # -> [M, H] float32
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ def evaluate(
     totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         batch = batch.to(accelerator.device)
-        sequences = batch.sequences()
-        forecasts = forecast(sequences, shared)  # (M, H)
-        error, mask = (forecasts - sequences.y).double(), sequences.y_mask
+        forecasts = forecast(batch, shared)  # (M, H)
+        error, mask = (forecasts - batch.y).double(), batch.y_mask
         count = torch.full_like(totals[2], error.numel())
         if mask is not None:
             error, count = error * mask, mask.sum().double()
-            totals[3] += loss(forecasts, sequences).double() * len(sequences)
-            totals[4] += len(sequences)
+            totals[3] += loss(forecasts, batch).double() * len(batch)
+            totals[4] += len(batch)
         totals[:3] += torch.stack([error.square().sum(), error.abs().sum(), count])
         if consume is not None:
             consume(batch, forecasts)
@@ -69,23 +68,20 @@ def evaluate(
     return Scores(mse, absolute / elements, lost / sequences_lost if sequences_lost else mse)
 
 
-def forecast_in_parts(
-    model: Forecaster, precision: Autocast, sequences: Sequences, shared: Shared, size: int
-) -> torch.Tensor:
-    """Forecasts `[M, H]` float32 of `sequences`, at most `size` of them at once (0: all)."""
+def forecast_in_parts(model: Forecaster, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
+    """Forecasts `[M, H]` float32 of a batch, at most `size` of them at once (0: all)."""
     with precision.autocast():
-        parts = sequences.micro_batches(size)
-        return torch.cat([model.forecast_part(part, shared).float() for part in parts])
+        return torch.cat([model(part, shared).float() for part in batch.split(size)])
 
 
-def forecast_within_memory(job: Job, sequences: Sequences, shared: Shared, most: int = 0) -> torch.Tensor:
+def forecast_within_memory(job: Job, batch: Batch, shared: Shared, most: int = 0) -> torch.Tensor:
     """As `forecast_in_parts`, with as many at once as `job.evaluation_limit` says, and at most `most` (0: no limit)."""
 
     def work(size: int) -> torch.Tensor:
         size = min(size or most, most) if most else size
-        return forecast_in_parts(job.model, job.precision, sequences, shared, size)
+        return forecast_in_parts(job.model, job.precision, batch, shared, size)
 
-    return halve_on_out_of_memory(job, job.evaluation_limit, min(len(sequences), most or len(sequences)), work)
+    return halve_on_out_of_memory(job, job.evaluation_limit, min(len(batch), most or len(batch)), work)
 
 
 def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from data_provider.batches import Sequences
+from data_provider.batches import Batch
 from data_provider.patterns import PATTERNS
 
-Loss = Callable[[torch.Tensor, Sequences], torch.Tensor]
+Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 def loss_of(args: Namespace) -> Loss:
@@ -25,14 +25,14 @@ def loss_of(args: Namespace) -> Loss:
     return {"MSE": mean_squared, "SMAPE": smape, "MAPE": mape}[args.loss]
 
 
-def mean_squared(forecast: torch.Tensor, part: Sequences) -> torch.Tensor:
+def mean_squared(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     """Mean of (f - y)^2."""
     if part.y_mask is None:
         return F.mse_loss(forecast, part.y)
     return _mean((forecast - part.y).square(), part)
 
 
-def smape(forecast: torch.Tensor, part: Sequences) -> torch.Tensor:
+def smape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     """Mean of 200 |f - y| / (|f| + |y|), an element with f = y = 0 as 0.
 
     The denominator is held: else a forecast could come down by growing, and not by being right.
@@ -40,12 +40,12 @@ def smape(forecast: torch.Tensor, part: Sequences) -> torch.Tensor:
     return 200 * _mean(_ratio((forecast - part.y).abs(), forecast.detach().abs() + part.y.abs()), part)
 
 
-def mape(forecast: torch.Tensor, part: Sequences) -> torch.Tensor:
+def mape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     """Mean of 100 |f - y| / |y|, an element with y = 0 as 0."""
     return 100 * _mean(_ratio((forecast - part.y).abs(), part.y.abs()), part)
 
 
-def mase(forecast: torch.Tensor, part: Sequences, season: int) -> torch.Tensor:
+def mase(forecast: torch.Tensor, part: Batch, season: int) -> torch.Tensor:
     """Mean of |f - y| in units of the history's mean |x_t - x_{t-season}|; a history without such steps counts as 0.
 
     The history is that of the window. The competition's score takes the whole series.
@@ -63,7 +63,7 @@ def _ratio(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return torch.where(there, error, 0.0) / torch.where(there, size, 1.0)
 
 
-def _mean(errors: torch.Tensor, part: Sequences) -> torch.Tensor:
+def _mean(errors: torch.Tensor, part: Batch) -> torch.Tensor:
     """The mean over sequences of each one's mean over the values that exist, `[M, H]` -> `[]`."""
     if part.y_mask is None:
         return errors.mean()

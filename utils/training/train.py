@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from data_provider.batches import Batch, Sequences
+from data_provider.batches import Batch
 from layers.ranks import from_all, processes
 from models.forecaster import Forecaster
 from utils.errors import RunError
@@ -67,7 +67,7 @@ def _run_epochs(job: Job) -> TestFound | None:
     if journal:
         journal.start(progress.epoch, progress.iteration)
     if job.model.is_trained:
-        trial(job, lambda sequences: leave_gradients(job, sequences), clock.left)
+        trial(job, lambda batch: leave_gradients(job, batch), clock.left)
     train_one = train_epoch if job.model.is_trained else score_epoch
     try:
         while not progress.finished(args.train_epochs, args.patience):
@@ -114,8 +114,7 @@ def train_epoch(job: Job, clock: "Clock") -> float:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            sequences = batch.to(job.device).sequences()
-            loss = guard.whole(leave_gradients(job, sequences))
+            loss = guard.whole(leave_gradients(job, batch.to(job.device)))
             # The first step makes the optimizer's moments, which are larger than the trained values.
             with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
                 if guard.allows_step():
@@ -155,7 +154,7 @@ def score_epoch(job: Job, clock: "Clock") -> float:
     return score(job, "train").loss
 
 
-def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
+def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
     """Leave the gradients of this process's sequences, those of all processes added up; return its part of the loss.
 
     Raises:
@@ -163,8 +162,8 @@ def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
     """
     guard, reducer = job.training.guard, job.training.reducer
     scale = guard.scale.value if guard.scale else None
-    passes = partial(forward_backward, job.model, sequences, job.precision, loss=loss_of(job.args))
-    smaller = partial(halve_on_out_of_memory, job, job.step_limit, len(sequences))
+    passes = partial(forward_backward, job.model, batch, job.precision, loss=loss_of(job.args))
+    smaller = partial(halve_on_out_of_memory, job, job.step_limit, len(batch))
     if reducer is None:
         return smaller(lambda size: passes(size, scale=scale))
     # One of several processes must not come back alone to what all do together.
@@ -175,7 +174,7 @@ def leave_gradients(job: Job, sequences: Sequences) -> torch.Tensor:
 
 def forward_backward(
     model: Forecaster,
-    batch: Sequences,
+    batch: Batch,
     precision: Autocast,
     max_sequences: int = 0,
     scale: torch.Tensor | None = None,
@@ -204,12 +203,12 @@ def forward_backward(
     def work(size: int) -> Parts:
         leaves = [tensor.detach().requires_grad_() for tensor in shared]
         found = torch.zeros((), device=batch.x.device)
-        parts = batch.micro_batches(size)
+        parts = batch.split(size)
         for number, part in enumerate(parts, 1):
             if reducer is not None:
                 reducer.expect_last(number == len(parts))
             with precision.autocast():
-                forecast = model.forecast_part(part, tuple(leaves))
+                forecast = model(part, tuple(leaves))
             share = loss(forecast.float(), part) * (len(part) / (total or len(batch)))
             (share if scale is None else share * scale).backward()
             found += share.detach()
@@ -342,19 +341,19 @@ def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     data = job.loaders["train"].dataset
     dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
     columns = job.trained_series.forecast_columns
-    sequences = batch.to(job.device).sequences()
+    batch = batch.to(job.device)
     shared = None
     try:
         with job.precision.autocast():
             shared = job.model.shared()
-        forecast = forecast_in_parts(job.model, job.precision, sequences, shared, job.step_limit.sequences)
+        forecast = forecast_in_parts(job.model, job.precision, batch, shared, job.step_limit.sequences)
     except RuntimeError as error:
         # One of several processes must not go on alone from what all do together.
         if not is_out_of_memory(error) or (shared is None and processes() > 1):
             raise
         # The numbers end the run; that they cannot be looked at more closely must not hide it.
         return _Wrong(dates, [])
-    errors = F.mse_loss(forecast, sequences.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
+    errors = F.mse_loss(forecast, batch.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
     bad = ~torch.isfinite(errors)
     if not bad.any():
         return _Wrong(dates, columns if processes() == 1 else [])

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from data_provider.batches import Batch, Sequences
+from data_provider.batches import Batch
 from utils.results.log import peak_memory_gib
 from utils.saving.state import random_state, set_random_state
 from utils.training.memory import OPTIMIZER_BYTES
 from utils.training.session import Job
 
 FEWEST_STEPS = 20  # a shorter run is over before its trial would be worth it
-Work = Callable[[Sequences], torch.Tensor]  # -> loss; leaves gradients, in parts that fit into memory
+Work = Callable[[Batch], torch.Tensor]  # -> loss; leaves gradients, in parts that fit into memory
 
 
 def trial(job: Job, work: Work, left: Callable[[float], float]) -> None:
@@ -34,11 +34,11 @@ def trial(job: Job, work: Work, left: Callable[[float], float]) -> None:
     if (progress.epoch, progress.iteration) != (1, 0) or epochs * job.steps_per_epoch < FEWEST_STEPS:
         return
     with _undone(job):
-        sequences = first_batch(job).to(job.device).sequences()
+        batch = first_batch(job).to(job.device)
         for _ in range(2):  # the first one also makes caches and loads kernels
             job.model.zero_grad(set_to_none=True)
             began = now(job.device)
-            work(sequences)
+            work(batch)
             seconds = now(job.device) - began
     whole = left(seconds)
     job.log(

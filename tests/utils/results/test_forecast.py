@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_provider.batches import Batch
 from layers.errors import InputError
 from models.TimeLLM import Model
 from tests import small_run
@@ -72,7 +73,8 @@ def by_hand(folder: Path, run: Path, file: str, steps: int) -> np.ndarray:
     known = len(rows)
     with torch.inference_mode():
         while len(rows) < known + steps:
-            rows = torch.cat([rows, model(rows[None, -T:])[0]])
+            x = rows[-T:].t()  # (N, T)
+            rows = torch.cat([rows, model(Batch(x, x[:, :0])).t()])
     return rows[known : known + steps].double().numpy() * deviation + mean
 
 

@@ -41,7 +41,7 @@ def test_errors_against_numpy_whatever_the_batch(argv, capsys, tmp_path: Path, f
         seen, forecasts = [], []
 
         def consume(batch, forecast, seen=seen, forecasts=forecasts):
-            x = batch.sequences().x
+            x = batch.x
             channels = len(x) // len(batch.index)
             seen.append(x.view(-1, channels, SEQ_LEN).mT.numpy())
             forecasts.append(forecast.view(-1, channels, PRED_LEN).mT.numpy())

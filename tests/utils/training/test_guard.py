@@ -53,7 +53,7 @@ def break_targets(job: Job, iterations: set[int], value: float) -> None:
     def broken(items):
         batch = collate(items)
         if next(count) in iterations:
-            batch.y[2, -batch.pred_len + 3, 1] = value
+            batch.y[2 * 2 + 1, 3] = value
         return batch
 
     job.loaders["train"].collate_fn = broken
@@ -117,16 +117,16 @@ def test_constant_channels_gaps_and_huge_values_train_without_nan(lab: Lab, begi
 
 def short_of_memory(job: Job, limit: int) -> list[int]:
     """Let the model run out of memory above `limit` sequences, as CUDA does; returns what was tried."""
-    forecast, tried = job.model.forecast, []
+    forward, tried = job.model.forward, []
 
-    def short(x, *rest):
-        tried.append(len(x))
-        out = forecast(x, *rest)
-        if len(x) > limit:
+    def short(batch, *rest):
+        tried.append(len(batch))
+        out = forward(batch, *rest)
+        if len(batch) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return out
 
-    job.model.forecast = short
+    job.model.forward = short
     return tried
 
 

@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_provider.batches import Sequences
+from data_provider.batches import Batch
 from utils.training.losses import loss_of, mean_squared
 
 
-def part(masked: bool, M: int = 4, T: int = 10, H: int = 3) -> tuple[torch.Tensor, Sequences]:
+def part(masked: bool, M: int = 4, T: int = 10, H: int = 3) -> tuple[torch.Tensor, Batch]:
     """Forecasts and sequences; masked ones have 3 values of padding in row 0, 9 in row 1, and a truth that ends early."""
     generator = torch.Generator().manual_seed(0)
     x, y, forecast = (torch.rand(shape, generator=generator) * 9 + 1 for shape in ((M, T), (M, H), (M, H)))
     y[2, 1] = 0
     if not masked:
-        return forecast, Sequences(x, y)
+        return forecast, Batch(x, y)
     x_mask, y_mask = torch.ones(M, T), torch.ones(M, H)
     x_mask[0, :3], x_mask[1, :9], y_mask[3, 1:] = 0, 0, 0
-    return forecast, Sequences(x * x_mask, y * y_mask, x_mask=x_mask, y_mask=y_mask)
+    return forecast, Batch(x * x_mask, y * y_mask, x_mask=x_mask, y_mask=y_mask)
 
 
-def by_hand(name: str, forecast: torch.Tensor, sequences: Sequences, season: int = 2) -> float:
+def by_hand(name: str, forecast: torch.Tensor, sequences: Batch, season: int = 2) -> float:
     rows = []
     for m in range(len(sequences)):
         errors = []
@@ -52,7 +52,7 @@ def test_losses_are_their_formulas(name: str, masked: bool, monkeypatch) -> None
     loss = loss_of(Namespace(loss=name, seasonal_patterns="Quarterly"))
     found = loss(forecast, sequences)
     assert float(found) == pytest.approx(by_hand(name, forecast, sequences), rel=1e-5)
-    pieces = [loss(forecast[i : i + 1], piece) for i, piece in enumerate(sequences.micro_batches(1))]
+    pieces = [loss(forecast[i : i + 1], piece) for i, piece in enumerate(sequences.split(1))]
     assert float(sum(pieces) / len(pieces)) == pytest.approx(float(found), rel=1e-5)  # parts add up to the whole
     leaf = forecast.clone().requires_grad_()
     loss(leaf, sequences).backward()
@@ -67,7 +67,7 @@ def test_without_a_mask_the_squared_error_is_torchs_to_the_last_bit() -> None:
 
 
 def test_smape_does_not_reward_a_forecast_for_its_size() -> None:
-    sequences = Sequences(torch.ones(1, 4), torch.ones(1, 1))
+    sequences = Batch(torch.ones(1, 4), torch.ones(1, 1))
     forecast = torch.full((1, 1), 3.0, requires_grad=True)
     loss_of(Namespace(loss="SMAPE"))(forecast, sequences).backward()
     assert float(forecast.grad) == pytest.approx(200 / (3 + 1))

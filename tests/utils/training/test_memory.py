@@ -72,7 +72,7 @@ def test_bytes_of_a_sequence_are_about_what_a_layer_keeps(
     for layers in (1, 2):
         backbone = Backbone(find_backbone(NAMES[family], str(backbones[family])), layers, recompute=recompute)
         model = small_model(tmp_path, backbone, llm_model=NAMES[family], fast_path=path, seq_len=SEQ_LEN)
-        batch = make_batch(model, random_windows(4, SEQ_LEN)).sequences()
+        batch = make_batch(model, random_windows(4, SEQ_LEN))
         patches = torch.randn(len(batch), patch_count(SEQ_LEN, 16, 8), backbone.hidden_size, requires_grad=True)
         assert model.fast_path == (path == "auto")
         inputs = model.prompts.opening_ids, *batch.prompts, patches
