@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from data_provider.timefeatures import time_marks
 from layers.errors import input_error
 from utils.command_line import flags_for
 from utils.intervals import Intervals, name_of
-from utils.results.forecast import forecast_frame, on_the_trainings_scale
+from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
 from utils.results.log import RunLog
 from utils.results.test_pass import Tally
 from utils.saving.interrupt import Interrupts
@@ -37,10 +37,6 @@ from utils.setup import describe_run, load_checkpoint, make_job, make_plan
 from utils.training.evaluate import Shared, forecast_within_memory, score
 from utils.training.session import Job
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-AUTO = "auto"  # the prediction intervals that the checkpoint has
 AT_ONCE = 64  # sequences of one channel each that are forecast at a time
 Levels = Sequence[float] | str | None
 
@@ -53,10 +49,10 @@ class Forecaster:
     """
 
     def __init__(self, job: Job):
-        """Args:
-        job: one that has its checkpoint; see `load` for programs.
-        """
+        """`job` has its checkpoint; see `load` for programs."""
         self.job, self.notes = job, list(job.notes)
+        # The step of the training in words, where its record has it.
+        self._step = job.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]
         job.model.eval()
 
     @classmethod
@@ -90,9 +86,8 @@ class Forecaster:
         log.lines.clear()  # what a run says of itself in any case
         load_checkpoint(job)
         set_random_state(before, plan.accelerator.device)  # the caller's own draws go on as if nothing had been loaded
-        made = cls(job)
-        made.notes += log.lines
-        return made
+        job.notes += log.lines
+        return cls(job)
 
     @property
     def columns(self) -> list[str]:
@@ -109,7 +104,7 @@ class Forecaster:
         self,
         frame: pd.DataFrame,
         steps: int | None = None,
-        intervals: Levels = AUTO,
+        intervals: Levels = "auto",
         id_column: str | None = None,
     ) -> pd.DataFrame:
         """Forecast the rows that follow a frame.
@@ -178,7 +173,7 @@ class Forecaster:
         values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]
 
-    def evaluate(self, frame: pd.DataFrame, intervals: Levels = AUTO, id_column: str | None = None) -> dict[str, Any]:
+    def evaluate(self, frame: pd.DataFrame, intervals: Levels = "auto", id_column: str | None = None) -> dict[str, Any]:
         """Score every window of a frame: forecasts of its rows from those before them.
 
         Args:
@@ -217,11 +212,11 @@ class Forecaster:
         self,
         frame: pd.DataFrame | None = None,
         steps: int | None = None,
-        intervals: Levels = AUTO,
+        intervals: Levels = "auto",
         id_column: str | None = None,
         path: str | Path | None = None,
         forecast: pd.DataFrame | None = None,
-    ) -> "Figure | Path":
+    ) -> Any:
         """Draw the forecast of a frame behind its last rows, a panel a column and series; the first seven are drawn.
 
         Args:
@@ -249,19 +244,16 @@ class Forecaster:
             raise input_error("forecast", f"a {type(forecast).__name__}", f"what predict has returned, with {needed}")
         else:
             found = {None: forecast} if id_column is None else dict(iter(forecast.groupby(id_column, sort=False)))
-        panels = []
+        panels, H = [], self.job.args.pred_len
         for name, rows in found.items():
             known = histories.get(name)
             history = None if known is None else pd.DataFrame(known.own, known.dates, columns)
-            panels += panels_of(history, rows, columns, self.job.args.pred_len, "" if id_column is None else f"{name}: ")
-        step, file = self._step or "the step of the training", None if path is None else Path(path)
-        figure = forecast_figure(panels[:PANELS], step, file)
+            prefix = "" if id_column is None else f"{name}: "
+            ahead = rows.set_index(pd.DatetimeIndex(rows["date"]))[columns]
+            panels += panels_of(history, ahead, bands_of(rows, columns), H, prefix=prefix)
+        file = None if path is None else Path(path)
+        figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
         return file or figure
-
-    @property
-    def _step(self) -> str | None:
-        """The step of the training in words, where its record has it."""
-        return self.job.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]  # the job has it
 
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
         """The series of a frame by name, on the training's scale, each of at least `rows` rows."""
@@ -277,7 +269,7 @@ class Forecaster:
     def _intervals(self, asked: Levels) -> Intervals | None:
         """Those of the checkpoint that are asked for."""
         held = self.job.intervals
-        if isinstance(asked, str) and asked == AUTO:
+        if isinstance(asked, str) and asked == "auto":
             return held
         try:
             levels = tuple(sorted({float(level) for level in asked or ()}))

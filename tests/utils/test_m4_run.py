@@ -82,7 +82,7 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     assert record["vali_loss"] == pytest.approx(history["vali_loss"].min()) and 0 < record["vali_loss"] < 200
     # a test of the checkpoint alone finds the same
     assert summary.main([str(tmp_path / "checkpoints")]) == 0
-    heads, _, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    heads, row = (line.split() for line in capsys.readouterr().out.splitlines())
     assert row[heads.index("mse")] == row[heads.index("mae")] == "-"
     assert row[heads.index("smape")] == f"{own.smape:.4g}" and row[heads.index("owa")] == f"{own.owa(naive):.4g}"
     again = train(["--is_training", "0", "--checkpoint", str(folder)], capsys)

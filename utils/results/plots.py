@@ -46,43 +46,30 @@ class Panel(NamedTuple):
 
 def draw_test(results: TestPass, metrics: dict) -> None:
     """The pictures of a test pass, in its folder; of many channels some are chosen by their errors, and named in the log."""
-    series, step = results.series, results.series.step_words
+    step, H = results.series.step_words, results.series.pred_len
     if isinstance(results, M4Pass):
-        places = np.unique(np.linspace(0, len(results.series.ids) - 1, SHOWN_WINDOWS).round().astype(int))
-        shown, ahead = max(SHOWN_HORIZONS * series.pred_len, SHOWN_ROWS), range(1, series.pred_len + 1)
-        row = []
+        row, ids, ahead = [], results.series.ids, range(1, H + 1)
+        places = np.unique(np.linspace(0, len(ids) - 1, SHOWN_WINDOWS).round().astype(int))
         for place in places:
-            known = results.series.known[place][-shown:]
-            history = pd.Series(known, range(1 - len(known), 1))
-            forecast, truth = (pd.Series(each[place], ahead) for each in (results.forecasts, results.series.future))
-            row.append(Panel("", "", history, forecast, {}, 0, truth))
+            history = pd.DataFrame({"": results.series.known[place]})
+            history.index -= len(history) - 1
+            forecast, truth = (pd.DataFrame({"": v[place]}, ahead) for v in (results.forecasts, results.series.future))
+            row += panels_of(history, forecast, {}, 0, truth)
         title = f"{results.series.pattern}: first, middle and last series, in their units (1 step: {step})"
-        path = results.folder / PLOTS / "test_windows.png"
-        _draw_panels(path, [row], title, [results.series.ids[place] for place in places])
+        _draw_panels(results.folder / PLOTS / "test_windows.png", [row], title, [ids[place] for place in places])
         return
-    scale, H = metrics["standardised"], series.pred_len
-    places, note = choose(results.columns, [scale["channels"][name]["mse"] for name in results.columns])
+    scale, columns = metrics["standardised"], results.columns
+    places, note = choose(columns, [scale["channels"][name]["mse"] for name in columns])
     if note:
-        named = ", ".join(results.columns[place] for place in places)
-        results.job.log(f"Pictures of test windows: {note}: {named}")
-    windows = [results.windows[number] for number in sorted(results.windows)]
-    grid: list[list[Panel]] = []
-    for n in places:
-        grid.append([])
-        for window in windows:
-            history, forecast, truth = (
-                pd.Series(values[:, n], dates)
-                for values, dates in (
-                    (window.history, window.dates[:-H]), (window.pred, window.dates[-H:]), (window.true, window.dates[-H:])
-                )
-            )  # fmt: skip
-            bands = {
-                float(name[2:]): (low[:, n], window.bands[f"hi{name[2:]}"][:, n])
-                for name, low in window.bands.items()
-                if name.startswith("lo")
-            }
-            shown = history[-max(SHOWN_HORIZONS * H, SHOWN_ROWS) :]
-            grid[-1].append(Panel(results.columns[n], f"column {n + 1}", shown, forecast, bands, H, truth))
+        results.job.log(f"Pictures of test windows: {note}: {', '.join(columns[place] for place in places)}")
+    windows, panels = [results.windows[number] for number in sorted(results.windows)], []
+    for window in windows:
+        history = pd.DataFrame(window.history, window.dates[:-H], columns)
+        forecast, truth = (pd.DataFrame(values, window.dates[-H:], columns) for values in (window.pred, window.true))
+        levels = [name[2:] for name in window.bands if name.startswith("lo")]
+        bands = {float(level): (window.bands[f"lo{level}"], window.bands[f"hi{level}"]) for level in levels}
+        panels.append(panels_of(history, forecast, bands, H, truth))
+    grid = [[of_window[place] for of_window in panels] for place in places]
     title = f"Test windows, first, middle and last by date (1 row: {step}; units of the file)"
     for path, part in _pages(results.folder, "test_windows", len(grid)):
         heads = [f"forecast from {day_of(window.dates[-H])}" for window in windows]
@@ -120,39 +107,46 @@ def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardise
 def draw_forecast(job: Job, forecast: pd.DataFrame) -> None:
     """The pictures of a forecast behind its history, in the job's folder; of many columns some, named in the log."""
     series = job.series
-    places, note = choose(series.forecast_columns)
+    columns = series.forecast_columns
+    places, note = choose(columns)
     if note:
-        named = ", ".join(series.forecast_columns[place] for place in places)
-        job.log(f"Pictures of the forecast: {note}: {named}")
-    history = pd.DataFrame(series.own[:, series.forecast_slice], series.dates, series.forecast_columns)
-    panels = panels_of(history, forecast, series.forecast_columns, job.args.pred_len)
+        job.log(f"Pictures of the forecast: {note}: {', '.join(columns[place] for place in places)}")
+    history = pd.DataFrame(series.own[:, series.forecast_slice], series.dates, columns)
+    bands = bands_of(forecast, columns)
+    panels = panels_of(history, forecast.set_index("date")[columns], bands, job.args.pred_len)
     for path, part in _pages(job.folder, "forecast", len(places)):
         forecast_figure([panels[place] for place in places[part]], series.step_words, path, note)
 
 
 def panels_of(
-    history: pd.DataFrame | None, forecast: pd.DataFrame, columns: Sequence[str], pred_len: int, prefix: str = ""
+    history: pd.DataFrame | None,
+    forecast: pd.DataFrame,
+    bands: dict[float, tuple[np.ndarray, np.ndarray]],
+    calibrated: int,
+    truth: pd.DataFrame | None = None,
+    prefix: str = "",
 ) -> list[Panel]:
-    """A panel a column of a forecast.
+    """A panel a column.
 
     Args:
-        history: the rows before it, by date; None: it is drawn alone.
-        pred_len: rows up to which bands are calibrated.
+        history: the rows before the forecast, by date; None: it is drawn alone.
+        forecast, truth: by date.
+        bands: level in per cent -> lower and upper ends, each `[steps, N]`.
+        calibrated: rows whose bands are calibrated.
         prefix: in front of the columns' names.
     """
-    days = pd.DatetimeIndex(forecast["date"])
-    known = pd.DataFrame({name: [] for name in columns}, days[:0]) if history is None else history
-    known, bands = known[-max(SHOWN_HORIZONS * len(days), SHOWN_ROWS) :], bands_of(forecast, columns)
+    known = (forecast[:0] if history is None else history)[-max(SHOWN_HORIZONS * len(forecast), SHOWN_ROWS) :]
     return [
         Panel(
-            prefix + name,
+            f"{prefix}{name}",
             f"column {n + 1}",
             known[name],
-            pd.Series(forecast[name].to_numpy(), days),
+            forecast[name],
             {level: (low[:, n], high[:, n]) for level, (low, high) in bands.items()},
-            min(pred_len, len(days)),
+            min(calibrated, len(forecast)),
+            None if truth is None else truth[name],
         )
-        for n, name in enumerate(columns)
+        for n, name in enumerate(forecast.columns)
     ]
 
 
@@ -185,7 +179,6 @@ def choose(columns: Sequence[str], errors: Sequence[float] | None = None) -> tup
 
 
 def _pages(folder: Path, kind: str, count: int) -> Iterator[tuple[Path, slice]]:
-    """The files of `count` rows of panels, `PANELS` a file at most, and which rows each has."""
     pages = np.array_split(np.arange(count), -(-count // PANELS))
     for number, rows in enumerate(pages, 1):
         name = f"{kind}.png" if len(pages) == 1 else f"{kind}_{number}.png"
@@ -250,7 +243,6 @@ def dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
 
 @contextmanager
 def _lines(path: Path, count: int, title: str, xlabel: str, ylabel: str) -> Iterator[Axes]:
-    """Axes over the whole numbers up to `count`, for lines that are drawn in the `with`."""
     with _figure(path, 9, 2) as figure:
         axes = figure.subplots()
         yield axes

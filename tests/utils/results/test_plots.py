@@ -10,6 +10,7 @@ from matplotlib.dates import date2num
 
 from tests.small_run import command_line, run_folder, train, write_csv
 from utils.errors import StorageError
+from utils.results.forecast import bands_of
 from utils.results.plots import draw_losses, forecast_figure, panels_of
 
 LOSSES = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]
@@ -34,7 +35,8 @@ def test_bands_open_at_the_last_known_row_and_are_lighter_where_they_are_only_wi
     forecast = pd.DataFrame({"date": days[3:], "a": values[3:]})
     for level, low, high in ((80, 1, 1), (95, 2, 3)):
         forecast[f"a_lo{level}"], forecast[f"a_hi{level}"] = values[3:] - low, values[3:] + high
-    figure = forecast_figure(panels_of(history, forecast, ["a"], 1), "1 day")
+    ahead = forecast.set_index("date")[["a"]]
+    figure = forecast_figure(panels_of(history, ahead, bands_of(forecast, ["a"]), 1), "1 day")
     wide, wider, narrow, narrower = figure.axes[0].collections  # the widest first, so that it lies below
     assert (wide.get_label(), narrow.get_label()) == ("95 %", "80 %")
     assert wide.get_alpha() < narrow.get_alpha()
@@ -47,7 +49,7 @@ def test_bands_open_at_the_last_known_row_and_are_lighter_where_they_are_only_wi
     assert corners(wide) == {(2, 2), (3, 1), (3, 6)}
     assert corners(wider) == {(3, 1), (3, 6), (4, 2), (4, 7)}
     assert corners(narrow) == {(2, 2), (3, 2), (3, 4)} and corners(narrower) == {(3, 2), (3, 4), (4, 3), (4, 5)}
-    assert not forecast_figure(panels_of(history, forecast[["date", "a"]], ["a"], 1), "1 day").axes[0].collections
+    assert not forecast_figure(panels_of(history, ahead, {}, 1), "1 day").axes[0].collections
 
 
 def test_the_kept_epoch_is_marked_and_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
