@@ -37,7 +37,7 @@ def test_a_row_a_run(runs: Path, capsys) -> None:
     out, err = capsys.readouterr()
     assert err == "" and out.endswith(f"Written: {runs / 'runs.csv'}\n")
     table = pd.read_csv(runs / "runs.csv")
-    # The flags that differ and say what was tried: no number of workers, and no layers of a language model that there is not.
+    # The flags that differ and say what was tried: not the workers, nor the layers of a language model that there is not.
     figures = ["epochs", "best_epoch", "vali", "mse", "mae", "minutes", "memory_gib", "run"]
     assert list(table.columns) == ["model", "dropout", "data", "fill_missing", *figures]
     assert table["run"].tolist() == ["b", "a", "a/on_far", "c"]  # by mse; what has none comes last

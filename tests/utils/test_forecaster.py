@@ -267,13 +267,13 @@ def test_a_frame_that_will_not_do_is_named(loaded, frame, name: str) -> None:
 
 
 BAD_SERIES = {
-    "no id": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), None, "frame: column 'date': got 2020-01-01 .* name the "
-              "column of their names as id_column"),
-    "short": (lambda f: pd.concat([f.assign(id="a"), f.iloc[:9].assign(id="b")]), "id", "frame, series 'b': got 9 rows, expected "
-              "at least 32"),
+    "no id": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), None, "frame: column 'date': got 2020-01-01 .* "
+              "name the column of their names as id_column"),
+    "short": (lambda f: pd.concat([f.assign(id="a"), f.iloc[:9].assign(id="b")]), "id", "frame, series 'b': got 9 rows, "
+              "expected at least 32"),
     "twice": (lambda f: pd.concat([f, f.iloc[-1:]]).assign(id="b"), "id", "frame, series 'b': column 'date': got 2020-01-25 "
               "23:00:00, which repeats"),
-    "no name": (lambda f: pd.concat([f.assign(id="a"), f.assign(id=None)]), "id", "frame: row 600, column 'id': got no name"),
+    "no name": (lambda f: pd.concat([f.assign(id="a"), f.assign(id=None)]), "id", "frame: row 600, column 'id': got no"),
     "channel": (lambda f: f, "OT", "id_column: got 'OT', expected a column that is not forecast"),
     "no column": (lambda f: f, "shop", "frame: got no column 'shop'"),
     "band": (lambda f: f.assign(OT_lo80="a"), "OT_lo80", "id_column: got 'OT_lo80', expected a name that no column"),

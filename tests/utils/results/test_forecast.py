@@ -232,7 +232,7 @@ def test_a_history_has_the_rows_of_each_origin_once(tmp_path: Path) -> None:
     [
         ({"seed": 1}, None, r"got another forecast from 2024-02-28 22:00:00 than the one to append \(4 and 4 rows\)"),
         ({"steps": 6}, None, r"got another forecast from 2024-02-28 22:00:00 than the one to append \(4 and 6 rows\)"),
-        ({"levels": (80, 95)}, None, "got the columns origin,date,load,OT,load_lo80,load_hi80,OT_lo80,OT_hi80, expected those"),
+        ({"levels": (80, 95)}, None, "got the columns origin,date,load,OT,load_lo80,load_hi80,OT_lo80,OT_hi80, expected "),
         ({"columns": ("load", "wind")}, None, "got the columns origin,date,load,OT,"),
         ({}, b"origin,date,load\n", "got the columns origin,date,load, expected those"),
         ({}, b"\xff\xfe", "got a file that cannot be read"),

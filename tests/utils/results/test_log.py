@@ -1,74 +1,54 @@
-"""The journal's events for TensorBoard, which is not among the libraries that a run takes: a stand-in records them."""
+"""A run's journal: events for TensorBoard, which is not among the libraries that a run takes, are those of the CSV files."""
 
-import csv
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
-import pytest
+import pandas as pd
 
 from tests.small_run import run_folder, train
+from utils.results.log import RunLog
+
+MISSING = "--tensorboard: TensorBoard is not installed (pip install tensorboard); the run goes on without events"
 
 
-class Writer:
-    """In place of TensorBoard's SummaryWriter."""
-
-    def __init__(self, log_dir: Path):
-        self.log_dir, self.scalars, self.kept, self.closed = log_dir, {}, {}, False
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.scalars.setdefault(tag, {})[global_step] = scalar_value
-
-    def flush(self) -> None:
-        self.kept = {tag: dict(points) for tag, points in self.scalars.items()}
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@pytest.fixture
-def writers(monkeypatch: pytest.MonkeyPatch) -> list[Writer]:
-    """An installed TensorBoard; the writers that are made."""
-    made: list[Writer] = []
-    installed, torchs_door = ModuleType("tensorboard"), ModuleType("torch.utils.tensorboard")
+def test_events_are_those_of_the_csv_files(argv, capsys, monkeypatch) -> None:
+    installed, writer = ModuleType("tensorboard"), Mock()
     installed.__spec__ = ModuleSpec("tensorboard", None)
-    torchs_door.SummaryWriter = lambda log_dir: made.append(Writer(log_dir)) or made[-1]
     monkeypatch.setitem(sys.modules, "tensorboard", installed)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", torchs_door)
-    return made
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def test_events_are_those_of_the_csv_files(argv, capsys, writers) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=writer))
     words = argv(train_epochs=2, tensorboard=True)
     lines, folder = train(words, capsys), run_folder(words)
-    (writer,) = writers
-    assert writer.log_dir == folder / "tensorboard" and not any("TensorBoard" in line for line in lines)
-    expected: dict[str, dict[int, float]] = {}
-    for row in rows(folder / "steps.csv"):
-        at = 11 * int(row["epoch"] - 1) + int(row["iteration"])
-        expected.setdefault("step/loss", {})[at] = row["loss"]
-        expected.setdefault("step/learning_rate", {})[at] = row["learning_rate"]
-    assert list(expected["step/loss"]) == list(range(1, 23))
-    assert [expected["step/learning_rate"][at] for at in (1, 22)] == [1e-3, 5e-4]
-    for row in rows(folder / "history.csv"):
-        for name in row.keys() - {"epoch"}:
-            expected.setdefault(f"epoch/{name}", {})[int(row["epoch"])] = row[name]
-    assert {"epoch/train_loss", "epoch/vali_loss", "epoch/test_loss", "epoch/seconds"} < expected.keys()
-    assert writer.kept == expected and writer.closed
+    writer.assert_called_once_with(folder / "tensorboard")
+    assert MISSING not in lines
+    steps, history = pd.read_csv(folder / "steps.csv"), pd.read_csv(folder / "history.csv")
+    at = 11 * (steps["epoch"] - 1) + steps["iteration"]
+    assert at.tolist() == list(range(1, 23)) and steps["learning_rate"].iloc[[0, -1]].tolist() == [1e-3, 5e-4]
+    assert {"train_loss", "vali_loss", "test_loss", "seconds"} < set(history)
+    expected = {(f"step/{name}", n): v for name in ("loss", "learning_rate") for n, v in zip(at, steps[name], strict=True)}
+    for name in set(history) - {"epoch"}:
+        expected |= {(f"epoch/{name}", n): v for n, v in zip(history["epoch"], history[name], strict=True)}
+    calls = writer.return_value.method_calls
+    found = {(tag, n): value for _, (tag, value, n), _ in (call for call in calls if call[0] == "add_scalar")}
+    assert found.keys() == expected.keys() and all(abs(found[key] - expected[key]) <= 1e-9 for key in expected)
+    assert [call[0] for call in calls][-2:] == ["flush", "close"]
 
 
 def test_a_run_goes_on_without_tensorboard(argv, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed, wherever the tests run
     words = argv(max_iters=1, tensorboard=True)
     lines = train(words, capsys)
-    assert [line for line in lines if "TensorBoard" in line] == [
-        "--tensorboard: TensorBoard is not installed (pip install tensorboard); the run goes on without events"
-    ]
-    assert any(line.startswith("Test MSE") for line in lines) and not (run_folder(words) / "tensorboard").exists()
-    assert not any("TensorBoard" in line for line in train(argv(max_iters=1), capsys))
+    assert lines.count(MISSING) == 1 and not (run_folder(words) / "tensorboard").exists()
+    assert any(line.startswith("Test MSE") for line in lines)
+    assert MISSING not in train(argv(max_iters=1), capsys)
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_goes_on(tmp_path, capsys) -> None:
+    log = RunLog(tmp_path)  # a folder
+    for line in ("a", "b"):
+        log(line)
+    assert capsys.readouterr().out == f"a\nWARNING: {tmp_path} cannot be written (Is a directory)\nb\n"
+    silent = RunLog(tmp_path / "log", terminal=False)
+    silent("c")
+    assert silent.lines == ["c"] and (tmp_path / "log").read_text() == "c\n" and capsys.readouterr().out == ""
