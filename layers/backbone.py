@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 
 from layers.backbone_files import BackboneInfo
 from layers.errors import input_error
-from layers.half import make_safe
+from layers.fp16 import make_safe
 
 
 def require_bitsandbytes(flag: str) -> None:

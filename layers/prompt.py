@@ -16,7 +16,6 @@ import torch
 
 from layers.errors import input_error
 from layers.norm import instance_norm
-from layers.spelling import Spelling
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
@@ -72,15 +71,13 @@ class PromptTemplate:
 
     def statistics(self, minimum: float, maximum: float, median: float, upward: bool, lags: list[int]) -> str:
         """The part that describes one series."""
-        low, high, middle = (self._number(v) for v in (minimum, maximum, median))
+        values = minimum, maximum, median
+        low, high, middle = values if self.decimals is None else (round(value, self.decimals) for value in values)
         return (
             f" min value {low}, max value {high}, median value {middle}, "
             f"the trend of input is {'upward' if upward else 'downward'}, "
             f"top {len(lags)} lags are : [{', '.join(map(str, lags))}]<|<end_prompt>|>"
         )
-
-    def _number(self, value: float) -> str:
-        return str(value if self.decimals is None else round(value, self.decimals))
 
 
 def _autocorrelation(z: np.ndarray) -> np.ndarray:
@@ -161,21 +158,18 @@ class PromptEncoder:
         """
         self.tokenizer = tokenizer
         self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
-        self.opening_ids: list[int] = self._shared_opening()
-        self._spelling = self._spelling_of_numbers() if self.opening_ids else None
-        self.longest = self._longest(self.template)
+        opening, samples = self.template.opening(), self._samples(self.template)
+        whole = self._ids([opening + text for text in samples], special=True)
+        shared = self._ids([opening], special=True)[0]
+        splits = whole == [shared + ids for ids in self._ids(samples, special=False)]
+        self.opening_ids: list[int] = shared if splits else []
+        self.longest = max(map(len, whole))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids that follow `opening_ids`, for each statistics text."""
-        if self._spelling is not None:
-            return self._spelling(texts)
         if self.opening_ids:
             return self._ids(texts, special=False)
         return self._ids([self.template.opening() + text for text in texts], special=True)
-
-    def for_window(self, x: torch.Tensor) -> list[list[int]]:
-        """Token ids for every channel of one window `[T, N]`, channel by channel."""
-        return self.for_windows([x])
 
     def for_windows(self, windows: Iterable[torch.Tensor]) -> list[list[int]]:
         """Token ids for every channel of windows `[T, N]`, window by window and channel by channel."""
@@ -188,15 +182,6 @@ class PromptEncoder:
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         # verbose=False: the tokenizer would warn about lengths that `_fit` has dealt with.
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-
-    def _spelling_of_numbers(self) -> Spelling | None:
-        """A quicker way to the same ids, for a tokenizer that takes numbers character by character; None for others."""
-
-        def text(value: str, lag: str) -> str:
-            words = self.template.statistics(0.0, 0.0, 0.0, True, [0, 0])
-            return words.replace(" 0.0", f" {value}").replace("[0, 0]", f"[{lag}, {lag}]")
-
-        return Spelling.of(lambda texts: self._ids(texts, special=False), text)
 
     def _samples(self, template: PromptTemplate) -> list[str]:
         """Statistics that stand for all others: ordinary, whole, tiny and as long as they can get."""
@@ -212,7 +197,8 @@ class PromptEncoder:
         """Cut words off the description's end until the longest prompt has at most `limit` tokens."""
 
         def tokens(words: list[str]) -> int:
-            return self._longest(replace(template, description=" ".join(words)))
+            cut = replace(template, description=" ".join(words))
+            return max(map(len, self._ids([cut.opening() + text for text in self._samples(cut)], special=True)))
 
         words = template.description.split()
         if tokens(words) <= limit:
@@ -229,16 +215,3 @@ class PromptEncoder:
             middle = (keep + over) // 2
             keep, over = (middle, over) if tokens(words[:middle]) <= limit else (keep, middle)
         return replace(template, description=" ".join(words[:keep]))
-
-    def _longest(self, template: PromptTemplate) -> int:
-        """Tokens of the longest prompt that these words can come to."""
-        return max(map(len, self._ids([template.opening() + s for s in self._samples(template)], special=True)))
-
-    def _shared_opening(self) -> list[int]:
-        """The opening's ids, or none where opening + statistics tokenise differently from the whole text."""
-        opening = self.template.opening()
-        shared = self._ids([opening], special=True)[0]
-        samples = self._samples(self.template)
-        whole = self._ids([opening + s for s in samples], special=True)
-        split = [shared + ids for ids in self._ids(samples, special=False)]
-        return shared if whole == split else []

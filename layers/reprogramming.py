@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.ranks import Rows, gather_rows
-
 ATTENTION_DROPOUT = 0.1
 
 # queries [1, h, R, f], keys and values [1, h, K, f], rate of dropout -> [1, h, R, f]
@@ -47,18 +45,11 @@ class ReprogrammingLayer(nn.Module):
         self.value_projection = nn.Linear(d_llm, n_heads * d_keys)
         self.out_projection = nn.Linear(n_heads * d_keys, d_llm)
 
-    def keys_values(self, prototypes: torch.Tensor, rows: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prototypes `[K, D]` -> keys and values, each `[1, h, K, f]`.
-
-        Args:
-            rows: which of the K prototypes these are, where each process of a group has some; all get the keys of all.
-        """
+    def keys_values(self, prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prototypes `[K, D]` -> keys and values, each `[1, h, K, f]`."""
         bias = with_zero_gradient(self.key_projection.bias)
         keys = F.linear(prototypes, self.key_projection.weight, bias)  # (K, h*f)
         values = self.value_projection(prototypes)  # (K, h*f)
-        if rows is not None:
-            both = gather_rows(torch.cat([keys, values], dim=1), rows)  # (K, 2*h*f)
-            keys, values = (half.contiguous() for half in both.chunk(2, dim=1))
         return self._heads(keys), self._heads(values)
 
     def forward(self, tokens: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -159,12 +159,10 @@ class Model(Forecaster):
         """
         if not isinstance(self.reprogramming_layer, ReprogrammingLayer):
             return ()
-        rows = None if self.mapping_layer is None else self.mapping_layer.rows
-        return self.reprogramming_layer.keys_values(self.text_prototypes(), rows)
+        return self.reprogramming_layer.keys_values(self.text_prototypes())
 
     def text_prototypes(self) -> torch.Tensor:
-        """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type; of a group of processes each has
-        its rows."""
+        """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type."""
         if self.mapping_layer is None:
             return self.prototypes
         return self.mapping_layer(self.backbone.embeddings, self.backbone.word_scale)  # (V, D) -> (K, D)
@@ -173,14 +171,14 @@ class Model(Forecaster):
         """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient is in two
         factors, the one that is not frozen."""
         yield from super().gradients()
-        if self.mapping_layer is not None and self.mapping_layer.row_gradient is not None:
-            yield self.mapping_layer.row_gradient
+        if self.mapping_layer is not None and self.mapping_layer.gradient_factor is not None:
+            yield self.mapping_layer.gradient_factor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         super().zero_grad(set_to_none)
         if self.mapping_layer is not None:
-            self.mapping_layer.row_gradient = None
+            self.mapping_layer.gradient_factor = None
 
     def make_prompts(self, x: torch.Tensor) -> Prompts:
         """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window; without prompts,

@@ -11,7 +11,6 @@ from torch import nn
 from data_provider.batches import Batch, Windows
 from layers.mapping import MappingLayer
 from layers.prompt import PromptEncoder
-from layers.ranks import Rows
 
 
 class Forecaster(nn.Module):
@@ -61,17 +60,6 @@ class Forecaster(nn.Module):
     def forward(self, batch: Batch, shared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """M sequences, and what `shared` gave (None: made here) -> forecasts `[M, H]` on the series' own scale."""
         raise NotImplementedError
-
-    def split(self, rank: int, world: int, quantised: bool = False) -> None:
-        """Keep the share of process `rank` of what is split over a group of `world` processes, see `MappingLayer.split`."""
-        if self.mapping_layer is not None:
-            self.mapping_layer.split(rank, world, quantised)
-
-    @property
-    def rows(self) -> dict[str, Rows]:
-        """Tensors of the state dict that are split over a group of processes, and the rows of them that are here."""
-        split = self.mapping_layer is not None and self.mapping_layer.rows
-        return {"mapping_layer.weight": split} if split else {}
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """What a backward pass has left, tensor by tensor."""

@@ -34,8 +34,8 @@ from scripts.flops import matmul_rate, training_step_flops
 from utils.results.log import peak_memory_gib
 from utils.training.evaluate import Shared, evaluate, forecast_in_parts
 from utils.training.memory import cap_memory, is_out_of_memory
+from utils.training.optimizer import build_optimizer
 from utils.training.precision import choose_precision
-from utils.training.step import build_optimizer
 from utils.training.train import forward_backward
 
 

@@ -15,8 +15,6 @@ from data_provider.timestamps import gaps_in
 from layers.backbone import require_bitsandbytes
 from layers.backbone_files import BackboneInfo, find_backbone
 from layers.errors import input_error, listed
-from layers.mapping import rows_together
-from layers.ranks import rows_of
 from models import model_class
 from models.forecaster import Forecaster
 from utils.flags import check_fixed, resumed_defaults
@@ -90,22 +88,6 @@ def check_linear_map(args: Namespace, series: SplitSeries, model: Forecaster) ->
     flag = f"--skip {args.skip}" if model.uses_llm else f"--model {args.model}"
     expected = f"a shorter --seq_len, or series of {args.seq_len + 2 * args.pred_len} values"
     raise input_error(flag, f"--seq_len {args.seq_len}, with which no training series has a whole window", expected)
-
-
-def quantises(args: Namespace) -> bool:
-    """Whether moments are kept in 8 bits."""
-    return args.optimizer == "adamw8bit"
-
-
-def check_processes(args: Namespace, model: Forecaster, processes: int) -> None:
-    """Raises InputError where the mapping layer's rows cannot be dealt out so that each of the processes has some."""
-    if processes == 1 or model.mapping_layer is None:
-        return
-    prototypes, words = model.mapping_layer.weight.shape
-    size = rows_of(prototypes, 0, processes, rows_together(words) if quantises(args) else 1).size
-    if size * (processes - 1) >= prototypes:
-        most = -(-prototypes // size)
-        raise input_error(f"--optimizer {args.optimizer}", f"{processes} processes", f"at most {most}, or --optimizer adamw")
 
 
 def shares(args: Namespace, processes: int) -> list[str]:

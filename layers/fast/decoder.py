@@ -8,18 +8,16 @@ those of the modules replaced.
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from layers.fast import kernels
 from layers.fast.attention import ATTENTION, BlockedAttention, group, prefix_attention
-from layers.fast.kernels import gated_silu, gated_silu_gradients
-from layers.fast.linear import FrozenLinear, FrozenWeight, is_recast
-from layers.half import GATED_MLPS
+from layers.fast.linear import FrozenLinear, freeze, is_recast
+from layers.fp16 import GATED_MLPS
 
 # Class names of transformers' modules with exactly these formulas; others run as they are.
 RMS_NORMS = {"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm"}
@@ -42,76 +40,63 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
     twin.config._attn_implementation = ATTENTION
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
-            setattr(parent, name, _lean(child, twin))
+            kind = type(child).__name__
+            if kind in RMS_NORMS:
+                setattr(parent, name, LeanRMSNorm(child))
+            elif kind in GATED_MLPS and model.config.hidden_act == "silu":
+                setattr(parent, name, LeanMLP(child))
+            elif kind in ROTARY_ATTENTIONS:
+                setattr(parent, name, LeanAttention(child, model.dtype))
     return twin.eval()
 
 
-def _lean(module: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """The module of ours that computes what `module` of `model` does, where there is one; else `module`."""
-    name = type(module).__name__
-    if name in RMS_NORMS:
-        return LeanRMSNorm(module)
-    if name in GATED_MLPS and model.config.hidden_act == "silu":
-        return LeanMLP(module)
-    if name in ROTARY_ATTENTIONS:
-        return LeanAttention(module, model.dtype)
-    return module
-
-
 class LeanRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis `[..., D]`, computed in float32."""
 
     def __init__(self, norm: Any):
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` -> `[..., D]`."""
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The norm, keeping its input and one number a row."""
+    """The norm, keeping its input alone."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if kernels.has_norm_kernel(x, weight):
-            out, scale = kernels.rms_norm(x, weight, eps)
-            ctx.save_for_backward(x, scale, weight)
-            return out
-        wide = x.float()
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
-        scale = torch.rsqrt(square / x.shape[-1] + eps)  # (..., 1)
-        ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        x, scale, weight = ctx.saved_tensors
-        if kernels.has_norm_kernel(x, weight):
-            return kernels.rms_norm_gradient(gradient, x, scale, weight), None, None
-        wide = x.float()
+        x, weight = ctx.saved_tensors
+        wide, D = x.float(), x.shape[-1]
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        scale = torch.rsqrt(square / D + ctx.eps)  # (..., 1)
         inner = (gradient * weight).float()
-        along = torch.linalg.vecdot(inner, wide).unsqueeze(-1) * scale.pow(3) / -x.shape[-1]  # (..., 1)
+        along = torch.linalg.vecdot(inner, wide).unsqueeze(-1) * scale.pow(3) / -D  # (..., 1)
         return (inner * scale).addcmul_(wide, along).to(x.dtype), None, None
 
 
 class LeanMLP(nn.Module):
-    """The gated feed-forward block (silu(x·Gᵀ) * x·Uᵀ)·Dᵀ."""
+    """The gated feed-forward block (silu(x·Gᵀ) * x·Uᵀ)·Dᵀ, `[..., D]` -> `[..., D]`."""
 
     def __init__(self, mlp: Any):
         super().__init__()
-        layers = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
-            layers = [FrozenLinear(layer) for layer in layers]
-        self.gate_proj, self.up_proj, self.down_proj = layers
-        self.frozen = [layer.frozen for layer in layers if isinstance(layer, FrozenLinear)]  # none: 4-bit, or biased
+        self.projections = nn.ModuleList([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        # 4-bit layers, and such with a bias, run as they are.
+        self.is_dense = all(type(layer) is nn.Linear and layer.bias is None for layer in self.projections)
+        if self.is_dense:
+            self.projections = nn.ModuleList(map(freeze, self.projections))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` -> `[..., D]`."""
-        if self.frozen and not is_recast(self.frozen[0].weight.dtype, x.device):
-            return _DenseMLP.apply(x, *self.frozen)
-        return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = self.projections
+        if self.is_dense and not is_recast(gate.weight.dtype, x.device):
+            return _DenseMLP.apply(x, gate, up, down)
+        return down(_GatedSiLU.apply(gate(x), up(x)))
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -120,53 +105,52 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return gated_silu(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        gate, up = ctx.saved_tensors
-        return gated_silu_gradients(gate, up, gradient)
+        return _gated_silu_gradients(*ctx.saved_tensors, gradient)
+
+
+def _gated_silu_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 class _DenseMLP(torch.autograd.Function):
-    """The whole block a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
+    """The whole block, on the CPU a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, G: FrozenWeight, U: FrozenWeight, D: FrozenWeight) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, G: FrozenLinear, U: FrozenLinear, D: FrozenLinear) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         out = []
-        for rows in _row_blocks(x.flatten(0, -2), G.weight):
-            gate, up = G.forward(rows), U.forward(rows)
+        for rows in _row_blocks(x, G.weight):
+            gate, up = G.times(rows), U.times(rows)
             if ctx.needs_input_grad[0]:
                 kept += gate, up
-                out.append(D.forward(gated_silu(gate, up)))
-            else:
-                out.append(D.forward(gated_silu(gate, up, reuse=True)))
+            out.append(D.times(F.silu(gate, inplace=not ctx.needs_input_grad[0]).mul_(up)))
         ctx.save_for_backward(*kept)
-        ctx.weights = G, U, D
-        return _joined(out, x.shape)
+        ctx.layers = G, U, D
+        return _join(out).view(x.shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        kept, (G, U, D) = ctx.saved_tensors, ctx.weights
+        kept, (G, U, D) = ctx.saved_tensors, ctx.layers
         out = []
-        for i, rows in enumerate(_row_blocks(gradient.flatten(0, -2), G.weight)):
-            gate, up = gated_silu_gradients(kept[2 * i], kept[2 * i + 1], D.backward(rows))
-            out.append(G.backward(gate).add_(U.backward(up)))
-        return _joined(out, gradient.shape), None, None, None
+        for i, rows in enumerate(_row_blocks(gradient, G.weight)):
+            gate, up = _gated_silu_gradients(kept[2 * i], kept[2 * i + 1], D.times(rows, transposed=True))
+            out.append(G.times(gate, transposed=True).add_(U.times(up, transposed=True)))
+        return _join(out).view(gradient.shape), None, None, None
 
 
-def _row_blocks(x: torch.Tensor, G: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Cut `[R, D]` into blocks of rows; on other devices than the CPU, one block."""
-    if x.device.type != "cpu":
-        return iter([x])
+def _row_blocks(x: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`[..., D]` in blocks of rows `[R, D]`; on other devices than the CPU, in one."""
+    x = x.flatten(0, -2)
     rows = max(FEWEST_ROWS, CACHED_BYTES // (G.shape[0] * G.element_size()))
-    blocks = max(1, round(len(x) / rows))
-    return iter(x.chunk(blocks))
+    return x.chunk(max(1, round(len(x) / rows))) if x.device.type == "cpu" else (x,)
 
 
-def _joined(blocks: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).view(shape)
+def _join(blocks: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
 class LeanAttention(nn.Module):
@@ -176,7 +160,7 @@ class LeanAttention(nn.Module):
         """dtype: number type of the weights, with 4-bit ones of what is computed with them."""
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(attention, name, FrozenLinear.of(getattr(attention, name)))
+            setattr(attention, name, freeze(getattr(attention, name)))
         self.own, self.dtype = attention, dtype  # transformers' module: the projections, and what runs under autocast
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **rest):

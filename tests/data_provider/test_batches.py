@@ -81,7 +81,7 @@ def test_each_sequence_has_its_prompt(encoder, target_index) -> None:
     items = [{"x": x[i], "y": x[i, :H], "x_mark": x[i, :, :1], "y_mark": x[i, :H, :1], "index": i} for i in range(len(x))]
     prompts = WindowCollate(H, target_index, encoder)(items).prompts
     forecast = [0, 1] if target_index is None else [target_index]
-    expected = [encoder.for_window(x[i, :, n : n + 1])[0] for i in range(3) for n in forecast]
+    expected = [encoder.for_windows([x[i, :, n : n + 1]])[0] for i in range(3) for n in forecast]
     made = [ids[:length].tolist() for ids, length in zip(prompts.ids, prompts.length.tolist(), strict=True)]
     assert made == expected
 

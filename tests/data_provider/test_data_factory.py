@@ -71,7 +71,7 @@ def test_a_series_and_an_encoder_are_taken_as_they_are(flags, backbones):
     assert sequences.x.shape == (3, 96) and sequences.y.shape == (3, 24)
     assert torch.equal(sequences.x[1], torch.from_numpy(series.values[8640 - 95 : 8641, 6]))
     ids, length = sequences.prompts
-    assert ids[2, : length[2]].tolist() == encoder.for_window(sequences.x[2][:, None])[0]
+    assert ids[2, : length[2]].tolist() == encoder.for_windows([sequences.x[2][:, None]])[0]
 
 
 def test_ranks_and_seeds(flags):

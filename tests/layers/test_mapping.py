@@ -1,6 +1,4 @@
-"""The mapping layer: the gradient of its weight in two factors, against automatic differentiation; steps of rows."""
-
-import copy
+"""The mapping layer against PyTorch's linear layer and optimizers: values, gradients, steps, files."""
 
 import pytest
 import torch
@@ -8,105 +6,85 @@ from torch import nn
 
 import layers.mapping as mapping_module
 from layers.mapping import MappingLayer
-from utils.training.step import RowAdam
+from utils.training.optimizer import BlockAdam
 
-V, K, D = 70, 40, 24
+V, K, D = 300, 40, 24  # three blocks of words, the last one shorter
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def blocks(monkeypatch) -> None:
-    """Blocks of 16 rows: three of them, the last one shorter."""
-    monkeypatch.setattr(mapping_module, "BLOCK_BYTES", 16 * V * 4)
+    monkeypatch.setattr(mapping_module, "CPU_BLOCK_BYTES", 128 * K * 4)
 
 
-def layers(dtype: torch.dtype = torch.float32) -> tuple[MappingLayer, nn.Linear, torch.Tensor]:
-    """Ours, PyTorch's layer of the same weights, and embeddings."""
+def layers() -> tuple[MappingLayer, nn.Linear, torch.Tensor]:
+    """Ours, PyTorch's layer from the same seed, and embeddings."""
     torch.manual_seed(0)
-    ours = MappingLayer(V, K)
-    ours.factored = True
     theirs = nn.Linear(V, K)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs, torch.randn(V, D).to(dtype)
+    torch.manual_seed(0)
+    return MappingLayer(V, K), theirs, torch.randn(V, D)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradient_are_automatic_differentiations(blocks, dtype: torch.dtype) -> None:
-    ours, theirs, E = layers(dtype)
-    target = torch.randn(K, D)
-    expected = (theirs.weight.to(dtype) @ E).to(torch.float32) + theirs.bias[:, None]
-    (expected - target).square().sum().backward()
-    found = ours(E)
-    (found - target).square().sum().backward()
-    assert torch.equal(found, expected) and torch.equal(ours.bias.grad, theirs.bias.grad)
-    assert ours.weight.grad is None and ours.row_gradient.shape == (K, D)
-    assert [rows.stop - rows.start for rows, _ in ours.gradient_blocks()] == [16, 16, 8]
-    assert torch.equal(torch.cat([block for _, block in ours.gradient_blocks()]), theirs.weight.grad)
+def gradient(layer: MappingLayer) -> torch.Tensor:
+    return torch.cat([block for _, block in layer.gradient_blocks()]).t()
 
 
-def test_gradients_of_two_passes_add_up() -> None:
+def test_a_seed_draws_what_pytorchs_layer_draws_and_files_hold_its_shapes() -> None:
+    ours, theirs, _ = layers()
+    held = ours.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in theirs.state_dict().items())
+    held["weight"].mul_(2)  # a view: who writes into the state dict writes into the layer
+    assert torch.equal(ours.weight.t(), 2 * theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.weight.t(), theirs.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factored", [False, True])
+def test_values_and_gradients_are_automatic_differentiations(dtype: torch.dtype, factored: bool) -> None:
+    """Of two passes, which add up. The products are in the embeddings' type."""
     ours, theirs, E = layers()
-    for scale in (1.0, 3.0):
-        (scale * ours(E)).square().sum().backward()
-        (scale * (theirs.weight @ E + theirs.bias[:, None])).square().sum().backward()
-    gradient = torch.cat([block for _, block in ours.gradient_blocks()])
-    torch.testing.assert_close(gradient, theirs.weight.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_embeddings_are_no_part_of_the_layer() -> None:
-    ours, _, E = layers()
-    ours(nn.Parameter(E))
-    assert set(ours.state_dict()) == {"weight", "bias"} and len(list(ours.parameters())) == 2
+    ours.factored, E = factored, E.to(dtype)
+    target = torch.randn(K, D)
+    tolerance = max(1e-5, 4 * torch.finfo(dtype).eps)
+    for factor in (1.0, 3.0):
+        expected = 2.5 * (theirs.weight @ E.float()) + theirs.bias[:, None]
+        (factor * (expected - target).square().sum()).backward()
+        found = ours(E, scale=2.5)
+        (factor * (found - target).square().sum()).backward()
+        assert found.dtype == torch.float32 and (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (ours.weight.grad is None) == factored == (ours.gradient_factor is not None)
+    weight_gradient = gradient(ours) if factored else ours.weight.grad.t()
+    for found, expected in ((weight_gradient, theirs.weight.grad), (ours.bias.grad, theirs.bias.grad)):
+        assert (found - expected).abs().max() <= 2 * tolerance * expected.abs().max()
+    assert set(ours.state_dict()) == {"weight", "bias"} and len(list(ours.parameters())) == 2  # no embeddings
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["adam", "adamw"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_steps_of_rows_are_the_optimizers_to_the_last_bit(blocks, decoupled: bool, scaled: bool) -> None:
-    """Four steps, the third of which is skipped as one with infinite gradients is."""
+def test_steps_of_blocks_are_the_plain_optimizers(decoupled: bool, scaled: bool) -> None:
+    """Four steps, the third of which is skipped as one with infinite gradients is; the state then goes to another one."""
     ours, theirs, E = layers()
-    rows = RowAdam(list(ours.parameters()), ours, 1e-2, decoupled)
-    whole = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs.parameters(), lr=1e-2, fused=True)
+    blocks = BlockAdam(list(ours.parameters()), ours, 1e-2, decoupled)
+    plain = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs.parameters(), lr=1e-2)
+    for optimizer in (blocks, plain):
+        optimizer.param_groups[0]["eps"] = 1.0  # Adam would turn the rounding of a gradient near 0 into a step
     for step in range(4):
-        for optimizer in (rows, whole):
-            optimizer.found_inf = torch.tensor(float(step == 2))
-            optimizer.grad_scale = torch.tensor(4.0) if scaled else None
-        scale = 4.0 if scaled else 1.0
-        (scale * ours(E).square().sum()).backward()
-        (scale * (theirs.weight @ E + theirs.bias[:, None]).square().sum()).backward()
-        rows.step()
-        whole.step()
+        blocks.found_inf = torch.tensor(float(step == 2))
+        blocks.grad_scale = torch.tensor(4.0) if scaled else None
+        ((4.0 if scaled else 1.0) * ours(E).square().sum()).backward()
+        blocks.step()
         ours.zero_grad()
-        ours.row_gradient = None
-        theirs.zero_grad()
-        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias), step
-    for name in ("step", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(rows.state[ours.weight][name], whole.state[theirs.weight][name]), name
-
-
-def test_states_of_torchs_optimizer_and_of_ours_are_the_same() -> None:
-    """A run that was saved with one resumes with the other."""
-    ours, theirs, E = layers()
-    whole = torch.optim.Adam(theirs.parameters(), lr=1e-2, fused=True)
-    (theirs.weight @ E + theirs.bias[:, None]).square().sum().backward()
-    whole.step()
-    ours.load_state_dict(theirs.state_dict())
-    rows = RowAdam(list(ours.parameters()), ours, 1e-2, decoupled=False)
-    held = copy.deepcopy(whole.state_dict()["state"])
-    rows.load_state_dict({"state": held, "param_groups": rows.state_dict()["param_groups"]})
-    theirs.zero_grad()
-    (theirs.weight @ E + theirs.bias[:, None]).square().sum().backward()
-    ours(E).square().sum().backward()
-    whole.step()
-    rows.step()
-    assert torch.equal(ours.weight, theirs.weight)
-
-
-def test_without_an_optimizer_that_asks_for_rows_it_is_as_any_other_layer() -> None:
-    """A training loop of somebody's own, with PyTorch's optimizer, trains the weight."""
-    ours, theirs, E = layers()
-    ours.factored = False
-    optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2)
-    ours(E).square().sum().backward()
-    (theirs.weight @ E + theirs.bias[:, None]).square().sum().backward()
-    assert torch.equal(ours.weight.grad, theirs.weight.grad) and ours.row_gradient is None
-    optimizer.step()
-    assert not torch.equal(ours.weight, theirs.weight)
+        ours.gradient_factor = None
+        if step != 2:
+            plain.zero_grad()
+            (theirs.weight @ E + theirs.bias[:, None]).square().sum().backward()
+            plain.step()
+        if step == 2:  # as a run that is resumed
+            held, group = blocks.state_dict()["state"], blocks.state_dict()["param_groups"]
+            blocks = BlockAdam(list(ours.parameters()), ours, 1e-2, decoupled)
+            blocks.load_state_dict({"state": held, "param_groups": group})
+        torch.testing.assert_close(ours.weight.t(), theirs.weight, rtol=1e-5, atol=1e-6)
+    assert blocks.state[ours.weight]["step"] == 3
+    for name in ("exp_avg", "exp_avg_sq"):
+        found, expected = blocks.state[ours.weight][name].t(), plain.state[theirs.weight][name]
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name

@@ -101,7 +101,7 @@ def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_pa
     torch.testing.assert_close(seen, backbone.embeddings * backbone.word_scale)
     model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2)
     mapping = model.mapping_layer
-    expected = mapping.weight @ seen + mapping.bias[:, None]
+    expected = mapping.weight.t() @ seen + mapping.bias[:, None]
     torch.testing.assert_close(model.text_prototypes(), expected, rtol=1e-4, atol=1e-5)
     if prototypes == "direct":
         torch.manual_seed(1)
@@ -113,7 +113,7 @@ def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_pa
     else:
         gradient = torch.randn_like(expected)
         model.text_prototypes().backward(gradient)
-        torch.testing.assert_close(mapping.weight.grad, gradient @ seen.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mapping.weight.grad.t(), gradient @ seen.T, rtol=1e-4, atol=1e-4)
 
 
 def test_words_are_not_scaled_elsewhere(load) -> None:

@@ -49,33 +49,6 @@ def test_own_file_script_says_what_it_needs(tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_results_page_joins_studies(tmp_path: Path) -> None:
-    (tmp_path / "intro.md").write_text("# Results\n", encoding="utf-8")
-    study = tmp_path / "one"
-    study.mkdir()
-    text = "# A study\n\n## ETTh1.csv\n\n| a |\n\n![error.png](error.png)\n\npython run_main.py --root_path /my/data\n"
-    (study / "results.md").write_text(text, encoding="utf-8")
-    page = tmp_path / "RESULTS.md"
-    command = [
-        "python",
-        ROOT / "scripts" / "results_page.py",
-        page,
-        study,
-        "--intro",
-        tmp_path / "intro.md",
-        "--data",
-        "/my/data",
-    ]
-    done = subprocess.run([sys.executable, *map(str, command[1:])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = "# Results\n\n## A study\n\n### ETTh1.csv\n\n| a |\n\npython run_main.py --root_path dataset/ETT-small\n"
-    assert page.read_text(encoding="utf-8") == expected
-    missing = subprocess.run(
-        [sys.executable, *map(str, command[1:3]), str(tmp_path), *map(str, command[4:])], capture_output=True
-    )
-    assert missing.returncode == 2 and missing.stderr.count(b"\n") == 1
-
-
 def test_the_benchmark_says_what_part_of_a_step_waits_for_the_loader(backbones) -> None:
     words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 2 --workers 1 --device cpu"
     command = [sys.executable, "scripts/benchmark.py", *words.split(), "--max_sequences", "3", "--child", "loader"]

@@ -24,7 +24,7 @@ from tests.small_run import command_line, launched, refusal, run_folder, run_in_
 from utils.command_line import parse_flags
 from utils.results.m4_scores import errors_of, naive2, table
 from utils.results.report import report
-from utils.study.grid import read_grid
+from utils.study.cells import read_study
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {
@@ -313,4 +313,4 @@ def test_a_broken_file_is_one_line(argv, capsys, tmp_path: Path, line: str, mess
 def test_a_study_of_it_is_refused(tmp_path: Path, words: str) -> None:
     (tmp_path / "grid.toml").write_text(f'[flags]\nmodel = "TimeLLM"\nllm_model_path = "x"\n{words}\n')
     with pytest.raises(InputError, match="--data: got m4 in .*, expected .*, scripts/m4_scores.py makes the table"):
-        read_grid(tmp_path / "grid.toml", (), ())
+        read_study(tmp_path, tmp_path / "grid.toml", (), ())

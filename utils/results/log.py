@@ -66,14 +66,13 @@ class RunLog:
 class Journal:
     """Writes history.csv, a row an epoch, and steps.csv, about POINTS losses an epoch; one process of a group has it.
 
-    A step loss is the mean over the iterations since the one before it. It stays on the device until
-    `flush`, so that recording does not make a GPU wait.
+    A step loss is the mean over the iterations since the one before it.
     """
 
     folder: Path
     steps_per_epoch: int
     events: "SummaryWriter | None" = None
-    _since: list[torch.Tensor] = field(default_factory=list)  # losses since the last row of steps
+    _since: list[float] = field(default_factory=list)  # losses since the last row of steps
     _waiting: list[tuple] = field(default_factory=list)  # rows of steps that are not written yet
 
     def start(self, epoch: int, iteration: int) -> None:
@@ -82,8 +81,8 @@ class Journal:
                 if (int(row["epoch"]), int(row["iteration"])) <= (epoch, iteration)]  # fmt: skip
         _write_rows(self.folder / STEPS, rows, ["epoch", "iteration", "loss", "learning_rate"])
 
-    def step(self, epoch: int, iteration: int, loss: torch.Tensor, lr: float) -> None:
-        """Record the loss, without its graph, of an iteration (counted from 1)."""
+    def step(self, epoch: int, iteration: int, loss: float, lr: float) -> None:
+        """Record the loss of an iteration (counted from 1)."""
         self._since.append(loss)
         if iteration % max(1, self.steps_per_epoch // POINTS) == 0:
             self._waiting.append((epoch, iteration, sum(self._since) / len(self._since), lr))
@@ -91,8 +90,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write the step losses that wait."""
-        rows = [(epoch, iteration, float(loss), lr) for epoch, iteration, loss, lr in self._waiting]
-        self._waiting = []
+        rows, self._waiting = self._waiting, []
         path = self.folder / STEPS
         with writing(path), path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)

@@ -8,7 +8,7 @@ import torch
 from layers.backbone import Backbone
 from layers.backbone_files import find_backbone
 from layers.fast import FastPath
-from layers.half import HalfMLP, shrink
+from layers.fp16 import HalfMLP, shrink
 from layers.mapping import MappingLayer
 from tests.conftest import NAMES
 
@@ -152,7 +152,7 @@ def test_the_mapping_layers_gradient_may_leave_the_range_of_fp16() -> None:
     layer.factored = True
     G = torch.randn(20, 16) * torch.logspace(-12, 12, 20)[:, None]
     (layer(words) * G).sum().backward()
-    formed = torch.cat([block for _, block in layer.gradient_blocks()])
+    formed = torch.cat([block for _, block in layer.gradient_blocks()]).t()
     expected = G @ words.float().t()
     largest = expected.abs().amax(1, keepdim=True)
     assert ((formed - expected).abs() / largest).max() < 3e-3

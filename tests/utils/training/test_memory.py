@@ -146,7 +146,7 @@ def test_a_repeats_model_is_gone_before_the_next_is_loaded(argv, capsys, monkeyp
     def watch(*args: Any) -> Job:
         assert [ref() for ref in watched if ref() is not None] == []
         job = setup(*args)
-        held = job, job.training, job.training.optimizer, job.training.guard, job.training.saver, job.loaders["train"]
+        held = job, job.training, job.training.optimizer, job.training.saver, job.loaders["train"]
         model = job.model, *job.model.parameters(), job.model.language_model
         backbone = job.model.backbone, job.model.backbone.model, *job.model.backbone.model.parameters()
         watched.extend(map(weakref.ref, (*held, *model, *backbone)))

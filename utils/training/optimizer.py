@@ -1,0 +1,63 @@
+"""The optimizer: Adam, AdamW, or AdamW with 8-bit moments; the mapping layer's weight is stepped a block at a time."""
+
+import torch
+from torch import nn
+
+from layers.backbone import require_bitsandbytes
+from layers.mapping import MappingLayer
+from models.forecaster import Forecaster
+
+
+class BlockAdam(torch.optim.Adam):
+    """Adam or AdamW, PyTorch's fused kernels, that step the mapping layer's weight some words at a time.
+
+    The gradient of that weight is the largest tensor of a step; of its two factors only a block is formed at once,
+    and goes into the kernel with the same words of weight and moments. The result is that of one kernel for all.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], mapping: MappingLayer | None, lr: float, decoupled: bool):
+        """Args:
+        mapping: the layer whose weight is among the parameters; None: there is none.
+        decoupled: AdamW, with PyTorch's weight decay; else Adam without.
+        """
+        decay = 1e-2 if decoupled else 0.0
+        super().__init__(parameters, lr=lr, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True)
+        self._mapping = mapping
+        if mapping is not None:
+            mapping.factored = True
+        self._kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step every parameter that has a gradient; `found_inf` and `grad_scale` as PyTorch's fused kernels take them."""
+        super().step()
+        if self._mapping is None or self._mapping.gradient_factor is None:
+            return
+        weight, group = self._mapping.weight, self.param_groups[0]
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        for words, gradient in self._mapping.gradient_blocks():
+            self._kernel(
+                [weight[words]], [gradient], [state["exp_avg"][words]], [state["exp_avg_sq"][words]], [], [state["step"]],
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+            )  # fmt: skip
+            del gradient  # before the next block is formed
+        if found_inf is not None:
+            state["step"] -= found_inf
+
+
+def build_optimizer(name: str, model: Forecaster, lr: float) -> torch.optim.Optimizer:
+    """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
+    parameters = list(model.parameters())
+    if name == "adamw8bit":
+        require_bitsandbytes("optimizer adamw8bit")
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=lr)
+    return BlockAdam(parameters, model.mapping_layer, lr, decoupled=name == "adamw")
