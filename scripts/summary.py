@@ -10,26 +10,30 @@ language model) is "-".
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 from data_provider.splits import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
-from utils.results.journal import HISTORY, read_rows, write_rows  # noqa: E402
+from utils.results.log import HISTORY, read_rows  # noqa: E402
+from utils.saving.files import write_text  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
-FIGURES = ("epochs", "best_epoch", "vali", "mse", "mae", "smape", "mase", "owa", "minutes", "memory_gib")
-M4_FIGURES = FIGURES[5:8]  # of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them
-ABLATION = "llm_ablation"
+M4_ERRORS = [
+    "smape",
+    "mase",
+    "owa",
+]  # of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them
+FIGURES = ["epochs", "best_epoch", "vali", "mse", "mae", *M4_ERRORS, "minutes", "memory_gib"]
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
 
 
@@ -42,139 +46,88 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
     args = parser.parse_args(argv)
     try:
-        summarise(args.folder, args.sort, args.reverse, args.csv)
+        table = summary(args.folder)
+        if args.sort not in table:
+            raise input_error("--sort", repr(args.sort), f"one of {', '.join(table)}")
+        numbers = pd.to_numeric(table[args.sort], errors="coerce")
+        order = table[args.sort].astype(str) if numbers.isna().all() else numbers
+        table = table.loc[order.sort_values(ascending=not args.reverse, kind="stable").index]
+        print(table.map(_cell).to_string(index=False))
+        if args.csv:
+            write_text(args.csv, table.to_csv(index=False, lineterminator="\n"))
+            print(f"Written: {args.csv}")
     except (InputError, StorageError) as error:
         print(f"summary.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
-def summarise(folder: Path, sort: str, reverse: bool, csv: Path | None) -> None:
-    """Print the table of the runs below `folder`, sorted by a column; write it to `csv` too.
+def _cell(value: object) -> str:
+    text = "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= WIDEST or "/" in text else f"{text[: WIDEST - 9]}…{text[-8:]}"
+
+
+def summary(folder: Path) -> pd.DataFrame:
+    """A row a run below `folder`: the flags in which the runs differ, the FIGURES that are known, and the run's folder.
 
     Raises:
-        InputError: no runs there, or no such column.
-        StorageError: the CSV cannot be written.
+        InputError: no runs there.
     """
     runs = list(read_runs(folder))
     if not runs:
         got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
         raise input_error(folder, got, "a folder with the runs' folders")
-    figures = [name for name in FIGURES if name not in M4_FIGURES or any(name in run for run in runs)]
-    columns = [*differing(runs), *figures, "run"]
-    if sort not in columns:
-        raise input_error("--sort", repr(sort), f"one of {', '.join(columns)}")
-    rows = [{name: None if name in run["silent"] else (run | run["flags"]).get(name) for name in columns} for run in runs]
-    rows.sort(key=lambda row: _order(row[sort]), reverse=reverse)
-    print(table(columns, rows))
-    if csv:
-        write_rows(csv, columns, rows)
-        print(f"Written: {csv}")
+    untried = {flag.name for flag in FLAGS if not flag.role.tried}
+    flags = dict.fromkeys(name for run in runs for name in run if name not in {*untried, *FIGURES, "run"})
+    differing = [name for name in flags if len({json.dumps(run[name]) for run in runs if name in run}) > 1]
+    known = [name for name in FIGURES if name not in M4_ERRORS or any(name in run for run in runs)]
+    return pd.DataFrame(runs, columns=[*differing, *known, "run"], dtype=object)
 
 
 def read_runs(folder: Path) -> Iterator[dict]:
-    """What each run's folder below `folder` says: "run", "flags", names of those that are "silent", and the FIGURES that
-    are known.
+    """Of each run below `folder`: "run", the flags that say something of it, and the FIGURES that are known.
 
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
     for record in sorted(folder.rglob(RECORD)):
         held = _read(record)
-        flags = held.get("flags", {})
-        silent = _silent(flags, held.get("backbone"))
-        yield _run(folder, record.parent, flags, held.get("epoch")) | {"silent": silent}
-        for metrics in sorted(record.parent.glob(f"on_*/{METRICS}")):
-            tested = {name: value for name, value in _read(metrics).get("flags", {}).items() if value is not None}
-            yield _run(folder, metrics.parent, flags | tested, None) | {"silent": silent}
-
-
-def _silent(flags: dict, backbone: object) -> set[str]:
-    """Names of the flags that say nothing of a run: of one without a language model those about it; of one that is not
-    TimeLLM, whose record has no backbone, all of their group; of one that is not on M4 the competition's pattern."""
-    without = backbone == {}
-    replaced = make_substitute(str(flags.get(ABLATION)), 1, 1) is not None
-    llm = {flag.name for flag in FLAGS if flag.group == "language model"}
-    itself = {name for name in llm if name.startswith(("llm_", "load_")) and name != ABLATION}
-    silent = llm if without else itself if replaced else set()
-    return silent if flags.get("data") == M4 else silent | {"seasonal_patterns"}
-
-
-def _run(root: Path, folder: Path, flags: dict, best_epoch: int | None) -> dict:
-    history, metrics = read_rows(folder / HISTORY), _read(folder / METRICS)
-    found: dict[str, Any] = {"run": str(folder.relative_to(root)), "flags": flags, "best_epoch": best_epoch}
-    errors = M4_FIGURES if "m4" in metrics else ("mse", "mae")
-    found |= {name: metrics.get("test", {}).get(name) for name in errors}
-    found["memory_gib"] = metrics.get("peak_memory_gib")
-    if history:
-        finite = [row for row in history if math.isfinite(float(row["vali_loss"]))]  # no other epoch is kept
-        best = min(finite, key=lambda row: float(row["vali_loss"]), default=None)
-        spent = [float(row[name]) for row in history for name in ("seconds", "evaluation_seconds") if row.get(name)]
-        found |= {
-            "epochs": len(history),
-            "best_epoch": int(best["epoch"]) if best else None,
-            "vali": float(best["vali_loss"]) if best else None,
-            "minutes": sum(spent) / 60,
-            "memory_gib": max(float(row["peak_memory_gib"] or 0) for row in history),
-        }
-    return found
+        for metrics in [record.parent / METRICS, *sorted(record.parent.glob(f"on_*/{METRICS}"))]:
+            found, own = _read(metrics), metrics.parent == record.parent
+            tested = {} if own else {name: value for name, value in found.get("flags", {}).items() if value is not None}
+            flags = held.get("flags", {}) | tested
+            # Flags about the language model say nothing of a run without one, some of them nothing of one with a substitute.
+            without, replaced = held.get("backbone") == {}, make_substitute(str(flags.get("llm_ablation")), 1, 1)
+            silent = {
+                flag.name
+                for flag in FLAGS
+                if flag.group == "language model"
+                and flag.name != "llm_ablation"
+                and (without or (replaced and flag.name.startswith(("llm_", "load_"))))
+            }
+            silent |= set() if flags.get("data") == M4 else {"seasonal_patterns"}
+            run = {name: value for name, value in flags.items() if name not in silent}
+            run |= {name: found.get("test", {}).get(name) for name in (M4_ERRORS if "m4" in found else ["mse", "mae"])}
+            run |= {"memory_gib": found.get("peak_memory_gib"), "run": str(metrics.parent.relative_to(folder))}
+            history = pd.DataFrame(read_rows(metrics.parent / HISTORY)).apply(pd.to_numeric, errors="coerce")
+            if own and "vali_loss" in history:
+                best = history[np.isfinite(history["vali_loss"])].nsmallest(
+                    1, "vali_loss"
+                )  # none: no epoch has a finite loss
+                run |= {"epochs": len(history), "best_epoch": best["epoch"].max(), "vali": best["vali_loss"].max()}
+                run["minutes"] = history.filter(["seconds", "evaluation_seconds"]).sum().sum() / 60
+                run["memory_gib"] = history["peak_memory_gib"].max()
+            yield run
 
 
 def _read(path: Path) -> dict:
     """A JSON file; an absent one is empty, and so is a damaged one, with a warning."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(held, dict):
-            raise ValueError("no JSON object")
-        return held
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         print(f"summary.py: warning: {path} is damaged ({error})", file=sys.stderr)
         return {}
-
-
-def differing(runs: list[dict]) -> list[str]:
-    """Names of the flags in which the runs differ, of those that say what was tried; a run of which a flag says nothing
-    does not count."""
-    names = dict.fromkeys(name for run in runs for name in run["flags"])
-    left_out = {flag.name for flag in FLAGS if "unlisted" in flag.roles or flag.group == "output"}
-    kept = [name for name in names if name not in left_out]
-    return [
-        name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs if name not in run["silent"]}) > 1
-    ]
-
-
-def _order(value: object) -> tuple:
-    """Numbers by size, then words, then what is missing."""
-    if value is None:
-        return (2, 0, "")
-    if isinstance(value, (int, float)):
-        return (0, value, "")
-    return (1, 0, str(value))
-
-
-def table(columns: list[str], rows: list[dict]) -> str:
-    """The rows as aligned text; numbers to the right."""
-    cells = [[_cell(row[name]) for name in columns[:-1]] + [row["run"]] for row in rows]  # the folder: whole
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    numeric = [all(not isinstance(row[name], str) for row in rows) for name in columns]
-    lines = [columns, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = str(value)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 9]}…{text[-8:]}"
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset
 
-from data_provider.batches import Batch, WindowCollate
+from data_provider.batches import Batch, WindowCollate, Windows
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
 from data_provider.table import check_rows, tables_of
@@ -28,19 +28,16 @@ from layers.errors import input_error
 from layers.norm import instance_norm
 from utils.flags import flags_for
 from utils.results.bands import Intervals, name_of
-from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
-from utils.results.log import KeptLog
+from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
+from utils.results.log import RunLog
 from utils.results.metrics import Metrics
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import random_state, set_random_state
 from utils.setup import describe_run, load_checkpoint, make_job, make_plan
-from utils.training.evaluate import Shared, score
+from utils.training.evaluate import Shared, forecast_within_memory, score
 from utils.training.session import Job
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-AUTO = "auto"  # the prediction intervals that the checkpoint has
+AT_ONCE = 64  # sequences of one channel each that are forecast at a time
 Levels = Sequence[float] | str | None
 
 
@@ -52,10 +49,10 @@ class Forecaster:
     """
 
     def __init__(self, job: Job):
-        """Args:
-        job: one that has its checkpoint; see `load` for programs.
-        """
+        """`job` has its checkpoint; see `load` for programs."""
         self.job, self.notes = job, list(job.notes)
+        # The step of the training in words, where its record has it.
+        self._step = job.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]
         job.model.eval()
 
     @classmethod
@@ -83,15 +80,14 @@ class Forecaster:
         """
         args = flags_for(path, device=device, llm_model_path=llm_model_path, fill_missing=fill_missing, **flags)
         plan = make_plan(args, 0, in_program=True)
-        log = KeptLog()
+        log = RunLog(terminal=False)
         before = random_state(plan.device)
         job = make_job(plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts())
         log.lines.clear()  # what a run says of itself in any case
         load_checkpoint(job)
         set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
-        made = cls(job)
-        made.notes += log.lines
-        return made
+        job.notes += log.lines
+        return cls(job)
 
     @property
     def columns(self) -> list[str]:
@@ -108,7 +104,7 @@ class Forecaster:
         self,
         frame: pd.DataFrame,
         steps: int | None = None,
-        intervals: Levels = AUTO,
+        intervals: Levels = "auto",
         id_column: str | None = None,
     ) -> pd.DataFrame:
         """Forecast the rows that follow a frame.
@@ -135,28 +131,49 @@ class Forecaster:
             RunError: not even one sequence fits into the GPU's memory.
         """
         histories = self._histories(frame, id_column)
-        found = self.forecast(list(histories.values()), steps, self._intervals(intervals))
-        frames = [forecast.frame() for forecast in found]
+        forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
         if id_column is not None:
-            taken = [name for name in frames[0].columns if name == id_column]
-            if taken:
+            if id_column in forecasts[0].columns:
                 raise input_error("id_column", repr(id_column), "a name that no column of the forecast has")
-            for part, name in zip(frames, histories, strict=True):
-                part.insert(1, id_column, pd.Series([name] * len(part), dtype=frame[id_column].dtype))
-        return pd.concat(frames, ignore_index=True)
+            for forecast, name in zip(forecasts, histories, strict=True):
+                forecast.insert(1, id_column, pd.Series([name] * len(forecast), dtype=frame[id_column].dtype))
+        return pd.concat(forecasts, ignore_index=True)
 
-    def forecast(self, histories: Sequence[Series], steps: int | None, intervals: Intervals | None) -> list[Forecast]:
-        """As `predict`, for series on the job's scale; the one way that the program forecasts the future.
+    @torch.inference_mode()
+    def forecast(self, histories: Sequence[Series], steps: int | None, intervals: Intervals | None) -> list[pd.DataFrame]:
+        """As `predict`, for S series of the same columns on the same scale, a frame each; a run forecasts with it, too.
 
         Raises:
             InputError: steps that are no number of rows, or rows without a common step.
         """
-        steps = self.job.args.pred_len if steps is None else steps
+        job, args, S = self.job, self.job.args, len(histories)
+        T, H, whole = args.seq_len, args.pred_len, not job.model.channel_independent
+        steps = H if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise input_error("steps", repr(steps), "a whole number of at least 1")
-        return forecast_rows(self.job, histories, int(steps), self.shared, intervals)
+        dates = [series.future_dates(int(steps)) for series in histories]
+        windows = np.stack([series.values[-T:, series.forecast_slice] for series in histories])  # (S, T, N)
+        if whole:  # it reads the calendar, too
+            days = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
+            each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in days]
+            marks = torch.from_numpy(np.stack(each)).to(job.device)  # (S, T + steps + H, F)
+        # Side by side, so that the sums of each series are those that it has alone.
+        rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(job.device)  # (T, S*N), and longer each time
+        for start in range(0, steps, H):  # where a forecast ends, the next goes on from it
+            x, ahead = rows[-T:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, T, N)
+            at_once = args.eval_batch_size if whole else S  # whole windows are not cut any smaller
+            for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
+                sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, T)
+                batch = Batch(sequences, sequences.new_empty(len(sequences), 0))
+                if whole:
+                    later = marks[part, start + T - args.label_len : start + T + H]
+                    batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
+                ahead.append(forecast_within_memory(job, batch, self.shared, 0 if whole else AT_ONCE))  # (M, H)
+            rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
+        values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
+        return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]
 
-    def evaluate(self, frame: pd.DataFrame, intervals: Levels = AUTO, id_column: str | None = None) -> dict[str, Any]:
+    def evaluate(self, frame: pd.DataFrame, intervals: Levels = "auto", id_column: str | None = None) -> dict[str, Any]:
         """Score every window of a frame: forecasts of its rows from those before them.
 
         Args:
@@ -171,9 +188,11 @@ class Forecaster:
             InputError: see `predict`; a series shorter than seq_len + pred_len.
         """
         job, args = self.job, self.job.args
-        T, H = args.seq_len, args.pred_len
-        parts = [self._windows(series) for series in self._histories(frame, id_column, T + H).values()]
-        starts = [day for part in parts for day in (part.dates[T], part.dates[len(part.dates) - H])]
+        T, H, parts, starts = args.seq_len, args.pred_len, [], []
+        for series in self._histories(frame, id_column, T + H).values():
+            marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
+            parts.append(WindowDataset(series.values, marks, series.dates, T, args.label_len, H))
+            starts += [series.dates[T], series.dates[len(series.dates) - H]]
         kept = job.series.forecast_slice
         columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
         metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
@@ -186,7 +205,7 @@ class Forecaster:
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
         batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
-        scores = score(replace(job, loaders={"test": loader}), "test", consume)
+        scores = score(replace(job, loaders={"test": loader}), "test", consume)  # type: ignore[arg-type]
         return {
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
@@ -198,11 +217,11 @@ class Forecaster:
         self,
         frame: pd.DataFrame | None = None,
         steps: int | None = None,
-        intervals: Levels = AUTO,
+        intervals: Levels = "auto",
         id_column: str | None = None,
         path: str | Path | None = None,
         forecast: pd.DataFrame | None = None,
-    ) -> "Figure | Path":
+    ) -> Any:
         """Draw the forecast of a frame behind its last rows, a panel a column and series; the first seven are drawn.
 
         Args:
@@ -221,77 +240,52 @@ class Forecaster:
 
         if frame is None and forecast is None:
             raise input_error("plot", "neither frame nor forecast", "one of them, or both")
+        columns, needed = self.columns, ["date", *self.columns, *([] if id_column is None else [id_column])]
         histories = {} if frame is None else self._histories(frame, id_column)
         if forecast is None:
             made = self.forecast(list(histories.values()), steps, self._intervals(intervals))
             found = dict(zip(histories, made, strict=True))
+        elif not isinstance(forecast, pd.DataFrame) or forecast.empty or not set(needed) <= set(forecast.columns):
+            raise input_error("forecast", f"a {type(forecast).__name__}", f"what predict has returned, with {needed}")
         else:
-            found = self._read(forecast, id_column)
-        panels = []
+            found = {None: forecast} if id_column is None else dict(iter(forecast.groupby(id_column, sort=False)))
+        panels, H = [], self.job.args.pred_len
         for name, rows in found.items():
-            known = (rows.dates[:0], rows.values[:0])
-            if name in histories:
-                known = histories[name].dates, histories[name].own
-            panels += panels_of(known, rows, "" if id_column is None else f"{name}: ")
-        step = self._step() or "the step of the training"
-        figure = forecast_figure(panels[:PANELS], step, None if path is None else Path(path))
-        return figure if path is None else Path(path)
+            known = histories.get(name)
+            history = None if known is None else pd.DataFrame(known.own, known.dates, columns)
+            prefix = "" if id_column is None else f"{name}: "
+            ahead = rows.set_index(pd.DatetimeIndex(rows["date"]))[columns]
+            panels += panels_of(history, ahead, bands_of(rows, columns), H, prefix=prefix)
+        file = None if path is None else Path(path)
+        figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
+        return file or figure
 
-    def _read(self, forecast: pd.DataFrame, id_column: str | None) -> dict[Hashable, Forecast]:
-        """What `predict` has returned, series by series."""
-        if not isinstance(forecast, pd.DataFrame) or (id_column is not None and id_column not in forecast.columns):
-            got = f"a {type(forecast).__name__} without {'rows' if id_column is None else repr(id_column)}"
-            raise input_error("forecast", got, "what predict has returned")
-        groups = {None: forecast} if id_column is None else dict(iter(forecast.groupby(id_column, sort=False)))
-        return {name: Forecast.of(part, self.columns, self.job.args.pred_len) for name, part in groups.items()}
-
-    def _step(self) -> str | None:
-        """The step of the training in words, where its record has it."""
-        assert self.job.checkpoint is not None, "the job has its checkpoint"
-        return self.job.checkpoint.record.get("data", {}).get("step")
-
-    def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int | None = None) -> dict[Hashable, Series]:
-        """The series of a frame, on the training's scale.
-
-        Args:
-            rows: the fewest of each; None: seq_len.
-        """
-        job, checkpoint = self.job, self.job.checkpoint
-        assert checkpoint is not None, "the job has its checkpoint"
-        step = self._step()
-        found = {}
+    def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
+        """The series of a frame by name, on the training's scale, each of at least `rows` rows."""
+        job, found = self.job, {}
         for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
-            check_rows(table, job.args.seq_len, step)
-            if rows is not None and len(table.dates) < rows:
+            check_rows(table, job.args.seq_len, self._step)
+            if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
                 raise input_error(table.path, got, expected)
-            found[name] = on_the_trainings_scale(table, checkpoint, job.args)
+            found[name] = on_the_trainings_scale(table, job.checkpoint, job.args)  # type: ignore[arg-type]
         return found
-
-    def _windows(self, series: Series) -> WindowDataset:
-        args = self.job.args
-        marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
-        return WindowDataset(series.values, marks, series.dates, args.seq_len, args.label_len, args.pred_len)
 
     def _intervals(self, asked: Levels) -> Intervals | None:
         """Those of the checkpoint that are asked for."""
         held = self.job.intervals
-        if isinstance(asked, str) and asked == AUTO:
+        if isinstance(asked, str) and asked == "auto":
             return held
         try:
-            levels = () if asked is None else tuple(sorted({float(level) for level in asked}))
+            levels = tuple(sorted({float(level) for level in asked or ()}))
         except (TypeError, ValueError):
             raise input_error("intervals", repr(asked), "levels such as (80, 95), 'auto' or None") from None
         if not levels:
             return None
-        if not all(0 < level < 100 for level in levels):
-            raise input_error("intervals", repr(asked), "levels between 0 and 100")
-        assert self.job.checkpoint is not None
-        if held is None or not held.has(levels):
-            wrong = levels[0] if held is None else next(level for level in levels if not held.has([level]))
-            had = f"those that it has, {' '.join(map(name_of, held.levels))}" if held else "none, for it has none"
-            named = " ".join(map(name_of, levels))
-            hint = "calibrate them without training: python run_main.py --is_training 0 --checkpoint "
-            hint += f"{self.job.checkpoint.file} --intervals {named}"
-            raise input_error("intervals", f"{name_of(wrong)} of {self.job.checkpoint.file}", had, hint)
-        return held.only(levels)
+        wrong = [level for level in levels if held is None or not 0 < level < 100 or not held.has([level])]
+        if not wrong:
+            return held.only(levels)
+        file = self.job.checkpoint.file
+        had = f"those that it has, {' '.join(map(name_of, held.levels))}" if held else "none, for it has none"
+        hint = f"calibrate them without training: python run_main.py --is_training 0 --checkpoint {file} --intervals "
+        raise input_error("intervals", f"{name_of(wrong[0])} of {file}", had, hint + " ".join(map(name_of, levels)))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from data_provider.splits import M4
@@ -13,9 +14,7 @@ from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
 from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
-from utils.results.comparison import note_of
-from utils.results.forecast import Forecast, mean_forecast
-from utils.results.forecast_files import leave_forecast
+from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.log import RunLog
 from utils.results.metrics import line_of
 from utils.results.test_pass import open_pass, score_mean
@@ -38,14 +37,14 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         RunError: the disk, the numbers or the memory do not let the run go on.
         Interrupted: a signal has come, and what has to be saved is saved.
     """
-    forecasts: list[Forecast] = []  # of the repeats
+    forecasts: list[pd.DataFrame] = []  # of the repeats
     for repeat in range(args.itr):
         device = _run(args, repeat, interrupts or Interrupts(), forecasts)
         free_memory(device)  # the next repeat loads its model into the memory of this one's
     return 0
 
 
-def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[Forecast]) -> torch.device:
+def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[pd.DataFrame]) -> torch.device:
     """One repeat, which adds its forecast to those of the repeats before; the device that it ran on."""
     job = setup(args, repeat, interrupts)
     # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
@@ -107,7 +106,7 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     results, scores = found or _test_pass(job, checkpoint)
     job.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
-    note = note_of(job.record["backbone"])
+    note = job.record["backbone"].get("note")
     model = {"model": job.args.model} | ({"language_model": note} if note else {})
     if "pretrain" in checkpoint.record or not checkpoint.trained_on(job.series, job.args.fill_missing):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
@@ -183,7 +182,7 @@ def _folders(job: Job) -> tuple[list[Path], Path]:
     return repeats, Path(args.checkpoints) / run_name(args, "mean")
 
 
-def predict(job: Job) -> Forecast:
+def predict(job: Job) -> pd.DataFrame:
     """Forecast what follows the last row of the data, and write it.
 
     Raises:
@@ -197,11 +196,11 @@ def predict(job: Job) -> Forecast:
     return forecast
 
 
-def predict_mean(job: Job, forecasts: list[Forecast]) -> None:
+def predict_mean(job: Job, forecasts: list[pd.DataFrame]) -> None:
     """Write the mean of the repeats' forecasts, of which `job` made the last; it has its own folder and bands."""
     repeats, folder = _folders(job)
     intervals = mean_intervals(job, repeats)
-    forecast = mean_forecast(forecasts, job.series, job.args.seq_len, job.args.pred_len, intervals)
+    forecast = mean_forecast(forecasts, job.series, job.args.seq_len, intervals)
     job.log(f"Mean of {len(repeats)} repeats:")
     leave_forecast(replace(job, folder=folder), forecast)
 

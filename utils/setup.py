@@ -25,9 +25,8 @@ from models.TimeLLM import layers_of, words_on_host
 from utils import validate
 from utils.flags import recorded, run_name
 from utils.results.baselines import doubts, fit_ridge
-from utils.results.forecast import no_rows_yet, read_history
-from utils.results.journal import Journal, tensorboard_writer
-from utils.results.log import RunLog, SilentLog
+from utils.results.forecast import read_history
+from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import Start, open_folder, results_folder
@@ -144,7 +143,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     series: Series
     if checkpoint is not None and forecasts_only:
-        series, same_data, notes = no_rows_yet(args, checkpoint) if in_program else read_history(args, checkpoint)
+        series, same_data, notes = read_history(args, checkpoint, in_program)
     else:
         series, notes = series_from_args(args), []
         same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
@@ -247,7 +246,7 @@ def _open_log(plan: Plan) -> RunLog:
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
-    log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
+    log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else RunLog(terminal=False)
     log(f"Using device: {plan.device}")
     world = plan.accelerator.num_processes
     if world > 1:

@@ -1,13 +1,13 @@
 """Forecasts from Python: the command line's numbers, many series at once, bands, and frames that will not do."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 import utils.run
@@ -15,9 +15,6 @@ from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, run_folder, write_csv
 from utils.flags import parse_flags
 from utils.forecaster import Forecaster
-from utils.saving.checkpoint import Checkpoint
-from utils.saving.interrupt import Interrupts
-from utils.setup import load_checkpoint, setup
 
 ROWS = 600  # 420 train, 60 validation: enough for 95 %
 MODELS = {
@@ -38,16 +35,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path, backbones):
     """`trained(name)`: the words of that model's run, trained once."""
-    held: dict[str, list[str]] = {}
 
+    @cache
     def of(name: str) -> list[str]:
-        if name not in held:
-            off = {"plots": 0, "torch_checkpoint": 0, "save_predictions": 0}
-            flags = MODELS[name] | off | {"model_comment": name.replace(" ", "_"), "max_iters": 2, "eval_batch_size": 64}
-            words = command_line(folder, backbones["qwen2"], **flags)
-            utils.run.main(parse_flags(words))
-            held[name] = words
-        return held[name]
+        off = {"plots": 0, "torch_checkpoint": 0, "save_predictions": 0}
+        flags = MODELS[name] | off | {"model_comment": name.replace(" ", "_"), "max_iters": 2, "eval_batch_size": 64}
+        words = command_line(folder, backbones["qwen2"], **flags)
+        utils.run.main(parse_flags(words))
+        return words
 
     return of
 
@@ -55,14 +50,7 @@ def trained(folder: Path, backbones):
 @pytest.fixture(scope="module")
 def loaded(trained):
     """`loaded(name)`: its Forecaster, loaded once."""
-    held: dict[str, Forecaster] = {}
-
-    def of(name: str) -> Forecaster:
-        if name not in held:
-            held[name] = Forecaster.load(run_folder(trained(name)), device="cpu")
-        return held[name]
-
-    return of
+    return cache(lambda name: Forecaster.load(run_folder(trained(name)), device="cpu"))
 
 
 @pytest.fixture
@@ -75,7 +63,7 @@ def values(forecast: pd.DataFrame) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_numbers_are_the_command_lines_to_the_last_bit(trained, loaded, frame, capsys, name: str) -> None:
+def test_the_numbers_are_the_command_lines(trained, loaded, frame, capsys, name: str) -> None:
     words, steps = trained(name), 2 * PRED_LEN + 3
     flags = ["--is_training", "0", "--do_predict", "--predict_steps", str(steps)]
     utils.run.main(parse_flags([*words, *flags]))
@@ -84,12 +72,6 @@ def test_the_numbers_are_the_command_lines_to_the_last_bit(trained, loaded, fram
     assert capsys.readouterr() == ("", "")
     text = (run_folder(words) / "forecast.csv").read_text()
     assert found.to_csv(index=False, float_format="%.8g", lineterminator="\n") == text
-
-    job = setup(parse_flags([*words, *flags]), 0, Interrupts())
-    load_checkpoint(job)
-    (forecast,) = Forecaster(job).forecast([job.series], steps, job.intervals)
-    assert forecast.frame()["date"].equals(found["date"])
-    assert values(forecast.frame()).tobytes() == values(found).tobytes()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -200,6 +182,8 @@ def test_windows_do_not_cross_from_one_series_to_another(loaded, frame) -> None:
     expected = np.average([one["test"]["mse"] for one in alone], weights=counts)
     assert both["test"]["mse"] == pytest.approx(expected, rel=1e-6)
     assert "intervals" not in forecaster.evaluate(parts[0], intervals=None)
+    with pytest.raises(InputError, match="^frame: got 39 rows, expected at least 40, a window of history and horizon"):
+        forecaster.evaluate(frame.iloc[:39])
 
 
 def test_frames_with_an_index_of_dates_and_columns_of_their_own(loaded, frame) -> None:
@@ -214,29 +198,22 @@ def test_frames_with_an_index_of_dates_and_columns_of_their_own(loaded, frame) -
 
 def test_pictures(loaded, frame, tmp_path: Path) -> None:
     forecaster = loaded("DLinear")
-    drawn = forecaster.plot(frame, steps=2 * PRED_LEN)
-    assert isinstance(drawn, Figure) and len(drawn.axes) == 3
-    shades = [item for item in drawn.axes[0].collections if isinstance(item, PolyCollection)]
-    assert [item.get_label() for item in shades if not item.get_label().startswith("_")] == ["95 %", "80 %"]
-    assert len(shades) == 4  # beyond pred_len each goes on lighter
+    many = pd.concat([frame.assign(shop=name) for name in "abc"])
+    made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")
+    drawn = forecaster.plot(many, steps=2 * PRED_LEN, id_column="shop")
+    assert isinstance(drawn, Figure)
+    assert [axes.get_ylabel() for axes in drawn.axes] == [f"{s}: {c}" for s in "abc" for c in COLUMNS][:7]
     labels = [text.get_text() for text in drawn.legends[0].get_texts()]
     assert labels == ["history", "95 %", "80 %", "bands calibrated up to here", "forecast"]
-    assert not forecaster.plot(frame, intervals=None).axes[0].collections
-    many = pd.concat([frame.assign(shop=name) for name in "abc"])
-    drawn = forecaster.plot(many, id_column="shop")
-    assert [axes.get_ylabel() for axes in drawn.axes] == [f"{s}: {c}" for s in "abc" for c in COLUMNS][:7]
-    made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")
     again = forecaster.plot(many, forecast=made, id_column="shop")
     alone = forecaster.plot(forecast=made[made["shop"] == "b"])
-    expected = forecaster.plot(many, steps=2 * PRED_LEN, id_column="shop")
-    for axes, same, only in zip(expected.axes[3:6], again.axes[3:6], alone.axes, strict=True):  # those of shop b
-        for line, other in zip(axes.get_lines(), same.get_lines(), strict=True):
-            assert np.array_equal(line.get_ydata(), other.get_ydata())
-        assert len(axes.collections) == len(same.collections) == len(only.collections) == 4
-        forecast = next(line for line in axes.get_lines() if line.get_label() == "forecast").get_ydata()
-        assert np.array_equal(
-            next(line for line in only.get_lines() if line.get_label() == "forecast").get_ydata(), forecast[1:]
-        )
+    for n, name in enumerate(COLUMNS, start=3):  # those of shop b
+        lines = [next(line for line in figure.axes[place].get_lines() if line.get_label() == "forecast").get_ydata()
+                 for figure, place in ((drawn, n), (again, n), (alone, n - 3))]  # fmt: skip
+        assert all(len(figure.axes[n].collections) == 4 for figure in (drawn, again))  # beyond pred_len each goes on lighter
+        assert np.array_equal(lines[0][1:], made[made["shop"] == "b"][name])
+        assert np.array_equal(lines[0], lines[1]) and np.array_equal(lines[0][1:], lines[2])
+    assert not forecaster.plot(frame, intervals=None).axes[0].collections
     for wrong in ({}, {"forecast": made.drop(columns="OT")}, {"forecast": made["OT"]}, {"forecast": made.iloc[:0]}):
         with pytest.raises(InputError, match="^(plot|forecast): got "):
             forecaster.plot(**wrong)
@@ -287,29 +264,25 @@ def test_a_frame_that_will_not_do_is_named(loaded, frame, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_series_of_a_frame_are_named(loaded, frame) -> None:
-    forecaster = loaded("DLinear")
-    two = pd.concat([frame.assign(id="a"), frame.assign(id="b")])
-    with pytest.raises(
-        InputError, match="frame: row .*, column 'date': got '2020-01-01 .* name the column of their names as id_column"
-    ):
-        forecaster.predict(two)
-    short = pd.concat([frame.assign(id="a"), frame.iloc[:9].assign(id="b")])
-    with pytest.raises(InputError, match="^frame, series 'b': got 9 rows, expected at least 32"):
-        forecaster.predict(short, id_column="id")
-    twice = pd.concat([two, frame.iloc[-1:].assign(id="b", OT=0)])
-    with pytest.raises(
-        InputError, match="^frame, series 'b': row .*, column 'date': got '2020-01-25 23:00:00', which repeats"
-    ):
-        forecaster.predict(twice, id_column="id")
-    with pytest.raises(InputError, match="^frame: row 600, column 'id': got no name"):
-        forecaster.predict(pd.concat([frame.assign(id="a"), frame.assign(id=None)]), id_column="id")
-    with pytest.raises(InputError, match="^id_column: got 'OT', expected a column that is not forecast"):
-        forecaster.predict(frame, id_column="OT")
-    with pytest.raises(InputError, match="^frame: got no column 'shop'"):
-        forecaster.predict(frame, id_column="shop")
-    with pytest.raises(InputError, match="^frame: got 39 rows, expected at least 40, a window of history and horizon"):
-        forecaster.evaluate(frame.iloc[:39])
+BAD_SERIES = {
+    "no id": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), None, "frame: row .*, column 'date': got '2020-01-01 "
+              ".* name the column of their names as id_column"),
+    "short": (lambda f: pd.concat([f.assign(id="a"), f.iloc[:9].assign(id="b")]), "id", "frame, series 'b': got 9 rows, "
+              "expected at least 32"),
+    "twice": (lambda f: pd.concat([f, f.iloc[-1:].assign(OT=0)]).assign(id="b"), "id", "frame, series 'b': row .*, column "
+              "'date': got '2020-01-25 23:00:00', which repeats"),
+    "no name": (lambda f: pd.concat([f.assign(id="a"), f.assign(id=None)]), "id", "frame: row 600, column 'id': got no"),
+    "channel": (lambda f: f, "OT", "id_column: got 'OT', expected a column that is not forecast"),
+    "no column": (lambda f: f, "shop", "frame: got no column 'shop'"),
+    "band": (lambda f: f.assign(OT_lo80="a"), "OT_lo80", "id_column: got 'OT_lo80', expected a name that no column"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SERIES)
+def test_the_series_of_a_frame_are_named(loaded, frame, name: str) -> None:
+    change, id_column, message = BAD_SERIES[name]
+    with pytest.raises(InputError, match=f"^{message}"):
+        loaded("DLinear").predict(change(frame), id_column=id_column)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "8", True])

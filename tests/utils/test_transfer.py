@@ -15,7 +15,7 @@ from tests.small_run import PRED_LEN, SEQ_LEN, figures, refusal, run_folder, tra
 from tests.utils.test_models_in_the_loop import StopAt, same
 from utils.flags import parse_flags
 from utils.results.baselines import fit_ridge
-from utils.results.comparison import report
+from utils.results.report import report
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupted
 

@@ -56,7 +56,7 @@ def test_a_wide_run_names_some_columns_and_draws_some(wide, capsys, tmp_path: Pa
     newer = write_wide(tmp_path / "newer.csv", 330)
     assert past_forecasts.main([str(folder), "--data", str(newer)]) == 0
     table = capsys.readouterr().out
-    assert len(re.findall(r"^  s\d+ ", table, re.MULTILINE)) == 10 and "5 columns with the lowest" in table
+    assert len(re.findall(r"^s\d+ ", table, re.MULTILINE)) == 10 and "5 columns with the lowest" in table
 
 
 def test_a_narrow_run_has_every_column_drawn_and_says_nothing_of_it(argv, capsys) -> None:

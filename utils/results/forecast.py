@@ -1,57 +1,69 @@
-"""Forecasts of the future: what goes before them, and the rows and bands that follow it."""
+"""Forecasts of the future: the rows they go on from, the rows that follow, and the files that hold these.
 
+A forecast is a pandas frame in the columns' own units: `date`, a column a channel, then of each channel the ends of
+its prediction intervals, `OT_lo80`, `OT_hi80`, ... forecast.csv holds the latest one, forecasts.csv those that were
+kept with `--append`. Neither loses one silently: what forecast.csv held is moved aside, and forecasts.csv only grows.
+"""
+
+import io
 import itertools
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
-from data_provider.batches import Batch, Windows
 from data_provider.data_loader import Series, check_size, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
-from data_provider.timestamps import gaps_in, time_marks
+from data_provider.timestamps import gaps_in
 from layers.errors import input_error, listed
 from utils.results.bands import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
-from utils.training.evaluate import Shared, forecast_within_memory
+from utils.saving.files import write_text, writing
 from utils.training.session import Job
 
-SEQUENCES = 64  # run at once at most
+FORECAST, HISTORY = "forecast.csv", "forecasts.csv"
+ORIGIN = "origin"  # first column of forecasts.csv: the last date that was known
 
 
-class History(NamedTuple):
-    """What a forecast goes on from."""
+def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = False) -> tuple[Series, bool, list[str]]:
+    """The rows to forecast from: those of `--predict_path`, else of `--data_path`. Fills in `prompt_text` and `enc_in`.
 
-    series: Series
-    trained: bool  # scaler and columns are those of the checkpoint; else the file's own
-    notes: list[str]  # lines for the user
+    Scaler and columns are the checkpoint's. With a checkpoint of other data (`--checkpoint` with a data set of its own,
+    or an old file without a record) they are the file's own.
 
+    Args:
+        in_program: the rows come later, as frames of a program; the series has the training's columns and no rows.
 
-def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
-    """The rows to go on from: those of `--predict_path`, else of `--data_path`.
-
-    Scaler and columns are the checkpoint's. With a checkpoint of other data (`--checkpoint` with a
-    data set of its own, or an old file without a record) they are the file's own. Fills in
-    `prompt_text` and `enc_in`.
+    Returns:
+        The series; whether scaler and columns are the checkpoint's; lines for the user.
 
     Raises:
         InputError: fewer than seq_len rows, columns of the training missing, or an unreadable file.
     """
-    if checkpoint.record:
-        checkpoint.scaler()  # refused here, before a file is read
-    elif args.predict_path:
+    if not checkpoint.record and (in_program or args.predict_path):
         got = "a file of older code, which does not say its columns"
-        raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record for --predict_path; use --data_path")
-    table = read_table(_find(args), args.fill_missing)
+        raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record; or forecast the file of --data_path")
+    if in_program:
+        names = checkpoint.scaler()[0]
+        series = on_the_trainings_scale(
+            Table(FRAME, pd.DatetimeIndex([]), names, np.empty((0, len(names)))), checkpoint, args
+        )
+        args.prompt_text, args.enc_in = args.prompt_text or checkpoint.prompt_text, len(series.columns)
+        return series, True, []
+    if args.predict_path is None:
+        path = find_csv(args.root_path, args.data_path)
+    else:
+        places = list(dict.fromkeys([Path(args.predict_path), *csv_places(args.root_path, args.predict_path)]))
+        path = next((place for place in places if place.is_file()), places[0])
+        if not path.is_file():
+            raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
+    table = read_table(path, args.fill_missing)
     if len(table.dates) < args.seq_len:
         raise input_error(table.path, f"{len(table.dates)} rows", f"at least --seq_len {args.seq_len}")
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
@@ -59,7 +71,12 @@ def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
     if trained:
         series = on_the_trainings_scale(table, checkpoint, args)
         args.prompt_text = args.prompt_text or checkpoint.prompt_text
-        notes += _differences(table, series, checkpoint)
+        extra = [name for name in table.columns if name not in checkpoint.record["columns"]]
+        if extra and checkpoint.flags.get("features") == "M":
+            notes.append(f"not forecast, for the training did not have them: {listed(extra)}")
+        step = checkpoint.record["data"].get("step")
+        if step not in (None, series.step_words):
+            notes.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {step}")
     else:
         series = own_scale(table, args.features, args.target)
         notes.append(f"zero-shot: {table.path.name} is not the data of the checkpoint; its own mean and deviation are used")
@@ -68,39 +85,11 @@ def read_history(args: Namespace, checkpoint: Checkpoint) -> History:
             args.prompt_text = make_description(series.dates, series.columns, low, high)
     gaps = gaps_in(series.dates[-args.seq_len :], series.step)
     if gaps:
-        between = "between {} and {}".format(*gaps[0])
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
+        between = "between {} and {}".format(*gaps[0])
         notes.append(f"WARNING: rows are missing {between}{more}, where the forecast goes on from; fill them first")
     args.enc_in = len(series.columns)
-    return History(series, trained, notes)
-
-
-def _find(args: Namespace) -> Path:
-    if args.predict_path is None:
-        return find_csv(args.root_path, args.data_path)
-    path = Path(args.predict_path)
-    places = list(dict.fromkeys([path, *csv_places(args.root_path, args.predict_path)]))
-    found = [place for place in places if place.is_file()]
-    if not found:
-        raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
-    return found[0]
-
-
-def no_rows_yet(args: Namespace, checkpoint: Checkpoint) -> History:
-    """The columns and the scale of a training, for rows that come later, from a program. Fills in as `read_history`.
-
-    Raises:
-        InputError: the checkpoint is one of older code, which has no record.
-    """
-    if not checkpoint.record:
-        got = "a file of older code, which does not say its columns"
-        raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record")
-    names = checkpoint.scaler()[0]
-    empty = Table(FRAME, pd.DatetimeIndex([]), names, np.empty((0, len(names))))
-    series = on_the_trainings_scale(empty, checkpoint, args)
-    args.prompt_text = args.prompt_text or checkpoint.prompt_text
-    args.enc_in = len(series.columns)
-    return History(series, True, [])
+    return series, trained, notes
 
 
 def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace) -> Series:
@@ -135,79 +124,37 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     )
 
 
-def _differences(table: Table, series: Series, checkpoint: Checkpoint) -> list[str]:
-    """Lines about what the file has otherwise than the training had."""
-    notes = []
-    extra = [name for name in table.columns if name not in checkpoint.record["columns"]]
-    if extra and checkpoint.flags.get("features") == "M":
-        notes.append(f"not forecast, for the training did not have them: {listed(extra)}")
-    trained = checkpoint.record["data"].get("step")
-    if trained not in (None, series.step_words):
-        notes.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {trained}")
-    return notes
-
-
-@torch.inference_mode()
-def roll(forecast: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, steps: int) -> torch.Tensor:
-    """Forecast `steps` rows `[steps, N]` after `x` `[T, N]`, going on from the forecast where it ends.
+def forecast_frame(
+    series: Series, dates: pd.DatetimeIndex, values: np.ndarray, window: np.ndarray, intervals: Intervals | None
+) -> pd.DataFrame:
+    """A forecast of a series.
 
     Args:
-        forecast: a window `[T, N]` -> `[H, N]`.
-    """
-    rows: list[torch.Tensor] = []
-    T = len(x)
-    while sum(len(row) for row in rows) < steps:
-        rows.append(forecast(x))
-        x = torch.cat([x, rows[-1]])[-T:]
-    return torch.cat(rows)[:steps]
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The rows that follow a series, its forecast columns in their own units.
-
-    Attributes:
         dates: `[steps]`.
-        values: `[steps, N]`.
-        bands: level in per cent -> lower and upper ends, each `[steps, N]`.
-        calibrated: how many of the rows have bands that were calibrated; those of later ones are only widened.
+        values: `[steps, N]` of the forecast columns, standardised.
+        window: `[T, N]`, the rows that the forecast goes on from, standardised.
+        intervals: all their levels become bands; None: no bands.
     """
+    columns, levels = series.forecast_columns, () if intervals is None else intervals.levels
+    parts = {"date": dates} | dict(zip(columns, series.to_own_units(values).T, strict=True))
+    unit = deviations(window.T)  # (N, 1)
+    ends = [
+        series.to_own_units(values + (unit * continued(offsets, len(values))).T).T  # (N, steps)
+        for level in levels
+        for offsets in intervals.band(level)  # type: ignore[union-attr]  # without intervals there are no levels
+    ]
+    by_column = [end[n] for n in range(len(columns)) for end in ends]
+    return pd.DataFrame(parts | dict(zip(band_columns(columns, levels), by_column, strict=True)))
 
-    columns: list[str]
-    dates: pd.DatetimeIndex
-    values: np.ndarray
-    bands: dict[float, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    calibrated: int = 0
 
-    def frame(self) -> pd.DataFrame:
-        """`date`, a column a channel, then of each channel the ends of its bands: `OT_lo80`, `OT_hi80`, ..."""
-        parts = {"date": self.dates} | dict(zip(self.columns, self.values.T, strict=True))
-        ends = [end[:, n] for n in range(len(self.columns)) for band in self.bands.values() for end in band]
-        return pd.DataFrame(parts | dict(zip(band_columns(self.columns, list(self.bands)), ends, strict=True)))
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame, columns: list[str], pred_len: int) -> "Forecast":
-        """What `frame` made, read again; other columns are left alone.
-
-        Args:
-            columns: those that are forecast.
-            pred_len: of the run, up to which bands are calibrated.
-
-        Raises:
-            InputError: it is no forecast of these columns.
-        """
-        missing = [name for name in ["date", *columns] if name not in frame.columns]
-        if missing or frame.empty:
-            got = f"no column {missing[0]!r}" if missing else "no rows"
-            raise input_error("forecast", got, "what predict has returned")
-        levels = levels_of([str(name) for name in frame.columns], columns)
-        names = iter(band_columns(columns, levels))
-        ends = np.array([frame[name].to_numpy(np.float64) for name in names]).reshape(
-            len(columns), len(levels), 2, len(frame)
-        )
-        bands = {level: (ends[:, i, 0].T, ends[:, i, 1].T) for i, level in enumerate(levels)}
-        dates = pd.DatetimeIndex(pd.to_datetime(frame["date"]), name=None)
-        return cls(columns, dates, frame[columns].to_numpy(np.float64), bands, min(len(frame), pred_len) if bands else 0)
+def mean_forecast(
+    forecasts: Sequence[pd.DataFrame], series: Series, seq_len: int, intervals: Intervals | None
+) -> pd.DataFrame:
+    """The mean of several models' forecasts of one series, with prediction intervals of its own."""
+    kept = series.forecast_slice
+    own = np.mean([forecast[series.forecast_columns].to_numpy() for forecast in forecasts], axis=0)
+    values = (own - series.mean[kept]) / series.deviation[kept]
+    return forecast_frame(series, forecasts[0]["date"], values, series.values[-seq_len:, kept], intervals)
 
 
 def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
@@ -225,90 +172,113 @@ def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
     return names
 
 
-def levels_of(names: Sequence[str], columns: Sequence[str]) -> list[float]:
-    """The levels of which all bands of `columns` are among `names`, in the order of the names."""
-    found = (re.fullmatch(re.escape(columns[0]) + r"_lo(\d+(?:\.\d+)?)_*", name) for name in names if name not in columns)
-    levels = list(dict.fromkeys(float(match[1]) for match in found if match))
-    return [level for level in levels if set(band_columns(columns, [level])) <= set(names)]
+def bands_of(forecast: pd.DataFrame, columns: Sequence[str]) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """The bands of a forecast of `columns`: level in per cent -> lower and upper ends, each `[steps, N]`."""
+    names = [str(name) for name in forecast.columns if name not in columns]
+    found = (re.fullmatch(re.escape(columns[0]) + r"_lo(\d+(?:\.\d+)?)_*", name) for name in names)
+    bands = {}
+    for level in dict.fromkeys(float(match[1]) for match in found if match):
+        ends = band_columns(columns, [level])
+        if set(ends) <= set(names):
+            bands[level] = forecast[ends[::2]].to_numpy(np.float64), forecast[ends[1::2]].to_numpy(np.float64)
+    return bands
 
 
-def forecast_rows(
-    job: Job, histories: Sequence[Series], steps: int, shared: Shared, intervals: Intervals | None
-) -> list[Forecast]:
-    """Forecast the `steps` rows that follow each of the series, all of them at once.
-
-    Args:
-        histories: series of the same columns on the same scale, each of seq_len rows or more.
-        shared: what the model's `shared` gave.
-        intervals: of which all levels become bands; None: no bands.
+def leave_forecast(job: Job, forecast: pd.DataFrame) -> None:
+    """Write a forecast of the job's series, and its picture, to the job's folder, and say so.
 
     Raises:
-        InputError: rows without a common step.
+        InputError: `--append`, and the history has another forecast from the same row, or other columns.
+        StorageError: the file system refused.
     """
-    T, H, S = job.args.seq_len, job.args.pred_len, len(histories)
-    model, kept = job.model.eval(), histories[0].forecast_slice
-    dates = [series.future_dates(steps) for series in histories]
-    marks = None if model.channel_independent else _marks(job, histories, -(-steps // H) * H)
-    starts = itertools.count(0, H)  # of the windows, in rows after the first one's
+    args, log, series = job.args, job.log, job.series
+    rows, horizon = len(forecast), args.pred_len
+    log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {series.step_words}")
+    if rows > horizon:
+        times = (rows - 1) // horizon
+        log(
+            f"--predict_steps {rows} is more than --pred_len {horizon}: the forecast was continued "
+            f"from itself {times} time{'s' if times > 1 else ''}, so its errors add up"
+        )
+        if bands_of(forecast, series.forecast_columns):
+            first = f"row {horizon + 1}, {forecast['date'][horizon]}"
+            log(f"Prediction intervals: from {first}, on they are not calibrated, only widened")
+    if job.accelerator.is_main_process:
+        with writing(job.folder / FORECAST):
+            job.folder.mkdir(parents=True, exist_ok=True)
+        for line in write_forecast(job.folder, forecast, series.dates[-1], args.append):
+            log(line)
+        if args.plots:
+            from utils.results.plots import draw_forecast  # only now: matplotlib takes a second to load
 
-    def forecast(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(job.device)  # (T, S*N)
-        if marks is None:
-            return forecast_within_memory(job, _sequences(x.t()), shared, SEQUENCES).t().cpu()  # (H, S*N)
-        start = next(starts)
-        windows = x.unflatten(1, (S, -1)).transpose(0, 1)  # (S, T, N)
-        known, ahead = marks[:, start : start + T], marks[:, start + T - job.args.label_len : start + T + H]
-        rows = []
-        for first in range(0, S, job.args.eval_batch_size):  # whole windows are not cut any smaller
-            part = slice(first, first + job.args.eval_batch_size)
-            sequences = _sequences(windows[part].transpose(1, 2).flatten(0, 1))
-            sequences.windows = Windows(windows[part], known[part], ahead[part], slice(None))
-            rows.append(forecast_within_memory(job, sequences, shared))
-        return torch.cat(rows).t().cpu()
-
-    # The series lie side by side, so that the sums of each are those that it has alone.
-    window = np.concatenate([series.values[-T:, kept] for series in histories], axis=1)  # (T, S*N)
-    rows = np.split(roll(forecast, torch.from_numpy(window), steps).numpy(), S, axis=1)  # S of (steps, N)
-    units = np.split(deviations(window.T), S)  # S of (N, 1)
-    found = []
-    for series, days, values, unit in zip(histories, dates, rows, units, strict=True):
-        bands = {} if intervals is None else _bands(series, values, unit, intervals)
-        columns = series.forecast_columns
-        found.append(Forecast(columns, days, series.to_own_units(values), bands, min(steps, H) if bands else 0))
-    return found
+            draw_forecast(job, forecast)
+    log(f"Forecast saved at: {job.folder / FORECAST}")
 
 
-def mean_forecast(
-    forecasts: Sequence[Forecast], series: Series, seq_len: int, pred_len: int, intervals: Intervals | None
-) -> Forecast:
-    """The mean of several models' forecasts of one series, with bands of its own."""
-    first, kept = forecasts[0], series.forecast_slice
-    own = np.mean([each.values for each in forecasts], axis=0)
-    if intervals is None:
-        return replace(first, values=own, bands={}, calibrated=0)
-    standardised = (own - series.mean[kept]) / series.deviation[kept]
-    bands = _bands(series, standardised, deviations(series.values[-seq_len:, kept].T), intervals)
-    return replace(first, values=own, bands=bands, calibrated=min(len(own), pred_len))
+def write_forecast(folder: Path, forecast: pd.DataFrame, origin: pd.Timestamp, append: bool = False) -> list[str]:
+    """Write forecast.csv; with `append` forecasts.csv, too.
+
+    Another forecast that lies there as forecast.csv is moved aside, unless forecasts.csv has it.
+
+    Args:
+        origin: the last date that was known.
+
+    Returns:
+        Lines for the log.
+
+    Raises:
+        InputError: forecasts.csv has another forecast from this origin, or other columns; nothing is written then.
+        StorageError: the file system refused.
+    """
+    path, lines = folder / FORECAST, []
+    text = forecast.to_csv(index=False, float_format="%.8g", lineterminator="\n")
+    history, earlier = _text(folder / HISTORY), _text(path)
+    if append:
+        longer = _with_forecast(folder / HISTORY, history, text, str(origin))
+        if longer != history:
+            write_text(folder / HISTORY, longer)
+        history = longer
+        lines.append(f"History of forecasts: {folder / HISTORY}")
+    held = {line.partition(",")[2] for line in history.splitlines()}
+    if earlier != text and path.is_file() and (not earlier or not set(earlier.splitlines()) <= held):
+        rows = earlier.splitlines()[1:] or [""]
+        date = pd.to_datetime(rows[0].partition(",")[0], errors="coerce")
+        stem = "forecast.earlier" if pd.isna(date) else f"forecast.{date:%Y-%m-%dT%H-%M-%S}"  # after its first row
+        names = itertools.chain([f"{stem}.csv"], (f"{stem}.{number}.csv" for number in itertools.count(1)))
+        aside = next(folder / name for name in names if not (folder / name).exists() or _text(folder / name) == earlier)
+        with writing(aside):
+            path.replace(aside)
+        lines.append(f"An earlier forecast is now in: {aside}")
+    if earlier != text:
+        write_text(path, text)
+    return lines
 
 
-def _bands(
-    series: Series, values: np.ndarray, unit: np.ndarray, intervals: Intervals
-) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-    """Bands in own units around standardised forecasts `[steps, N]`; unit `[N, 1]`: deviation of the last known window."""
-    found = {}
-    for level in intervals.levels:
-        low, high = (values + (unit * continued(offsets, len(values))).T for offsets in intervals.band(level))
-        found[level] = series.to_own_units(low), series.to_own_units(high)
-    return found
+def _with_forecast(path: Path, history: str, forecast: str, origin: str) -> str:
+    """The text of forecasts.csv with one more forecast; as it is where it has this forecast already."""
+    header, *rows = (f"{origin},{line}\n" for line in forecast.splitlines())
+    header = ORIGIN + header.removeprefix(origin)
+    history = history or header
+    if not history.startswith(header):
+        had, hint = history.partition("\n")[0], "move it away, or forecast with the columns and --intervals that it has"
+        raise input_error(path, f"the columns {had[:200]}", f"those of this forecast, {header.strip()}"[:300], hint)
+    if not history.endswith("\n"):
+        raise input_error(path, "a last line that is cut short", "whole lines", "remove that line")
+    same = [line for line in history.splitlines(keepends=True) if line.startswith(f"{origin},")]
+    if not same:
+        return history + "".join(rows)
+    held, new = (pd.read_csv(io.StringIO(header + "".join(lines)), index_col=[0, 1]) for lines in (same, rows))
+    # A GPU's sums differ a little from one run to the next.
+    if not held.index.equals(new.index) or not np.allclose(held, new, rtol=1e-4, atol=0, equal_nan=True):
+        got = f"another forecast from {origin} than the one to append ({len(same)} and {len(rows)} rows)"
+        hint = "nothing was written; leave --append out to have this one in forecast.csv alone"
+        raise input_error(path, got, "the same one, or none", hint)
+    return history
 
 
-def _sequences(x: torch.Tensor) -> Batch:
-    """Sequences `[M, T]` whose truth is not known."""
-    return Batch(x, x.new_empty(len(x), 0))
-
-
-def _marks(job: Job, histories: Sequence[Series], ahead: int) -> torch.Tensor:
-    """Time marks `[S, T + ahead, F]` of the last T rows of each series, and of those that follow them."""
-    rows = [series.dates[-job.args.seq_len :].append(series.future_dates(ahead)) for series in histories]
-    marks = [time_marks(pd.DatetimeIndex(dates), job.args.freq, job.args.embed) for dates in rows]
-    return torch.from_numpy(np.stack(marks)).to(job.device)
+def _text(path: Path) -> str:
+    """The text of a file; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise input_error(path, f"a file that cannot be read ({error})", "a forecast", "move it away") from None

@@ -1,11 +1,25 @@
-"""Lines of a run: on stdout, and in `train.log` in the run's folder; its progress bar and its memory."""
+"""What a run says as it goes: printed lines and train.log, history.csv and steps.csv, TensorBoard events."""
 
+import csv
+import io
 import os
 import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from tqdm import tqdm
+
+from utils.saving.files import write_text, writing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+HISTORY, STEPS = "history.csv", "steps.csv"
+POINTS = 100  # step losses kept an epoch
 
 
 class RunLog:
@@ -13,15 +27,26 @@ class RunLog:
 
     Where one of the two can no longer be written (a closed terminal, a full disk) the other goes on:
     a run does not end for the sake of a line.
+
+    Attributes:
+        lines: those that were not printed, of a log without a terminal.
     """
 
-    def __init__(self, path: Path | None):
-        """`path` None prints only (processes of a group other than the first print nothing)."""
-        self.path = path
-        self._file_lost = False
+    def __init__(self, path: Path | None = None, terminal: bool = True):
+        self.path, self.terminal = path, terminal
+        self.lines: list[str] = []
+        self._warned = False
 
     def __call__(self, line: str) -> None:
-        self._print(line)
+        if not self.terminal:
+            self.lines.append(line)
+        else:
+            try:
+                tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
+                sys.stdout.flush()
+            except OSError:
+                # Nobody reads any more. Python itself would complain once more at its end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.note(line)
 
     def note(self, line: str) -> None:
@@ -29,48 +54,94 @@ class RunLog:
         if self.path is None:
             return
         try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            with open(os.open(self.path, flags, 0o644), "a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            if not self._file_lost:
-                self._print(f"WARNING: {self.path} cannot be written ({error.strerror})")
-            self._file_lost = True
-
-    @staticmethod
-    def _print(line: str) -> None:
-        try:
-            tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
-            sys.stdout.flush()
-        except OSError:
-            # Nobody reads any more. Python itself would complain once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not self._warned:
+                self._warned = True
+                self(f"WARNING: {self.path} cannot be written ({error.strerror})")
 
 
-class SilentLog(RunLog):
-    """The log of the other processes of a group."""
+@dataclass
+class Journal:
+    """Writes history.csv, a row an epoch, and steps.csv, about POINTS losses an epoch; one process of a group has it.
 
-    def __init__(self):
-        super().__init__(None)
-
-    def __call__(self, line: str) -> None:
-        """Print nothing."""
-
-
-class KeptLog(RunLog):
-    """The log of a program: nothing is printed, and the lines that a user would have read are kept.
-
-    Attributes:
-        lines: so far.
+    A step loss is the mean over the iterations since the one before it.
     """
 
-    def __init__(self):
-        super().__init__(None)
-        self.lines: list[str] = []
+    folder: Path
+    steps_per_epoch: int
+    events: "SummaryWriter | None" = None
+    _since: list[float] = field(default_factory=list)  # losses since the last row of steps
+    _waiting: list[tuple] = field(default_factory=list)  # rows of steps that are not written yet
 
-    def __call__(self, line: str) -> None:
-        """Keep a line."""
-        self.lines.append(line)
+    def start(self, epoch: int, iteration: int) -> None:
+        """Drop step losses after (epoch, iteration): these steps will be done again."""
+        rows = [row for row in read_rows(self.folder / STEPS)
+                if (int(row["epoch"]), int(row["iteration"])) <= (epoch, iteration)]  # fmt: skip
+        _write_rows(self.folder / STEPS, rows, ["epoch", "iteration", "loss", "learning_rate"])
+
+    def step(self, epoch: int, iteration: int, loss: float, lr: float) -> None:
+        """Record the loss of an iteration (counted from 1)."""
+        self._since.append(loss)
+        if iteration % max(1, self.steps_per_epoch // POINTS) == 0:
+            self._waiting.append((epoch, iteration, sum(self._since) / len(self._since), lr))
+            self._since = []
+
+    def flush(self) -> None:
+        """Write the step losses that wait."""
+        rows, self._waiting = self._waiting, []
+        path = self.folder / STEPS
+        with writing(path), path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        if self.events is not None:
+            for epoch, iteration, loss, lr in rows:
+                at = (epoch - 1) * self.steps_per_epoch + iteration
+                self.events.add_scalar("step/loss", loss, at)
+                self.events.add_scalar("step/learning_rate", lr, at)
+
+    def epoch(self, history: list[dict], costs: dict[str, float]) -> None:
+        """Write history.csv anew from all epochs so far.
+
+        Args:
+            history: losses, a row an epoch, with its number under "epoch".
+            costs: time and memory of the last one. Those of earlier epochs are in the file.
+        """
+        self.flush()
+        before = {int(row["epoch"]): row for row in read_rows(self.folder / HISTORY)}
+        rows = [{name: before.get(row["epoch"], {}).get(name) for name in costs} | row for row in history]
+        rows[-1] |= costs
+        _write_rows(self.folder / HISTORY, rows, [*history[-1], *costs])
+        if self.events is not None:
+            for name in rows[-1].keys() - {"epoch"}:
+                self.events.add_scalar(f"epoch/{name}", rows[-1][name], rows[-1]["epoch"])
+            self.events.flush()
+
+    def close(self) -> None:
+        """Close the events' file."""
+        if self.events is not None:
+            self.events.close()
+
+
+def tensorboard_writer(folder: Path, log: RunLog) -> "SummaryWriter | None":
+    """A writer of events to `folder`/tensorboard; None, with a line, where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        log("--tensorboard: TensorBoard is not installed (pip install tensorboard); the run goes on without events")
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none where there is no file. A last row that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    return [row for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))) if None not in row.values()]
+
+
+def _write_rows(path: Path, rows: list[dict], columns: list[str]) -> None:
+    write_text(path, pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def progress_bar(total: int, done: int = 0) -> tqdm:

@@ -13,8 +13,7 @@ from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from models.forecaster import Forecaster
 from utils.results.bands import Intervals
-from utils.results.journal import Journal
-from utils.results.log import RunLog
+from utils.results.log import Journal, RunLog
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts

@@ -1,4 +1,4 @@
-"""Forecasts from a trained run, its results and its record, by the command line."""
+"""Forecasts by the command line: a run's numbers by hand, its files, and the history that --append keeps."""
 
 import csv
 import json
@@ -14,13 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_provider.timestamps import future_dates, infer_step
+from data_provider.batches import Batch
 from layers.errors import InputError
 from models.TimeLLM import Model
+from tests import small_run
 from tests.realdata import ROOT
-from utils.flags import parse_flags
-from utils.results.forecast import read_history, roll
-from utils.saving.checkpoint import Checkpoint
+from utils.results.forecast import band_columns, write_forecast
 from utils.saving.files import read_record
 
 COLUMNS = ["load", "OT", "price €"]
@@ -74,18 +73,9 @@ def by_hand(folder: Path, run: Path, file: str, steps: int) -> np.ndarray:
     known = len(rows)
     with torch.inference_mode():
         while len(rows) < known + steps:
-            rows = torch.cat([rows, model(rows[None, -T:])[0]])
+            x = rows[-T:].t()  # (N, T)
+            rows = torch.cat([rows, model(Batch(x, x[:, :0])).t()])
     return rows[known : known + steps].double().numpy() * deviation + mean
-
-
-def test_what_was_read_off_the_file_is_printed(trained):
-    _, run, out = trained
-    assert "240 rows from 2024-02-19 00:00:00 to 2024-02-28 23:00:00, step: 1 hour" in out
-    assert "3 channels: load, OT, price €; all columns are forecast (target: OT)" in out
-    assert "rows: train 168, val 24, test 48 (70 %, 10 %, 20 %)" in out
-    assert "prompt: The data hold 3 series, measured every hour" in out
-    record = read_record(run)
-    assert record["flags"]["prompt_text"].startswith("The data hold") and record["target"] == "OT"
 
 
 def test_forecast_is_prediction_times_deviation_plus_mean(trained):
@@ -100,36 +90,39 @@ def test_forecast_is_prediction_times_deviation_plus_mean(trained):
 
 def test_results_agree_with_each_other(trained):
     folder, run, out = trained
-    metrics = json.loads((run / "metrics.json").read_text())
-    held = np.load(run / "predictions.npz")
+    metrics, held = json.loads((run / "metrics.json").read_text()), np.load(run / "predictions.npz")
     values = pd.read_csv(folder / "own.csv")[COLUMNS].to_numpy()
-    windows = 48 - H + 1
-    assert held["pred"].shape == (windows, H, 3) and metrics["windows"] == windows
-    for window in (0, windows - 1):  # the truth of window w are rows 192 + w on
-        np.testing.assert_allclose(held["true"][window], values[192 + window : 198 + window], rtol=1e-5)
+    truth = np.lib.stride_tricks.sliding_window_view(values[192:], H, axis=0).swapaxes(1, 2)  # the test's rows are 192 on
+    assert held["pred"].shape == truth.shape and metrics["windows"] == len(truth)
+    np.testing.assert_allclose(held["true"], truth, rtol=1e-5)
     assert pd.Timestamp(held["start"][0]) == pd.Timestamp("2024-02-27 00:00")
-    error = (held["pred"].astype(float) - held["true"]) / held["deviation"]
+    own = held["pred"] - truth
+    error = own / held["deviation"]
     assert metrics["test"]["mse"] == pytest.approx(np.mean(error**2), rel=1e-4)
     assert metrics["standardised"]["all"]["mae"] == pytest.approx(metrics["test"]["mae"], rel=1e-6)
-    price = held["pred"][..., 2].astype(float) - held["true"][..., 2]
-    assert metrics["own_units"]["channels"]["price €"]["rmse"] == pytest.approx(np.sqrt(np.mean(price**2)), rel=1e-4)
+    rmse = metrics["own_units"]["channels"]["price €"]["rmse"]
+    assert rmse == pytest.approx(np.sqrt(np.mean(own[..., 2] ** 2)), rel=1e-4)
     assert metrics["standardised"]["steps"]["mse"][3] == pytest.approx(np.mean(error[:, 3] ** 2), rel=1e-4)
-    assert [row["name"] for row in metrics["baselines"]["rows"]] == ["last value", "last season", "ridge"]
     assert f"Test MSE: {metrics['test']['mse']:.7f}" in out
 
 
-def test_record_of_the_run(trained):
-    _, run, out = trained
-    rows = list(csv.DictReader((run / "history.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+def test_what_a_run_says_and_leaves(trained):
+    folder, run, out = trained
+    for line in (
+        "240 rows from 2024-02-19 00:00:00 to 2024-02-28 23:00:00, step: 1 hour",
+        "3 channels: load, OT, price €; all columns are forecast (target: OT)",
+        "rows: train 168, val 24, test 48 (70 %, 10 %, 20 %)",
+        "prompt: The data hold 3 series, measured every hour",
+    ):
+        assert line in out
+    rows, steps = (list(csv.DictReader((run / name).open())) for name in ("history.csv", "steps.csv"))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and len(steps) == 12
     assert f"Vali Loss: {float(rows[1]['vali_loss']):.4f}" in out and float(rows[0]["seconds"]) > 0
-    steps = list(csv.DictReader((run / "steps.csv").open()))
-    assert len(steps) == 12
     losses = [float(row["loss"]) for row in steps if row["epoch"] == "1"]
     assert np.mean(losses) == pytest.approx(float(rows[0]["train_loss"]), rel=1e-5)
-    pictures = {path.name for path in (run / "plots").iterdir()}
-    assert pictures == {"error_by_step.png", "forecast.png", "loss_by_epoch.png", "test_windows.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "plots").iterdir())
+    pictures = {path.name: path.read_bytes()[:4] for path in (run / "plots").iterdir()}
+    names = ("error_by_step", "forecast", "loss_by_epoch", "test_windows")
+    assert pictures == {f"{name}.png": b"\x89PNG" for name in names}
 
 
 def test_forecast_of_another_file_rolls_on(trained):
@@ -169,48 +162,126 @@ def test_zero_shot_leaves_the_trainings_results_alone(trained):
     assert (run / "metrics.json").read_bytes() == before
 
 
-def test_summary_has_a_row_a_run(trained):
-    folder, run, _ = trained
-    command = [sys.executable, str(ROOT / "scripts" / "summary.py"), "checkpoints", "--csv", "runs.csv"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    assert run.name in done.stdout and "best_epoch" in done.stdout
-    row = next(row for row in csv.DictReader((folder / "runs.csv").open()) if row["run"] == run.name)
-    assert float(row["mse"]) == json.loads((run / "metrics.json").read_text())["test"]["mse"]
-    assert row["epochs"] == "2"
-
-
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
         (T - 1, COLUMNS, "x.csv: got 23 rows, expected at least --seq_len 24"),
         (T, COLUMNS[:2], "x.csv: got no column 'price €', expected the columns of the training: load, OT, price €"),
+        (0, COLUMNS, "--predict_path: got no file "),
     ],
 )
-def test_files_that_do_not_fit_are_named(trained, tmp_path, rows, columns, message):
-    _, run, _ = trained
-    make_file(tmp_path / "x.csv", rows, pd.date_range("2020", periods=rows, freq="h"), columns)
-    args = parse_flags(
-        ["--is_training", "0", "--do_predict", "--checkpoint", str(run), "--predict_path", str(tmp_path / "x.csv")]
-    )
-    with pytest.raises(InputError, match=message):
-        read_history(args, Checkpoint.open(run))
+def test_files_that_do_not_fit_are_named(trained, tmp_path, capsys, rows, columns, message):
+    if rows:
+        make_file(tmp_path / "x.csv", rows, pd.date_range("2020", periods=rows, freq="h"), columns)
+    words = [
+        "--is_training",
+        "0",
+        "--do_predict",
+        "--checkpoint",
+        str(trained[1]),
+        "--predict_path",
+        str(tmp_path / "x.csv"),
+    ]
+    assert message in small_run.refusal(words, capsys)
 
 
-def test_rolling_goes_on_from_the_forecast():
-    seen = []
+HOURS = pd.date_range("2024-02-28 22:00", periods=12, freq="h")  # a midnight among them, of a leap day
 
-    def forecast(x):
-        seen.append(x.clone())
-        return x[-1] + torch.arange(1.0, 4.0)[:, None]  # counts on
 
-    found = roll(forecast, torch.arange(5.0)[:, None], 7)
-    assert found[:, 0].tolist() == [5, 6, 7, 8, 9, 10, 11]
-    assert [x[:, 0].tolist() for x in seen] == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [6, 7, 8, 9, 10]]
+def write(folder: Path, origin: int, append=True, seed=0, steps=4, levels=(80,), columns=("load", "OT")) -> list[str]:
+    """Write a made-up forecast from row `origin` of HOURS."""
+    values = np.random.default_rng(seed).standard_normal((steps, len(columns)))
+    ends = [values[:, n] + way * level for n in range(len(columns)) for level in levels for way in (-1, 1)]
+    table = [*values.T, *ends]
+    names = [*columns, *band_columns(columns, levels)]
+    frame = pd.DataFrame({"date": HOURS[origin + 1 : origin + 1 + steps]} | dict(zip(names, table, strict=True)))
+    return write_forecast(folder, frame, HOURS[origin], append)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_no_two_columns_have_one_name() -> None:
+    found = band_columns(["load", "OT"], [80, 99.5])
+    assert found == ["load_lo80", "load_hi80", "load_lo99.5", "load_hi99.5", "OT_lo80", "OT_hi80", "OT_lo99.5", "OT_hi99.5"]
+    columns = ["a", "a_lo80", "a_lo80_", "b"]
+    names = band_columns(columns, [80])
+    assert names[:2] == ["a_lo80__", "a_hi80"] and len({*columns, *names}) == 4 + 8
+
+
+def test_a_history_has_the_rows_of_each_origin_once(tmp_path: Path) -> None:
+    for origin in (0, 1, 2):
+        assert write(tmp_path, origin, seed=origin) == [f"History of forecasts: {tmp_path / 'forecasts.csv'}"]
+    assert set(files(tmp_path)) == {"forecast.csv", "forecasts.csv"}  # the history has what forecast.csv had
+    held = pd.read_csv(tmp_path / "forecasts.csv", parse_dates=["origin"], date_format="ISO8601")
+    assert list(held.columns) == ["origin", "date", "load", "OT", "load_lo80", "load_hi80", "OT_lo80", "OT_hi80"]
+    assert held["origin"].tolist() == [HOURS[origin] for origin in (0, 1, 2) for _ in range(4)]
+    last = held[held["origin"] == HOURS[2]].drop(columns="origin").reset_index(drop=True)
+    assert last.equals(pd.read_csv(tmp_path / "forecast.csv"))
+    np.testing.assert_allclose(held["OT_lo80"], held["OT"] - 80, rtol=1e-6)
+    before = files(tmp_path)
+    write(tmp_path, 2, seed=2)
+    assert files(tmp_path) == before
+    write(tmp_path, 0)  # an earlier one, which the history has
+    assert (tmp_path / "forecasts.csv").read_bytes() == before["forecasts.csv"]
 
 
 @pytest.mark.parametrize(
-    ("freq", "last"), [("ME", "2024-01-31"), ("D", "2024-02-28"), ("B", "2024-02-23"), ("15min", "2024-02-28 23:45")]
-)
-def test_dates_across_month_ends_leap_days_and_weekends(freq, last):
-    dates = pd.date_range(end=last, periods=40, freq=freq)
-    assert (future_dates(dates, 12, infer_step(dates)) == pd.date_range(last, periods=13, freq=freq)[1:]).all()
+    ("changes", "damage", "message"),
+    [
+        ({"seed": 1}, None, r"got another forecast from 2024-02-28 22:00:00 than the one to append \(4 and 4 rows\)"),
+        ({"steps": 6}, None, r"got another forecast from 2024-02-28 22:00:00 than the one to append \(4 and 6 rows\)"),
+        ({"levels": (80, 95)}, None, "got the columns origin,date,load,OT,load_lo80,load_hi80,OT_lo80,OT_hi80, expected "),
+        ({"columns": ("load", "wind")}, None, "got the columns origin,date,load,OT,"),
+        ({}, b"origin,date,load\n", "got the columns origin,date,load, expected those"),
+        ({}, b"\xff\xfe", "got a file that cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_a_history_cannot_take_is_refused_and_nothing_is_written(tmp_path, changes, damage, message) -> None:
+    write(tmp_path, 0)
+    if damage:
+        (tmp_path / "forecasts.csv").write_bytes(damage)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=rf"forecasts\.csv: {message}") as caught:
+        write(tmp_path, 0, **changes)
+    assert "\n" not in str(caught.value) and files(tmp_path) == before
+
+
+def test_without_a_history_an_earlier_forecast_is_moved_aside(tmp_path: Path) -> None:
+    assert write(tmp_path, 0, append=False) == [] == write(tmp_path, 0, append=False)  # the same: nothing to say
+    first = (tmp_path / "forecast.csv").read_bytes()
+    aside = tmp_path / "forecast.2024-02-28T23-00-00.csv"  # after its first date
+    assert write(tmp_path, 3, append=False) == [f"An earlier forecast is now in: {aside}"]
+    assert aside.read_bytes() == first
+    second = (tmp_path / "forecast.csv").read_bytes()
+    write(tmp_path, 0, append=False, seed=5)  # another one from the first origin, as after a new training
+    other = (tmp_path / "forecast.csv").read_bytes()
+    (line,) = write(tmp_path, 1, append=False)
+    assert line.endswith("forecast.2024-02-28T23-00-00.1.csv")
+    kept = files(tmp_path)
+    assert kept.pop("forecast.csv") != other and sorted(kept.values()) == sorted([first, second, other])
+    for text in ("mine\n", "date,x\nsoon,1\n"):  # somebody else's
+        (tmp_path / "forecast.csv").write_text(text)
+        assert write(tmp_path, 0, append=False)[0].split("forecast.")[-1] in ("earlier.csv", "earlier.1.csv")
+        assert any(held == text.encode() for held in files(tmp_path).values())
+
+
+def test_a_file_that_grows_is_forecast_hour_by_hour(tmp_path: Path, backbones, capsys) -> None:
+    small_run.write_csv(tmp_path / "series.csv", 400)
+    rows = (tmp_path / "series.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "series.csv").write_text("".join(rows[:360]))
+    off = {"plots": 0, "torch_checkpoint": 0, "save_predictions": 0}
+    words = small_run.command_line(tmp_path, backbones["qwen2"], model="Ridge", **off)
+    small_run.train(words, capsys)
+    run, H = small_run.run_folder(words), small_run.PRED_LEN
+    alone = ["--is_training", "0", "--do_predict", "--plots", "0", "--device", "cpu", "--checkpoint", str(run)]
+    for last in (360, 361, 365):
+        (tmp_path / "series.csv").write_text("".join(rows[:last]))
+        lines = small_run.train([*alone, "--append"], capsys)
+        assert not any("Epoch" in line or "now in" in line for line in lines)
+    origins = [rows[last - 1].split(",")[0] for last in (360, 361, 365)]
+    assert pd.read_csv(run / "forecasts.csv")["origin"].tolist() == [origin for origin in origins for _ in range(H)]
+    rolled = small_run.train([*alone, "--predict_steps", str(H + 2)], capsys)
+    first = pd.Timestamp(origins[-1]) + pd.Timedelta(hours=H + 1)
+    assert f"Prediction intervals: from row {H + 1}, {first}, on they are not calibrated, only widened" in rolled

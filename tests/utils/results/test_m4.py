@@ -25,8 +25,8 @@ from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, refusal, run_folder, train, train_in_two_processes
 from utils.flags import parse_flags
-from utils.results.comparison import report
 from utils.results.m4 import PAPER, Errors, grouped, naive2, table
+from utils.results.report import report
 
 # As the published script has them; what it leaves out follows from the pattern.
 PUBLISHED = {

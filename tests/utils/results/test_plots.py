@@ -1,4 +1,4 @@
-"""Pictures: pages for many channels, names that no font can draw, very short runs."""
+"""Pictures: pages for many channels, names that no font can draw, bands, very short runs."""
 
 import warnings
 
@@ -8,67 +8,57 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.dates import date2num
 
+from tests.small_run import command_line, run_folder, train, write_csv
 from utils.errors import StorageError
-from utils.results.forecast import Forecast
-from utils.results.plots import draw_forecast, draw_losses, draw_steps, draw_windows, forecast_figure, panels_of
-from utils.results.test_pass import Window
+from utils.results.forecast import bands_of
+from utils.results.plots import draw_losses, forecast_figure, panels_of
+
+LOSSES = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]
 
 
-@pytest.mark.parametrize(("channels", "pages"), [(1, 1), (7, 1), (21, 3)])
-def test_pages(tmp_path, channels, pages):
-    dates, values = pd.date_range("2020", periods=30, freq="h"), np.random.default_rng(0).random((30, channels))
-    later = pd.date_range("2020-01-02 06:00", periods=6, freq="h")
-    bands = {level: (values[:6] - level / 100, values[:6] + level / 100) for level in (80.0, 95.0)}
-    forecast = Forecast([f"c{i}" for i in range(channels)], later, values[:6], bands, 4)
-    drawn = draw_forecast(tmp_path, (dates, values), forecast, "1 hour")
-    assert [path.name for path in drawn] == (
-        ["forecast.png"] if pages == 1 else [f"forecast_{page}.png" for page in range(1, pages + 1)]
-    )
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-
-
-def test_odd_names_and_one_row_ahead_draw_without_a_warning(tmp_path):
-    dates, values = pd.date_range("2001-01-31", periods=25, freq="ME"), np.arange(25.0)[:, None]
-    window = Window(dates, values[:24], values[24:], values[24:] + 1, {"lo80": values[24:], "hi80": values[24:] + 2})
+def test_a_run_of_many_channels_with_odd_names_and_one_row_ahead(tmp_path, backbones, capsys):
+    odd = ["销量 $a$ of $b", "W/m\ufffd", "x" * 200, "𓀀"]
+    write_csv(tmp_path / "series.csv", 320, (*odd, *(f"c{n}" for n in range(16)), "OT"))
+    flags = {"model": "Ridge", "pred_len": 1, "do_predict": True, "train_epochs": 1}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name in ("销量 $a$ of $b", "W/m\ufffd", "x" * 200, "𓀀"):
-            draw_windows(tmp_path, [name], [window] * 2, "1 month")
-        draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
-        draw_steps(tmp_path, {"steps": {"mse": [0.4], "mae": [0.3]}, "all": {"mse": 0.4, "mae": 0.3}}, "1 month")
+        warnings.simplefilter("error", UserWarning)  # matplotlib's of a missing glyph
+        words = command_line(tmp_path, backbones["qwen2"], **flags)
+        train(words, capsys)
+    pages = [f"{kind}_{page}.png" for kind in ("test_windows", "forecast") for page in (1, 2, 3)]
+    drawn = {path.name: path.read_bytes()[:4] for path in (run_folder(words) / "plots").iterdir()}
+    assert drawn == dict.fromkeys([*pages, "error_by_step.png", "loss_by_epoch.png"], b"\x89PNG")
 
 
 def test_bands_open_at_the_last_known_row_and_are_lighter_where_they_are_only_widened():
-    dates, values = pd.date_range("2020", periods=5, freq="D"), np.arange(5.0)[:, None]
-    ends = {80.0: (values[3:] - 1, values[3:] + 1), 95.0: (values[3:] - 2, values[3:] + 3)}
-    forecast = Forecast(["a"], dates[3:], values[3:], ends, 1)
-    figure = forecast_figure(panels_of((dates[:3], values[:3]), forecast), "1 day")
+    days, values = pd.date_range("2020", periods=5, freq="D"), np.arange(5.0)
+    history = pd.DataFrame({"a": values[:3]}, days[:3])
+    forecast = pd.DataFrame({"date": days[3:], "a": values[3:]})
+    for level, low, high in ((80, 1, 1), (95, 2, 3)):
+        forecast[f"a_lo{level}"], forecast[f"a_hi{level}"] = values[3:] - low, values[3:] + high
+    ahead = forecast.set_index("date")[["a"]]
+    figure = forecast_figure(panels_of(history, ahead, bands_of(forecast, ["a"]), 1), "1 day")
     wide, wider, narrow, narrower = figure.axes[0].collections  # the widest first, so that it lies below
     assert (wide.get_label(), narrow.get_label()) == ("95 %", "80 %")
     assert wide.get_alpha() < narrow.get_alpha()
     assert wider.get_alpha() < wide.get_alpha() and narrower.get_alpha() < narrow.get_alpha()
 
     def corners(shade):
-        points = {(round(x - date2num(dates[0]), 6), round(y, 6)) for x, y in shade.get_paths()[0].vertices}
+        points = {(round(x - date2num(days[0]), 6), round(y, 6)) for x, y in shade.get_paths()[0].vertices}
         return {point for point in points if point[0] >= 0}
 
     assert corners(wide) == {(2, 2), (3, 1), (3, 6)}
     assert corners(wider) == {(3, 1), (3, 6), (4, 2), (4, 7)}
     assert corners(narrow) == {(2, 2), (3, 2), (3, 4)} and corners(narrower) == {(3, 2), (3, 4), (4, 3), (4, 5)}
-    plain = forecast_figure(panels_of((dates[:3], values[:3]), Forecast(["a"], dates[3:], values[3:])), "1 day")
-    assert not plain.axes[0].collections
+    assert not forecast_figure(panels_of(history, ahead, {}, 1), "1 day").axes[0].collections
 
 
-def test_a_file_where_the_pictures_folder_should_be_is_named(tmp_path):
-    (tmp_path / "plots").write_text("mine")
-    with pytest.raises(StorageError, match=r"^plots cannot be written in .* \(File exists\)$"):
-        draw_losses(tmp_path, [{"epoch": 1, "train_loss": 0.5, "vali_loss": 0.4, "test_loss": 0.45}])
-
-
-def test_losses_that_are_no_numbers(tmp_path, monkeypatch):
+def test_the_kept_epoch_is_marked_and_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     marked = []
     monkeypatch.setattr(Axes, "axvline", lambda self, at, **_: marked.append(at))
-    history = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]
-    draw_losses(tmp_path, history)
-    draw_losses(tmp_path, history[:1])
+    draw_losses(tmp_path, LOSSES)
+    draw_losses(tmp_path, LOSSES[:1])
     assert marked == [3]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plots").write_text("mine")
+    with pytest.raises(StorageError, match=r"^plots cannot be written in .* \(File exists\)$"):
+        draw_losses(tmp_path / "run", LOSSES)

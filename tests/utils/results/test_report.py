@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 
 from data_provider.synthetic import COLUMNS, SIGNATURE
-from layers.errors import InputError
 from scripts.report import main
 from tests.realdata import ROOT
-from utils.results import comparison as module
-from utils.results.comparison import report, verdict
+from utils.results import report as module
+from utils.results.report import report, verdict
 
 
 def make_run(folder: Path, mse: float, first_row=None) -> Path:
@@ -41,17 +40,14 @@ def make_run(folder: Path, mse: float, first_row=None) -> Path:
 def test_table_and_metrics(tmp_path, monkeypatch):
     run = make_run(tmp_path, 0.3)
     text = report(run)
-    rows = [line for line in text.splitlines() if line.startswith("  ")][1:]
-    assert [row.split("  ")[1].strip() for row in rows] == [
-        "ridge regression", "repeat the last 24 h", "Time-LLM (this run)", "repeat the last value",
-    ]  # fmt: skip
-    assert len({len(row) for row in rows}) == 1  # aligned
+    titles = ["ridge regression", "repeat the last 24 h", "Time-LLM (this run)", "repeat the last value"]
+    lines = text.splitlines()
+    table = [line for line in lines if line.startswith(tuple(titles))]
+    assert [line.split("  ")[0] for line in table] == titles and len(set(map(len, table))) == 1  # best first, aligned
     assert "Ridge regression, fitted and tested in 0 s, beats this run" in text
-    assert "This run beats repeating the last value" in text
-    assert "SYNTHETIC" not in text
+    assert "This run beats repeating the last value" in text and "SYNTHETIC" not in text
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"] == {"mse": 0.3, "mae": 0.3} and metrics["data"] == {"rows": 600}
-    assert [row["name"] for row in metrics["baselines"]["rows"]] == ["last value", "last season", "ridge"]
     # Two errors by hand: the last value and the last day again, on the last 120 rows.
     frame = pd.read_csv(tmp_path / "own.csv").iloc[:, 1:].to_numpy()
     scaled = (frame - frame[:420].mean(0)) / frame[:420].std(0)
@@ -66,11 +62,8 @@ def test_table_and_metrics(tmp_path, monkeypatch):
     # A second table takes the figures that are there.
     monkeypatch.setattr(module, "baselines", None)
     assert report(run) == text
-
-
-def test_other_lengths_are_measured_anew(tmp_path):
-    run = make_run(tmp_path, 0.3)
-    report(run)
+    monkeypatch.undo()
+    # Of other lengths they are measured anew.
     record = json.loads((run / "checkpoint.json").read_text())
     record["flags"]["pred_len"] = 6
     (run / "checkpoint.json").write_text(json.dumps(record))
@@ -78,12 +71,25 @@ def test_other_lengths_are_measured_anew(tmp_path):
     assert json.loads((run / "metrics.json").read_text())["baselines"]["of"]["pred_len"] == 6
 
 
+def test_bands_stand_beside_the_errors(tmp_path):
+    run = make_run(tmp_path, 0.3)
+    held = json.loads((run / "metrics.json").read_text())
+    held["intervals"] = {"levels": {"80": {"coverage": 0.8123, "width": 1.2346}}, "wql": 0.0567}
+    (run / "metrics.json").write_text(json.dumps(held))
+    lines = report(run).splitlines()
+    own = next(line for line in lines if line.startswith("Time-LLM (this run)"))
+    assert own.split()[-5:] == ["0.3000", "0.3000", "81.2%", "1.235", "0.0567"]
+    found = {row["name"]: row for row in json.loads((run / "metrics.json").read_text())["baselines"]["rows"]}
+    ridge = next(line for line in lines if line.startswith("ridge regression"))
+    assert ridge.split()[-3] == f"{100 * found['ridge']['intervals']['levels']['80']['coverage']:.1f}%"
+
+
 def test_verdict_covers_win_draw_and_loss():
     def row(name, title, mse):
         return {"name": name, "title": title, "mse": mse, "seconds": 12.4}
 
     lines = verdict(
-        {"mse": 0.4},
+        0.4,
         [row("ridge", "ridge regression", 0.36), row("last season", "repeat the last 24 h", 0.4001),
          row("last value", "repeat the last value", 0.8)],
     )  # fmt: skip
@@ -95,30 +101,17 @@ def test_verdict_covers_win_draw_and_loss():
     assert "linear map" in lines[3]
 
 
-def test_synthetic_data_is_said_loudly(tmp_path):
-    assert "*** SYNTHETIC DATA" in report(make_run(tmp_path, 0.3, SIGNATURE))
-
-
-def test_what_is_missing_is_one_line(tmp_path, capsys):
-    with pytest.raises(InputError, match="got no checkpoint.json, expected the folder of a run that was trained and tested"):
-        report(tmp_path)
-    run = make_run(tmp_path, 0.3)
-    (run / "metrics.json").write_text("{")
-    for words in ([str(tmp_path)], [str(run)], []):
-        assert main(words) == 2
-        assert re.fullmatch(r"report\.py: error: .*: got .*, expected .*\n", capsys.readouterr().err)
-
-
-def test_called_as_a_script(tmp_path):
-    """From any folder, with a path that is relative to it."""
-    make_run(tmp_path, 0.3)
-    command = [sys.executable, str(ROOT / "scripts" / "report.py"), "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "Time-LLM (this run)" in done.stdout and done.stderr == ""
-
-
-def test_a_test_on_other_data_has_its_runs_record(tmp_path):
-    run = make_run(tmp_path, 0.3)
+def test_called_as_a_script(tmp_path, capsys):
+    """From any folder, with a path that is relative to it; a test on other data has its run's record."""
+    run = make_run(tmp_path, 0.3, SIGNATURE)
     (run / "on_far").mkdir()
     (run / "on_far" / "metrics.json").write_text((run / "metrics.json").read_text())
-    assert "Time-LLM (this run)" in report(run / "on_far")
+    for folder in ("run", "run/on_far"):
+        command = [sys.executable, str(ROOT / "scripts" / "report.py"), folder]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "Time-LLM (this run)" in done.stdout and "*** SYNTHETIC DATA" in done.stdout and done.stderr == ""
+    for content in ("{", "{}"):
+        (run / "metrics.json").write_text(content)
+        for words in ([str(tmp_path)], [str(run)], []):
+            assert main(words) == 2
+            assert re.fullmatch(r"report\.py: error: .*: got .*, expected .*\n", capsys.readouterr().err)

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from layers.errors import InputError
-from scripts.past_forecasts import main
+from scripts.past_forecasts import main, read_forecasts, score_forecasts
 from tests.small_run import command_line, run_folder, train, write_csv
-from utils.results.past import read_past, report
+from utils.results.forecast import bands_of
 
 DAYS = pd.date_range("2024-01-01", periods=8, freq="D")
 
@@ -40,32 +40,26 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         [1, 4, 11, 10, 12],  # off by 2, below it
         [1, 5, 7, 6, 8],  # not yet
     ])  # fmt: skip
-    text = report(tmp_path, data)
-    assert cells(text, "2024-01-01 ")[1:] == ["00:00:00", "2", "of", "2", "2", "2.236", "50.0", "%", "3", "3.162"]
-    assert cells(text, "2024-01-02 ")[1:] == ["00:00:00", "3", "of", "4", "1", "1.291", "66.7", "%", "2", "2.16"]
+    text = score_forecasts(tmp_path, data)
+    assert cells(text, "2024-01-01 ")[1:] == ["2", "of", "2", "2", "2.236", "50.0", "%", "3", "3.162"]
+    assert cells(text, "2024-01-02 ")[1:] == ["3", "of", "4", "1", "1.291", "66.7", "%", "2", "2.16"]
     # errors 1 3 1 0 2; of the last value 2 4 2 1 3
     assert cells(text, "all") == ["all", "5", "of", "6", "1.4", "1.732", "60.0", "%", "2.4", "2.608"]
     assert "the forecasts' MAE was lower than that of the last value: 1.4 against 2.4." in text
     assert "errors in units of OT" in text
-
-
-def test_nothing_has_come_true_yet(tmp_path: Path) -> None:
-    data = write_series(tmp_path, OT=[10.0, 12])
-    write_history(tmp_path, [[1, 2, 11, 10, 12]])
-    text = report(tmp_path, data)
-    assert "No row has come true yet" in text and cells(text, "all") == ["all", "0", "of", "1", *["-"] * 5]
+    data = write_series(tmp_path, OT=[10.0])
+    text = score_forecasts(tmp_path, data)
+    assert "No row has come true yet" in text and cells(text, "all") == ["all", "0", "of", "6"]
 
 
 def test_columns_are_told_from_bands(tmp_path: Path) -> None:
-    (tmp_path / "forecasts.csv").write_text("origin,date,a,a_lo80,a_hi80\n2024-01-01,2024-01-02,1,2,3\n")
-    assert read_past(tmp_path / "forecasts.csv", ["a", "b"]).columns == ["a"]
-    assert list(read_past(tmp_path / "forecasts.csv", ["a", "b"]).bands) == [80]
-    assert read_past(tmp_path / "forecasts.csv", ["a", "a_lo80", "a_hi80"]).columns == ["a", "a_lo80", "a_hi80"]
-    (tmp_path / "forecasts.csv").write_text(
-        "origin,date,a,a_lo80,a_lo80_,a_hi80,a_lo80_lo80,a_lo80_hi80\n2024-01-01,2024-01-02,1,2,0,3,1,4\n"
-    )
-    past = read_past(tmp_path / "forecasts.csv", ["a", "a_lo80"])
-    assert past.columns == ["a", "a_lo80"] and past.bands[80][0].tolist() == [[0, 1]]
+    path = tmp_path / "forecasts.csv"
+    path.write_text("origin,date,a,a_lo80,a_hi80\n2024-01-01,2024-01-02,1,2,3\n")
+    assert read_forecasts(path, ["a", "b"])[1] == ["a"]
+    assert read_forecasts(path, ["a", "a_lo80", "a_hi80"])[1] == ["a", "a_lo80", "a_hi80"]
+    path.write_text("origin,date,a,a_lo80,a_lo80_,a_hi80,a_lo80_lo80,a_lo80_hi80\n2024-01-01,2024-01-02,1,2,0,3,1,4\n")
+    frame, columns = read_forecasts(path, ["a", "a_lo80"])
+    assert columns == ["a", "a_lo80"] and bands_of(frame, columns)[80][0].tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +79,7 @@ def test_what_is_no_history_is_named(tmp_path: Path, text: str | None, message: 
     if text is not None:
         (tmp_path / "forecasts.csv").write_text(text)
     with pytest.raises(InputError, match=message) as caught:
-        report(tmp_path, data)
+        score_forecasts(tmp_path, data)
     assert "\n" not in str(caught.value)
 
 
@@ -101,21 +95,17 @@ def test_a_runs_own_history_by_its_script(tmp_path: Path, backbones, capsys) -> 
     assert main([str(folder)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    held, truth = pd.read_csv(folder / "forecasts.csv"), pd.read_csv(tmp_path / "series.csv").iloc[360:368]
     names = ["load", "flow", "OT"]
-    deviation = pd.read_csv(tmp_path / "series.csv")[names].to_numpy()[:252].std(axis=0)  # 70 % of 360 rows
-    error = (held[names].to_numpy() - truth[names].to_numpy()) / deviation
-    found = cells(out, "all")
+    whole = pd.read_csv(tmp_path / "series.csv")[names].to_numpy()
+    held, truth, std = pd.read_csv(folder / "forecasts.csv"), whole[360:368], whole[:252].std(axis=0)  # 70 % of 360 rows
+    error = np.abs(held[names].to_numpy() - truth)
+    found, flow = cells(out, "all"), cells(out, "flow")
     assert found[:4] == ["all", "8", "of", "8"] and "errors in deviations of the training" in out
-    assert float(found[4]) == pytest.approx(np.abs(error).mean(), rel=1e-3)
-    inside = [
-        (truth[name].to_numpy() >= held[f"{name}_lo80"]) & (truth[name].to_numpy() <= held[f"{name}_hi80"]) for name in names
-    ]
-    assert float(found[6]) == pytest.approx(100 * np.mean(inside), abs=0.05)
-    flow = cells(out, "flow")
-    assert float(flow[4]) == pytest.approx(np.abs(error[:, 1]).mean() * deviation[1], rel=1e-3)
-
-    for words, message in ([str(tmp_path / "gone")], "--checkpoint "), ([], "folder: got none"):
+    assert float(found[4]) == pytest.approx((error / std).mean(), rel=1e-3)
+    low, high = (held[[f"{name}_{end}80" for name in names]].to_numpy() for end in ("lo", "hi"))
+    assert float(found[6]) == pytest.approx(100 * np.mean((low <= truth) & (truth <= high)), abs=0.05)
+    assert float(flow[4]) == pytest.approx(error[:, 1].mean(), rel=1e-3)
+    for words, message in ([str(tmp_path / "gone")], "--checkpoint "), ([], "--checkpoint .: got no checkpoint"):
         assert main(words) == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith(f"past_forecasts.py: error: {message}") and err.count("\n") == 1
