@@ -22,7 +22,8 @@ from data_provider.timestamps import read_timestamps  # noqa: E402
 from layers.errors import NAMED, InputError, input_error  # noqa: E402
 from utils.results.bands import name_of  # noqa: E402
 from utils.results.forecast import HISTORY, ORIGIN, band_columns, bands_of  # noqa: E402
-from utils.saving.files import LEGACY, TENSORS, Checkpoint  # noqa: E402
+from utils.saving.checkpoint import Checkpoint  # noqa: E402
+from utils.saving.files import LEGACY, TENSORS  # noqa: E402
 
 ENDS = 5  # columns of very many that have a line: so many at each end
 

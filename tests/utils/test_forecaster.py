@@ -266,8 +266,8 @@ def test_a_frame_that_will_not_do_is_named(loaded, frame, name: str) -> None:
 
 
 BAD_SERIES = {
-    "no id": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), None, "frame: row .*, column 'date': got '2020-01-01"
-              " .* name the column of their names as id_column"),
+    "no id": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), None, "frame: row .*, column 'date': got '2020-01"
+              ".* name the column of their names as id_column"),
     "short": (lambda f: pd.concat([f.assign(id="a"), f.iloc[:9].assign(id="b")]), "id", "frame, series 'b': got 9 rows, "
               "expected at least 32"),
     "twice": (lambda f: pd.concat([f, f.iloc[-1:].assign(OT=0)]).assign(id="b"), "id", "frame, series 'b': row .*, column "
