@@ -17,7 +17,7 @@ def model_class(name: str) -> Any:
 
 
 def traits(name: str) -> Any:
-    """`uses_llm` and the other switches that `models.forecaster.Forecaster` has, of `--model` `name`.
+    """`uses_llm` and the other switches that `models.base.ForecastModel` has, of `--model` `name`.
 
     Torch takes seconds to load: before it is, they are read off the text of the model's file. Where the text does not tell,
     for the class is another model's child or computes a switch, it is imported.
@@ -28,7 +28,7 @@ def traits(name: str) -> Any:
 
 def _read_switches(file: Path) -> dict[str, bool] | None:
     """The switches of the `Model` in a file; None where its text does not tell."""
-    base, own = _class_in(FOLDER / "forecaster.py", "Forecaster"), _class_in(file, "Model")
+    base, own = _class_in(FOLDER / "forecaster.py", "ForecastModel"), _class_in(file, "Model")
     if base is None or own is None or [ast.unparse(parent) for parent in own.bases] != [base.name]:
         return None
     defaults = {name: value for name, value in _attributes(base).items() if isinstance(value, bool)}

@@ -25,8 +25,7 @@ from data_provider.data_factory import make_loader
 from data_provider.data_loader import WindowDataset
 from data_provider.sampler import EpochBatches
 from data_provider.timefeatures import time_marks
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import cross_attention
 from layers.reprogramming import Attend, attend
 from models.TimeLLM import Model

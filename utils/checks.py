@@ -12,11 +12,10 @@ import torch
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.timestamps import gaps_in
-from layers.backbone import require_bitsandbytes
-from layers.backbone_files import BackboneInfo, find_backbone
+from layers.backbone import BackboneInfo, find_backbone, require_bitsandbytes
 from layers.errors import input_error, listed
 from models import model_class
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.flags import check_fixed, resumed_defaults
 from utils.inputs import check_model_flags
 from utils.intervals import LEVELS, MOST_OFFSETS, Intervals, fewest_windows, name_of, probabilities, supported
@@ -74,14 +73,14 @@ def check_channels(args: Namespace, series: SplitSeries) -> None:
     args.enc_in = _agree("enc_in", args.enc_in, len(series.columns), f"channels read from {series.path}")
 
 
-def fit_batch(args: Namespace, series: SplitSeries, model: Forecaster) -> None:
+def fit_batch(args: Namespace, series: SplitSeries, model: ForecastModel) -> None:
     """Let a `--batch_size` beyond the training windows be all of them for a model that nothing is trained of: batches are
     how its fit is scored, and no step is made of one."""
     if not model.is_trained:
         args.batch_size = min(args.batch_size, max(1, len(series.windows("train"))))
 
 
-def check_linear_map(args: Namespace, series: SplitSeries, model: Forecaster) -> None:
+def check_linear_map(args: Namespace, series: SplitSeries, model: ForecastModel) -> None:
     """Raises InputError where no training window is whole, and the model's linear map can be fitted to none."""
     if model.linear_map is None or series.windows("train").sequence_count > 0:
         return
@@ -160,7 +159,7 @@ def _agree(flag: str, given: int | None, true: int, what: str) -> int:
     return true
 
 
-def outline(args: Namespace, info: BackboneInfo | None) -> Forecaster:
+def outline(args: Namespace, info: BackboneInfo | None) -> ForecastModel:
     """The model on the meta device: its shapes and its prompts, without a value.
 
     Raises:
@@ -170,7 +169,7 @@ def outline(args: Namespace, info: BackboneInfo | None) -> Forecaster:
         return model_class(args.model)(args, info) if info else model_class(args.model)(args)
 
 
-def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster, same_data: bool) -> None:
+def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: ForecastModel, same_data: bool) -> None:
     """Set a checkpoint against the model that the flags describe, and the flags against its training's.
 
     A checkpoint of older code has no record, and its flags are taken to be these.

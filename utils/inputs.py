@@ -8,7 +8,6 @@ from pathlib import Path
 
 from data_provider.patterns import M4, find_m4
 from data_provider.splits import find_csv
-from layers.backbone_files import check_folder
 from layers.errors import input_error
 from models import traits
 from utils.flags import run_name
@@ -36,7 +35,6 @@ def check_inputs(args: Namespace) -> None:
         from data_provider.description import dataset_description  # only now: pandas takes a fifth of a second to load
 
         dataset_description(args)
-    check_folder(args.llm_model, args.llm_model_path)
 
 
 def check_model_flags(args: Namespace) -> None:

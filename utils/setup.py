@@ -14,11 +14,10 @@ from data_provider.data_factory import batch_loader, epoch_batches, pretraining_
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import frequency
 from data_provider.splits import SPLITS
-from layers.backbone import Backbone
-from layers.backbone_files import BackboneInfo
+from layers.backbone import Backbone, BackboneInfo
 from models import model_class
-from models.forecaster import Forecaster
-from models.TimeLLM import layers_of, words_on_host
+from models.base import ForecastModel
+from models.TimeLLM import embeddings_on_host, layers_of
 from utils import checks
 from utils.begin import begin
 from utils.flags import FinalFlags, recorded, run_name
@@ -44,7 +43,7 @@ class Plan:
     folder: Path  # of its results
     series: Series  # a SplitSeries, but for a run that only forecasts
     info: BackboneInfo | None  # the language model's, where there is one
-    outline: Forecaster  # on the meta device
+    outline: ForecastModel  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
     intervals: checks.IntervalPlan
     notes: list[str]  # to be said with a forecast
@@ -264,7 +263,7 @@ def _open_log(plan: Plan) -> RunLog:
     return log
 
 
-def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
+def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     """The model on the run's device, its trained weights drawn from the seed.
 
     Raises:
@@ -289,7 +288,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
                 args.grad_checkpoint,
                 plan.precision.weights_dtype,
                 plan.random_seed(repeat),
-                words_on_host(args),
+                embeddings_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
             model.to(device)
@@ -301,7 +300,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
     return model
 
 
-def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[str, Any]:
+def _loaders(plan: Plan, model: ForecastModel, repeat: int, log: RunLog) -> dict[str, Any]:
     """The loaders of the splits that the run goes through."""
     loaders, accelerator = {}, plan.accelerator
     for split, series in plan.splits:

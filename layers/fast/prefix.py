@@ -32,7 +32,7 @@ class FastPath:
         self.model = make_twin(backbone.model)
         if not backbone.recompute:  # who recomputes is short of memory
             prepack_weights(self.model)
-        self._words, self._groups = backbone.words, backbone.groups
+        self._token_embeddings, self._groups = backbone.token_embeddings, backbone.groups
         self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
         self._opening: list[int] | None = []  # whose keys and values the cache holds
@@ -48,13 +48,16 @@ class FastPath:
         (_, L, _), n, P0 = patches.shape, ids.shape[1], len(opening)
         slots, device = P0 + n + L, patches.device
         with torch.no_grad():
-            self._hold_opening(opening, device)
-            row = torch.arange(n, device=device)
-            # Padding comes last, so causality alone hides it from the real tokens.
-            visible = torch.arange(P0 + n, device=device)[None, None] <= P0 + row[None, :, None]
+            if opening != self._opening:
+                self._cache.place(0, 0)
+                self._opening = None  # until all of it is there: the pass may run out of memory
+                if opening:
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._store(torch.tensor([opening]), 0, device)
+                self._opening = list(opening)
             if n:
                 self._cache.place(P0, slots)
-                self._store(ids, visible, (P0 + row)[None])
+                self._store(ids, P0, device)
             slot = torch.arange(slots, device=device)[None, None]
             step = torch.arange(L, device=device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
@@ -64,24 +67,14 @@ class FastPath:
         positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
         return self._run(patches.to(self._stream_dtype), mask, positions).to(patches.dtype)
 
-    def _hold_opening(self, opening: list[int], device: torch.device) -> None:
-        """Compute the opening's keys and values, unless the cache holds them."""
-        if opening == self._opening:
-            return
-        self._cache.store_opening()
-        self._opening = None  # until all of it is there: the pass may run out of memory
-        with torch.inference_mode(False), torch.no_grad():
-            ids = torch.tensor([opening], dtype=torch.long)
-            row = torch.arange(len(opening), device=device)
-            if opening:
-                self._store(ids, row[None, None] <= row[None, :, None], row[None])
-        self._opening = list(opening)
-
-    def _store(self, ids: torch.Tensor, visible: torch.Tensor, positions: torch.Tensor) -> None:
-        """Run the prefix tokens `[M, n]` as far as their last keys and values, which the cache keeps."""
-        mask = additive_mask(visible, self._groups, self._dtype)
+    def _store(self, ids: torch.Tensor, start: int, device: torch.device) -> None:
+        """Run prompt tokens `[M, n]` from slot `start` on as far as their last keys and values, which the cache keeps."""
+        places = start + torch.arange(ids.shape[1], device=device)  # (n)
+        # Padding comes last, so causality alone hides it from the real tokens.
+        visible = torch.arange(start + ids.shape[1], device=device) <= places[:, None]  # (n, start + n)
+        mask = additive_mask(visible[None], self._groups, self._dtype)
         with contextlib.suppress(PrefixStored):
-            self._run(self._words(ids), mask, positions)
+            self._run(self._token_embeddings(ids), mask, places[None])
 
     def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache."""
@@ -107,13 +100,11 @@ class PrefixCache(DynamicCache):
         self._start = 0  # slot where the next tokens go
         self._slots = 0  # slots that this batch will need in all; 0: the tokens are the opening
 
-    def store_opening(self) -> None:
-        """The tokens of the next forward pass are the opening; what was held is dropped."""
-        self._layers = [_Layer() for _ in self._layers]
-        self._start = self._slots = 0
-
     def place(self, start: int, slots: int) -> None:
-        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all."""
+        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all; with 0 slots they are
+        the opening, and what was held is dropped."""
+        if not slots:
+            self._layers = [_Layer() for _ in self._layers]
         self._start, self._slots = start, slots
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from layers.backbone_files import find_backbone
+from layers.backbone import find_backbone
 from layers.errors import input_error
 from scripts.backbones.known import Model
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
 from layers.norm import instance_norm
 from models.TimeLLM import Model
@@ -96,9 +95,9 @@ def test_the_window_may_be_just_as_long_as_prompt_and_patches(sliding, tmp_path:
 def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_path: Path, prototypes: str) -> None:
     backbone = load_auto(sliding["gemma3"])
     ids = torch.arange(backbone.vocab_size)[None]
-    seen = backbone.words(ids)[0]  # (V, D)
+    seen = backbone.token_embeddings(ids)[0]  # (V, D)
     torch.testing.assert_close(seen, backbone.embeddings * 32**0.5, rtol=1e-3, atol=0)
-    torch.testing.assert_close(seen, backbone.embeddings * backbone.word_scale)
+    torch.testing.assert_close(seen, backbone.embeddings * backbone.embedding_scale)
     model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2)
     mapping = model.mapping_layer
     expected = mapping.weight.t() @ seen + mapping.bias[:, None]
@@ -118,13 +117,13 @@ def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_pa
 
 def test_words_are_not_scaled_elsewhere(load) -> None:
     for family in ("qwen2", "llama", "gpt2", "bert"):
-        assert load(family).word_scale == 1
+        assert load(family).embedding_scale == 1
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_drawn_model_of_the_window_family_runs(sliding, tmp_path: Path, name: str) -> None:
     drawn, read = load_auto(sliding[name], random_seed=3), load_auto(sliding[name])
-    assert drawn.word_scale == read.word_scale
+    assert drawn.embedding_scale == read.embedding_scale
     flags = {"llm_model": "AUTO", "llm_layers": 2, "llm_ablation": "random"}
     model = small_model(tmp_path, drawn, **flags)
     assert model.fast_path
@@ -175,7 +174,7 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
     assert len(set(sequences.prompts.length.tolist())) > 2
     z, mean, deviation = instance_norm(sequences.x)
     with torch.no_grad():
-        shared = model.shared()
+        shared = model.prototype_kv()
         patches = model.reprogramming_layer(model.patch_embedding(z), *shared)  # (M, L, D)
         rows = []
         for m, patch in enumerate(patches):
@@ -209,7 +208,7 @@ def test_without_a_prompt_both_paths_see_the_patches_alone(load, tmp_path: Path,
     out, gradients = outputs_and_gradients(model, sequences)
     with torch.no_grad():
         z, mean, deviation = instance_norm(sequences.x)
-        patches = model.reprogramming_layer(model.patch_embedding(z), *model.shared())
+        patches = model.reprogramming_layer(model.patch_embedding(z), *model.prototype_kv())
         hidden = model.backbone.model(inputs_embeds=patches).last_hidden_state
         expected = head(model, hidden) * deviation + mean
     assert series_difference(out.mT, expected.mT) < FLOAT32
@@ -223,7 +222,7 @@ def test_without_a_prompt_both_paths_see_the_patches_alone(load, tmp_path: Path,
 def test_without_reprogramming_a_linear_map_feeds_the_language_model(load, tmp_path: Path) -> None:
     # A backbone of its own: without prototypes its words stay in the computer's memory.
     model = small_model(tmp_path, copy(load("qwen2")), llm_layers=2, use_reprogramming=0)
-    assert model.mapping_layer is None and model.shared() == () and model.fast_path
+    assert model.mapping_layer is None and model.prototype_kv() == () and model.fast_path
     assert set(dict(model.named_parameters())) == {
         "patch_embedding.value_embedding.tokenConv.weight", "reprogramming_layer.weight", "reprogramming_layer.bias",
         "output_projection.linear.weight", "output_projection.linear.bias",

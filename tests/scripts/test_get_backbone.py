@@ -19,8 +19,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.errors import InputError
 from scripts.backbones.checks import PRETRAINED, check_folder, checksum, perplexity
 from scripts.backbones.known import MODELS, Model

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import layers.backbone_files
+import layers.backbone
 from layers.errors import InputError
 from models import MODELS, _read_switches, model_class
 from tests.realdata import ROOT
@@ -187,7 +187,7 @@ def test_a_forecast_of_a_file_that_has_grown_loads_and_does_no_more_than_it_take
 def test_a_forecast_reads_the_tokenizer_once(argv, capsys, monkeypatch) -> None:
     train(argv(max_iters=1, plots=0), capsys)
     read: list[Path] = []
-    load = layers.backbone_files._load_tokenizer
-    monkeypatch.setattr(layers.backbone_files, "_load_tokenizer", lambda folder: read.append(folder) or load(folder))
+    load = layers.backbone._load_tokenizer
+    monkeypatch.setattr(layers.backbone, "_load_tokenizer", lambda folder: read.append(folder) or load(folder))
     lines = train(argv(is_training=0, do_predict=True, plots=0), capsys)
     assert lines[-1].startswith("Forecast saved at") and len(read) == 1

@@ -95,7 +95,7 @@ def read_windows(job: Job, windows: list[int], encoder: PromptEncoder | None) ->
 def forecast(job: Job, sequences: Batch, shared: Shared | None = None) -> torch.Tensor:
     """Forecasts `[M, H]` float32, standardised, as a test makes them."""
     model = job.model.eval()
-    return forecast_within_memory(job, sequences, model.shared() if shared is None else shared, SEQUENCES)
+    return forecast_within_memory(job, sequences, model.prototype_kv() if shared is None else shared, SEQUENCES)
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def attention(model: Model, x: torch.Tensor) -> torch.Tensor:
     """How much each patch of one series `[1, T]` takes of each text prototype: weights `[h, L, K]` that sum to 1 over K,
     in the trained tensors' own number type."""
     layer = cast(ReprogrammingLayer, model.eval().reprogramming_layer)
-    (keys, _) = model.shared()  # (1, h, K, f)
+    (keys, _) = model.prototype_kv()  # (1, h, K, f)
     queries = layer.query_projection(model.patch_embedding(instance_norm(x)[0])[0])  # (L, h*f)
     queries = queries.view(len(queries), layer.n_heads, -1).transpose(0, 1)  # (h, L, f)
     return (queries @ keys[0].transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(-1)
@@ -154,7 +154,7 @@ def nearest_words(model: Model, prototypes: list[int]) -> Neighbours:
     What all words share makes every word near to every other, and hides which of them is meant. Rows of the embeddings
     that the tokenizer has no word for are left out.
     """
-    tokenizer, scale = model.backbone.tokenizer, model.backbone.word_scale
+    tokenizer, scale = model.backbone.tokenizer, model.backbone.embedding_scale
     held = model.text_prototypes().float()  # (K, D)
     device = held.device
     parts = model.backbone.embeddings[: len(tokenizer)].split(BLOCK)
@@ -247,7 +247,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> dict[str, Tri
         description: another data set's.
     """
     model, B = cast(Model, job.model.eval()), len(windows)
-    sequences, shared, ours = read_windows(job, windows, model.prompts), model.shared(), model.opening_ids
+    sequences, shared, ours = read_windows(job, windows, model.prompts), model.prototype_kv(), model.opening_ids
     prompts, y = cast(Prompts, sequences.prompts), sequences.y
     M = len(sequences)
     places = torch.arange(M).view(B, M // B)  # (B, N)

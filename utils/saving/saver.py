@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from layers.ranks import from_all, processes
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.errors import RunError, StorageError
 from utils.intervals import Intervals
 from utils.saving.asks import Asks
@@ -37,7 +37,7 @@ class Saver:
 
     folder: Path
     args: Namespace
-    model: Forecaster
+    model: ForecastModel
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     asks: Asks

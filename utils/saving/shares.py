@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import torch
 
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 
 class Shares:
     """No tensor is split over the processes of a group."""
 
-    def __init__(self, model: Forecaster):
+    def __init__(self, model: ForecastModel):
         pass
 
     def range(self, name: str) -> None:
@@ -21,11 +21,11 @@ class Shares:
         return dict(tensors)
 
 
-def whole_state(model: Forecaster) -> dict[str, torch.Tensor]:
+def whole_state(model: ForecastModel) -> dict[str, torch.Tensor]:
     """The state dict."""
     return model.state_dict()
 
 
-def whole_shapes(model: Forecaster) -> dict[str, tuple[int, ...]]:
+def whole_shapes(model: ForecastModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the state dict."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

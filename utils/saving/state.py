@@ -25,7 +25,7 @@ from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
 from layers.errors import input_error
 from layers.ranks import from_all, processes, this_process
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.errors import RunError, StorageError
 from utils.flags import resumed, resumed_defaults
 from utils.saving.files import FULL, write_atomic
@@ -222,7 +222,7 @@ def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Pro
     moments = optimizer.state_dict()["state"].items()
     trees = [[index, _flatten(state, f"optimizer.{index}", tensors)] for index, state in moments]
     if processes() > 1:
-        tensors = Shares(cast(Forecaster, model)).collect(tensors)
+        tensors = Shares(cast(ForecastModel, model)).collect(tensors)
     generators = random_state(device)
     tensors |= generators.pop("tensors")
     for rank, other in enumerate(from_all({name: tensor.cpu() for name, tensor in _generators(device).items()})):
@@ -292,7 +292,7 @@ def _unflatten(tree: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> A
 
 def restore(saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
     """Bring model, optimizer and random generators to a saved state; return how far it is."""
-    shares = Shares(cast(Forecaster, model)) if processes() > 1 else None
+    shares = Shares(cast(ForecastModel, model)) if processes() > 1 else None
     # Opened on the CPU, where a tensor is a window into the file. For another device the library would
     # stage each tensor in pinned memory of its full size.
     with safe_open(saved.path, framework="pt", device="cpu") as file:

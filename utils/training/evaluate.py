@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.saving.interrupt import Interrupted
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, give_back_idle, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
 
-Shared = tuple[torch.Tensor, ...]  # what the sequences of a pass share, see models.forecaster
+Shared = tuple[torch.Tensor, ...]  # what the sequences of a pass share, see models.base
 Forecast = Callable[[Batch, Shared], torch.Tensor]  # -> [M, H] float32
 
 
@@ -30,7 +30,7 @@ class Scores:
 
 @torch.inference_mode()
 def evaluate(
-    model: Forecaster,
+    model: ForecastModel,
     batches: Iterable[Batch],
     accelerator: Accelerator,
     forecast: Forecast,
@@ -48,7 +48,7 @@ def evaluate(
     give_back_idle(accelerator.device)
     training = model.training
     model.eval()
-    shared = model.shared()  # once for the whole evaluation
+    shared = model.prototype_kv()  # once for the whole evaluation
     totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         batch = batch.to(accelerator.device)
@@ -68,7 +68,7 @@ def evaluate(
     return Scores(mse, absolute / elements, lost / sequences_lost if sequences_lost else mse)
 
 
-def forecast_in_parts(model: Forecaster, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
+def forecast_in_parts(model: ForecastModel, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of a batch, at most `size` of them at once (0: all)."""
     with precision.autocast():
         return torch.cat([model(part, shared).float() for part in batch.split(size)])

@@ -14,7 +14,7 @@ from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
 from models import model_class
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from models.TimeLLM import PROTOTYPES, Model, layers_of
 from utils.errors import RunError
 from utils.saving.files import size_text
@@ -143,7 +143,7 @@ def loading_advice(args: Namespace) -> str:
     return f"{named}end other programs that use the GPU"
 
 
-def advice(args: Namespace, model: Forecaster) -> str:
+def advice(args: Namespace, model: ForecastModel) -> str:
     """What to change, the largest saving first."""
     if not isinstance(model, Model):
         return OTHERS_ADVICE
@@ -180,7 +180,7 @@ def is_factored(args: Namespace) -> bool:
     return args.optimizer != "adamw8bit"
 
 
-def fitting_sequences(model: Forecaster, args: Namespace) -> int:
+def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
     """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out); 0, no limit,
     for a model without a language model, whose sequences take little.
 

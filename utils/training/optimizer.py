@@ -5,7 +5,7 @@ from torch import nn
 
 from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 
 class BlockAdam(torch.optim.Adam):
@@ -52,7 +52,7 @@ class BlockAdam(torch.optim.Adam):
             state["step"] -= found_inf
 
 
-def build_optimizer(name: str, model: Forecaster, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.intervals import Intervals
 from utils.results.journal import Journal
 from utils.results.log import RunLog
@@ -84,7 +84,7 @@ class Job:
     log: RunLog
     accelerator: Accelerator  # or what stands in for it, `Alone`
     precision: Precision
-    model: Forecaster
+    model: ForecastModel
     series: Series
     loaders: "dict[str, DataLoader[Batch]]"
     record: dict[str, Any]

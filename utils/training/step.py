@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from data_provider.batches import Batch
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.results.log import RunLog
 from utils.saving.asks import Asks
 from utils.saving.state import Progress
@@ -38,7 +38,7 @@ class Guard:
 
     def __init__(
         self,
-        model: Forecaster,
+        model: ForecastModel,
         optimizer: torch.optim.Optimizer,
         asks: Asks,
         log: RunLog,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data_provider.batches import Batch
 from layers.ranks import from_all, processes
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.errors import RunError
 from utils.results.calibration import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
@@ -174,7 +174,7 @@ def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
 
 
 def forward_backward(
-    model: Forecaster,
+    model: ForecastModel,
     batch: Batch,
     precision: Autocast,
     max_sequences: int = 0,
@@ -197,7 +197,7 @@ def forward_backward(
         within: calls the work on the micro-batches with their size, again where it was too large; None: `max_sequences`.
     """
     with precision.autocast():
-        shared = model.shared()
+        shared = model.prototype_kv()
     if reducer is not None:
         reducer.begin()
 
@@ -349,7 +349,7 @@ def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
     shared = None
     try:
         with job.precision.autocast():
-            shared = job.model.shared()
+            shared = job.model.prototype_kv()
         forecast = forecast_in_parts(job.model, job.precision, batch, shared, job.step_limit.sequences)
     except RuntimeError as error:
         # One of several processes must not go on alone from what all do together.

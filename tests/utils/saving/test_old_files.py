@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import run_main
 from data_provider.data_factory import series_from_args
-from layers.backbone_files import find_backbone
+from layers.backbone import find_backbone
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, command_line, figures, run_folder, train, write_csv
 from utils.command_line import parse_flags

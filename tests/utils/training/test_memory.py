@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.patch import patch_count
 from models.TimeLLM import Model
 from tests.conftest import NAMES
