@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from utils.training.reduction import GradientReducer  # noqa: E402
 
 import layers.ranks  # noqa: E402
 from data_provider.batches import WindowCollate  # noqa: E402
@@ -32,7 +33,6 @@ from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from scripts.measure import open_backbone  # noqa: E402
 from utils.command_line import parse_flags  # noqa: E402
 from utils.training.optimizer import build_optimizer  # noqa: E402
-from utils.training.reduction import GradientReducer  # noqa: E402
 from utils.training.train import forward_backward  # noqa: E402
 
 

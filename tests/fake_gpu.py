@@ -91,6 +91,7 @@ from transformers import AutoConfig, AutoModel
 import layers.backbone
 import utils.begin
 import utils.setup
+import utils.training.train
 from data_provider.batches import Batch
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
@@ -329,7 +330,7 @@ class Bench:
         (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
-        utils.setup.join = lambda _args: _Accelerator()
+        utils.setup.find_device = lambda _args: (_Accelerator(), GPU)
         utils.begin.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
@@ -349,10 +350,12 @@ class Bench:
 
     def train(self, steps: int, save: bool = False) -> None:
         """Run an epoch of `steps` steps; `save`: with a state after the last."""
-        self.job.args.__dict__["save_steps"] = steps if save else 0
         self.batches = self.batches_per_epoch = steps
         self.job.training.progress.next_epoch()
         train_epoch(self.job, Clock(self.job))
+        self.gpu.watching = False
+        if save:
+            utils.training.train.save(self.job)
 
     # What the program asks of a loader and of its sampler.
 
@@ -386,11 +389,6 @@ class _Saver(Saver):
     def __init__(self, bench: Bench, *args: Any):
         super().__init__(*args)
         self.bench = bench
-
-    def due(self, progress: Any) -> bool:
-        """Called when a step has ended."""
-        self.bench.gpu.watching = False
-        return super().due(progress)
 
     def save(self, progress: Any) -> None:
         """As Saver's, told that all is finite."""

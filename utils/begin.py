@@ -15,10 +15,7 @@ from utils.saving.saver import Saver
 from utils.saving.state import Progress, SavedState, part_random, restore
 from utils.training.memory import advice, explain_out_of_memory
 from utils.training.optimizer import build_optimizer
-from utils.training.precision import LossScale
-from utils.training.reduction import GradientReducer
 from utils.training.session import Job, Training
-from utils.training.step import Guard
 
 
 def begin(job: Job, start: Start) -> Training:
@@ -37,7 +34,7 @@ def begin(job: Job, start: Start) -> Training:
     for line in start.lines:
         log(line)
     last = start.state.path if start.state else None
-    asks = Asks(job.interrupts, accelerator.num_processes)
+    asks = Asks(job.interrupts)
     saver = Saver(job.folder, args, model, optimizer, accelerator, asks, start.identity, job.record, last)
     progress = Progress()
     if start.state is not None:
@@ -53,13 +50,7 @@ def begin(job: Job, start: Start) -> Training:
             _fit_linear_map(job, model.linear_map)
         from_first(model.state_dict().values())
         part_random(job.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
-    scale = LossScale(job.device, progress.loss_scale, progress.good_steps) if job.precision.is_scaled else None
-    reducer = None
-    if accelerator.num_processes > 1:
-        mapping = model.mapping_layer
-        reducer = GradientReducer(model.parameters(), [mapping.weight] if mapping is not None and mapping.factored else [])
-    guard = Guard(model, optimizer, asks, log, scale)
-    return Training(optimizer, guard, saver, progress, journal, start.lock, reducer)
+    return Training(optimizer, saver, progress, journal, start.lock)
 
 
 def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:

@@ -15,7 +15,6 @@ from models import traits
 from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, run_name
 from utils.kinds import BOOL, LEVELS
 from utils.m4_flags import complete_m4
-from utils.processes.group import tells_errors
 from utils.saving.record import read_record
 
 MAX_NAME_BYTES = 240  # file systems allow 255; the rest is for the number of a folder moved aside
@@ -25,7 +24,7 @@ class FlagParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2, without a dump of the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n" if tells_errors() else None)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def build_parser(prog: str = "run_main.py") -> FlagParser:

@@ -84,11 +84,11 @@ class Forecaster:
         args = flags_for(path, device=device, llm_model_path=llm_model_path, fill_missing=fill_missing, **flags)
         plan = make_plan(args, 0, in_program=True)
         log = KeptLog()
-        before = random_state(plan.accelerator.device)
+        before = random_state(plan.device)
         job = make_job(plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts())
         log.lines.clear()  # what a run says of itself in any case
         load_checkpoint(job)
-        set_random_state(before, plan.accelerator.device)  # the caller's own draws go on as if nothing had been loaded
+        set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
         made = cls(job)
         made.notes += log.lines
         return made

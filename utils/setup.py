@@ -3,25 +3,26 @@
 import os
 from argparse import Namespace
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import frequency
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone, BackboneInfo
+from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
 from models.TimeLLM import embeddings_on_host, layers_of
 from utils import checks
 from utils.begin import begin
 from utils.flags import FinalFlags, recorded, run_name
-from utils.processes.group import join
 from utils.results.forecast import no_rows_yet, read_history
 from utils.results.log import RunLog, SilentLog
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -32,7 +33,7 @@ from utils.saving.shares import whole_shapes
 from utils.saving.state import identity
 from utils.training.memory import cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
 from utils.training.precision import Precision, choose_precision
-from utils.training.session import Alone, Job, Limit
+from utils.training.session import Job, Limit
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
     intervals: checks.IntervalPlan
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
+    device: torch.device
     precision: Precision
     pretrain: SplitSeries | None = None  # trained on in the series' place
 
@@ -104,6 +106,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
         folder=plan.folder,
         log=log,
         accelerator=plan.accelerator,
+        device=plan.device,
         precision=plan.precision,
         model=model,
         series=plan.series,
@@ -133,7 +136,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     args = Namespace(**vars(args))
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
     checks.check_device(args)
-    accelerator = alone(args) if in_program else join(args)
+    accelerator, device = find_device(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     if in_program and checkpoint is not None:
@@ -158,18 +161,34 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if trains and isinstance(series, SplitSeries):
         checks.check_linear_map(args, pretrain or series, outline)
         checks.fit_batch(args, pretrain or series, outline)
-    precision = choose_precision(args, accelerator.device, uses_llm=info is not None)
+    precision = choose_precision(args, device, uses_llm=info is not None)
     final = FinalFlags(args)
-    plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, precision, pretrain)
+    plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
 
 
-def alone(args: Namespace) -> Accelerator:
-    """The device of a program, which `--device` chooses."""
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    return cast(Accelerator, Alone(device))  # it answers all that a forecast asks
+def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
+    """The process's accelerator, in the group of processes that its launcher has started, and the device of the run.
+
+    Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded ForecastModel alone.
+
+    Raises:
+        InputError: fewer GPUs than processes on this machine.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.device != "cpu" and torch.cuda.is_available() and here > torch.cuda.device_count():
+        found = f"{here} processes on this machine, which has {torch.cuda.device_count()} GPUs"
+        raise input_error(f"--device {args.device}", found, "a GPU for each process", "start fewer, or give --device cpu")
+    in_group = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # While one process measures and writes alone, the others may wait long.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=in_group and args.device == "cpu", kwargs_handlers=[waiting])
+    device = torch.device("cpu") if args.device == "cpu" else accelerator.device
+    if device == torch.device("cuda"):  # with its number, which some of PyTorch's functions ask for
+        device = torch.device("cuda", torch.cuda.current_device())
+    return accelerator, device
 
 
 def load_checkpoint(job: Job) -> Checkpoint:
@@ -239,13 +258,12 @@ def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
 
 def _open_log(plan: Plan) -> RunLog:
     """The run's log, with its first lines."""
-    args, series, device = plan.args, plan.series, plan.accelerator.device
+    args, series = plan.args, plan.series
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
-    numbered = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" and device.index is None else device
-    log(f"Using device: {numbered}")
+    log(f"Using device: {plan.device}")
     for line in checks.shares(args, plan.accelerator.num_processes):
         log(line)
     for each in (series, plan.pretrain):
@@ -269,7 +287,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     Raises:
         RunError: no memory for it.
     """
-    args, device = plan.args, plan.accelerator.device
+    args, device = plan.args, plan.device
     # Fast tokenizers run in the loader's workers, one thread each; this silences their warning of forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -312,7 +330,7 @@ def _loaders(plan: Plan, model: ForecastModel, repeat: int, log: RunLog) -> dict
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             seed=plan.args.seed + repeat,
-            pin=accelerator.device.type == "cuda",
+            pin=plan.device.type == "cuda",
             whole=not model.channel_independent,
         )
         log(f"{split} {len(data)}")

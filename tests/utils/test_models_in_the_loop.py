@@ -132,7 +132,7 @@ def test_batch_normalisation_counts_the_steps_and_nothing_else(small, capsys) ->
     """Before the first step the loop tries one out, where the run is long enough; that leaves no trace."""
     words = small(model="PatchTST", train_epochs=2, batch_size=8)
     lines = train(words, capsys)
-    assert any(line.startswith("Trial: ") for line in lines)
+    assert any(line.startswith("Dry run: ") for line in lines)
     state = load_file(sorted(run_folder(words).glob("state.*"))[-1])
     counts = [int(tensor) for name, tensor in state.items() if name.endswith("num_batches_tracked")]
     assert counts == [2 * (WINDOWS // 8)] * 4

@@ -46,9 +46,9 @@ class Journal:
                 if (int(row["epoch"]), int(row["iteration"])) <= (epoch, iteration)]  # fmt: skip
         write_rows(self.folder / STEPS, STEP_COLUMNS, kept)
 
-    def step(self, epoch: int, iteration: int, loss: torch.Tensor, rate: float) -> None:
+    def step(self, epoch: int, iteration: int, loss: float, rate: float) -> None:
         """Take in the loss of an iteration (counted from 1)."""
-        self._sum, self._count = self._sum + loss.detach(), self._count + 1
+        self._sum, self._count = self._sum + loss, self._count + 1
         if iteration % self.every == 0:
             self._waiting.append((epoch, iteration, self._sum / self._count, rate))
             self._sum, self._count = 0.0, 0

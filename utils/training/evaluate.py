@@ -1,21 +1,19 @@
 """One evaluation for validation, test and inference."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
 from models.base import ForecastModel
-from utils.saving.interrupt import Interrupted
 from utils.training.losses import Loss, loss_of, mean_squared
-from utils.training.memory import advice, explain_out_of_memory, give_back_idle, halve_on_out_of_memory
+from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
 
-Shared = tuple[torch.Tensor, ...]  # what the sequences of a pass share, see models.base
+Shared = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.base
 Forecast = Callable[[Batch, Shared], torch.Tensor]  # -> [M, H] float32
 
 
@@ -36,22 +34,26 @@ def evaluate(
     forecast: Forecast,
     consume: Callable[[Batch, torch.Tensor], None] | None = None,
     loss: Loss = mean_squared,
+    device: torch.device | None = None,
 ) -> Scores:
     """Forecast every window; sums over elements divided by their count, whatever the batch size.
 
     Args:
         batches: each process passes its own share of the windows.
-        forecast: forecasts sequences, in parts where need be.
+        forecast: forecasts a batch, in parts where need be.
         consume: called with each batch and its forecasts `[M, H]`, both on the device.
-        loss: of sequences with masks, of which each counts alike.
+        loss: of sequences with masks, each of which counts alike.
+        device: the model's; None: the accelerator's.
     """
-    give_back_idle(accelerator.device)
+    device = device or accelerator.device
+    if device.type == "cuda":  # tensors of other sizes would lie beside the idle blocks of the training
+        torch.cuda.empty_cache()
     training = model.training
     model.eval()
     shared = model.prototype_kv()  # once for the whole evaluation
-    totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
-        batch = batch.to(accelerator.device)
+        batch = batch.to(device)
         forecasts = forecast(batch, shared)  # (M, H)
         error, mask = (forecasts - batch.y).double(), batch.y_mask
         count = torch.full_like(totals[2], error.numel())
@@ -62,14 +64,14 @@ def evaluate(
         totals[:3] += torch.stack([error.square().sum(), error.abs().sum(), count])
         if consume is not None:
             consume(batch, forecasts)
-    squared, absolute, elements, lost, sequences_lost = accelerator.reduce(totals).tolist()
+    squared, absolute, elements, lost, sequences = accelerator.reduce(totals).tolist()
     model.train(training)
     mse = squared / elements
-    return Scores(mse, absolute / elements, lost / sequences_lost if sequences_lost else mse)
+    return Scores(mse, absolute / elements, lost / sequences if sequences else mse)
 
 
 def forecast_in_parts(model: ForecastModel, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
-    """Forecasts `[M, H]` float32 of a batch, at most `size` of them at once (0: all)."""
+    """Forecasts `[M, H]` float32 of a batch, at most `size` of its sequences at once (0: all)."""
     with precision.autocast():
         return torch.cat([model(part, shared).float() for part in batch.split(size)])
 
@@ -85,37 +87,17 @@ def forecast_within_memory(job: Job, batch: Batch, shared: Shared, most: int = 0
 
 
 def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:
-    """Score "val" or "test".
+    """Score "train", "val" or "test".
 
     Raises:
-        Interrupted: a signal has come between two batches.
+        Interrupted: a signal has come between two batches (of a group of processes the next training step tells all).
         RunError: not even one sequence fits into the GPU's memory.
     """
     loader = job.loaders[split]
-    batches = job.interrupts.between(loader) if job.accelerator.num_processes == 1 else _together(job, loader)
-    # Beside the parts, the prototypes take memory.
+    batches = loader if job.accelerator.num_processes > 1 else job.interrupts.between(loader)
+
+    def forecast(batch: Batch, shared: Shared) -> torch.Tensor:
+        return forecast_within_memory(job, batch, shared)
+
     with explain_out_of_memory("an evaluation", lambda: advice(job.args, job.model)):
-        return evaluate(
-            job.model,
-            batches,
-            job.accelerator,
-            lambda part, shared: forecast_within_memory(job, part, shared),
-            consume,
-            loss_of(job.args),
-        )
-
-
-def _together(job: Job, loader: "DataLoader[Batch]") -> Iterator[Batch]:
-    """This process's batches, with a look before each whether a signal has come to any of the group: all leave at once.
-
-    Raises:
-        Interrupted: one has.
-    """
-    batches = iter(loader)
-    for _ in range(loader.batch_sampler.most_batches):  # type: ignore[union-attr]
-        received = job.accelerator.gather(torch.tensor([job.interrupts.received], device=job.device)).max()
-        if received:
-            raise Interrupted(int(received))
-        batch = next(batches, None)
-        if batch is not None:
-            yield batch
+        return evaluate(job.model, batches, job.accelerator, forecast, consume, loss_of(job.args), job.device)

@@ -114,12 +114,6 @@ def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callabl
             limit.was_short = True
 
 
-def give_back_idle(device: torch.device) -> None:
-    """Give idle blocks back to the GPU before work with tensors of other sizes, which would lie beside them."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def free_memory(device: torch.device) -> None:
     """Give back to the GPU what nothing holds any more."""
     gc.collect()

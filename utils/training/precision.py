@@ -1,4 +1,9 @@
-"""The number types of a run, chosen once in its set-up, and the scale that keeps fp16's gradients in their range."""
+"""The number types of a run, chosen once in its set-up.
+
+In fp16 the loss is scaled, so that small gradients are not lost, nor large ones infinite: the scale halves at a step with
+infinite or NaN numbers, which is skipped, and doubles after GOOD_STEPS good ones (Micikevicius et al., ICLR 2018). It is
+part of `Progress`, and `train_step` keeps it: torch's GradScaler does not see the mapping layer's factored gradient.
+"""
 
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
@@ -7,18 +12,16 @@ from typing import Protocol
 
 import torch
 
-from utils.saving.state import FIRST_SCALE
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GOOD_STEPS = 2000  # in a row, after which the scale doubles
 LARGEST_SCALE = 2.0**24
 
 
 class Autocast(Protocol):
-    """What has the context of a forward pass: a `Precision`, or an accelerate.Accelerator."""
+    """A `Precision`, or an accelerate.Accelerator."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context."""
+        """The context of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Precision:
         device_type: "cpu" or "cuda".
         autocast_dtype: what products are computed in; None: each in the type of its operands.
         weights_dtype: of the frozen language model's weights; in 4 bit, of the products with them.
-        is_scaled: whether the loss is multiplied before the backward pass, see `LossScale`.
+        is_scaled: whether the loss is multiplied before the backward pass.
         note: a line for the log; empty where everything is as ever on such a device.
     """
 
@@ -69,28 +72,3 @@ def choose_precision(args: Namespace, device: torch.device, uses_llm: bool = Tru
         reason = " (this GPU has no bf16)" if args.amp_dtype == "auto" else ""
         note = f"Numbers: fp16 with loss scaling{reason}"
     return Precision(device.type, None if name == "fp32" else DTYPES[name], held, name == "fp16", note)
-
-
-class LossScale:
-    """What the loss is multiplied with, so that small gradients are not lost in fp16, nor large ones infinite.
-
-    It halves at a step with infinite or NaN numbers, which is skipped, and doubles after `GOOD_STEPS` good ones
-    (Micikevicius et al., Mixed Precision Training, ICLR 2018). Both of its numbers are on the device, and no step
-    waits for them.
-
-    Attributes:
-        value: the scale, a power of two, at least 1; `[]` float32.
-        good_steps: since it last changed; `[]` int64.
-    """
-
-    def __init__(self, device: torch.device, value: float = FIRST_SCALE, good_steps: int = 0):
-        self.value = torch.tensor(value, dtype=torch.float32, device=device)
-        self.good_steps = torch.tensor(good_steps, device=device)
-
-    def update(self, wrong: torch.Tensor) -> None:
-        """Take in whether a step was `wrong`, `[]` bool on the device."""
-        good = self.good_steps + 1
-        grows = good >= GOOD_STEPS
-        factor = torch.where(wrong, 0.5, torch.where(grows, 2.0, 1.0))
-        self.value = (self.value * factor).clamp(1.0, LARGEST_SCALE)
-        self.good_steps = torch.where(wrong | grows, 0, good)

@@ -21,8 +21,6 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.saver import Saver
 from utils.saving.state import Progress
 from utils.training.precision import Precision
-from utils.training.reduction import GradientReducer
-from utils.training.step import Guard
 
 
 @dataclass
@@ -30,12 +28,10 @@ class Training:
     """What only a run that trains has."""
 
     optimizer: torch.optim.Optimizer
-    guard: Guard
     saver: Saver
     progress: Progress
     journal: Journal | None  # history.csv and what goes with it; one process has it
     lock: FolderLock | None  # one process has it
-    reducer: GradientReducer | None = None  # of several processes' gradients
 
 
 @dataclass
@@ -44,26 +40,6 @@ class Limit:
 
     sequences: int
     was_short: bool = False
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What a job asks of an accelerate.Accelerator, for a program that forecasts on a device of its choice.
-
-    Accelerate settles the device once a process, for all that runs in it; here the next one may be another.
-    """
-
-    device: torch.device
-    num_processes: int = 1
-    process_index: int = 0
-    is_main_process: bool = True
-
-    def wait_for_everyone(self) -> None:
-        """Nobody else is there."""
-
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over one process."""
-        return tensor
 
 
 @dataclass
@@ -82,7 +58,8 @@ class Job:
     args: Namespace
     folder: Path
     log: RunLog
-    accelerator: Accelerator  # or what stands in for it, `Alone`
+    accelerator: Accelerator
+    device: torch.device
     precision: Precision
     model: ForecastModel
     series: Series
@@ -98,12 +75,6 @@ class Job:
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
     pretrain: SplitSeries | None = None
     _training: Training | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is; of a GPU with its number, which some of PyTorch's functions ask for."""
-        device = self.accelerator.device
-        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
     @property
     def training(self) -> Training:

@@ -1,18 +1,14 @@
-"""The training loop: epochs, their lines, the best checkpoint, early stopping."""
+"""The training loop: steps, epochs and their lines, the best checkpoint, early stopping."""
 
 import itertools
+import math
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from data_provider.batches import Batch
-from layers.ranks import from_all, processes
 from models.base import ForecastModel
 from utils.errors import RunError
 from utils.results.calibration import Calibration
@@ -21,68 +17,53 @@ from utils.results.m4_pass import open_pass
 from utils.results.test_pass import TestPass
 from utils.saving.interrupt import Interrupted
 from utils.saving.saver import resume_command
+from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
-from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory, is_out_of_memory
-from utils.training.precision import Autocast
-from utils.training.reduction import GradientReducer
+from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Autocast
 from utils.training.schedule import learning_rate
 from utils.training.session import Job
-from utils.training.step import TooManySkips
-from utils.training.trial import trial
 
 TestFound = tuple[TestPass, Scores]
-Parts = tuple[torch.Tensor, list[torch.Tensor | None]]  # the loss [], and the gradients of what sequences share
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
+MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
 
 def train(job: Job) -> TestFound | None:
     """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder.
 
     Returns:
-        What the test pass of the best epoch found; None where that epoch had none, or ran before a resume.
+        What the best epoch's test pass found; None where that epoch had none, or ran before a resume.
 
     Raises:
         Interrupted: a signal has come; the state is saved.
         RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
     """
-    args, progress = job.args, job.training.progress
-    try:
-        best_test = _run_epochs(job)
-    except TooManySkips as skips:
-        raise RunError(
-            f"{skips}; the last is of {_culprits(job, skips.batch)}; try a lower --learning_rate; "
-            f"{job.training.saver.kept()}"
-        ) from None
-    if progress.epochs_without_improvement >= args.patience:
-        job.log("Early stopping")
-    if progress.best_vali_loss == float("inf"):
-        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
-    return best_test
-
-
-def _run_epochs(job: Job) -> TestFound | None:
     args, progress, journal = job.args, job.training.progress, job.training.journal
     clock = Clock(job)
     best_test: TestFound | None = None
     if journal:
         journal.start(progress.epoch, progress.iteration)
     if job.model.is_trained:
-        trial(job, lambda batch: leave_gradients(job, batch), clock.left)
-    train_one = train_epoch if job.model.is_trained else score_epoch
+        dry_run(job, lambda batch: leave_gradients(job, batch), clock.left)
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
-            train_loss = train_one(job, clock)
+            if job.model.is_trained:
+                train_loss = train_epoch(job, clock)
+            else:  # fitted in closed form before
+                progress.iteration, train_loss = job.steps_per_epoch, score(job, "train").loss
             seconds = time.perf_counter() - began
             job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            vali = validate(job)
-            improved = vali.loss < progress.best_vali_loss
-            with job.training.saver.explained():  # it writes predictions
-                results, test = test_epoch(job, improved)
-            if improved:
-                best_test = (results, test) if results and test else None
+            with job.training.saver.explained():  # validation and test write to the disk
+                vali = validate(job)
+                results, test = test_epoch(job, improved=vali.loss < progress.best_vali_loss)
+            if results and test:
+                best_test = results, test
+            elif vali.loss < progress.best_vali_loss:
+                best_test = None
             evaluation = time.perf_counter() - began
             clock.take(evaluation, tested=test is not None)
             end_epoch(job, train_loss, vali, test)
@@ -90,87 +71,105 @@ def _run_epochs(job: Job) -> TestFound | None:
                 costs = {"seconds": seconds, "evaluation_seconds": evaluation,
                          "peak_memory_gib": peak_memory_gib(job.device)}  # fmt: skip
                 journal.epoch(progress.history, costs)
-            save_if_due(job)
+            save_if_asked(job, bool(job.interrupts.received), job.training.saver.due(progress))
     except Interrupted as signal:
         save(job)
-        at = f"epoch {progress.epoch}, iteration {progress.iteration}"
-        job.log(f"{signal}: the state of {at} is saved in {job.folder}")
+        job.log(f"{signal}: the state of epoch {progress.epoch}, iteration {progress.iteration} is saved in {job.folder}")
         job.log(f"To resume: {resume_command(args)}")
         raise
+    if progress.epochs_without_improvement >= args.patience:
+        job.log("Early stopping")
+    if progress.best_vali_loss == float("inf"):
+        raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
     return best_test
 
 
 def train_epoch(job: Job, clock: "Clock") -> float:
     """Run the rest of the epoch that the run is in; return its mean training loss."""
-    args, model, optimizer, progress = job.args, job.model, job.training.optimizer, job.training.progress
-    loader, total, guard, journal = job.loaders["train"], job.steps_per_epoch, job.training.guard, job.training.journal
+    args, progress, journal = job.args, job.training.progress, job.training.journal
+    loader, total = job.loaders["train"], job.steps_per_epoch
     loader.batch_sampler.set_epoch(progress.epoch, skip=progress.iteration)  # type: ignore[union-attr]
-    model.train()
+    job.model.train()
     clock.restart()
     with progress_bar(total, progress.iteration) as bar:
         # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
         for batch in itertools.islice(loader, total - progress.iteration):
             step = (progress.epoch - 1) * total + progress.iteration
-            rate = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-            loss = guard.whole(leave_gradients(job, batch.to(job.device)))
-            # The first step makes the optimizer's moments, which are larger than the trained values.
-            with explain_out_of_memory("the optimizer's step", lambda: advice(args, model)):
-                if guard.allows_step():
-                    optimizer.step()
-            progress.loss_sum = progress.loss_sum + guard.count(batch, loss, progress)
-            model.zero_grad(set_to_none=True)  # here, so that no gradient lies in memory while the run saves or evaluates
-
-            progress.iteration += 1
+            lr = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
+            loss, stop, due = train_step(job, batch.to(job.device), lr)
             clock.steps += 1
             if journal:
-                journal.step(progress.epoch, progress.iteration, loss, rate)
+                journal.step(progress.epoch, progress.iteration, loss, lr)
             bar.update()
             if progress.iteration % args.log_every == 0:
-                job.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss.item():.7f}")
+                job.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss:.7f}")
                 job.log(f"\t{clock.line()}")
                 if journal:
                     journal.flush()
-            save_if_due(job)
-    guard.settle(progress)
+            save_if_asked(job, stop, due)
     return float(progress.loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def validate(job: Job) -> Scores:
-    """Score the validation split; of the best epoch so far, the errors become the job's prediction intervals."""
-    if not job.levels:
-        return score(job, "val")
-    with job.training.saver.explained(), Calibration(job) as calibration:  # it writes the errors
-        vali = score(job, "val", calibration.consume)
-        if vali.loss < job.training.progress.best_vali_loss:
-            calibration.end()
-    return vali
+def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:
+    """One step: forward, loss, backward, and the optimizer's step unless a number is NaN or infinite.
 
+    In a group of processes each has its share of the batch, and the gradients are added up.
 
-def score_epoch(job: Job, clock: "Clock") -> float:
-    """The training loss of a model that is fitted in closed form, and has nothing to train step by step."""
-    job.training.progress.iteration = job.steps_per_epoch
-    return score(job, "train").loss
+    Returns:
+        The loss of the whole batch; whether any process was asked to stop; whether any wants the state saved.
+
+    Raises:
+        RunError: not even one sequence fits into the GPU's memory, or too many steps in a row were skipped.
+    """
+    model, optimizer, progress = job.model, job.training.optimizer, job.training.progress
+    loss = leave_gradients(job, batch)
+    progress.iteration += 1
+    gradients = list(model.gradients())
+    if job.accelerator.num_processes > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+    # A sum is finite only if every term is, and takes no memory of its own.
+    numbers = torch.stack([loss, *(gradient.sum().float() for gradient in gradients)])
+    asks = job.interrupts.received > 0, job.training.saver.due(progress)
+    told = job.accelerator.reduce(torch.stack([loss.float(), *torch.tensor(asks).float().to(job.device)]))
+    wrong = ~torch.isfinite(numbers).all()
+    value, stop, due, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
+    good = not skip and math.isfinite(value)
+    if good:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if job.precision.is_scaled:
+            for gradient in gradients:
+                gradient.div_(progress.loss_scale)
+        # The first step makes the optimizer's moments, which are larger than the trained values.
+        with explain_out_of_memory("the optimizer's step", lambda: advice(job.args, model)):
+            optimizer.step()
+        progress.loss_sum += value
+        progress.skipped_in_a_row = 0
+    else:
+        skip_step(job, batch, value)
+    if job.precision.is_scaled:  # halved at each skip, doubled after enough good steps
+        progress.good_steps = (progress.good_steps + 1) % GOOD_STEPS if good else 0
+        factor = 0.5 if not good else 1.0 if progress.good_steps else 2.0
+        progress.loss_scale = min(max(progress.loss_scale * factor, 1.0), LARGEST_SCALE)
+    model.zero_grad(set_to_none=True)  # no gradient lies in memory while the run saves or evaluates
+    return value, stop > 0, due > 0
 
 
 def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
-    """Leave the gradients of this process's sequences, those of all processes added up; return its part of the loss.
+    """Leave the gradients of this process's sequences in the model, in parts that fit into memory; return its part of the
+    loss.
 
     Raises:
         RunError: not even one sequence fits into the GPU's memory.
     """
-    guard, reducer = job.training.guard, job.training.reducer
-    scale = guard.scale.value if guard.scale else None
-    passes = partial(forward_backward, job.model, batch, job.precision, loss=loss_of(job.args))
-    smaller = partial(halve_on_out_of_memory, job, job.step_limit, len(batch))
-    if reducer is None:
-        return smaller(lambda size: passes(size, scale=scale))
-    # One of several processes must not come back alone to what all do together.
-    total = job.args.batch_size * len(job.trained_series.forecast_columns)
-    with explain_out_of_memory("a step", lambda: advice(job.args, job.model)):
-        return passes(scale=scale, total=total, reducer=reducer, within=smaller)
+    total = job.args.batch_size * len(job.trained_series.forecast_columns)  # of all processes
+    scale = job.training.progress.loss_scale if job.precision.is_scaled else 1.0
+
+    def work(size: int) -> torch.Tensor:
+        return forward_backward(job.model, batch, job.precision, size, scale, loss_of(job.args), total)
+
+    return halve_on_out_of_memory(job, job.step_limit, len(batch), work)
 
 
 def forward_backward(
@@ -178,52 +177,77 @@ def forward_backward(
     batch: Batch,
     precision: Autocast,
     max_sequences: int = 0,
-    scale: torch.Tensor | None = None,
+    scale: float = 1.0,
     loss: Loss = mean_squared,
     total: int | None = None,
-    reducer: GradientReducer | None = None,
-    within: Callable[[Callable[[int], Parts]], Parts] | None = None,
 ) -> torch.Tensor:
     """Leave the batch's gradients in the trained tensors; return its loss, detached.
 
-    The prototypes' keys and values are made once. The sequences run in micro-batches of at most
-    `max_sequences` (0: one), whose gradients add up at the keys and values, and flow on from there once.
-    All gradients are `scale` (None: 1) times too large.
+    The prototypes' keys and values are made once. The sequences run in micro-batches of at most `max_sequences`
+    (0: one), whose gradients add up at the keys and values, and flow on from there once.
 
     Args:
-        total: sequences of the whole batch, of which this process has some: loss and gradients are then its part of
-            the whole batch's. None: it has all.
-        reducer: adds the gradients of all processes up; None: there is one.
-        within: calls the work on the micro-batches with their size, again where it was too large; None: `max_sequences`.
+        scale: multiplies the gradients (loss scaling for fp16).
+        total: sequences of the whole batch, where this is one process's share; loss and gradients are then its part.
     """
     with precision.autocast():
         shared = model.prototype_kv()
-    if reducer is not None:
-        reducer.begin()
-
-    def work(size: int) -> Parts:
-        leaves = [tensor.detach().requires_grad_() for tensor in shared]
-        found = torch.zeros((), device=batch.x.device)
-        parts = batch.split(size)
-        for number, part in enumerate(parts, 1):
-            if reducer is not None:
-                reducer.expect_last(number == len(parts))
-            with precision.autocast():
-                forecast = model(part, tuple(leaves))
-            share = loss(forecast.float(), part) * (len(part) / (total or len(batch)))
-            (share if scale is None else share * scale).backward()
-            found += share.detach()
-        return found, [leaf.grad for leaf in leaves]
-
-    found, gradients = within(work) if within else work(max_sequences)
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in shared)
+    found = torch.zeros((), device=batch.x.device)
+    for part in batch.split(max_sequences):
+        with precision.autocast():
+            forecast = model(part, leaves)
+        share = loss(forecast.float(), part) * (len(part) / (total or len(batch)))
+        (share * scale).backward()
+        found += share.detach()
     if shared:
-        torch.autograd.backward(shared, gradients)
-    if reducer is not None:
-        reducer.finish()
-        mapping = model.mapping_layer
-        if mapping is not None and mapping.gradient_factor is not None:
-            dist.all_reduce(mapping.gradient_factor)
+        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
     return found
+
+
+@torch.no_grad()
+def skip_step(job: Job, batch: Batch, loss: float) -> None:
+    """Count a step without finite numbers, and say so.
+
+    Raises:
+        RunError: too many in a row; it names the windows of the last batch, and the columns that go wrong.
+    """
+    progress = job.training.progress
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is NaN or infinite"
+    scaled = f"; the loss was scaled by {progress.loss_scale:.0f}" if job.precision.is_scaled else ""
+    job.log(
+        f"WARNING: epoch {progress.epoch}, iteration {progress.iteration}: {what}; the step is skipped "
+        f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row){scaled}"
+    )
+    # While the loss scale comes down, the next step may be a good one.
+    if progress.skipped_in_a_row <= MAX_SKIPS or (job.precision.is_scaled and progress.loss_scale > 1):
+        return
+    data, columns = job.loaders["train"].dataset, job.trained_series.forecast_columns
+    with job.precision.autocast():
+        shared = job.model.prototype_kv()
+    forecast = forecast_in_parts(job.model, job.precision, batch, shared, max(job.step_limit.sequences, 1))
+    bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
+    bad = bad if bad.any() else torch.ones_like(bad)
+    windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
+    wrong = [name for name, column in zip(columns, bad.T, strict=True) if column.any()]
+    listed = (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for names in (windows, wrong))
+    raise RunError(
+        "{} steps in a row had no finite loss or gradient; the last is of the windows that start at {}, columns {}; "
+        "try a lower --learning_rate; {}".format(progress.skipped_in_a_row, *listed, job.training.saver.kept())
+    )
+
+
+def validate(job: Job) -> Scores:
+    """Score the validation split; the errors of the best epoch so far become the job's prediction intervals."""
+    if not job.levels:
+        return score(job, "val")
+    with Calibration(job) as calibration:
+        vali = score(job, "val", calibration.consume)
+        if vali.loss < job.training.progress.best_vali_loss:
+            calibration.end()
+    return vali
 
 
 def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
@@ -238,8 +262,8 @@ def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None
 def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) -> None:
     """Print the epoch's line; keep its checkpoint if it is the best so far; save the state.
 
-    The checkpoint comes before the state that knows of it: a run that ends between the two resumes
-    from an earlier state and writes the same checkpoint once more.
+    The checkpoint comes before the state that knows of it: a run that ends between the two resumes from an earlier state
+    and writes the same checkpoint once more.
     """
     progress, patience = job.training.progress, job.args.patience
     tested = f" Test Loss: {test.loss:.4f} MAE Loss: {test.mae:.4f}" if test else ""
@@ -261,23 +285,22 @@ def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) ->
     save(job)
 
 
-def save_if_due(job: Job) -> None:
-    """Save the state if it is time.
+def save_if_asked(job: Job, stop: bool, due: bool) -> None:
+    """Save the state if it is due.
 
     Raises:
-        Interrupted: a signal has come.
+        Interrupted: a signal has come to this process or another of the group.
     """
-    job.training.saver.asks.check_signal()
-    if job.training.saver.due(job.training.progress):
+    if stop:
+        received = torch.tensor([job.interrupts.received], device=job.device)
+        raise Interrupted(int(job.accelerator.gather(received).max()))
+    if due:
         save(job)
 
 
 def save(job: Job) -> None:
     """Save the state of the run as it stands between two iterations."""
     progress = job.training.progress
-    job.training.guard.settle(progress)
-    if scale := job.training.guard.scale:
-        progress.loss_scale, progress.good_steps = float(scale.value), int(scale.good_steps)
     progress.max_sequences = job.step_limit.sequences
     progress.evaluation_sequences = job.evaluation_limit.sequences
     with _explained(job):
@@ -285,7 +308,7 @@ def save(job: Job) -> None:
 
 
 def _explained(job: Job) -> AbstractContextManager[None]:
-    """For work that saves: no memory inside is one line, with what the run can resume from."""
+    """Where memory runs out while saving, one line says what the run can resume from."""
     return explain_out_of_memory("saving", lambda: f"{advice(job.args, job.model)}; {job.training.saver.kept()}")
 
 
@@ -303,7 +326,7 @@ class Clock:
         self.since, self.steps = time.perf_counter(), 0
 
     def take(self, seconds: float, tested: bool) -> None:
-        """Take in what the evaluation of an epoch took: validation, and the test where it was `tested`."""
+        """Note the seconds of an epoch's evaluation: validation, and the test where it was `tested`."""
         self.evaluation = seconds / (self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
@@ -322,49 +345,3 @@ class Clock:
         windows = len(epochs) * self.windows["val"] + tests * self.windows["test"]
         each = EVALUATION_SHARE * speed / args.batch_size if self.evaluation is None else self.evaluation
         return steps * speed + windows * each
-
-
-def _culprits(job: Job, batch: Batch) -> str:
-    """Dates of the whole batch's windows, and the columns that go wrong in them."""
-    found = from_all(_wrong_windows(job, batch))
-    found = [some for some in found if some.columns] or found
-    windows = [window for some in found for window in some.windows]
-    columns = [name for name in job.trained_series.forecast_columns if any(name in some.columns for some in found)]
-    return f"the windows that start at {_some(windows)}" + (f", columns {_some(columns)}" if columns else "")
-
-
-class _Wrong(NamedTuple):
-    """Windows, those that go wrong where there are such, and the columns that do."""
-
-    windows: list[str]
-    columns: list[str]
-
-
-@torch.no_grad()
-def _wrong_windows(job: Job, batch: Batch) -> _Wrong:
-    data = job.loaders["train"].dataset
-    dates = [str(data.window_dates(int(index))[0]) for index in batch.index]  # type: ignore[attr-defined]
-    columns = job.trained_series.forecast_columns
-    batch = batch.to(job.device)
-    shared = None
-    try:
-        with job.precision.autocast():
-            shared = job.model.prototype_kv()
-        forecast = forecast_in_parts(job.model, job.precision, batch, shared, job.step_limit.sequences)
-    except RuntimeError as error:
-        # One of several processes must not go on alone from what all do together.
-        if not is_out_of_memory(error) or (shared is None and processes() > 1):
-            raise
-        # The numbers end the run; that they cannot be looked at more closely must not hide it.
-        return _Wrong(dates, [])
-    errors = F.mse_loss(forecast, batch.y, reduction="none").mean(1).view(len(dates), -1).cpu()  # (B, N)
-    bad = ~torch.isfinite(errors)
-    if not bad.any():
-        return _Wrong(dates, columns if processes() == 1 else [])
-    windows = [date for date, row in zip(dates, bad, strict=True) if row.any()]
-    return _Wrong(windows, [name for name, column in zip(columns, bad.T, strict=True) if column.any()])
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more

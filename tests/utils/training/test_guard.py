@@ -79,7 +79,7 @@ def test_a_step_with_wrong_numbers_is_skipped_and_counted(begin, value: float) -
 
 def test_more_than_ten_in_a_row_end_the_run_and_are_named(begin) -> None:
     job = begin()
-    break_targets(job, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the trial
+    break_targets(job, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the dry run
     job.loaders["train"].batch_sampler.set_epoch(1)
     batches = list(job.loaders["train"].batch_sampler)
     with pytest.raises(RunError, match="11 steps in a row had no finite loss") as error:

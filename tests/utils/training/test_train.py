@@ -81,7 +81,7 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     ]
     head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
-    trial = r"Trial: \d+\.\d{4}s/iter; .*"
+    trial = r"Dry run: \d+\.\d{4}s/iter; .*"
     tail = [
         "Early stopping",
         f"Checkpoints saved at: {re.escape(str(folder))}",

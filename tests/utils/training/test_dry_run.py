@@ -6,23 +6,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import utils.training.dry_run
 import utils.training.train
-import utils.training.trial
 from tests.small_run import run_folder, train
-from utils.training.trial import duration
+from utils.training.dry_run import duration
 
 LINE = (
-    r"Trial: \d+\.\d{4}s/iter; about \d+ s an epoch with its evaluations, \d+ s in all; "
+    r"Dry run: \d+\.\d{4}s/iter; about \d+ s an epoch with its evaluations, \d+ s in all; "
     r"memory \d+\.\dGB at the peak, of \d+\.\dGB"
 )
 
 
 def trials(lines: list[str]) -> list[str]:
-    return [line for line in lines if line.startswith("Trial:")]
+    return [line for line in lines if line.startswith("Dry run:")]
 
 
 def without_times(lines: list[str]) -> list[str]:
-    return [line for line in lines if not re.search("speed:|cost time:|Memory:|Trial:|saved at", line)]
+    return [line for line in lines if not re.search("speed:|cost time:|Memory:|Dry run:|saved at", line)]
 
 
 @pytest.mark.parametrize("flags", [{}, {"num_workers": 1, "prototypes": "direct"}], ids=["vocab", "workers"])
@@ -33,7 +33,7 @@ def test_a_run_is_the_same_with_and_without(argv, capsys, monkeypatch, tmp_path,
     assert re.fullmatch(LINE, line)
     assert lines.index(line) < next(n for n, text in enumerate(lines) if "iters:" in text)
 
-    monkeypatch.setattr(utils.training.train, "trial", lambda *_: None)
+    monkeypatch.setattr(utils.training.train, "dry_run", lambda *_: None)
     bare = argv(train_epochs=2, plots=0, checkpoints=tmp_path / "without", **flags)
     other = train(bare, capsys)
     assert not trials(other) and without_times(lines) == without_times(other)
@@ -52,14 +52,14 @@ def test_it_leaves_no_gradient_and_no_drawn_number(argv, capsys, monkeypatch) ->
         job.loaders["train"].batch_sampler.set_epoch(1)
         order = list(job.loaders["train"].batch_sampler)
         drawn = job.loaders["train"].generator.get_state()
-        utils.training.trial.trial(job, work, left)
+        utils.training.dry_run.dry_run(job, work, left)
         assert torch.equal(before, torch.get_rng_state())
         assert torch.equal(drawn, job.loaders["train"].generator.get_state())
         assert order == list(job.loaders["train"].batch_sampler)
         assert not list(job.model.gradients()) and not job.training.optimizer.state
         seen.append(job)
 
-    monkeypatch.setattr(utils.training.train, "trial", watched)
+    monkeypatch.setattr(utils.training.train, "dry_run", watched)
     assert trials(train(argv(train_epochs=2, plots=0), capsys)) and len(seen) == 1
 
 

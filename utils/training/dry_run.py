@@ -1,0 +1,79 @@
+"""The dry run before the first step: what the run will take, told before it takes it."""
+
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from data_provider.batches import Batch
+from utils.results.log import peak_memory_gib
+from utils.saving.state import random_state, set_random_state
+from utils.training.memory import OPTIMIZER_BYTES
+from utils.training.session import Job
+
+FEWEST_STEPS = 20  # a shorter run is over before its dry run would be worth it
+
+
+def dry_run(job: Job, gradients: Callable[[Batch], torch.Tensor], left: Callable[[float], float]) -> None:
+    """Run the first batch forward and backward, twice, and log what the run will take; no step is made.
+
+    A run that resumes has none, and neither has a very short one. Random generators, buffers and the loader are afterwards
+    as they were. Where the GPU's memory is short, this finds how many sequences fit, as the first step would have.
+
+    Args:
+        gradients: forward and backward pass of a batch, in parts that fit into memory.
+        left: seconds that the whole run takes at so many seconds a step, evaluations included.
+
+    Raises:
+        RunError: not even one sequence fits.
+    """
+    progress, epochs, model = job.training.progress, job.args.train_epochs, job.model
+    if (progress.epoch, progress.iteration) != (1, 0) or epochs * job.steps_per_epoch < FEWEST_STEPS:
+        return
+    before = random_state(job.device)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a batch normalisation's
+    model.train()
+    # The batch is made beside the loader: no worker starts, and the loader draws nothing.
+    loader = job.loaders["train"]
+    loader.batch_sampler.set_epoch(1)  # type: ignore[union-attr]
+    first = next(iter(loader.batch_sampler))  # type: ignore[arg-type]
+    batch = loader.collate_fn([loader.dataset[index] for index in first]).to(job.device)
+    for _ in range(2):  # the first one also makes caches and loads kernels
+        began = now(job.device)
+        gradients(batch)
+        model.zero_grad(set_to_none=True)
+        seconds = now(job.device) - began
+    for buffer, held in buffers:
+        buffer.copy_(held)
+    set_random_state(before, job.device)
+    moments = sum(p.numel() for p in model.parameters()) * OPTIMIZER_BYTES[job.args.optimizer]  # the first step makes them
+    kind = "GPU memory" if job.device.type == "cuda" else "memory"
+    job.log(
+        f"Dry run: {seconds:.4f}s/iter; about {duration(left(seconds) / epochs)} an epoch with its evaluations, "
+        f"{duration(left(seconds))} in all; {kind} {peak_memory_gib(job.device) + moments / 2**30:.1f}GB at the peak, "
+        f"of {memory_limit(job.device) / 2**30:.1f}GB"
+    )
+
+
+def now(device: torch.device) -> float:
+    """The clock's seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that the process may take: what the cap leaves of the GPU, else all of the computer's."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return int(fraction * torch.cuda.get_device_properties(device).total_memory)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
