@@ -79,9 +79,9 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         InputError: folder, configuration, tokenizer or safetensors files missing or unreadable.
     """
     family = FAMILIES[name]
-    folder = _local_folder(family, path) or _fetch(family, path)
+    folder = _find_folder(family, path)
     config = _read_config(name, family, folder)
-    fingerprint = _fingerprint(folder, _weight_files(folder, family))
+    fingerprint = _fingerprint(folder, family)
     if not (folder / "tokenizer_config.json").is_file():
         raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     try:
@@ -121,34 +121,28 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     )
 
 
-def _local_folder(family: Family, path: str | None) -> Path | None:
-    """The folder on this disk; None: the hub may have it.
+def _find_folder(family: Family, path: str | None) -> Path:
+    """The folder on this disk, or that of what the hub has, fetched unless the hub's cache holds it.
 
     Raises:
-        InputError: `path` is no folder, and no hub id either.
+        InputError: `path` is no folder, and names nothing on the hub either.
     """
     default = ROOT / "base_models" / family.hub_id.split("/")[-1]
-    if path is None:
-        return default if default.is_dir() else None
-    if Path(path).expanduser().is_dir():
-        return Path(path).expanduser()
-    first, slash, rest = path.partition("/")
-    # A hub id is `owner/name`, where no folder `owner` is here.
-    is_file_path = "/" in rest or path.startswith((".", "/", "~"))
-    if is_file_path or (slash and (first == "base_models" or Path(first).is_dir())):
-        hub_id, place = (family.hub_id, str(default)) if family.hub_id else ("<hub id>", path)
-        raise _no_weights(path, "no such folder", hub_id, place)
-    return None
-
-
-def _fetch(family: Family, path: str | None) -> Path:
-    """The folder of what the hub has, fetched unless the hub's cache holds it."""
+    local = default if path is None else Path(path).expanduser()
+    if local.is_dir():
+        return local
     hub_id = path or family.hub_id
+    first, slash, rest = hub_id.partition("/")
+    # A hub id is `owner/name`, where no folder `owner` is here.
+    is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
+    if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
+        hub_id, place = (family.hub_id, str(default)) if family.hub_id else ("<hub id>", str(path))
+        raise _no_weights(str(path), "no such folder", hub_id, place)
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
-        default = str(ROOT / "base_models" / hub_id.split("/")[-1])
-        raise _no_weights(default if path is None else path, _first_line(error), hub_id, default) from error
+        place = str(ROOT / "base_models" / hub_id.split("/")[-1])
+        raise _no_weights(path or place, _first_line(error), hub_id, place) from error
 
 
 def _no_weights(looked: str, reason: str, hub_id: str, place: str) -> InputError:
@@ -179,8 +173,13 @@ def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _weight_files(folder: Path, family: Family) -> list[Path]:
-    """The safetensors files of a folder; every file that an index names must be there."""
+def _fingerprint(folder: Path, family: Family) -> str:
+    """SHA-256 over the configuration and each safetensors file's size, header and last 64 KiB: cheap, yet any
+    other weights of the same shape differ in it.
+
+    Raises:
+        InputError: a file is missing, or is cut short.
+    """
     index = folder / "model.safetensors.index.json"
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if index.is_file():
@@ -193,19 +192,13 @@ def _weight_files(folder: Path, family: Family) -> list[Path]:
         fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
         got = f"no {missing[0]}" if missing else "no *.safetensors file"
         raise _unusable(folder, got, "safetensors weights (others are not loaded)", fetch)
-    return [folder / name for name in names]
-
-
-def _fingerprint(folder: Path, shards: list[Path]) -> str:
-    """SHA-256 over the configuration and each shard's size, header and last 64 KiB: cheap, yet any
-    other weights of the same shape differ in it."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in shards:
+    for shard in [folder / name for name in names]:
         size = shard.stat().st_size
         try:
             with safe_open(shard, framework="pt"):  # compares the header with the size
                 pass
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             got = f"{shard.name} cut short or damaged ({size:,} bytes)"
             raise _unusable(folder, got, "the whole file", "fetch it again") from error
         with shard.open("rb") as file:
@@ -337,11 +330,13 @@ class Backbone:
         if self.embeddings.device.type != "cpu":
             self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
-    def plain(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def plain(
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
         """The whole sequence with gradients, through transformers' own masks and attention.
 
         Args:
-            opening: token ids that every sequence starts with.
+            prompt_prefix: token ids that every sequence starts with.
             ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
 
@@ -349,11 +344,11 @@ class Backbone:
             `[M, L, D]` last hidden states at the patches, in the patches' type.
         """
         M, L, _ = patches.shape
-        first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(M, -1)
+        first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(M, -1)
         prompt = self.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
         inputs = torch.cat([prompt, patches.to(self.stream_dtype)], dim=1)  # (M, P0 + n + L, D)
         slot = torch.arange(inputs.shape[1], device=patches.device)[None]
-        start, stop = len(opening), len(opening) + ids.shape[1]
+        start, stop = len(prompt_prefix), len(prompt_prefix) + ids.shape[1]
         real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
         hidden = self.model(
             inputs_embeds=inputs,

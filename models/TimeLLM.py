@@ -26,7 +26,7 @@ from models.base import ForecastModel
 
 PROTOTYPES = 1000
 
-# (opening ids, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
+# (ids of the prompt prefix, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
 LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -125,9 +125,9 @@ class Model(ForecastModel):
             self.language_model = self._choose_language_model()
 
     @property
-    def opening_ids(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Token ids that every prompt starts with; none without prompts."""
-        return [] if self.prompts is None else self.prompts.opening_ids
+        return [] if self.prompts is None else self.prompts.prefix_ids
 
     def path(self) -> str:
         """How the language model runs, for the log."""
@@ -146,7 +146,7 @@ class Model(ForecastModel):
         z, mean, std = instance_norm(x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *prototype_kv)  # (M, L, D)
-        hidden = self.language_model(self.opening_ids, *prompts, patches)  # (M, L, D)
+        hidden = self.language_model(self.prefix_ids, *prompts, patches)  # (M, L, D)
         out = self.output_projection(hidden[..., : self.d_ff])  # (M, H)
         if self.linear_map is not None:
             with torch.autocast(x.device.type, enabled=False):
@@ -181,14 +181,14 @@ class Model(ForecastModel):
         return FastPath(self.backbone) if self.fast_path else self.backbone.plain
 
     def _run_substitute(
-        self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
     ) -> torch.Tensor:
         """As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place."""
         assert self.substitute is not None
-        first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+        first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(len(ids), -1)
         embedded = self.backbone.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
         slot = torch.arange(embedded.shape[1], device=embedded.device)
-        return self.substitute(embedded, slot < len(opening) + length[:, None], patches)
+        return self.substitute(embedded, slot < len(prompt_prefix) + length[:, None], patches)
 
     def _apply(self, fn, recurse=True):
         """Move the language model along (`.to`, `.cuda`), but leave its number types alone."""

@@ -233,7 +233,7 @@ def estimates(job: "Job", sequences: int, peak: float) -> dict[str, float]:
     embeddings = backbone.embeddings.numel() * backbone.embeddings.element_size()
     layers = sum(p.numel() * p.element_size() for p in backbone.model.parameters()) - embeddings
     patches = model.output_projection.linear.in_features // model.d_ff
-    prompt = len(model.opening_ids) + model.make_prompts(_some_windows(job)).ids.shape[1]
+    prompt = len(model.prefix_ids) + model.make_prompts(_some_windows(job)).ids.shape[1]
     each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
     at_once = min(job.step_limit.sequences or sequences, sequences)
 

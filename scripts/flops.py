@@ -38,7 +38,7 @@ def training_step_flops(model: Model, batch: Batch) -> int:
     config = backbone.model.config
     assert batch.prompts is not None, "the loader has made no prompts"
     M, n = batch.prompts.ids.shape
-    P0, f = len(model.opening_ids), model.d_ff
+    P0, f = len(model.prefix_ids), model.d_ff
     L = model.output_projection.linear.in_features // f
     S, layers, D = P0 + n + L, config.num_hidden_layers, backbone.hidden_size
     heads_width = config.num_attention_heads * (getattr(config, "head_dim", None) or D // config.num_attention_heads)

@@ -119,7 +119,7 @@ def training_texts() -> list[str]:
         for sign, upward in ((-1, True), (1, False)):
             low, median, high = sorted(sign * rng.gauss(1, 1) for _ in range(3))
             tail = template.statistics(low, high, median, upward, rng.sample(range(window), 5))
-            texts.append(template.opening() + tail)
+            texts.append(template.prompt_prefix() + tail)
     return texts
 
 

@@ -169,7 +169,7 @@ def measure_steps(args: Namespace, flags: Namespace) -> dict[str, Any]:
     assert shown.batch.prompts is not None
     result: dict[str, Any] = {
         "sequences": len(shown.sequences),
-        "tokens": {"opening": len(shown.model.opening_ids), "statistics": shown.batch.prompts.ids.shape[1]},
+        "tokens": {"opening": len(shown.model.prefix_ids), "statistics": shown.batch.prompts.ids.shape[1]},
         "vocabulary": backbone.vocab_size,
     }
     result |= {name: {"s_per_step": steps[name], "eval_s_per_batch": evaluations[name]} for name in args.variants}

@@ -48,7 +48,7 @@ def begin(job: Job, start: Start) -> Training:
     else:
         if model.linear_map is not None:
             _fit_linear_map(job, model.linear_map)
-        from_first(model.state_dict().values())
+        from_first([*model.parameters(), *model.buffers()])
         part_random(job.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     return Training(optimizer, saver, progress, journal, start.lock)
 

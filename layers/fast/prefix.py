@@ -1,7 +1,7 @@
 """The pass of the patches over a frozen prefix, and the cache that holds the prefix's keys and values.
 
-The picture of the slots `[opening | statistics | patches]` stands in `layers.fast`.
-Shapes: M sequences, L patches, D the decoder's width, P0 tokens of the opening, n of the longest statistics;
+The picture of the slots `[prefix | statistics | patches]` stands in `layers.fast`.
+Shapes: M sequences, L patches, D the decoder's width, P0 tokens of the prompt prefix, n of the longest statistics;
 kv key-value heads of width e, g query heads for each.
 """
 
@@ -22,7 +22,7 @@ class FastPath:
     """Runs prompts without gradient and patches with it, called as `Backbone.plain` is.
 
     It holds a twin of the backbone's modules around the same tensors, and the keys and values of the last
-    opening. Made for the device where the backbone is: when that has moved, make another.
+    prompt prefix. Made for the device where the backbone is: when that has moved, make another.
 
     Attributes:
         model: the twin.
@@ -35,26 +35,28 @@ class FastPath:
         self._token_embeddings, self._groups = backbone.token_embeddings, backbone.groups
         self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
-        self._opening: list[int] | None = []  # whose keys and values the cache holds
+        self._prompt_prefix: list[int] | None = []  # whose keys and values the cache holds
 
-    def __call__(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
         """The last hidden states `[M, L, D]` at the patches, in the patches' type.
 
         Args:
-            opening: token ids that every sequence starts with.
+            prompt_prefix: token ids that every sequence starts with.
             ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
         """
-        (_, L, _), n, P0 = patches.shape, ids.shape[1], len(opening)
+        (_, L, _), n, P0 = patches.shape, ids.shape[1], len(prompt_prefix)
         slots, device = P0 + n + L, patches.device
         with torch.no_grad():
-            if opening != self._opening:
+            if prompt_prefix != self._prompt_prefix:
                 self._cache.place(0, 0)
-                self._opening = None  # until all of it is there: the pass may run out of memory
-                if opening:
+                self._prompt_prefix = None  # until all of it is there: the pass may run out of memory
+                if prompt_prefix:
                     with torch.inference_mode(False), torch.no_grad():
-                        self._store(torch.tensor([opening]), 0, device)
-                self._opening = list(opening)
+                        self._store(torch.tensor([prompt_prefix]), 0, device)
+                self._prompt_prefix = list(prompt_prefix)
             if n:
                 self._cache.place(P0, slots)
                 self._store(ids, P0, device)
@@ -98,11 +100,11 @@ class PrefixCache(DynamicCache):
         super().__init__()
         self._layers = [_Layer() for _ in range(layers)]
         self._start = 0  # slot where the next tokens go
-        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the opening
+        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the prompt prefix
 
     def place(self, start: int, slots: int) -> None:
         """The tokens of the next forward pass go to slots `start` and following, of `slots` in all; with 0 slots they are
-        the opening, and what was held is dropped."""
+        the prompt prefix, and what was held is dropped."""
         if not slots:
             self._layers = [_Layer() for _ in self._layers]
         self._start, self._slots = start, slots
@@ -116,8 +118,8 @@ class PrefixCache(DynamicCache):
         """
         layer = self._layers[layer_idx]
         if not self._slots:
-            layer.opening = (key_states, value_states)
-            keys_values = layer.opening
+            layer.prompt_prefix = (key_states, value_states)
+            keys_values = layer.prompt_prefix
         else:
             layer.reserve(key_states, key_states.shape[0], self._slots)
             # The buffer goes in inside a list: autograd must see it as storage, not as an input.
@@ -132,14 +134,14 @@ class PrefixCache(DynamicCache):
 
 
 class _Layer:
-    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the opening's `[1, kv, P0, e]`."""
+    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the prompt prefix's `[1, kv, P0, e]`."""
 
     def __init__(self):
-        self.opening: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.prompt_prefix: tuple[torch.Tensor, torch.Tensor] | None = None
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reserve(self, like: torch.Tensor, sequences: int, slots: int) -> None:
-        """Make the buffers hold `sequences` x `slots`, the opening in front."""
+        """Make the buffers hold `sequences` x `slots`, the prompt prefix in front."""
         if self.buffers is not None:
             held = self.buffers[0]
             if held.shape[0] >= sequences and held.shape[2] >= slots and held.dtype == like.dtype:
@@ -153,9 +155,9 @@ class _Layer:
         with torch.inference_mode(False), torch.no_grad():
             keys, values = (like.new_empty(sequences, heads, slots, width) for _ in range(2))
             self.buffers = keys, values
-            if self.opening is not None:
-                for buffer, opening in zip(self.buffers, self.opening, strict=True):
-                    buffer[:, :, : opening.shape[2]] = opening
+            if self.prompt_prefix is not None:
+                for buffer, prompt_prefix in zip(self.buffers, self.prompt_prefix, strict=True):
+                    buffer[:, :, : prompt_prefix.shape[2]] = prompt_prefix
 
 
 class _Append(torch.autograd.Function):

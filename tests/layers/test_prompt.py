@@ -39,8 +39,8 @@ def random_series(count: int, steps: int, seed: int = 0) -> np.ndarray:
 
 def test_exact_text() -> None:
     (statistics,) = describe_series(SERIES[None], TEMPLATE)
-    assert TEMPLATE.opening() + statistics == TEXT
-    assert TEMPLATE.opening().endswith("Input statistics:") and "\n" not in TEXT
+    assert TEMPLATE.prompt_prefix() + statistics == TEXT
+    assert TEMPLATE.prompt_prefix().endswith("Input statistics:") and "\n" not in TEXT
 
 
 def test_a_level_series_is_not_upward() -> None:
@@ -79,10 +79,10 @@ def test_ids_are_those_of_the_whole_text(backbones, family: str) -> None:
     tokenizer = joining_tokenizer() if family == "joining" else tokenizer_of(backbones, family)
     encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=2048)
     # BERT closes every text with a token of its own; the joining tokenizer does not split the text at the opening's end.
-    assert bool(encoder.opening_ids) == (family not in ("bert", "joining"))
+    assert bool(encoder.prefix_ids) == (family not in ("bert", "joining"))
     texts = describe_series(np.concatenate([SERIES[None], random_series(20, 8) * 1e-4]), TEMPLATE)
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        assert encoder.opening_ids + ids == tokenizer(TEMPLATE.opening() + text)["input_ids"]
+        assert encoder.prefix_ids + ids == tokenizer(TEMPLATE.prompt_prefix() + text)["input_ids"]
 
 
 def joining_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,8 +104,8 @@ def test_the_description_is_cut_and_never_the_statistics(backbones, family: str,
     z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
     lengths = []
     for text, ids in zip(describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True):
-        whole = encoder.opening_ids + ids
-        cut = PromptTemplate(kept, 512, 96).opening() + text
+        whole = encoder.prefix_ids + ids
+        cut = PromptTemplate(kept, 512, 96).prompt_prefix() + text
         assert tokenizer.decode(whole, skip_special_tokens=True) == cut
         lengths.append(len(whole))
     most = min(limit, 2048)  # model.md: at most 2048 prompt tokens
@@ -173,7 +173,7 @@ def test_no_prompt_is_longer_than_the_longest(backbones, family: str, lags: str,
         spikes[:, 0], spikes[:, -1] = 20, -20  # the median is near 0, and has all of its digits
         windows = np.concatenate([noise, noise.cumsum(1), spikes, spikes * 1e-3, noise * 1e-6, np.zeros_like(noise[:1])])
         prompts = encoder.for_windows([torch.from_numpy(windows).T])
-        lengths = [len(encoder.opening_ids) + len(ids) for ids in prompts]
+        lengths = [len(encoder.prefix_ids) + len(ids) for ids in prompts]
         assert max(lengths) <= encoder.longest, (max(lengths), encoder.longest)
 
 
@@ -185,7 +185,7 @@ def test_no_number_has_more_tokens_than_the_samples_where_exponents_are_one_toke
     value = float(np.float32(-0.00012345868162810802))  # as long as a float32 gets without an exponent
     assert len(str(value)) == 23, value
     text = template.statistics(value, value, value, False, [95, 94, 93, 92, 91])
-    assert len(tokenizer(template.opening() + text)["input_ids"]) <= encoder.longest
+    assert len(tokenizer(template.prompt_prefix() + text)["input_ids"]) <= encoder.longest
 
 
 def letters_with(parts: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

@@ -165,7 +165,7 @@ def test_few_positions(load, tmp_path: Path, family: str, name: str) -> None:
     model = small_model(tmp_path, load(family), llm_model=name, seq_len=512, llm_layers=2, prompt_text=text)
     x = random_windows(2, seq_len=512)
     batch = make_batch(model, x)
-    tokens = len(model.prompts.opening_ids) + int(batch.prompts.length.max()) + 64
+    tokens = len(model.prompts.prefix_ids) + int(batch.prompts.length.max()) + 64
     positions = load(family).info.max_positions
     assert positions - 40 < tokens <= positions
     with torch.no_grad():

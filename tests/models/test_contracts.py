@@ -65,7 +65,7 @@ def assert_paths_agree(model, batch, tolerance: float) -> None:
 @pytest.mark.parametrize("family", CAUSAL)
 def test_fast_equals_plain(load, tmp_path, family: str, four_bit: bool) -> None:
     model = model_of(load, tmp_path, family, four_bit)
-    assert model.fast_path and model.prompts.opening_ids
+    assert model.fast_path and model.prompts.prefix_ids
     batch = make_batch(model, random_windows())
     assert len(set(batch.prompts.length.tolist())) > 2  # prompts of different lengths
     assert_paths_agree(model, batch, BFLOAT16 if four_bit else FLOAT32)
@@ -130,7 +130,7 @@ def test_paths_agree_without_a_shared_opening(backbones, tmp_path) -> None:
     """A tokenizer that joins tokens over the end of the opening: each series carries its whole prompt."""
     model = small_model(tmp_path, Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2))
     model.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
-    assert model.prompts.opening_ids == []
+    assert model.prompts.prefix_ids == []
     assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
 
 

@@ -83,10 +83,10 @@ def test_the_window_may_be_just_as_long_as_prompt_and_patches(sliding, tmp_path:
         model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2)
         assert model.fast_path == fast
         ids = torch.tensor(max(model.prompts.encode(model.prompts._samples(model.prompts.template)), key=len))[None]
-        assert len(model.opening_ids) + ids.shape[1] + 4 == longest
+        assert len(model.prefix_ids) + ids.shape[1] + 4 == longest
         patches = torch.randn(1, 4, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            given = model.opening_ids, ids, torch.tensor([ids.shape[1]]), patches
+            given = model.prefix_ids, ids, torch.tensor([ids.shape[1]]), patches
             found, expected = FastPath(backbone)(*given), backbone.plain(*given)
         assert (difference(found, expected) < FLOAT32) == fast
 
@@ -149,7 +149,7 @@ def head(model: Model, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_without_a_language_model_the_head_reads_the_reprogrammed_patches(backbones, tmp_path: Path) -> None:
     model = small_model(tmp_path, bare(backbones), llm_ablation="none")
-    assert model.prompts is None and model.opening_ids == [] and not model.fast_path
+    assert model.prompts is None and model.prefix_ids == [] and not model.fast_path
     x = random_windows(3)
     z, mean, deviation = instance_norm(x.mT.flatten(0, 1))
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
         rows = []
         for m, patch in enumerate(patches):
             length = int(sequences.prompts.length[m])
-            ids = torch.tensor(model.opening_ids + sequences.prompts.ids[m, :length].tolist())
+            ids = torch.tensor(model.prefix_ids + sequences.prompts.ids[m, :length].tolist())
             words = backbone.embeddings[ids][None]
             rows.append(model.substitute(words, torch.ones(1, len(ids), dtype=torch.bool), patch[None])[0])
         expected = head(model, torch.stack(rows)) * deviation + mean
@@ -234,7 +234,7 @@ def test_without_reprogramming_a_linear_map_feeds_the_language_model(load, tmp_p
         z, mean, deviation = instance_norm(sequences.x)
         patches = model.patch_embedding(z) @ model.reprogramming_layer.weight.T + model.reprogramming_layer.bias
         prompts = sequences.prompts
-        hidden = model.backbone.plain(model.opening_ids, prompts.ids, prompts.length, patches)
+        hidden = model.backbone.plain(model.prefix_ids, prompts.ids, prompts.length, patches)
         assert series_difference(out.mT, (head(model, hidden) * deviation + mean).mT) < FLOAT32
     _, parts = outputs_and_gradients(model, sequences, max_sequences=2)
     for key, gradient in gradients.items():

@@ -247,7 +247,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> dict[str, Tri
         description: another data set's.
     """
     model, B = cast(Model, job.model.eval()), len(windows)
-    sequences, shared, ours = read_windows(job, windows, model.prompts), model.prototype_kv(), model.opening_ids
+    sequences, shared, ours = read_windows(job, windows, model.prompts), model.prototype_kv(), model.prefix_ids
     prompts, y = cast(Prompts, sequences.prompts), sequences.y
     M = len(sequences)
     places = torch.arange(M).view(B, M // B)  # (B, N)
@@ -272,7 +272,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> dict[str, Tri
         "left_out": ("prompt left out", forecast_with(empty, [])),
         "shuffled": ("statistics of another window each", forecast_with(_rows(prompts, places[another].flatten()), ours)),
         "one_window": ("statistics of one window for all", forecast_with(_rows(prompts, middle), ours)),
-        "description": ("another data set's description", forecast_with(theirs, described.opening_ids)),
+        "description": ("another data set's description", forecast_with(theirs, described.prefix_ids)),
         "nudged": (f"last value moved by {100 * NUDGE:g} % of the deviation", forecast_with(prompts, ours, nudged)),
     }
     deviation = before.var(1, correction=0).mean().sqrt().item()

@@ -188,7 +188,7 @@ def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
         return 0
     backbone, head = model.backbone, model.output_projection.linear
     patches = head.in_features // model.d_ff
-    prompt = min(len(model.opening_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS) if model.prompts else 0
+    prompt = min(len(model.prefix_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS) if model.prompts else 0
     each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
     heads = args.n_heads
     if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:
