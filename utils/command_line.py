@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from data_provider.splits import DATASETS
 from layers.errors import InputError, input_error
-from models import traits
+from models import model_class
 from utils.flags import DEFAULTS_OF, FLAGS, REQUIRED, REQUIRED_BY, inherited, run_name
 from utils.kinds import BOOL, LEVELS
 from utils.m4_flags import complete_m4
@@ -188,7 +188,7 @@ def _complete(args: argparse.Namespace, given: set[str]) -> None:
     _complete_pretraining(args)
     if args.seq_len < args.patch_len:
         raise input_error("--seq_len", f"{args.seq_len}, shorter than a patch", f"--patch_len {args.patch_len} or more")
-    if args.label_len > args.seq_len and traits(args.model).channel_independent:
+    if args.label_len > args.seq_len and model_class(args.model).channel_independent:
         args.label_len = args.seq_len  # nothing reads it; published command lines have such a one
     if args.label_len > args.seq_len:
         raise input_error("--label_len", args.label_len, f"at most --seq_len {args.seq_len}")

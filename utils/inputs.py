@@ -9,7 +9,7 @@ from pathlib import Path
 from data_provider.patterns import M4, find_m4
 from data_provider.splits import find_csv
 from layers.errors import input_error
-from models import traits
+from models import model_class
 from utils.flags import run_name
 from utils.saving.record import find_checkpoint
 
@@ -29,7 +29,7 @@ def check_inputs(args: Namespace) -> None:
         find_csv(args.root_path, args.data_path)
     if args.is_training and args.data_pretrain:
         find_csv(args.root_path, args.data_path_pretrain)
-    if not traits(args.model).uses_llm:
+    if not model_class(args.model).uses_llm:
         return
     if args.is_training and args.prompt_domain:  # a test or a forecast may have the training's description
         from data_provider.description import dataset_description  # only now: pandas takes a fifth of a second to load
@@ -43,7 +43,7 @@ def check_model_flags(args: Namespace) -> None:
     Raises:
         InputError: at the first contradiction.
     """
-    kind = traits(args.model)
+    kind = model_class(args.model)
     if args.moving_avg % 2 == 0:
         raise input_error("--moving_avg", args.moving_avg, "an odd number of rows")
     if kind.whole_batches and args.max_sequences:
