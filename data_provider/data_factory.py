@@ -11,17 +11,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_provider.batches import WindowCollate
-from data_provider.data_loader import SplitSeries, WindowDataset, load_series
+from data_provider.data_loader import FileSeries, SplitSeries, load_series
 from data_provider.m4 import load_m4
-from data_provider.m4_windows import CutBatches, Cuts
-from data_provider.parent import end_with_parent
-from data_provider.patterns import M4
 from data_provider.sampler import EpochBatches
+from data_provider.splits import M4
 from layers.errors import input_error
 from layers.prompt import PromptEncoder
 
 
-def data_provider(args: Namespace, flag: str) -> tuple[WindowDataset, DataLoader]:
+def data_provider(args: Namespace, flag: str) -> tuple[Any, DataLoader]:
     """Dataset and loader of "train", "val" or "test", as the Time-Series-Library has them: the loader yields batch_x
     `[B, T, N]`, batch_y `[B, label_len + H, N]`, batch_x_mark `[B, T, F]` and batch_y_mark `[B, label_len + H, F]`,
     float32, the values standardised.
@@ -48,7 +46,7 @@ def batch_loader(
     seed: int | None = None,
     pin: bool = False,
     whole: bool = False,
-) -> tuple[WindowDataset, DataLoader]:
+) -> tuple[Any, DataLoader]:
     """Dataset and loader of "train", "val" or "test" of a series; the loader yields `data_provider.batches.Batch`.
 
     Args:
@@ -66,8 +64,8 @@ def batch_loader(
     return dataset, make_loader(dataset, batches, args.num_workers, collate, pin)
 
 
-def series_from_args(args: Namespace) -> SplitSeries:
-    """The series that the flags describe.
+def series_from_args(args: Namespace) -> Any:
+    """The series that the flags describe, a `FileSeries` or an `M4Series`.
 
     Raises:
         InputError: see `load_series` and `load_m4`.
@@ -77,14 +75,13 @@ def series_from_args(args: Namespace) -> SplitSeries:
     return load_series(**series_flags(args))
 
 
-def pretraining_series(args: Namespace) -> SplitSeries:
+def pretraining_series(args: Namespace) -> FileSeries:
     """The series of `--data_pretrain`, on a scale of its own; all other flags are those of `series_from_args`.
 
     Raises:
         InputError: see `load_series`.
     """
-    other = {"data": args.data_pretrain, "data_path": args.data_path_pretrain}
-    return load_series(**series_flags(args) | other)
+    return load_series(**series_flags(args) | {"data": args.data_pretrain, "data_path": args.data_path_pretrain})
 
 
 def series_flags(args: Namespace) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def series_flags(args: Namespace) -> dict[str, Any]:
 
 
 def epoch_batches(
-    args: Namespace, dataset: WindowDataset, flag: str, rank: int = 0, world: int = 1, seed: int | None = None
+    args: Namespace, dataset: Any, flag: str, rank: int = 0, world: int = 1, seed: int | None = None
 ) -> EpochBatches:
     """Training: shuffled with the seed, short last batch dropped. Otherwise in order, nothing dropped.
 
@@ -109,15 +106,12 @@ def epoch_batches(
     """
     train = flag == "train"
     size = args.batch_size if train else args.eval_batch_size
-    if size < 1:
-        raise input_error("--batch_size" if train else "--eval_batch_size", size, "a whole number of at least 1")
     if train and len(dataset) < size:
         raise input_error("--batch_size", size, f"at most {len(dataset)}, for {len(dataset)} training windows")
     if train and size < world:
         raise input_error("--batch_size", size, f"at least {world}, a window of each step for each process")
     seed = args.seed if seed is None else seed
-    kind = CutBatches if isinstance(dataset, Cuts) else EpochBatches
-    return kind(len(dataset), size, seed, shuffle=train, drop_last=train, rank=rank, world=world)
+    return EpochBatches(len(dataset), size, seed, train, rank, world, draws=train and getattr(dataset, "drawn", False))
 
 
 def make_loader(
@@ -127,7 +121,7 @@ def make_loader(
     collate: Callable | None = None,
     pin: bool = False,
 ) -> DataLoader:
-    """A loader over `batches`; its workers end with this process.
+    """A loader over `batches`; its workers end some seconds after this process, however it ends.
 
     It draws from a generator of its own, so that iterating leaves the global
     random state, and with it a resumed run's dropout, as it was.
@@ -138,20 +132,16 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=start_worker,
-        # Workers must be this process's own children to die with it: Python 3.14 forks them elsewhere.
+        worker_init_fn=_leave_signals_to_the_parent,
+        # A forked worker shares the memory of the data, which another way of starting would copy.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def start_worker(_worker_id: int) -> None:
-    """Tie a loader worker to its parent: it dies with it, and leaves every signal to it.
-
-    A closed terminal or a shutdown signals all processes; a worker that went first would end the parent
-    with an error before it has saved.
-    """
+def _leave_signals_to_the_parent(_worker_id: int) -> None:
+    # A closed terminal or a shutdown signals all processes; a worker that went first would end the parent
+    # with an error before it has saved.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)  # elsewhere than on Linux PyTorch's own watchdog ends workers some seconds later

@@ -12,12 +12,10 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from data_provider.description import frequency, step_words
 from data_provider.splits import Splits, find_csv, split_rows
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
-from data_provider.timefeatures import frequency_key, time_marks
-from data_provider.timestamps import future_dates, infer_step
+from data_provider.timestamps import frequency, future_dates, infer_step, step_words, time_marks
 from layers.errors import input_error, listed
 
 # The model squares standardised values in float32, which ends at 3.4e38.
@@ -90,24 +88,13 @@ class WindowDataset(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """A file's columns in their own units, and the mean and deviation that standardise them."""
+class Source:
+    """Where data come from, and their columns."""
 
     path: Path
-    dates: pd.DatetimeIndex  # [rows], of the whole file
     columns: list[str]  # [N], those that are read
-    own: np.ndarray  # [rows, N] float64, in the columns' own units
-    mean: np.ndarray  # [N] float64, of the training rows
-    deviation: np.ndarray  # [N] float64
-    target: str | None  # the column that S and MS forecast, given or chosen
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
-    filled: int = 0  # cells that were empty in the file
-
-    @property
-    def rows(self) -> int:
-        """How many rows the file has."""
-        return len(self.dates)
 
     @property
     def forecast_slice(self) -> slice:
@@ -118,6 +105,18 @@ class Series:
     def forecast_columns(self) -> list[str]:
         """The names of the columns that are forecast."""
         return self.columns[self.forecast_slice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(Source):
+    """A file's columns in their own units, and the mean and deviation that standardise them."""
+
+    dates: pd.DatetimeIndex  # [rows], of the whole file
+    own: np.ndarray  # [rows, N] float64, in the columns' own units
+    mean: np.ndarray  # [N] float64, of the training rows
+    deviation: np.ndarray  # [N] float64
+    target: str | None  # the column that S and MS forecast, given or chosen
+    filled: int = 0  # cells that were empty in the file
 
     @cached_property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -152,29 +151,52 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSeries(Series):
-    """A series that is split, ready to be cut into windows."""
+class SplitSeries(Source):
+    """Data that train and test, one file's (`FileSeries`) or the many series of M4 (`data_provider.m4.M4Series`): what the
+    loop, the checks, the results and a checkpoint ask of them."""
 
-    data: str  # the name given with --data
-    freq: str | None  # for the time marks; None: that of the step
-    embed: str  # the kind of time marks
-    splits: Splits
     seq_len: int
     label_len: int
     pred_len: int
-    fingerprint: str  # of the training rows, see the function of that name
+    fingerprint: str  # of what trains, by which a checkpoint knows it again
 
-    @cached_property
-    def marks(self) -> np.ndarray:
-        """Time marks `[rows, F]` float32."""
-        return time_marks(self.dates, self.freq or frequency(self.step), self.embed)
+    def windows(self, flag: str) -> Any:
+        """The dataset of "train", "val" or "test", with `window_dates`, and what `fit_ridge` asks for."""
+
+    def windows_for_a_map(self) -> tuple[Any, Any]:
+        """The windows to which a linear map is fitted, and those by which its penalty is chosen."""
+        return self.windows("train"), self.windows("val")
+
+    def as_record(self) -> Any:
+        """What a checkpoint says of the data: JSON values, by which they are known again and scaled."""
+
+    def identity(self) -> Any:
+        """What a run that resumes must find again: JSON values by names for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSeries(Series, SplitSeries):
+    """A file's series that is split, ready to be cut into windows."""
+
+    marks: np.ndarray  # [rows, F] float32, time marks
+    splits: Splits
+
+    def windows(self, flag: str) -> WindowDataset:
+        splits, T = self.splits, self.seq_len
+        tested = splits.train + splits.val
+        rows = {  # validation and test look back seq_len rows
+            "train": slice(0, splits.few_shot),
+            "val": slice(splits.train - T, tested),
+            "test": slice(tested - T, tested + splits.test),
+        }[flag]
+        lengths = T, self.label_len, self.pred_len
+        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index)
 
     def as_record(self) -> dict[str, Any]:
-        """What a checkpoint says of the series: JSON values, by which it is known again and scaled."""
         return {
             "data": {
                 "file": self.path.name,
-                "rows": self.rows,
+                "rows": len(self.dates),
                 "synthetic": self.synthetic,
                 "step": self.step_words,
                 "mark": {"rows": self.splits.train, "sha256": self.fingerprint},
@@ -185,27 +207,8 @@ class SplitSeries(Series):
         }
 
     def identity(self) -> dict[str, Any]:
-        """What a run that resumes must find again: JSON values by names for people."""
-        digest = hashlib.sha256(self.values.tobytes())
-        digest.update(self.dates.asi8.tobytes())
-        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest.hexdigest()}
-
-    def windows(self, flag: str) -> WindowDataset:
-        """The windows of "train", "val" or "test"."""
-        rows = self.splits.slice(flag, self.seq_len)
-        return WindowDataset(
-            self.values[rows],
-            self.marks[rows],
-            self.dates[rows],
-            self.seq_len,
-            self.label_len,
-            self.pred_len,
-            self.target_index,
-        )
-
-    def windows_for_a_map(self) -> tuple[WindowDataset, WindowDataset]:
-        """The windows to which a linear map is fitted, and those by which its penalty is chosen."""
-        return self.windows("train"), self.windows("val")
+        digest = hashlib.sha256(self.values.tobytes() + self.dates.asi8.tobytes()).hexdigest()
+        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest}
 
 
 def load_series(
@@ -221,44 +224,34 @@ def load_series(
     label_len: int = 48,
     pred_len: int = 96,
     fill_missing: str | None = None,
-) -> SplitSeries:
+) -> FileSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
     `target` None is the column OT where there is one, else the last; `freq` None is read off the timestamps.
 
     Raises:
-        InputError: file, column, name or lengths that cannot be used.
+        InputError: file, column, or lengths that cannot be used.
     """
     # Only now: scikit-learn takes half a second to load, and a forecast from a checkpoint has its scaler there.
     from sklearn.preprocessing import StandardScaler
 
-    _check_lengths(seq_len, label_len, pred_len)
     table = read_table(find_csv(root_path, data_path), fill_missing)
-    chosen, target = _choose_columns(table, features, target)
-    columns = [table.columns[place] for place in chosen]
+    columns, target, own = _choose(table, features, target)
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
-    own = table.values if len(chosen) == len(table.columns) else table.values[:, chosen]
-    one = np.ones(len(columns))
-    check_size(table.path, columns, own, 0 * one, one, 1e150, "as it is")  # squares of more overflow float64
     scaler = StandardScaler().fit(own[: splits.train])
-    mean, deviation, scale = scaler.mean_, scaler.scale_, "in deviations of the training rows"
-    check_size(table.path, columns, own, mean, deviation, LARGEST_STANDARDISED, scale)
-    if freq:
-        frequency_key(freq)  # an unknown one is refused here, not where the marks are made
-    return SplitSeries(
+    check_size(table.path, columns, own, scaler.mean_, scaler.scale_)
+    return FileSeries(
         path=table.path,
         dates=table.dates,
         columns=columns,
         own=own,
-        mean=mean,
-        deviation=deviation,
+        mean=scaler.mean_,
+        deviation=scaler.scale_,
         target=target,
         target_index=columns.index(target) if features == "MS" else None,
         synthetic=is_synthetic(table.path),
         filled=table.filled,
-        data=data,
-        freq=freq,
-        embed=embed,
+        marks=time_marks(table.dates, freq or frequency(infer_step(table.dates)), embed),
         splits=splits,
         seq_len=seq_len,
         label_len=label_len,
@@ -275,15 +268,14 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
         features, target: as the flags of the same names.
 
     Raises:
-        InputError: an unknown kind of features, or no such column.
+        InputError: no such column.
     """
-    chosen, target = _choose_columns(table, "S" if features == "MS" else features, target)
-    own = table.values[:, chosen]
+    columns, target, own = _choose(table, "S" if features == "MS" else features, target)
     deviation = own.std(axis=0)
     return Series(
         path=table.path,
         dates=table.dates,
-        columns=[table.columns[place] for place in chosen],
+        columns=columns,
         own=own,
         mean=own.mean(axis=0),
         deviation=np.where(deviation > 0, deviation, 1.0),
@@ -294,50 +286,40 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
     )
 
 
+def _choose(table: Table, features: str, target: str | None) -> tuple[list[str], str, np.ndarray]:
+    """The columns that are read, the target (the one given, else OT, else the last), and the columns' values.
+
+    With M the target is a name that nothing looks up.
+    """
+    if target is None:
+        target = "OT" if "OT" in table.columns else table.columns[-1]
+    if features != "M" and target not in table.columns:
+        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {listed(table.columns)}")
+    if features == "S":
+        return [target], target, table.values[:, [table.columns.index(target)]]
+    return table.columns, target, table.values
+
+
+def check_size(path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+    """Raise InputError for a value `[rows, N]`, scaled by `mean` and `deviation` `[N]`, too large to compute with."""
+    for rows in pieces(own):
+        values = (own[rows] - mean) / deviation
+        large = np.argwhere(np.abs(values) > LARGEST_STANDARDISED)
+        if large.size:
+            row, column = large[0]
+            raise input_error(
+                f"{path}: row {rows.start + row + FIRST_ROW_LINE}, column {columns[column]!r}",
+                f"{values[row, column]:.3g} in deviations of the training rows, too large to compute with",
+                f"at most {LARGEST_STANDARDISED:.0e}",
+            )
+
+
 def fingerprint(values: np.ndarray) -> str:
     """What tells rows `[rows, N]` float64, in their own units, from all others: their SHA-256."""
     digest = hashlib.sha256()
     for rows in pieces(values):
         digest.update(np.ascontiguousarray(values[rows], dtype="<f8").tobytes())
     return digest.hexdigest()
-
-
-def _check_lengths(seq_len: int, label_len: int, pred_len: int) -> None:
-    for name, value in (("seq_len", seq_len), ("pred_len", pred_len)):
-        if value < 1:
-            raise input_error(f"--{name}", value, "a whole number of at least 1")
-    if not 0 <= label_len <= seq_len:
-        raise input_error("--label_len", label_len, f"a whole number from 0 to --seq_len {seq_len}")
-
-
-def _choose_columns(table: Table, features: str, target: str | None) -> tuple[list[int], str]:
-    """Places of the columns that are read, and the target: the one given, else OT, else the last.
-
-    With M the target is a name that nothing looks up.
-    """
-    if features not in ("M", "S", "MS"):
-        raise input_error("--features", repr(features), "one of M, S, MS")
-    if target is None:
-        target = "OT" if "OT" in table.columns else table.columns[-1]
-    if features != "M" and target not in table.columns:
-        raise input_error("--target", repr(target), f"one of the columns of {table.path}: {listed(table.columns)}")
-    return [table.columns.index(target)] if features == "S" else list(range(len(table.columns))), target
-
-
-def check_size(
-    path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray, limit: float, scale: str
-) -> None:
-    """Raise InputError for a value `[rows, N]`, scaled by `mean` and `deviation` `[N]`, too large to compute with."""
-    for rows in pieces(own):
-        values = (own[rows] - mean) / deviation
-        large = np.argwhere(np.abs(values) > limit)
-        if large.size:
-            row, column = large[0]
-            raise input_error(
-                f"{path}: row {rows.start + row + FIRST_ROW_LINE}, column {columns[column]!r}",
-                f"{values[row, column]:.3g} {scale}, too large to compute with",
-                f"at most {limit:.0e}",
-            )
 
 
 def pieces(values: np.ndarray) -> Iterator[slice]:

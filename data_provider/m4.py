@@ -1,37 +1,35 @@
-"""The M4 competition's files: many series of different lengths in one wide file, and what follows each in another.
+"""The M4 competition's files, many series of different lengths in one wide file and what follows each in another, and the
+windows that are cut from them.
 
 A line is a series: its id, then its values, as many as it has. Everything that can be wrong with such a file is found
-here, and named by file, line and series.
+here, and named by file, line and series. Shapes: T = seq_len, H = pred_len.
 """
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch.utils.data import Dataset
 
-from data_provider.data_loader import LARGEST_STANDARDISED, SplitSeries
-from data_provider.m4_windows import Cuts, Ends
-from data_provider.patterns import M4, PATTERNS, Pattern, find_m4
-from data_provider.splits import Splits
+from data_provider.data_loader import CHUNK_SEQUENCES, LARGEST_STANDARDISED, SplitSeries
+from data_provider.splits import PATTERNS, Pattern, find_m4
+from data_provider.synthetic import SYNTHETIC_ID
 from layers.errors import input_error
 
-SYNTHETIC_ID = "synthetic"  # how the ids of series begin that `scripts/get_data.py` has made up
 CHOOSING = 5
+STILL = 1e-6  # of its level: a history that deviates less stands still
 ABSENT = ("", "NA", "NaN", "nan")  # cells behind a series' last value
 
 
-def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
+def read_wide(path: Path) -> dict[str, np.ndarray]:
     """The series of a wide file by their ids, in the file's order, each `[values]` float64.
-
-    Args:
-        most: values that a line may have; what is left of its cells must be empty.
 
     Raises:
         InputError: unreadable, no series, an id twice, a cell that is no number, a gap, or a series without values.
@@ -39,17 +37,19 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
     series: dict[str, np.ndarray] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            _check_header(path, next(file, ""))
+            header = next(file, "")
+            cells = next(csv.reader([header]), [])
+            if len(cells) > 1 and pd.notna(pd.to_numeric(cells[1], errors="coerce")):  # a series, which would be lost
+                raise input_error(f"{path}: row 1", f"the values of a series, {header[:30]!r}...", "a header")
             # Most cells of most lines are the empty ones of the longest series: they go before the line is parsed.
-            lines = csv.reader(line.rstrip("\r\n,") for line in file)
-            for number, cells in enumerate(lines, 2):
+            for number, cells in enumerate(csv.reader(line.rstrip("\r\n,") for line in file), 2):
                 if not cells:
                     continue
                 name = cells[0].strip()
                 place = f"{path}: row {number}, series {name!r}"
                 if not name or name in series:
-                    raise input_error(place, "no id" if not name else "an id that stands twice", "an id of its own")
-                series[name] = _numbers(place, [cell.strip() for cell in cells[1:]], most)
+                    raise input_error(place, "an id that stands twice" if name else "no id", "an id of its own")
+                series[name] = _values(place, [cell.strip() for cell in cells[1:]])
     except FileNotFoundError:
         raise input_error(path, "no such file", "a wide CSV file") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -59,24 +59,15 @@ def read_wide(path: Path, most: int | None = None) -> dict[str, np.ndarray]:
     return series
 
 
-def _check_header(path: Path, line: str) -> None:
-    """A first line with numbers is a series, which would be lost without a word."""
-    cells = next(csv.reader([line]), [])
-    if len(cells) > 1 and not np.isnan(_number(cells[1])):
-        raise input_error(f"{path}: row 1", f"the values of a series, {line[:30]!r}...", "a header")
-
-
-def _numbers(place: str, cells: list[str], most: int | None) -> np.ndarray:
+def _values(place: str, cells: list[str]) -> np.ndarray:
     while cells and cells[-1] in ABSENT:
         cells.pop()
     if not cells:
         raise input_error(place, "no values", "at least one, or no such line")
-    if most is not None and len(cells) > most:
-        raise input_error(place, f"{len(cells)} values", f"at most {most}")
     try:
         values = np.array(cells, dtype=np.float64)
     except ValueError:
-        values = np.array([_number(cell) for cell in cells])
+        values = pd.to_numeric(pd.Series(cells), errors="coerce").to_numpy(np.float64)
     wrong = np.flatnonzero(~(np.abs(values) <= LARGEST_STANDARDISED))  # NaN is none either
     if wrong.size:
         cell = cells[wrong[0]]
@@ -85,76 +76,151 @@ def _numbers(place: str, cells: list[str], most: int | None) -> np.ndarray:
     return values
 
 
-def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return np.nan
+class M4Windows(Dataset):
+    """A window of each series: its T values before a cut, and the H behind it.
+
+    Where either is shorter it is padded with zeros, and masks x_mask `[T, 1]` and y_mask `[H, 1]` are 1 where there is a
+    value. The number of an item says the series, and where in `cuts` it is cut: the item depends on nothing else.
+
+    Args:
+        ids, series: `[S]` names, and values `[values]` in their own units.
+        cuts: `[S]` the places where each may be cut, in values before the cut.
+        drawn: which of them is drawn for each epoch, see `EpochBatches`.
+    """
+
+    target_index = None
+
+    def __init__(
+        self,
+        ids: list[str],
+        series: list[np.ndarray],
+        cuts: list[range],
+        lengths: tuple[int, int, int],
+        drawn: bool = False,
+    ):
+        self.ids, self.series, self.cuts, self.drawn = ids, series, cuts, drawn
+        self.lengths = self.seq_len, self.label_len, self.pred_len = lengths
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """x `[T, 1]`, y `[label_len + H, 1]`, marks without columns, index, and the masks."""
+        draw, number = divmod(index, len(self))
+        values, cuts = self.series[number], self.cuts[number]
+        cut, T, H = cuts[draw % len(cuts)], self.seq_len, self.pred_len
+        rows = torch.zeros(T + H, 2)  # the values, and whether there is one
+        known = torch.from_numpy(values[max(cut - T, 0) : cut + H].astype(np.float32))
+        start = T - min(cut, T)
+        rows[start : start + len(known)] = torch.stack([known, torch.ones_like(known)], dim=1)
+        y = rows[T - self.label_len :, :1]
+        marks = {"x_mark": torch.zeros(T, 0), "y_mark": torch.zeros(len(y), 0)}
+        return {"x": rows[:T, :1], "y": y, **marks, "index": index, "x_mask": rows[:T, 1:], "y_mask": rows[T:, 1:]}
+
+    def window_dates(self, index: int) -> tuple[str, str]:
+        """In the place of dates, which such series have not: the id of window `index`, twice."""
+        name = self.ids[index % len(self)]
+        return name, name
+
+    @property
+    def sequence_count(self) -> int:
+        """Windows that are whole on both sides."""
+        return sum(len(self._whole(number)) for number in range(len(self)))
+
+    def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]` of every k-th window that is whole on both sides, each in units of its
+        history's deviation, so that all count alike; a history that stands still is left out."""
+        rows = [row for number in range(len(self)) for row in self._whole(number)][::every]
+        for start in range(0, len(rows), CHUNK_SEQUENCES):
+            chunk = np.stack(rows[start : start + CHUNK_SEQUENCES])
+            x = chunk[:, : self.seq_len]
+            moves, mean, deviation = self._moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
+            chunk = (chunk[moves] - mean[moves]) / deviation[moves]
+            yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
+
+    def subset(self, chosen: Sequence[int]) -> "M4Windows":
+        """The windows of the series with these numbers alone."""
+        ids, series = [self.ids[n] for n in chosen], [self.series[n] for n in chosen]
+        return M4Windows(ids, series, [self.cuts[n] for n in chosen], self.lengths, self.drawn)
+
+    def moving(self) -> list[int]:
+        """The numbers of the series that `sequences` has something of."""
+        return [n for n in range(len(self)) if self._moves(self._whole(n)[:, : self.seq_len]).any()]
+
+    def _whole(self, number: int) -> np.ndarray:
+        """The windows `[cuts, T + H]` of a series that are whole."""
+        values, length = self.series[number], self.seq_len + self.pred_len
+        if len(values) < length:
+            return np.empty((0, length))
+        return np.lib.stride_tricks.sliding_window_view(values[max(self.cuts[number].start - self.seq_len, 0) :], length)
+
+    @staticmethod
+    def _moves(x: np.ndarray) -> np.ndarray:
+        return x.std(axis=1) > STILL * np.abs(x.mean(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class M4Series(SplitSeries):
-    """The series of a pattern, in the place of the one file of other data sets.
+    """The series of a pattern.
 
-    Their values stay in their own units (the mean is 0 and the deviation 1): no two series have a scale in common, and the
-    model normalises every window by itself. They have no dates.
+    Their values stay in their own units: no two series have a scale in common, and the model normalises every window by
+    itself. They have no dates.
 
     The last horizon of each training series is held out for validation; the published code takes the test set for that.
     """
 
     pattern: str
+    kind: Pattern  # what the competition says of it
     ids: list[str]  # [S]
     known: list[np.ndarray]  # [S] of [values] float64, as the training file has them
     future: np.ndarray  # [S, H] float64, the test file
-
-    @property
-    def kind(self) -> Pattern:
-        """What the competition says of the pattern."""
-        return PATTERNS[self.pattern]
-
-    @property
-    def rows(self) -> int:
-        """How many series there are."""
-        return len(self.ids)
 
     @property
     def step_words(self) -> str:
         """The step between values for people."""
         return self.kind.step
 
+    def as_record(self) -> dict[str, Any]:
+        return {
+            "data": {
+                "file": self.path.name,
+                "rows": len(self.ids),
+                "synthetic": self.synthetic,
+                "step": self.step_words,
+                "mark": {"rows": len(self.ids), "sha256": self.fingerprint},
+            },
+            "columns": self.columns,
+            "target": None,
+            "scaler": {"mean": [0.0], "deviation": [1.0]},  # none: a series stays in its own units
+        }
+
     def identity(self) -> dict[str, Any]:
-        """See `SplitSeries`; the test file is no part of it, for no training reads it."""
-        return {"number of series": len(self.ids), "training series (SHA-256)": content(self.ids, self.known)}
+        # The test file is no part of it, for no training reads it.
+        content = hashlib.sha256(json.dumps([self.ids, self.fingerprint]).encode()).hexdigest()
+        return {"number of series": len(self.ids), "training series (SHA-256)": content}
 
-    def windows(self, flag: str) -> Dataset:  # type: ignore[override]
-        """The windows of "train", "val" or "test"; see `data_provider.m4_windows`."""
-        lengths = self.seq_len, self.label_len, self.pred_len
+    def windows(self, flag: str) -> M4Windows:
+        H, lengths = self.pred_len, (self.seq_len, self.label_len, self.pred_len)
         if flag == "test":
-            return Ends(self.ids, self.known, list(self.future), *lengths)
-        H = self.pred_len
-        if flag == "val":
-            held = [n for n, values in enumerate(self.known) if len(values) > H]
-            return Ends(
-                [self.ids[n] for n in held],
-                [self.known[n][:-H] for n in held],
-                [self.known[n][-H:] for n in held],
-                *lengths,
-            )
-        used = [n for n, values in enumerate(self.known) if len(values) > H + 1]
-        return Cuts([self.ids[n] for n in used], [self.known[n][:-H] for n in used], *lengths, int(self.kind.recent * H))
+            pairs = zip(self.known, self.future, strict=True)
+            series = [np.append(values[-self.seq_len :], future) for values, future in pairs]
+        else:
+            series = [values if flag == "val" else values[:-H] for values in self.known]
+        if flag == "train":
+            cuts = [range(max(1, len(values) - int(self.kind.recent * H)), len(values)) for values in series]
+        else:
+            cuts = [range(len(values) - H, len(values) - H + 1) for values in series]
+        all_windows = M4Windows(self.ids, series, cuts, lengths, drawn=flag == "train")
+        return all_windows.subset([n for n, places in enumerate(cuts) if places and places.start > 0])
 
-    def windows_for_a_map(self) -> tuple[Cuts, Cuts]:  # type: ignore[override]
-        """Training windows of most series, and those of every `CHOOSING`th, by which the penalty is chosen.
-
-        The validation windows all lie at one moment, which says little of others: the map that is best there reverts to the
-        mean, for example, where the series did so just then. A series that stands still says nothing of either.
-        """
+    def windows_for_a_map(self) -> tuple[M4Windows, M4Windows]:
+        # Training windows, and every CHOOSINGth of them chooses. The validation windows all lie at one moment, which says
+        # little of others: the map that is best there reverts to the mean, for example, where the series did so just then.
+        # A series that stands still says nothing of either.
         train = self.windows("train")
-        assert isinstance(train, Cuts)
         used = train.moving() or list(range(len(train)))
-        choosing = set(used[::CHOOSING])
-        fitted = [n for n in used if n not in choosing] or used
-        return train.some(fitted), train.some(sorted(choosing))
+        choosing = used[::CHOOSING]
+        return train.subset([n for n in used if n not in set(choosing)] or used), train.subset(choosing)
 
 
 def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_len: int, pred_len: int) -> M4Series:
@@ -164,54 +230,37 @@ def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_l
         InputError: a file is missing or cannot be used, or they have not the same series.
     """
     train, test = find_m4(root_path, seasonal_patterns)
-    known, future = read_wide(train), read_wide(test, pred_len)
-    for name in future:
+    known, future = read_wide(train), read_wide(test)
+    for name in known | future:
         if name not in known:
             raise input_error(f"{test}: series {name!r}", "no such series in the training file", f"the ids of {train}")
-    for name in known:
-        found = len(future[name]) if name in future else 0
+        found = len(future.get(name, ()))
         if found != pred_len:
-            raise input_error(
-                f"{test}: series {name!r}", f"{found} values", f"{pred_len}, the horizon of {seasonal_patterns}"
-            )
-    usable = sum(len(values) > pred_len + 1 for values in known.values())
-    if not usable:
+            expected = f"{pred_len}, the horizon of {seasonal_patterns}"
+            raise input_error(f"{test}: series {name!r}", f"{found} values", expected)
+    if all(len(values) <= pred_len + 1 for values in known.values()):
         expected = f"at least one of {pred_len + 2} values: a horizon to validate on, and two to cut"
         raise input_error(train, f"{len(known)} series, all shorter", expected)
     return M4Series(
         path=train,
-        dates=pd.DatetimeIndex([]),
         columns=["value"],
-        own=np.empty((0, 1)),
-        mean=np.zeros(1),
-        deviation=np.ones(1),
-        target=None,
         target_index=None,
-        synthetic=any(name.startswith(SYNTHETIC_ID) for name in known),
-        data=M4,
-        freq=None,
-        embed="timeF",
-        splits=Splits(len(known), usable, len(known), usable),
-        seq_len=seq_len,
-        label_len=label_len,
-        pred_len=pred_len,
         fingerprint=fingerprint(known.values()),
         pattern=seasonal_patterns,
+        kind=PATTERNS[seasonal_patterns],
         ids=list(known),
         known=list(known.values()),
         future=np.stack([future[name] for name in known]),
+        synthetic=any(name.startswith(SYNTHETIC_ID) for name in known),
+        seq_len=seq_len,
+        label_len=label_len,
+        pred_len=pred_len,
     )
 
 
 def fingerprint(series: Iterable[np.ndarray]) -> str:
-    """What tells the training series from all others: the SHA-256 of their lengths and values."""
+    """What tells series from all others: the SHA-256 of their lengths and values."""
     digest = hashlib.sha256()
     for values in series:
         digest.update(len(values).to_bytes(8, "little") + np.ascontiguousarray(values, dtype="<f8").tobytes())
     return digest.hexdigest()
-
-
-def content(ids: list[str], series: Iterable[np.ndarray]) -> str:
-    """What tells named series from all others: the SHA-256 of their ids, lengths and values."""
-    names = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    return hashlib.sha256((names + fingerprint(series)).encode()).hexdigest()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data_provider.batches import Batch
-from data_provider.timefeatures import time_marks
+from data_provider.timestamps import time_marks
 from layers.autoformer import AutoCorrelation, DataEmbedding, SeasonalNorm, decompose
 from layers.errors import input_error
 from models.base import ForecastModel

@@ -1,210 +1,257 @@
-"""Benchmark of the training step and the evaluation: plain path against fast path, on the same weights and batches.
+"""Benchmark of the training step and the evaluation: plain path against fast path, on the same weights and batch.
 
     python scripts/benchmark.py --preset small
     python scripts/benchmark.py --preset qwen2.5-3b --tokenizer DIR --layers 6
     python scripts/benchmark.py --preset qwen2.5-3b --load_in_4bit --variants fast
     python scripts/benchmark.py --preset small --channels 862 --max_sequences 7 --variants fast --loader
 
-What is measured and how the floor is counted stands in scripts/BENCHMARK.md.
+All other flags, such as --load_in_4bit, --max_sequences, --pred_len or --device, are those of run_main.py. What is
+measured and how the floor is counted stands in scripts/BENCHMARK.md.
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: E402
 
+from data_provider.batches import Batch  # noqa: E402
 from layers.errors import InputError  # noqa: E402
+from layers.fast.linear import product  # noqa: E402
+from layers.reprogramming import attend  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
-from scripts.measure import MEASUREMENTS, VARIANTS  # noqa: E402
-from utils.command_line import parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
+from utils.flags import FlagParser, parse_flags  # noqa: E402
+from utils.results.log import peak_memory_gib  # noqa: E402
+from utils.saving.interrupt import Interrupts  # noqa: E402
+from utils.setup import setup  # noqa: E402
+from utils.training.evaluate import score  # noqa: E402
+from utils.training.session import Job  # noqa: E402
+from utils.training.train import train_step  # noqa: E402
+from utils.validate import nvidia_driver  # noqa: E402
+
+# Published implementations ask transformers for the attention weights, which makes it fall back to eager
+# attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
+VARIANTS = ("plain", "plain_sdpa", "fast")
+GIB = 2**30
 
 
-def main() -> int:
-    """Measure and print; return the exit code."""
-    args, flags = read_arguments()
+def main(argv: list[str]) -> int:
+    """Measure each variant in a process of its own, and print a table; return the exit code."""
+    parser = FlagParser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="shape of the random backbone")
+    parser.add_argument("--layers", type=int, default=6, help="of the language model (6)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder for the random backbone")
+    parser.add_argument("--backbone", type=Path, help="an existing folder instead of a random backbone")
+    parser.add_argument("--windows", type=int, default=4, help="of a batch (4)")
+    parser.add_argument("--channels", type=int, default=7, help="of a window (7)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--rounds", type=int, default=5, help="steps that the median is of (5)")
+    parser.add_argument("--eval_batches", type=int, default=4, help="batches of one evaluation (4)")
+    parser.add_argument("--prototypes", default="vocab", help="vocab or direct, of the fast variant alone")
+    parser.add_argument("--prompt_decimals", help="of the fast variant alone")
+    parser.add_argument("--loader", action="store_true", help="also what part of a step waits for the loader")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    args, run_flags = parser.parse_known_args(argv)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            backbone = args.backbone or make_backbone(
+            if args.variant:
+                print(json.dumps(measure(args, run_flags, Path(scratch))))
+                return 0
+            folder = args.backbone or make_backbone(
                 Path(scratch) / "backbone", args.preset, args.layers, tokenizer=args.tokenizer
             )
-            if args.child:
-                print(json.dumps(MEASUREMENTS[args.child](args, flags)))
-                return 0
-            result = measure(args, ["--backbone", str(backbone), *sys.argv[1:]])
+            found: dict[str, Any] = {}
+            for name in args.variants:
+                command = [sys.executable, __file__, *argv, "--backbone", str(folder), "--variant", name]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode:  # it has said why
+                    return done.returncode
+                found[name] = json.loads(done.stdout.splitlines()[-1])
     except (InputError, RunError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    show(result)
+    show(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        about = {"command": " ".join(sys.argv), "machine": machine(device)}
+        args.json.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def read_arguments() -> tuple[Namespace, Namespace]:
-    """The benchmark's own arguments, and the flags of the run whose step is measured."""
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="shape of the random backbone")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder for the random backbone")
-    parser.add_argument("--backbone", type=Path, help="an existing folder instead of a random backbone")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--load_in_4bit", action="store_true")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--channels", type=int, default=7)
-    parser.add_argument("--pred_len", type=int, default=96)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eval_batches", type=int, default=4, help="batches of one evaluation")
-    parser.add_argument("--max_sequences", type=int, default=0, help="sequences run at once; 0: all")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make batches, for --loader")
-    parser.add_argument("--loader", action="store_true", help="also what part of a step waits for the loader")
-    parser.add_argument("--prototypes", choices=["vocab", "direct"], default="vocab", help="of the fast path alone")
-    parser.add_argument("--prompt_decimals", type=int, help="of the fast path alone")
-    parser.add_argument("--growth", action="store_true", help="also over channels and pred_len")
-    parser.add_argument("--json", help="file for the results")
-    parser.add_argument("--peak_steps", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--child", choices=sorted(MEASUREMENTS), help=argparse.SUPPRESS)
-    parser.add_argument("--variant", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    flags = parse_flags(
-        "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data ETTh1 "
-        f"--seq_len 512 --pred_len {args.pred_len} --d_model 32 --d_ff 32 --n_heads 8 --prompt_domain 1 "
-        f"--llm_layers {args.layers}".split()
-    )
-    return args, flags
-
-
-def measure(args: Namespace, common: list[str]) -> dict[str, Any]:
-    """All results; None stands for what a variant could not do for lack of GPU memory.
-
-    Args:
-        common: the words of the command line that every measurement's process has.
-    """
-    result: dict[str, Any] = {"machine": machine(args), "command": " ".join(sys.argv), "torch": torch.__version__}
-    result |= child(common, "steps")
-    for name in args.variants:
-        # The seconds are those of "steps", where the variants took turns.
-        result[name] = child(common, "peak", "--variant", name) | result[name]
-        result[name] |= child(common, "evaluation", "--variant", name)
-    result["speedup"] = ratio(result, "plain", "fast", "s_per_step")
-    result["speedup_over_sdpa"] = ratio(result, "plain_sdpa", "fast", "s_per_step")
-    result["eval"] = {
-        "speedup": ratio(result, "plain", "fast", "eval_s_per_batch"),
-        "speedup_alone": ratio(result, "plain", "fast", "eval_alone_s_per_batch"),
-    }
-    result["memory_ratio"] = ratio(result, "fast", "plain", "peak_gib")
-    if args.loader:
-        result["loader"] = child(common, "loader")
-    if args.growth:
-        result["growth"] = growth(common)
-    return result
-
-
-def child(common: list[str], task: str, *more: str) -> dict[str, Any]:
-    """Run one measurement in a process of its own; what it prints last is its result.
-
-    Raises:
-        RunError: it has ended otherwise, and has said why unless a signal ended it.
-    """
-    command = [sys.executable, __file__, *common, "--child", task, *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RunError(f"the measurement of {' '.join((task, *more))} ended with exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def ratio(result: dict[str, Any], over: str, under: str, figure: str) -> float | None:
-    """One variant's figure over another's; None where one of them has none."""
-    numbers = [result.get(name, {}).get(figure) for name in (over, under)]
-    return None if None in numbers else numbers[0] / numbers[1]
-
-
-def growth(common: list[str]) -> list[dict[str, Any]]:
-    """The fast step of one window over channels, 7 sequences at once, and of 7 channels over the horizon."""
-    rows = []
-    for channels, horizon in [(7, 96), (28, 96), (112, 96), (321, 96), (862, 96), (7, 192), (7, 336), (7, 720)]:
-        more = f"--variant fast --windows 1 --channels {channels} --pred_len {horizon} --max_sequences 7 --peak_steps 3"
-        rows.append({"channels": channels, "pred_len": horizon} | child(common, "peak", *more.split()))
-    return rows
-
-
-def machine(args: Namespace) -> str:
-    """The GPU's name, or the processor's with its cores and PyTorch's threads."""
-    if args.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-# Heading, key, decimals of the table's columns.
-COLUMNS = [
-    ("s/step", "s_per_step", 3),
-    ("peak GiB", "peak_gib", 2),
-    ("reserved", "peak_reserved_gib", 2),
-    ("eval s", "eval_s_per_batch", 3),
-    ("alone s", "eval_alone_s_per_batch", 3),
-]
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the results as a table."""
+def show(found: dict[str, Any]) -> None:
+    """Print the variants' figures, and how they compare."""
+    seen = next(iter(found.values()))
     print(
-        f"{result['machine']}, torch {result['torch']}; {result['sequences']} sequences, tokens {result['tokens']}, "
-        f"vocabulary {result['vocabulary']}"
+        "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}".format(**seen)
     )
-    rows = {name: result[name] for name in VARIANTS if name in result}
-    columns = [column for column in COLUMNS if any(column[1] in row for row in rows.values())]
-    print(f"{'':12}" + "".join(f"{heading:>10}" for heading, _, _ in columns))
-    for name, row in rows.items():
-        print(f"{name:12}" + "".join(f"{figure(row.get(key), places):>10}" for _, key, places in columns))
-    if any(None in row.values() for row in rows.values()):
-        print("OOM: the GPU had too little memory for it; --max_sequences 7 takes less")
-    if result["speedup"] is not None:
-        over_sdpa = (
-            "" if result["speedup_over_sdpa"] is None else f" (over plain with sdpa {result['speedup_over_sdpa']:.2f})"
-        )
+    columns = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
+    table = pd.DataFrame(found).T.reindex(columns=columns).dropna(axis=1, how="all")
+    table = table.astype({"at_once": int})
+    print(table.to_string(float_format="{:.3f}".format))
+    if fast := found.get("fast"):
+        ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
+        print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
         print(
-            f"speedup {result['speedup']:.2f}{over_sdpa}, memory ratio {figure(result['memory_ratio'], 2)}, evaluation "
-            f"{figure(result['eval']['speedup'], 2)}, in a process of its own {figure(result['eval']['speedup_alone'], 2)}"
-        )
-    if "flops" in result:
-        print(
-            f"floor {result['floor_s']:.3f} s = {result['flops'] / 1e9:.0f} GFLOP at "
-            f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; fast step at {result['floor_fraction']:.2f} of it"
-        )
-    if "loader" in result:
-        loader = result["loader"]
-        print(
-            f"loader: a batch takes {loader['batch_s']:.3f} s of a worker's time; with {loader['workers']} workers "
-            f"{100 * loader['waits']:.1f} % of a fast step waits for it"
-        )
-    for row in result.get("growth", []):
-        print(
-            f"channels {row['channels']:4}  pred_len {row['pred_len']:4}  {figure(row['s_per_step'], 3):>8} s/step  "
-            f"{figure(row['peak_gib'], 2):>6} GiB"
+            f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s; "
+            f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
         )
 
 
-def figure(value: float | None, places: int) -> str:
-    """A number as the table has it."""
-    return "OOM" if value is None else f"{value:.{places}f}"
+def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> dict[str, Any]:
+    """Seconds and memory of one variant: an evaluation, steps on one batch, an evaluation again."""
+    job, fast = open_run(args, run_flags, scratch), args.variant == "fast"
+    model, device = job.model, job.device
+    batch = next(iter(job.loaders["train"])).to(device)
+    # Published code makes the prototypes anew for each batch of an evaluation.
+    job.loaders["val"] = [batch] * (args.eval_batches if fast else 1)  # type: ignore[assignment]
+
+    def evaluation() -> float:
+        times = [timed(device, score, job, "val") for _ in range(1 if fast else args.eval_batches)]
+        return sum(times) / args.eval_batches
+
+    evaluation()  # the first one makes caches
+    alone, rates = evaluation(), [0.0]
+    times, lr = [], job.args.learning_rate
+    train_step(job, batch, lr)
+    for _ in range(args.rounds):
+        times.append(timed(device, train_step, job, batch, lr))
+        if fast:
+            rates.append(matmul_rate(device, model.backbone.dtype))
+    found: dict[str, Any] = {
+        "s_per_step": median(times),
+        "peak_gib": peak_memory_gib(device),
+        "eval_s": evaluation(),
+        "eval_alone_s": alone,
+        "sequences": len(batch),
+        "at_once": min(job.step_limit.sequences or len(batch), len(batch)),
+        "opening": len(model.prefix_ids),
+        "statistics": batch.prompts.ids.shape[1],
+        "vocabulary": model.backbone.vocab_size,
+    }
+    if device.type == "cuda":  # what the GPU must have free for it
+        found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+    if fast:
+        found |= {"flops": step_flops(job, batch), "flops_per_s": max(rates)}
+        found["floor_s"] = found["flops"] / found["flops_per_s"]
+    if args.loader:
+        loader, waited = job.loaders["train"], 0.0
+        began = time.process_time()
+        loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
+        found["batch_s"] = time.process_time() - began
+        batches = iter(loader)
+        train_step(job, next(batches).to(device), lr)  # workers start
+        began = time.perf_counter()
+        for _ in range(args.rounds):
+            asked = time.perf_counter()
+            batch = next(batches).to(device)
+            waited += time.perf_counter() - asked
+            timed(device, train_step, job, batch, lr)
+        found["loader_share"] = waited / (time.perf_counter() - began)
+    job.close()
+    return found
+
+
+def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Job:
+    """The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are."""
+    described = (REPO / "dataset" / "prompt_bank" / "ETT.txt").read_text(encoding="utf-8").strip()
+    words = (
+        "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data custom "
+        f"--data_path walks.csv --features M --seq_len 512 --d_model 32 --d_ff 32 --n_heads 8 --batch_size {args.windows} "
+        f"--llm_layers {args.layers} --max_sequences 0"
+    ).split()
+    words += ["--root_path", str(scratch), "--checkpoints", str(scratch), "--llm_model_path", str(args.backbone)]
+    words += ["--prompt_text", described, *([] if torch.cuda.is_available() else ["--device", "cpu"]), *run_flags]
+    if args.variant == "fast":
+        words += ["--prototypes", args.prototypes]
+        words += ["--prompt_decimals", args.prompt_decimals] if args.prompt_decimals else []
+    else:
+        words += ["--fast_path", "plain"]
+    flags = parse_flags(words, "benchmark.py")
+    # 70 % of the rows train: enough for as many batches as are asked for, and a tenth for a window of validation.
+    rows = 2 * (flags.seq_len + flags.pred_len + args.windows * (args.rounds + 2)) + 10 * flags.pred_len
+    walks = np.random.default_rng(0).standard_normal((rows, args.channels)).cumsum(axis=0).round(4)
+    dated = pd.DataFrame(walks, index=pd.date_range("2020", periods=rows, freq="h", name="date"))
+    dated.to_csv(scratch / "walks.csv")
+    job = setup(flags, 0, Interrupts())
+    if args.variant != "fast":
+        job.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
+    if args.variant == "plain":
+        job.model.reprogramming_layer.attend = attend
+    return job
+
+
+def timed(device: torch.device, work: Callable, *args: Any) -> float:
+    """Seconds that `work(*args)` takes, until the device has done it."""
+    began = time.perf_counter()
+    work(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def step_flops(job: Job, batch: Batch) -> int:
+    """Operations of one step, as torch counts them: two for a multiplication with its addition."""
+    missing: dict[Any, Callable] = {  # in torch's own table
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
+    }
+    if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
+        missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        train_step(job, batch, job.args.learning_rate)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(device, multiply, a, b) for _ in range(5) for multiply in (torch.mm, product))
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Names and versions of what a run runs on."""
+    found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
+        bf16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        found["card"] = (
+            f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
+        )
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.processor() or "CPU"
+        found["card"] = f"none in use; {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
+    packages = ("torch", "transformers", "accelerate", "bitsandbytes")
+    found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))
+    named = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    found["allocator"] = " ".join(f"{name}={os.environ[name]}" for name in named if os.environ.get(name)) or "as it comes"
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

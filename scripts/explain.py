@@ -10,39 +10,31 @@ It leaves explain.png and explain.json in the run's folder and changes nothing e
 import argparse
 import sys
 import tempfile
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from matplotlib import dates as mdates
+import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from data_provider.data_factory import series_from_args  # noqa: E402
-from data_provider.data_loader import SplitSeries  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from data_provider.patterns import M4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
-from layers.prompt import PromptEncoder  # noqa: E402
+from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
-from utils.command_line import FlagParser, parse_flags  # noqa: E402
 from utils.errors import RunError  # noqa: E402
-from utils.results import inside  # noqa: E402
-from utils.results.plots import FORECAST, HISTORY, TRUTH, day_of, dress, fonts, glyphs  # noqa: E402
-from utils.results.test_pass import Window  # noqa: E402
-from utils.run import load_checkpoint  # noqa: E402
-from utils.saving.files import write_atomic, write_json, writing  # noqa: E402
+from utils.flags import FlagParser, parse_flags  # noqa: E402
+from utils.results.interpret import attention, nearest_words, read_windows, try_prompts  # noqa: E402
+from utils.results.plots import FORECAST, HISTORY, TRUTH, dress, fonts, glyphs  # noqa: E402
+from utils.saving.files import write_atomic, write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.setup import setup  # noqa: E402
+from utils.setup import load_checkpoint, setup  # noqa: E402
 from utils.training.session import Job  # noqa: E402
 
 SHOWN = 12  # prototypes in a heat map
@@ -60,261 +52,162 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder, which run_main.py prints at its end")
     parser.add_argument("--window", metavar="DATE", help="test window whose forecast begins then (default: the middle one)")
     parser.add_argument("--channel", metavar="NAME", help="column to look at (default: the target)")
-    parser.add_argument(
-        "--windows",
-        type=int,
-        default=64,
-        metavar="N",
-        help=f"windows to try the prompt on (default: 64; fewer than {inside.ENOUGH} speak for themselves alone)",
-    )
+    parser.add_argument("--windows", type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)")
     parser.add_argument("--description", metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)")
     args, others = parser.parse_known_args(argv)
     flags = parse_flags([*others, "--is_training", "0", "--checkpoint", str(args.run)], parser.prog)
     try:
-        explain(args, flags)
+        if flags.model != "TimeLLM" or flags.data == "m4" or flags.do_predict:
+            got = f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict)
+            raise input_error(
+                str(args.run), got, "a run of TimeLLM on a file of rows with dates, to look at its test windows"
+            )
+        if args.windows < 2:
+            raise input_error("--windows", args.windows, "a whole number of at least 2")
+        with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
+            flags.checkpoints = elsewhere
+            job = setup(flags, 0, Interrupts())
+            checkpoint = load_checkpoint(job)
+        explain(args, job, args.out or results_folder(job.args, checkpoint.file.parent, checkpoint, job.series))
     except (InputError, RunError) as error:
         print(f"explain.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
-def explain(args: argparse.Namespace, flags: argparse.Namespace) -> None:
-    """Look into a run, print what there is to see, and write explain.png and explain.json.
-
-    Args:
-        args: of this script; flags: of the run.
+def explain(args: argparse.Namespace, job: Job, folder: Path) -> None:
+    """Print what there is to see in a run, and write explain.png and explain.json into a folder.
 
     Raises:
-        InputError: something that the user can mend; raised before any weight is loaded.
-        RunError: no memory for the model, or a file cannot be written.
+        InputError: no such window or channel.
+        StorageError: a file cannot be written.
     """
-    if flags.model != "TimeLLM":
-        raise input_error("--model", f"{flags.model}, which has neither prototypes nor prompt", "a run of TimeLLM")
-    if flags.data == M4:
-        raise input_error("--data", f"{M4}, whose series have no dates to choose a window by", "a data set of one file")
-    if flags.do_predict:
-        raise input_error("--do_predict", "it", "none, for test windows are looked at")
-    if args.windows < 2:
-        raise input_error("--windows", args.windows, "a whole number of at least 2")
-    series = series_from_args(flags)
-    number, channel = find_window(series, args.window), find_channel(series, args.channel)
-    windows = inside.spread(series, args.windows)
-    with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
-        flags.checkpoints = elsewhere
-        job = setup(flags, 0, Interrupts())
-        checkpoint = load_checkpoint(job)
-    folder = args.out or results_folder(job.args, checkpoint.file.parent, checkpoint, job.series)
-
-    window = shown_window(job, number)
-    begin, T = window.dates[-len(window.true)], len(window.history)
-    name = job.windows.forecast_columns[channel]
-    print(f"Window: {window.dates[0]} to {window.dates[T - 1]}, forecast from {begin}; channel: {name}")
-    if args.window is not None and pd.Timestamp(args.window) != begin:
+    model, series = cast(Model, job.model), job.windows
+    data, columns, T = series.windows("test"), series.forecast_columns, series.seq_len
+    number = find_window(data.dates[T : T + len(data)], args.window)
+    name = args.channel or (series.target if series.target in columns else columns[-1])
+    if name not in columns:
+        raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
+    channel, dates = columns.index(name), data.dates[number : number + T + series.pred_len]
+    print(f"Window: {dates[0]} to {dates[T - 1]}, forecast from {dates[T]}; channel: {name}")
+    if args.window is not None and pd.Timestamp(args.window) != dates[T]:
         print(f"(the last test window whose forecast begins at {args.window} or before)")
     found: dict[str, Any] = {
-        "checkpoint": str(checkpoint.file),
-        "data": series.path.name,
-        "window": {"number": number, "first_row": str(window.dates[0]), "first_forecast_row": str(begin)},
+        "window": {"number": number, "first_row": str(dates[0]), "first_forecast_row": str(dates[T])},
         "channel": name,
     }
-    found["attention"], draw = look_at_attention(job, window, number, channel)
-    found["prompt"] = look_at_prompt(job, windows, args.description)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if draw is not None:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    if isinstance(model.reprogramming_layer, ReprogrammingLayer):
+        batch = read_windows(job, [number], model.prompts)
+        with torch.inference_mode():
+            pred = model.eval()(batch)
+        weights = attention(model, batch.x[channel : channel + 1])  # (h, L, K)
+        K, entropy = weights.shape[-1], torch.special.entr(weights).sum(-1)  # (h, L)
+        head = int(entropy.mean(1).argmin())  # it chooses most
+        maps = {"mean of the heads": weights.mean(0), f"strongest head ({head + 1} of {len(weights)})": weights[head]}
+        found["attention"] = {"prototypes": K, "effective": entropy.exp().mean().item()}
+        print(f"\nAttention of {weights.shape[1]} patches over {K} text prototypes: each is spread as over "
+              f"{entropy.exp().mean():.0f} of them (strongest head: {entropy[head].exp().mean():.0f})")  # fmt: skip
+        panels = []
+        for title, weight in maps.items():
+            chosen = weight.mean(0).topk(SHOWN).indices.tolist()
+            words, mixtures = nearest_words(model, chosen)
+            near = [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words]
+            shares = (weight.mean(0)[chosen] * K).tolist()
+            table = pd.DataFrame({"prototype": chosen, "times an equal share": shares, "nearest words, cosine": near})
+            print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
+            found["attention"][title] = table.assign(words=words).drop(columns="nearest words, cosine").to_dict("records")
+            names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
+            panels.append((title, weight[:, chosen] * K, names))
+        print(f"(a random mixture of all words has its nearest word at a cosine of {mixtures:.2f})")
+        found["attention"]["nearest_cosine_of_random_mixtures"] = mixtures
+        lines = [series.to_own_units(values.t().cpu().numpy())[:, channel] for values in (batch.x, batch.y, pred.float())]
         with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
-            figure = draw(Figure(figsize=(15, 11), layout="constrained"))
+            figure = paint(name, dates, lines, panels, job.args.patch_len, job.args.stride)
             write_atomic(folder / "explain.png", lambda path: figure.savefig(path, format="png", dpi=100))
         print(f"Picture saved at: {folder / 'explain.png'}")
+    else:
+        print("No attention to show: this run has no text prototypes (--use_reprogramming 0).")
+
+    windows = np.unique(np.linspace(0, len(data) - 1, min(args.windows, len(data))).round().astype(int)).tolist()
+    if model.prompts is None:
+        print("No prompt to try out: this run has none (--use_prompt 0, or --llm_ablation).")
+    elif len(windows) > 1:
+        own = model.prompts.template.description
+        bank = [" ".join(file.read_text(encoding="utf-8").split()) for file in sorted(PROMPT_BANK.glob("*.txt"))]
+        # A description that did not fit was cut at its end.
+        other = args.description or next((text for text in bank if not text.startswith(own)), OTHER)
+        trials = try_prompts(job, windows, other)
+        found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
+        found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
+        percent = "{:+.2%}".format
+        print(f"\nForecasts of {len(windows)} test windows, {len(columns)} channels, with another prompt")
+        shown = trials.set_axis(["changed", "forecast moves by", "MSE", "MSE changes by"], axis=1)
+        formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": percent}
+        print(shown.to_string(index=False, formatters=formats, justify="right"))
+        print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
     write_json(folder / "explain.json", found)
     print(f"Figures saved at: {folder / 'explain.json'}")
 
 
-def find_window(series: SplitSeries, date: str | None) -> int:
+def find_window(starts: pd.DatetimeIndex, date: str | None) -> int:
     """The number of the test window whose forecast begins at `date`, or last before it; None: the middle one.
 
     Raises:
         InputError: no date, or none within the test split.
     """
-    data = series.windows("test")
-    starts = data.dates[series.seq_len : series.seq_len + len(data)]
     if date is None:
-        return (len(data) - 1) // 2
+        return (len(starts) - 1) // 2
+    expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
     try:
         at = pd.Timestamp(date)
         inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
     except (ValueError, TypeError) as error:
-        raise input_error("--window", repr(date), f"a date such as {starts[0]}") from error
+        raise input_error("--window", repr(date), expected) from error
     if not inside:
-        raise input_error("--window", date, f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin")
+        raise input_error("--window", date, expected)
     return int(starts.searchsorted(at, side="right")) - 1
 
 
-def find_channel(series: SplitSeries, name: str | None) -> int:
-    """The place of a channel among those that are forecast; None: the target's, else the last.
-
-    Raises:
-        InputError: it is not among them.
-    """
-    columns = series.forecast_columns
-    if name is None:
-        return columns.index(series.target) if series.target in columns else len(columns) - 1
-    if name not in columns:
-        raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
-    return columns.index(name)
-
-
-def shown_window(job: Job, number: int) -> Window:
-    """A test window with its forecast, in own units."""
-    series, data = job.windows, job.windows.windows("test")
-    sequences = inside.read_windows(job, [number], job.model.prompts)
-    rows = (sequences.x, sequences.y, inside.forecast(job, sequences))
-    history, true, pred = (series.to_own_units(values.t().cpu().numpy()) for values in rows)  # (rows, N)
-    return Window(data.dates[number : number + len(history) + len(true)], history, true, pred)
-
-
-def look_at_attention(job: Job, window: Window, number: int, channel: int) -> tuple[dict[str, Any] | str, Any]:
-    """Print the prototypes used most and the words near to them; for the JSON file, and what paints the picture."""
-    model = cast(Model, job.model)
-    why = inside.why_no_attention(model)
-    if why:
-        print(why)
-        return why, None
-    x = inside.read_windows(job, [number], None).x[channel : channel + 1]  # (1, T)
-    weights = inside.attention(model, x).float().cpu()  # (h, L, K)
-    figures = inside.spread_of(weights)
-    head, K = figures["strongest_head"], figures["prototypes"]
-    maps = {"mean of the heads": weights.mean(0), f"strongest head ({head + 1} of {len(weights)})": weights[head]}
-    chosen = [inside.most_used(map_, SHOWN) for map_ in maps.values()]
-    asked = sorted({prototype for columns in chosen for prototype in columns})
-    near = inside.nearest_words(model, asked)
-    words = dict(zip(asked, near.words, strict=True))
-
-    print(f"\nAttention of {weights.shape[1]} patches over {K} text prototypes")
-    print(
-        f"A patch spreads it as over {figures['effective']:.0f} prototypes (strongest head: "
-        f"{figures['effective_strongest']:.0f}; no choice at all: {K}); {inside.percent(figures['between_patches'])} of it "
-        f"differs from patch to patch"
-    )
-    for (title, map_), columns in zip(maps.items(), chosen, strict=True):
-        print(f"\nUsed most, {title} (times an equal share; nearest words and their cosines)")
-        for prototype in columns:
-            shown = ", ".join(f"'{word.text}' {word.cosine:.2f}" for word in words[prototype])
-            print(f"{prototype:>6} {map_[:, prototype].mean() * K:>7.2f}  {shown}")
-    print(
-        f"How near is near: the nearest word's cosine is {near.others[0]:.2f} on average ({near.others[1]:.2f} at most) for "
-        f"{inside.DRAWN} of the run's prototypes at random, {near.random[0]:.2f} ({near.random[1]:.2f}) for random mixtures "
-        f"of all words. Prototypes and words are centred: without that the mean of all words alone has {near.mean:.2f}."
-    )
-    figures["used_most"] = [
-        {
-            "of": title,
-            "prototypes": [
-                {"prototype": p, "share": map_[:, p].mean().item(), "words": [word._asdict() for word in words[p]]}
-                for p in columns
-            ],
-        }
-        for (title, map_), columns in zip(maps.items(), chosen, strict=True)
-    ]
-    figures["nearest_cosine"] = {
-        name: dict(zip(("mean", "largest"), pair, strict=True))
-        for name, pair in (("random_prototypes", near.others), ("random_mixtures", near.random))
-    } | {"mean_of_words_uncentred": near.mean}
-    panels = [
-        (title, (map_[:, columns] * K).numpy(), [f"'{_drawable(words[p][0].text)}' {p}" for p in columns])
-        for (title, map_), columns in zip(maps.items(), chosen, strict=True)
-    ]
-    return figures, partial(paint, job=job, window=window, channel=channel, panels=panels)
-
-
-def look_at_prompt(job: Job, windows: list[int], text: str | None) -> dict[str, Any] | str:
-    """Print what other prompts do to the forecasts; for the JSON file."""
-    why = inside.why_no_trials(job, windows)
-    if why:
-        print(f"\n{why}")
-        return why
-    own = cast(PromptEncoder, job.model.prompts).template.description
-    text = " ".join((text or other_description(own)).split())
-    trials = inside.try_prompts(job, windows, text)
-    before, columns = next(iter(trials.values())).mse_before, len(job.windows.forecast_columns)
-    print(f"\nForecasts of {len(windows)} test windows, {columns} channel{'s' if columns > 1 else ''}: what changes them")
-    width = max(len(trial.name) for trial in trials.values())
-    print(f"{'changed':<{width}}  {'forecast moves by':>17}  {'MSE':>9}  {'MSE changes by':>16}")
-    print(f"{'as it is':<{width}}  {'':>17}  {before:>9.5f}")
-    for trial in trials.values():
-        moved = "-" if trial.change is None else inside.percent(trial.change)
-        print(f"{trial.name:<{width}}  {moved:>17}  {trial.mse:>9.5f}  {inside.percent(trial.mse_change, True):>16}")
-    print("(the forecast's move: root mean square, in its own deviation over the horizon; in training the run saw one")
-    print("description alone, so another one, or no prompt, also is what it was not trained for)")
-    sentence = inside.conclusion(trials, len(windows))
-    print(f"\n{sentence}")
-    return {
-        "windows": len(windows),
-        "mse": before,
-        "description": own,
-        "other_description": text,
-        "trials": {key: asdict(trial) | {"mse_change": trial.mse_change} for key, trial in trials.items()},
-        "conclusion": sentence,
-    }
-
-
-def other_description(own: str) -> str:
-    """A description of another data set than the run's: the first in the prompt bank, else `OTHER`."""
-    files = [file for file in sorted(PROMPT_BANK.glob("*.txt")) if file.stem != M4]  # which describes no one data set
-    texts = [" ".join(file.read_text(encoding="utf-8").split()) for file in files]
-    # A description that did not fit was cut at its end.
-    return next((text for text in texts if not text.startswith(own)), OTHER)
-
-
-def paint(figure: Figure, job: Job, window: Window, channel: int, panels: list[tuple[str, np.ndarray, list[str]]]) -> Figure:
+def paint(
+    name: str, dates: pd.DatetimeIndex, lines: list[np.ndarray], panels: list[tuple], patch: int, stride: int
+) -> Figure:
     """The series above; below it once more, downwards beside what its patches attend to.
 
     Args:
+        lines: history `[T]`, truth and forecast `[H]` in own units.
         panels: title, attention `[L, columns]` as multiples of an equal share, names of the columns.
     """
-    args, T = job.args, len(window.history)
-    grid = figure.add_gridspec(2, 1, height_ratios=[1, 2.4])
-    above, below = (figure.add_subfigure(grid[row]) for row in range(2))
+    (history, *ahead), T = lines, len(lines[0])
+    figure = Figure(figsize=(15, 11), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2.4])
     axes = above.subplots()
-    _series(axes, window, channel)
-    axes.set_ylabel(_drawable(job.windows.forecast_columns[channel])[:30])
-    axes.set_title(f"Forecast from {day_of(window.dates[T])}, and what its patches attend to (units of the file)")
+    axes.plot(dates[:T], history, color=HISTORY, label="history")
+    for label, values, colour in zip(("truth", "forecast"), ahead, (TRUTH, FORECAST), strict=True):
+        axes.plot(dates[T - 1 :], np.append(history[-1:], values), color=colour, label=label)
+    axes.legend(loc="upper left", ncols=3, frameon=False)
+    axes.set_ylabel((name if glyphs().issuperset(map(ord, name)) else ascii(name))[:30], parse_math=False)
+    axes.set_title(f"Forecast from {dates[T]}, and what its patches attend to (units of the file)")
+    dress(axes, dated=True)
     left, *maps = below.subplots(1, 1 + len(panels), sharey=True, width_ratios=[0.35] + [1] * len(panels))
     # Row of the series at which a patch has its middle; the last patch ends after the series does.
-    edges = np.arange(len(panels[0][1]) + 1) * args.stride + (args.patch_len - 1 - args.stride) / 2
-    left.plot(window.history[:, channel], np.arange(T), color=HISTORY)
+    edges = np.arange(len(panels[0][1]) + 1) * stride + (patch - 1 - stride) / 2
+    left.plot(history, np.arange(T), color=HISTORY)
     left.set_ylim(edges[-1], min(edges[0], 0))  # time runs downwards
     ticks = np.linspace(0, T - 1, 8).round().astype(int)
-    left.set_yticks(ticks, [day_of(window.dates[row]) for row in ticks], fontsize=8)
+    left.set_yticks(ticks, [f"{dates[row]:%Y-%m-%d %H:%M}" for row in ticks], fontsize=8)
     left.set_title("the series, downwards", fontsize=10)
     left.xaxis.set_major_locator(MaxNLocator(3))
-    left.tick_params(axis="x", labelsize=8)
     dress(left)
     for panel, (title, shares, names) in zip(maps, panels, strict=True):
-        mesh = panel.pcolormesh(np.arange(len(names) + 1), edges, shares, cmap="viridis", vmin=0)
-        panel.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
+        mesh = panel.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis", vmin=0)
+        panel.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=9, parse_math=False)
         panel.set_title(title, fontsize=10)
-        bar = below.colorbar(mesh, ax=panel, shrink=0.8, pad=0.01)
-        bar.set_label("attention, times an equal share", fontsize=8)
-        bar.ax.tick_params(labelsize=8)
+        below.colorbar(mesh, ax=panel, shrink=0.8, pad=0.01, label="attention, times an equal share")
     below.supxlabel("text prototypes used most: the nearest word of the vocabulary, and the prototype's number", fontsize=9)
     return figure
-
-
-def _series(axes: Axes, window: Window, channel: int) -> None:
-    T, last = len(window.history), window.history[-1:, channel]  # the last row of history joins the lines
-    axes.plot(window.dates[:T], window.history[:, channel], color=HISTORY, label="history")
-    for label, values, colour in (("truth", window.true, TRUTH), ("forecast", window.pred, FORECAST)):
-        axes.plot(window.dates[T - 1 :], np.append(last, values[:, channel]), color=colour, label=label)
-    axes.axvline(mdates.date2num(window.dates[T - 1]), color="black", linewidth=0.7, linestyle=":")
-    axes.legend(loc="upper left", ncols=3, frameon=False)
-    dress(axes, dated=True)
-
-
-def _drawable(text: str) -> str:
-    """No mathematics, and no letter that the installed fonts lack."""
-    return "".join(c if ord(c) in glyphs() else c.encode("unicode_escape").decode() for c in text).replace("$", r"\$")
 
 
 if __name__ == "__main__":

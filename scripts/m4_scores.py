@@ -10,6 +10,7 @@ id and its forecasts; the patterns are those whose files are there and whose ser
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -18,19 +19,10 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 import numpy as np  # noqa: E402
 
 from data_provider.m4 import load_m4, read_wide  # noqa: E402
-from data_provider.patterns import PATTERNS, find_m4  # noqa: E402
+from data_provider.splits import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.results.comparison import METRICS  # noqa: E402
-from utils.results.m4_scores import (  # noqa: E402
-    NAIVE2_TITLE,
-    SYNTHETIC,
-    Methods,
-    errors_of,
-    methods_of,
-    naive2,
-    table,
-    warnings_of,
-)
+from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, Errors, Methods, methods_of, naive2, table, warnings_of  # noqa: E402
+from utils.results.metrics import METRICS  # noqa: E402
 
 
 def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:
@@ -45,13 +37,12 @@ def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:
     for folder in folders:
         try:
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            pattern, methods, said = metrics["m4"]["pattern"], methods_of(metrics), warnings_of(metrics)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pattern, methods = metrics["m4"]["pattern"], methods_of(metrics)
+        except (OSError, ValueError, KeyError, TypeError):
             raise input_error(folder, f"no {METRICS} of a run on M4", "the folder of a run with --data m4, tested") from None
-        if pattern in seen:
+        if seen.setdefault(pattern, folder) is not folder:
             raise input_error(folder, f"a second run on {pattern} beside {seen[pattern]}", "one run a pattern")
-        seen[pattern] = folder
-        warnings += said
+        warnings += warnings_of(metrics)
         for title, found in methods.items():
             together.setdefault(title, {}).update(found)
     return together, warnings
@@ -63,28 +54,27 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
     Raises:
         InputError: it cannot be read, lacks some series of a pattern, or has none of the patterns that are there.
     """
-    made = read_wide(file)
-    methods: Methods = {str(file): {}, NAIVE2_TITLE: {}}
-    warnings: list[str] = []
-    for name, kind in PATTERNS.items():
-        try:
+    made, present = read_wide(file), []
+    for name in PATTERNS:
+        with suppress(InputError):
             find_m4(root_path, name)
-        except InputError:
-            continue
-        H, season = kind.horizon, kind.season
+            present.append(name)
+    methods: Methods = {str(file): {}, TITLES[NAIVE2]: {}}
+    warnings: list[str] = []
+    for name in present:
+        H, season = PATTERNS[name].horizon, PATTERNS[name].season
         series = load_m4(root_path, name, 2 * H, H, H)
-        there = [id for id in series.ids if id in made]
-        if not there:
+        if not any(id in made for id in series.ids):
             continue
-        wrong = next((id for id in series.ids if len(made.get(id, ())) != H), None)
-        if wrong is not None:
-            got = f"{len(made[wrong])} forecasts" if wrong in made else "no such series"
-            raise input_error(f"{file}: series {wrong!r}", got, f"{H} forecasts of every {name} series")
+        for id in series.ids:
+            if len(made.get(id, ())) != H:
+                got = f"{len(made[id])} forecasts" if id in made else "no such series"
+                raise input_error(f"{file}: series {id!r}", got, f"{H} forecasts of every {name} series")
+        forecasts = [made[id] for id in series.ids], [naive2(values, season, H) for values in series.known]
+        own, naive = (Errors.of(np.stack(each), series.future, series.known, season) for each in forecasts)
+        methods[str(file)][name], methods[TITLES[NAIVE2]][name] = (own, naive), (naive, naive)
         warnings += [SYNTHETIC] if series.synthetic else []
-        naive = errors_of(np.stack([naive2(v, season, H) for v in series.known]), series.future, series.known, season)
-        own = errors_of(np.stack([made[id] for id in series.ids]), series.future, series.known, season)
-        methods[str(file)][name], methods[NAIVE2_TITLE][name] = (own, naive), (naive, naive)
-    if not methods[NAIVE2_TITLE]:
+    if not methods[TITLES[NAIVE2]]:
         raise input_error(file, "no series of a pattern whose files are there", f"those of files in {root_path}")
     return methods, warnings
 

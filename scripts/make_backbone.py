@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PretrainedConfig as Config
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
@@ -29,10 +28,8 @@ sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 from layers.errors import InputError, input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
 
-PROMPT_BANK = REPO / "dataset" / "prompt_bank"
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -47,14 +44,12 @@ class Preset:
     layers: int
     dtype: torch.dtype = torch.float32
     vocab: int = 0
-    families: tuple[str, ...] = ("qwen2", "llama", "gpt2", "bert")
 
 
-GROUPED = ("qwen2", "llama")  # families whose key-value heads may be fewer than their heads
 PRESETS = {
     "tiny": Preset(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2),
     "small": Preset(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6),
-    "qwen2.5-3b": Preset(2048, 11008, 16, 2, layers=36, dtype=torch.bfloat16, vocab=151936, families=GROUPED),
+    "qwen2.5-3b": Preset(2048, 11008, 16, 2, layers=36, dtype=torch.bfloat16, vocab=151936),
 }
 
 
@@ -67,7 +62,7 @@ class Family:
     and `strip` is the module prefix that the family's files on the hub leave out of the tensor names.
     """
 
-    config: Callable[..., Config]
+    config: Callable[..., transformers.PretrainedConfig]
     model: type[transformers.PreTrainedModel]
     positions: int
     special: dict[str, str]
@@ -105,33 +100,23 @@ SPLIT = WORD + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MAX_VOCAB = 4096
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Write `data` as indented UTF-8 JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def training_texts() -> list[str]:
-    """Prompts with ETT's description and varied numbers; the same list on every call, whatever else comes into the bank."""
+def write_tokenizer(folder: Path, family: Family) -> None:
+    """Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers."""
     rng, texts = random.Random(0), []
-    description = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
+    description = (REPO / "dataset" / "prompt_bank" / "ETT.txt").read_text(encoding="utf-8").strip()
     for window, horizon in ((96, 96), (336, 192), (512, 720)):
         template = PromptTemplate(description, seq_len=window, pred_len=horizon)
         for sign, upward in ((-1, True), (1, False)):
             low, median, high = sorted(sign * rng.gauss(1, 1) for _ in range(3))
             tail = template.statistics(low, high, median, upward, rng.sample(range(window), 5))
             texts.append(template.prompt_prefix() + tail)
-    return texts
-
-
-def write_tokenizer(folder: Path, family: Family) -> None:
-    """Train a byte-level BPE on `training_texts`, split as Qwen2.5 does, and write its two files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=MAX_VOCAB, initial_alphabet=byte_level.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(training_texts(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     # Added after training, so that they follow the vocabulary as in Qwen2.5, Llama 3 and GPT-2.
     tokenizer.add_special_tokens(list(dict.fromkeys(family.special.values())))
     added = [(word, tokenizer.token_to_id(word)) for word in family.template.split() if word != "$A"]
@@ -140,55 +125,31 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     # The general class: a family's own class may put its own pre-tokenisation in place of the file's.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": family.positions}
     settings |= {"clean_up_tokenization_spaces": False, **family.special}
-    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the two tokenizer files unchanged. Raises InputError where `source` lacks one."""
+    """Copy a fast tokenizer's two files unchanged. Raises InputError where `source` lacks one."""
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
             raise input_error("--tokenizer", f"no {name} in {source}", "the folder of a fast tokenizer")
         shutil.copyfile(source / name, folder / name)
 
 
-def read_tokenizer(folder: Path) -> tuple[int, dict[str, int | None]]:
-    """Number of token ids and the bos/eos/pad ids (None: no such token). Raises InputError."""
-    try:
-        data, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in TOKENIZER_FILES)
-        ids = data["model"]["vocab"] | {token["content"]: token["id"] for token in data["added_tokens"]}
-        special = {}
-        for role in ("bos_token", "eos_token", "pad_token"):
-            token = settings.get(role)
-            special[f"{role}_id"] = ids.get(token["content"] if isinstance(token, dict) else token)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
-        raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
-    return max(ids.values()) + 1, special
-
-
-def build_config(preset: str, layers: int, family: str, tokens: int, special: dict) -> Config:
-    """The config of a model with `layers` layers, for a tokenizer of `tokens` ids with `special` among them.
-
-    Raises InputError if a preset of fixed vocabulary has fewer rows than the tokenizer has ids.
-    """
+def build_config(preset: str, layers: int, family: str, tokenizer: transformers.PreTrainedTokenizerBase):
+    """The config of a model for a tokenizer. Raises InputError where the preset's vocabulary is smaller than its."""
     shape, kind = PRESETS[preset], FAMILIES[family]
-    if shape.vocab and tokens > shape.vocab:
-        raise input_error("--tokenizer", f"{tokens} token ids", f"at most {shape.vocab}, which fit {preset}")
+    if shape.vocab and len(tokenizer) > shape.vocab:
+        raise input_error("--tokenizer", f"{len(tokenizer)} token ids", f"at most {shape.vocab}, which fit {preset}")
     rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     return kind.config(
         architectures=[kind.model.__name__], dtype=shape.dtype,
         initializer_range=INIT_STD, tie_word_embeddings=True,
         hidden_size=shape.hidden, num_hidden_layers=layers, num_attention_heads=shape.heads,
-        max_position_embeddings=kind.positions, vocab_size=shape.vocab or tokens,
+        max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(tokenizer),
         **{kind.inner: shape.intermediate}, **(rotary if kind.rotary else {}), **special,
     )  # fmt: skip
-
-
-def tensor_shapes(config: Config, family: Family) -> dict[str, torch.Size]:
-    """Hub name → shape in the model's order, tied tensors once; nothing is allocated."""
-    with torch.device("meta"):
-        model = family.model(config)
-    return {name.removeprefix(family.strip): tensor.shape for name, tensor in model.named_parameters()}
 
 
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -201,50 +162,6 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
     return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
 
 
-def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Split tensors (name → bytes) in order into two or more shards of at most MAX_SHARD_BYTES."""
-    limit = min(MAX_SHARD_BYTES, sum(sizes.values()) // 2)
-    shards: list[list[str]] = []
-    filled = limit + 1
-    for name, size in sizes.items():
-        if filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def write_weights(folder: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, seed: int) -> None:
-    """Write the index and the shards, one in memory at a time. Raises InputError for too small a disk."""
-    sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
-    total, free = sum(sizes.values()), shutil.disk_usage(folder).free
-    if total > free:
-        raise input_error("--out", f"{free:,} free bytes in {folder.parent}", f"{total:,} for the weights")
-    shards, weight_map = plan_shards(sizes), dict[str, str]()
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: random_tensor(name, shapes[name], dtype, seed) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-        del tensors  # before the next shard is made
-    metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
-    write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def check_request(out: Path, preset: str, layers: int | None, family: str) -> None:
-    """Raise InputError for what cannot be built, before anything is written."""
-    for flag, value, known in (("--preset", preset, PRESETS), ("--family", family, FAMILIES)):
-        if value not in known:
-            raise input_error(flag, repr(value), f"one of {', '.join(known)}")
-    if family not in PRESETS[preset].families:
-        raise input_error("--family", repr(family), f"{' or '.join(PRESETS[preset].families)} for {preset}")
-    if layers is not None and layers < 1:
-        raise input_error("--layers", layers, "1 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise input_error("--out", f"{out}, which holds data already", "a new or empty folder")
-
-
 def make_backbone(
     out: str | Path, preset: str = "tiny", layers: int | None = None, family: str = "qwen2",
     tokenizer: str | Path | None = None, seed: int = 0,
@@ -254,18 +171,32 @@ def make_backbone(
     `layers` defaults to the preset's; `tokenizer` is a folder whose tokenizer is copied, by default one is
     trained from the prompt texts. The folder appears whole or not at all. Raises InputError.
     """
-    out = Path(out).resolve()
-    check_request(out, preset, layers, family)
+    out, shape, kind = Path(out).resolve(), PRESETS[preset], FAMILIES[family]
+    if layers is not None and layers < 1:
+        raise input_error("--layers", layers, "1 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise input_error("--out", f"{out}, which holds data already", "a new or empty folder")
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
     try:
-        partial.mkdir(parents=True)
         if tokenizer is None:
-            write_tokenizer(partial, FAMILIES[family])
+            write_tokenizer(partial, kind)
         else:
             copy_tokenizer(Path(tokenizer), partial)
-        config = build_config(preset, layers or PRESETS[preset].layers, family, *read_tokenizer(partial))
+        try:
+            words = transformers.AutoTokenizer.from_pretrained(partial)
+        except Exception as error:  # the Rust reader raises plain Exceptions
+            got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
+            raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
+        config = build_config(preset, layers or shape.layers, family, words)
         config.save_pretrained(partial)
-        write_weights(partial, tensor_shapes(config, FAMILIES[family]), PRESETS[preset].dtype, seed)
+        with torch.device("meta"):  # for names and shapes; tied tensors come once
+            outline = kind.model(config)
+        named = {name.removeprefix(kind.strip): tensor.shape for name, tensor in outline.named_parameters()}
+        tensors = {name: random_tensor(name, shape_, shape.dtype, seed) for name, shape_ in named.items()}
+        # Two shards or more, as a large model has.
+        most = min(MAX_SHARD_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // 2)
+        save_torch_state_dict(tensors, partial, max_shard_size=most, metadata={"format": "pt"})
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -289,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             error = input_error("--out", f"{args.out}, where no writing is ({error})", "a folder that can be written")
         print(f"make_backbone.py: error: {error}", file=sys.stderr)
         return 2
-    size = json.loads((folder / INDEX).read_text(encoding="utf-8"))["metadata"]
-    print(f"{folder}: {size['total_parameters']:,} parameters, {size['total_size']:,} bytes of weights")
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
     print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
     return 0
 

@@ -120,7 +120,7 @@ if not torch.cuda.is_available():
     from argparse import Namespace
 
     from layers.errors import InputError
-    from utils.checks import check_device
+    from utils.validate import check_device
 
     try:
         check_device(Namespace(device="auto", load_in_4bit=False))

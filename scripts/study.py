@@ -3,49 +3,55 @@
     python scripts/study.py scripts/studies/example.toml --out studies/example
     python scripts/study.py --grid seed=1,2,3 --grid pred_len=96,192 --out studies/NAME -- --data ETTh1 ...
     python scripts/study.py GRID.toml --out studies/NAME --gpus all                                   # a cell a GPU
-    python scripts/study.py GRID.toml --out studies/NAME --slurm --slurm_args "--gres=gpu:1 --time=8:00:00" --jobs 4
+    python scripts/study.py GRID.toml --out studies/NAME --cell 7         # one cell, as a task of a cluster's job array
 
 What stands after -- goes to every run, and wins over the file's [flags]. The same command goes on where a study was
 stopped, and tries again what failed; a changed grid runs what has changed and keeps the rest. Nothing is ever deleted.
 """
 
 import argparse
+import fcntl
 import os
 import platform
+import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.command_line import FlagParser  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
-from utils.study import slurm  # noqa: E402
+from utils.flags import FlagParser  # noqa: E402
+from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.study.cells import (  # noqa: E402
-    CELLS,
     DONE,
     FAILED,
     HALF,
+    LOG,
     NEW,
-    CellLock,
-    Place,
-    ResultsLock,
-    StudyLock,
-    has_task,
-    left_over,
+    NOTE,
+    Cell,
+    Study,
+    card_names,
+    cores,
+    last_line,
+    machine,
+    measure,
+    read_json,
+    read_study,
+    time_text,
+    write_note,
 )
-from utils.study.devices import VISIBLE, read_gpus  # noqa: E402
-from utils.study.grid import Grid, read_grid  # noqa: E402
-from utils.study.queue import TIME_LIMIT, Queue  # noqa: E402
-from utils.study.statistics import read_published  # noqa: E402
-from utils.study.table import CSV, LATEX, MARKDOWN, TEXT, write_csv, write_tables  # noqa: E402
+from utils.study.tables import write_results  # noqa: E402
 
-PUBLISHED = REPO / "scripts" / "published.toml"
-SHOWN = 5  # names of cells in a line
-STATES = "state.*.safetensors"  # what a run that was stopped resumes from
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main(argv: list[str]) -> int:
@@ -53,8 +59,15 @@ def main(argv: list[str]) -> int:
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = read_arguments(own)
     try:
-        grid = read_grid(args.file, args.grid, flags, args.reference)
-        return study(args, grid, argv)
+        args.gpus = read_gpus(args.gpus or [])
+        study = read_study(args.out.resolve(), args.file, args.grid, flags, args.reference)
+        if args.list:
+            return list_cells(study)
+        if args.table:
+            show_results(study)
+            return 0
+        handle = lock(study.folder, shared=args.cell is not None)
+        return run_cell(study, args.cell) if args.cell is not None else run_study(study, args, handle, argv)
     except (InputError, StorageError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -72,224 +85,203 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B", help="an axis: a flag and its values")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the study's folder")
     parser.add_argument("--reference", metavar="VALUE", help="the value of an axis that the others are compared with")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells that run at once (default: 1, or one a GPU; with "
-                        "--slurm as many as the cluster lets)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="cells that run at once (default: 1, or one a GPU)")
     parser.add_argument("--gpus", nargs="+", metavar="GPU", help="graphics cards of this machine, as nvidia-smi numbers "
                         "them (0 1 2), or all: a cell has one; with more --jobs than cards they share them")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="show the cells and how far they are; run nothing")
-    parser.add_argument("--table", action="store_true", help="make tables and pictures of what is there; run nothing")
-    cluster = parser.add_argument_group("cluster (docs/cluster.md)")
-    cluster.add_argument("--slurm", action="store_true", help="submit what is not done as a job array, a cell a task")
-    cluster.add_argument("--slurm_args", metavar="WORDS", help='options for sbatch, such as "--partition=gpu --gres=gpu:1 '
-                         '--time=08:00:00"')  # fmt: skip
-    cluster.add_argument("--slurm_dry", action="store_true", help="as --slurm, but print sbatch's command alone")
-    cluster.add_argument("--cell", metavar="NAME", help="run one cell, as --list names it, beside others: what a task does")
-    args = parser.parse_args(_joined(argv, "--slurm_args"))
-    args.slurm = args.slurm or args.slurm_dry
-    try:
-        _check(args)
-    except InputError as error:
-        parser.error(str(error))
-    if args.file is None and not args.grid:
-        parser.error("got neither GRID.toml nor --grid, expected one of them")
-    args.out = args.out.resolve()
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="show the cells and how far they are; run nothing")
+    mode.add_argument("--table", action="store_true", help="make tables and pictures of what is there; run nothing")
+    mode.add_argument("--cell", metavar="N", help="run one cell, by its number or name in --list, beside others: what a "
+                      "task of a cluster does (docs/cluster.md); --table makes the tables then")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.jobs < 0 or (args.cell is not None and (args.jobs or args.gpus)):
+        expected = (
+            "1 or more cells at once" if args.jobs < 0 else "neither with --cell: one cell, on the card that its task has"
+        )
+        parser.error(str(input_error("--jobs, --gpus", " ".join(argv), expected)))
     return args
 
 
-def _joined(argv: list[str], name: str) -> list[str]:
-    """The words with a flag and its value in one: argparse takes a value that begins with dashes for a flag."""
-    words: list[str] = []
-    for word in argv:
-        if words and words[-1] == name:
-            words[-1] = f"{name}={word}"
-        else:
-            words.append(word)
-    return words
+def read_gpus(words: list[str]) -> list[str]:
+    """The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set."""
+    names = [name for word in words for name in word.split(",")]
+    if names == ["all"]:
+        names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
+    for name in names:
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name):
+            hint = "GRID.toml stands before it" if name.endswith(".toml") else ""
+            raise input_error("--gpus", repr(name), "all, or the numbers that nvidia-smi shows, such as 0 1", hint)
+    return names
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Set the study's own words against each other; fill in the cards and sbatch's options.
+def lock(folder: Path, shared: bool) -> int:
+    """A handle that keeps the study's folder for this process, and for the runs that inherit it, until all have ended.
 
-    Raises:
-        InputError: at the first that is wrong.
-    """
-    args.gpus = [] if args.gpus is None else read_gpus(args.gpus)
-    if args.jobs is not None and args.jobs < 1:
-        raise input_error("--jobs", args.jobs, "a whole number of at least 1")
-    modes = {"--list": args.list, "--table": args.table, "--slurm": args.slurm, "--cell": args.cell is not None}
-    given = [name for name, value in modes.items() if value]
-    if len(given) > 1 and given != ["--list", "--table"]:
-        raise input_error(given[-1], f"it with {given[0]}", "one of the two")
-    if args.slurm_args is not None and not args.slurm:
-        raise input_error("--slurm_args", "it without --slurm", "both")
-    if args.slurm and args.gpus:
-        raise input_error(
-            "--gpus", "it with --slurm", "one of the two", 'Slurm gives out cards: --slurm_args "--gres=gpu:1"'
-        )
-    if args.cell is not None and (args.jobs or len(args.gpus) > 1):
-        raise input_error("--cell", f"it with {'--jobs' if args.jobs else 'several --gpus'}", "one cell on one card")
-    args.slurm_args = slurm.read_options(args.slurm_args or "")
-
-
-def study(args: argparse.Namespace, grid: Grid, argv: list[str]) -> int:
-    """List, tabulate or run the cells of a grid.
+    Args:
+        shared: with others that run a cell each.
 
     Raises:
-        InputError: the folder cannot be used, or a file in it is damaged.
-        StorageError: results cannot be written.
+        InputError: the folder cannot be written.
     """
-    places = [Place(args.out, cell) for cell in grid.cells]
-    if args.list:
-        return list_cells(args.out, grid, places)
-    published = read_published(PUBLISHED)
-    if args.cell is not None:
-        return run_cell(args, grid, places, published)
-    if args.table:
-        if not any(place.measured() for place in places):
-            raise input_error(
-                f"--table of {args.out}", "no cell that is done", "a study that has run", "--list shows its cells"
-            )
-        return finish(args.out, grid, places, published)
-    if args.slurm:
-        return submit(args, grid, places, argv) if todo(places) else finish(args.out, grid, places, published)
-    lock = StudyLock(args.out)
-    tell_start(args.out, grid, places)
-    jobs = args.jobs or max(1, len(args.gpus))
-    queue = Queue(places, jobs, args.gpus, lambda: write_results(args.out, grid, places))
-    queue.run()
-    finish(args.out, grid, places, published)
-    lock.release()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise input_error(f"--out {folder}", error.strerror, "a folder that can be written") from None
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"Another study, or a run that it has left behind, works in {folder}: waiting for its end", flush=True)
+        fcntl.flock(handle, how)
+    os.set_inheritable(handle, True)
+    return handle
+
+
+def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple[list[str], int]:
+    """Run the cells that are not done, each in a process; signals are passed on, failures told, and the rest goes on.
+
+    Args:
+        cells: all cells of the study, in order.
+        jobs: how many run at once.
+        gpus: the cards that they share; none: what the flags say.
+        lock: a file handle that the runs keep open until they end.
+
+    Returns:
+        The cells that failed, and the number of the signal that has ended the study, or 0.
+    """
+    seconds = {cell.name: found["seconds"] for cell in cells if (found := measure(cell))["state"] == DONE}
+    cards = [gpus[number % len(gpus)] if gpus else None for number in range(jobs)]  # free ones
+    processes: list[subprocess.Popen] = []
+    received, failed = 0, []
+
+    def pass_on(number: int, _frame: object) -> None:
+        # The runs save and end, and no other starts; a second signal ends them at once.
+        nonlocal received
+        received = number
+        for process in processes:
+            process.send_signal(number)  # one that has ended gets none
+
+    def run(cell: Cell) -> tuple[int, float, str] | None:
+        if received:
+            return None
+        card, environment = cards.pop(0), os.environ.copy()
+        if jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, int(environment.get("OMP_NUM_THREADS") or cores()) // jobs))
+        if card is not None:
+            # CUDA counts the fastest card first unless it is told to count as nvidia-smi does.
+            environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, VISIBLE: card}
+            print(f"{cell.name} begins on GPU {card}", flush=True)
+        write_note(cell, exit_code=0, machine=machine())
+        began = time.monotonic()
+        with (cell.folder / LOG).open("ab") as log:
+            # A session of its own: Ctrl+C reaches the run once, through `pass_on`, and not twice.
+            process = subprocess.Popen(
+                cell.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                pass_fds=[lock],
+            )  # fmt: skip
+        processes.append(process)
+        if received:  # it came between the two lines
+            process.send_signal(received)
+        code = process.wait()
+        cards.append(card)
+        return code, time.monotonic() - began, f" on GPU {card}" if gpus else ""
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, pass_on)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(run, cell): cell for cell in cells if cell.name not in seconds}
+        for future in as_completed(waiting):
+            if (ended := future.result()) is None:
+                continue
+            cell, (code, spent, where) = waiting[future], ended
+            stopped = bool(received and code)  # a run that is stopped while it starts may die with any code
+            spent_before = read_json(cell.folder / NOTE).get("seconds", 0.0)
+            write_note(cell, exit_code=0 if stopped else code, seconds=spent_before + spent)
+            found = measure(cell)
+            if stopped:
+                print(f"{cell.name}: stopped, {found['state']}", flush=True)
+            elif code or found["state"] != DONE:
+                failed.append(cell.name)
+                print(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on", flush=True)
+            else:
+                seconds[cell.name] = found["seconds"]
+                rest = len(cells) - len(seconds) - len(failed)
+                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
+                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
+                more = f"left about {left}" if rest else "nothing left"
+                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}", flush=True)
+    return failed, received
+
+
+def run_study(study: Study, args: argparse.Namespace, handle: int, argv: list[str]) -> int:
+    """Run the cells that are not done and make the tables; the exit code."""
+    tell_start(study)
+    failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
+    done = show_results(study)
     again = shlex.join(["python", "scripts/study.py", *argv])
-    done = sum(place.measured() is not None for place in places)
-    if queue.failed:
-        print(f"{len(queue.failed)} cells failed; {len(places) - done} to do are tried again by the same command: {again}")
-    if queue.received:
-        print(f"Stopped; {done} of {len(places)} cells done. To go on: {again}")
-        return 128 + queue.received
-    return 1 if queue.failed else 0
+    if failed:
+        rest = len(study.cells) - done
+        print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
+    if received:
+        print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
+    return 128 + received if received else bool(failed)
 
 
-def run_cell(args: argparse.Namespace, grid: Grid, places: list[Place], published: list[dict]) -> int:
-    """Run one cell beside others, on this machine or another one, and make the tables anew; the exit code as `main`'s.
-
-    Raises:
-        InputError: the grid has no such cell, another task runs it, or a whole study runs in the folder.
-        StorageError: results cannot be written.
-    """
-    place = next((place for place in places if place.cell.id == args.cell), None)
-    if place is None:
-        raise input_error("--cell", repr(args.cell), "a cell of the grid", "--list shows their names")
-    locks = StudyLock(args.out, shared=True), CellLock(args.out, place)
-    cards = os.environ.get(VISIBLE, "not set")
-    print(f"{place.cell.id}: {place.state()}; on {platform.node()}, {VISIBLE}: {cards}", flush=True)
-    before = _states(place)
-    queue = Queue([place], 1, args.gpus, task=True)
-    queue.run()
-    # Every task does, as none knows whether it is the last one.
-    finish(args.out, grid, places, published, show=False)
-    for lock in locks:
-        lock.release()
-    if place.measured() is not None:
-        return 0
-    if queue.received == TIME_LIMIT:
-        if _states(place) == before:
-            print("Time is up before the run could save: not put back into the queue; give it a longer --time", flush=True)
-        else:
-            print(slurm.requeue(), flush=True)
-    return 128 + queue.received if queue.received else 1
-
-
-def _states(place: Place) -> set[tuple[str, int]]:
-    return {(path.name, path.stat().st_mtime_ns) for path in place.run.glob(STATES)}
-
-
-def todo(places: list[Place]) -> list[Place]:
-    """The cells that are not done, in order."""
-    return [place for place in places if place.measured() is None]
-
-
-def submit(args: argparse.Namespace, grid: Grid, places: list[Place], argv: list[str]) -> int:
-    """Hand the cells that are not done, and that no task runs, to Slurm, or print how; the exit code.
+def run_cell(study: Study, chosen: str) -> int:
+    """Become the run of one cell, whose signals and exit code are then this process's; 0 where it is done.
 
     Raises:
-        InputError: Slurm refuses, or is not there, or the folder cannot be written.
-        StorageError: the script cannot be written.
+        InputError: the grid has no such cell.
     """
-    StudyLock(args.out, shared=True).release()  # the tasks would meet a study that runs there
-    tell_start(args.out, grid, places)
-    cells = todo(places)
-    running = [place for place in cells if has_task(place)]
-    if running:
-        cells = [place for place in cells if place not in running]
-        print(f"{len(running)} cells run in tasks already, and are left to them", flush=True)
-    if not cells:
+    cell = next((cell for number, cell in enumerate(study.cells) if chosen in (str(number), cell.name)), None)
+    if cell is None:
+        expected = f"a number from 0 to {len(study.cells) - 1}, or a name"
+        raise input_error("--cell", repr(chosen), expected, "--list shows them")
+    how, cards = measure(cell)["state"], os.environ.get(VISIBLE, "not set")
+    print(f"{cell.name}: {how}; on {platform.node()}, {VISIBLE}: {cards}", flush=True)
+    if how == DONE:
         return 0
-    words = [] if args.file is None else [str(args.file.resolve())]
-    words += [word for axis in args.grid for word in ("--grid", axis)] + ["--out", str(args.out)]
-    words += [f"--reference={args.reference}"] if args.reference else []
-    words += argv[argv.index("--") :] if "--" in argv else []
-    submission = slurm.prepare(args.out, places, cells, words, args.slurm_args, args.jobs)
-    slurm.write_script(submission)
-    if args.slurm_dry:
-        print(shlex.join(submission.command))
-        return 0
-    job = slurm.submit(submission)
-    folder = submission.script.parent
-    print(f"{len(cells)} cells submitted as job {job}; what they print: {folder}/{job}_*.out")
-    print(f"squeue -j {job} shows them, scancel {job} stops them; each makes the tables anew when it ends")
-    return 0
+    write_note(cell, exit_code=0, machine=machine())
+    os.execv(sys.executable, cell.command)
 
 
-def tell_start(study: Path, grid: Grid, places: list[Place]) -> None:
+def tell_start(study: Study) -> None:
     """A line of what is to be done, and one of what lies there that the grid does not have."""
-    states = Counter(place.state() for place in places)
-    parts = ", ".join(f"{states[state]} {state}" for state in (DONE, HALF, FAILED, NEW) if states[state])
-    print(f"{grid.title}: {len(places)} cells: {parts}; in {study}", flush=True)
-    if others := left_over(study, grid):
-        names = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
-        print(
-            f"{len(others)} cells of an earlier grid, left as they are and in no table: {names}; in {study / CELLS}",
-            flush=True,
-        )
+    states = Counter(measure(cell)["state"] for cell in study.cells)
+    parts = ", ".join(f"{states[name]} {name}" for name in (DONE, HALF, FAILED, NEW) if states[name])
+    print(f"{study.title}: {len(study.cells)} cells: {parts}; in {study.folder}", flush=True)
+    others = {path.name for path in study.folder.glob("cells/*/")} - {cell.folder.name for cell in study.cells}
+    if others:
+        print(f"{len(others)} cells of an earlier grid, left as they are and in no table: {', '.join(sorted(others))}")
 
 
-def list_cells(study: Path, grid: Grid, places: list[Place]) -> int:
-    """Print the cells and how far they are."""
-    tell_start(study, grid, places)
-    for place in places:
-        state, found = place.state(), place.measured()
-        more = f"  mse {found.mse:.4f} mae {found.mae:.4f}" if found else f"  {place.last_line()}" if state == FAILED else ""
-        print(f"  {state:8}  {place.cell.id}{more}")
+def list_cells(study: Study) -> int:
+    """Print the cells with their numbers, and how far they are."""
+    tell_start(study)
+    for number, cell in enumerate(study.cells):
+        found = measure(cell)
+        more = f"mse {found['mse']:.4f} mae {found['mae']:.4f}" if found["state"] == DONE else ""
+        more = last_line(cell) if found["state"] == FAILED else more
+        print(f"{number:4}  {found['state']:8}  {cell.name}  {more}".rstrip())
     return 0
 
 
-def write_results(study: Path, grid: Grid, places: list[Place]) -> None:
-    """Write results.csv while others wait."""
-    with ResultsLock(study):
-        write_csv(study, grid, places)
-
-
-def finish(study: Path, grid: Grid, places: list[Place], published: list[dict], show: bool = True) -> int:
-    """Write pictures and tables of what is done, and print the table where it shall be shown.
+def show_results(study: Study) -> int:
+    """Write tables and pictures of what is done, and print the table; how many cells are done.
 
     Raises:
-        InputError: the folder cannot be used, or a file in it is damaged.
         StorageError: a table cannot be written.
     """
-    with ResultsLock(study):
-        if not any(place.measured() for place in places):
-            write_csv(study, grid, places)
-            return 0
-        from utils.study.pictures import draw  # only now: matplotlib takes a second to load
-
-        sections = write_tables(study, grid, places, published)
-        if draw(study, sections):
-            write_tables(study, grid, places, published)  # results.md shows the pictures that are there
-        text = (study / TEXT).read_text(encoding="utf-8")
-    if show:
-        print(f"\n{text}")
-    print(f"Written to {study}: {CSV}, {MARKDOWN}, {LATEX}, {TEXT}")
-    return 0
+    done = sum(measure(cell)["state"] == DONE for cell in study.cells)
+    if done:
+        written = write_results(study)
+        print(f"\n{(study.folder / 'results.txt').read_text(encoding='utf-8')}")
+        print(f"Written to {study.folder}: {', '.join(written)}")
+    else:
+        print("No cell is done, so there are no tables")
+    return done
 
 
 if __name__ == "__main__":

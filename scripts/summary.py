@@ -19,11 +19,11 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from data_provider.patterns import M4  # noqa: E402
+from data_provider.splits import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.errors import StorageError  # noqa: E402
-from utils.flags import FLAGS, LLM  # noqa: E402
+from utils.flags import FLAGS  # noqa: E402
 from utils.results.journal import HISTORY, read_rows, write_rows  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
@@ -93,7 +93,9 @@ def _silent(flags: dict, backbone: object) -> set[str]:
     TimeLLM, whose record has no backbone, all of their group; of one that is not on M4 the competition's pattern."""
     without = backbone == {}
     replaced = make_substitute(str(flags.get(ABLATION)), 1, 1) is not None
-    silent = {f.name for f in FLAGS if (without and f.role.group == LLM.group) or (replaced and f.role.about_llm)}
+    llm = {flag.name for flag in FLAGS if flag.group == "language model"}
+    itself = {name for name in llm if name.startswith(("llm_", "load_")) and name != ABLATION}
+    silent = llm if without else itself if replaced else set()
     return silent if flags.get("data") == M4 else silent | {"seasonal_patterns"}
 
 
@@ -135,7 +137,7 @@ def differing(runs: list[dict]) -> list[str]:
     """Names of the flags in which the runs differ, of those that say what was tried; a run of which a flag says nothing
     does not count."""
     names = dict.fromkeys(name for run in runs for name in run["flags"])
-    left_out = {flag.name for flag in FLAGS if not flag.role.tried}
+    left_out = {flag.name for flag in FLAGS if "unlisted" in flag.roles or flag.group == "output"}
     kept = [name for name in names if name not in left_out]
     return [
         name for name in kept if len({json.dumps(run["flags"].get(name)) for run in runs if name not in run["silent"]}) > 1

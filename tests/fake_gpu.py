@@ -79,7 +79,6 @@ def _load_shims(folder: Path) -> None:
 _load_shims(Path(os.environ.get("FAKE_GPU_FOLDER") or tempfile.mkdtemp(prefix="fake_gpu_")))
 
 import bitsandbytes
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -89,15 +88,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 import layers.backbone
-import utils.begin
+import utils.saving.checkpoint
 import utils.setup
 import utils.training.train
 from data_provider.batches import Batch
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
-from utils.saving.saver import Saver
+from utils.saving.state import Saver
 from utils.training.train import Clock, train_epoch
 
 GPU = torch.device("cuda", 0)
@@ -259,7 +258,15 @@ def pretend(gpu: FakeGPU) -> None:
     fake: Any = FakeTensor
     # A storage without memory can be neither copied nor read.
     fake.__deepcopy__ = lambda tensor, memo: tensor.clone()
-    fake.numpy = lambda tensor: np.zeros(tensor.shape, np.uint8)  # only the bytes of files are read so
+
+    def stage(held: object, *_: Any) -> bytes:
+        """What torch.save and safetensors do with tensors of a GPU: one after the other comes to the CPU."""
+        for tensor in tree_leaves(held):
+            if isinstance(tensor, torch.Tensor):
+                tensor.cpu()
+        return b""
+
+    torch.save = utils.saving.checkpoint.save = stage  # type: ignore[assignment]
     nn.Module._apply = _apply  # type: ignore[method-assign]
 
 
@@ -331,7 +338,7 @@ class Bench:
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load  # type: ignore[assignment]
         utils.setup.find_device = lambda _args: (_Accelerator(), GPU)
-        utils.begin.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
+        utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
         self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
 

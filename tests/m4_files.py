@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_provider.patterns import PATTERNS, m4_file
+from data_provider.splits import PATTERNS, m4_file
 
 
 def write_wide(path: Path, series: dict[str, np.ndarray]) -> Path:

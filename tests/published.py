@@ -4,28 +4,21 @@ Taken from the folder scripts/ of github.com/KimMeen/Time-LLM (TimeLLM_ETTh1.sh,
 filled in and the launcher left out.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class FlagSet:
-    """The words of one run."""
+class FlagSet(NamedTuple):
+    """The words of one run, and the program that its script starts."""
 
     script: str
-    program: str  # which the script starts
-    data: str  # the value of --data
-    horizon: int
+    program: str
     text: str
 
-    @property
-    def words(self) -> list[str]:
-        """The flags and their values."""
-        return self.text.split()
-
-    @property
-    def name(self) -> str:
-        """For a test's title."""
-        return f"{self.script}-{self.words[self.words.index('--model_id') + 1]}-{self.horizon}"
+    def value(self, flag: str) -> str | None:
+        """The last value of a flag; None where it is left out."""
+        words = self.text.split()
+        places = [place for place, word in enumerate(words) if word == flag]
+        return words[places[-1] + 1] if places else None
 
 
 FORECAST = "--task_name long_term_forecast --is_training 1 "
@@ -48,7 +41,7 @@ M4 = (
     "--d_ff 32 --patch_len 1 --stride 1 --batch_size 24 --des Exp --itr 1 --learning_rate 0.001 --loss SMAPE "
     "--train_epochs 50 --model_comment TimeLLM-M4"
 )
-HORIZONS = {"Monthly": 18, "Yearly": 6, "Weekly": 13, "Daily": 14, "Quarterly": 8, "Hourly": 48}  # of M4
+PATTERNS = {"Monthly": 18, "Yearly": 6, "Weekly": 13, "Daily": 14, "Quarterly": 8, "Hourly": 48}  # of M4, with horizons
 
 # What follows --itr, by script and horizon; a flag that comes twice holds its last value.
 _LAST = {
@@ -103,32 +96,17 @@ _WIDE = {
 }
 
 
-def _ett() -> list[FlagSet]:
-    found = []
-    for name, by_horizon in _LAST.items():
-        *source, target = name.split("_")
-        files = "".join(f"--data_path_pretrain {each}.csv " for each in source) + f"--data_path {target}.csv"
-        sets = "".join(f"--data_pretrain {each} " for each in source) + f"--data {target}"
-        program = "run_pretrain.py" if source else "run_main.py"
-        for horizon, last in by_horizon.items():
-            text = ETT.format(name=name, files=files, sets=sets, horizon=horizon, last=last)
-            found.append(FlagSet(f"TimeLLM_{name}.sh", program, target, horizon, text))
-    return found
-
-
-def _wide() -> list[FlagSet]:
-    found = []
-    for (data, folder, n), rows in _WIDE.items():
-        for model_id, label_len, horizon, width, batch_size, epochs in rows:
-            text = WIDE.format(data=data, folder=folder, n=n, model_id=model_id, label_len=label_len, horizon=horizon,
-                               width=width, batch_size=batch_size, epochs=epochs)  # fmt: skip
-            found.append(FlagSet(f"TimeLLM_{data}.sh", "run_main.py", data, horizon, text))
-    return found
-
-
-def _m4() -> list[FlagSet]:
-    rows = HORIZONS.items()
-    return [FlagSet("TimeLLM_M4.sh", "run_m4.py", "m4", horizon, M4.format(pattern=pattern)) for pattern, horizon in rows]
-
-
-PUBLISHED = [*_ett(), *_wide(), *_m4()]
+PUBLISHED: list[FlagSet] = []
+for name, by_horizon in _LAST.items():
+    *source, target = name.split("_")
+    files = "".join(f"--data_path_pretrain {each}.csv " for each in source) + f"--data_path {target}.csv"
+    sets = "".join(f"--data_pretrain {each} " for each in source) + f"--data {target}"
+    for horizon, last in by_horizon.items():
+        text = ETT.format(name=name, files=files, sets=sets, horizon=horizon, last=last)
+        PUBLISHED.append(FlagSet(f"TimeLLM_{name}.sh", "run_pretrain.py" if source else "run_main.py", text))
+for (data, folder, n), rows in _WIDE.items():
+    for model_id, label_len, horizon, width, batch_size, epochs in rows:
+        text = WIDE.format(data=data, folder=folder, n=n, model_id=model_id, label_len=label_len, horizon=horizon,
+                           width=width, batch_size=batch_size, epochs=epochs)  # fmt: skip
+        PUBLISHED.append(FlagSet(f"TimeLLM_{data}.sh", "run_main.py", text))
+PUBLISHED += [FlagSet("TimeLLM_M4.sh", "run_m4.py", M4.format(pattern=pattern)) for pattern in PATTERNS]

@@ -15,8 +15,7 @@ from data_provider.batches import Batch, WindowCollate
 from models.base import ForecastModel
 from models.TimeLLM import Model
 from tests.realdata import ROOT
-from utils.command_line import parse_flags
-from utils.flags import FLAGS, run_name
+from utils.flags import FLAGS, parse_flags, run_name
 
 COLUMNS = ("load", "flow", "OT")
 ROWS = 320  # custom borders: 224 train, 32 validation, 64 test

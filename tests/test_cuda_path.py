@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.fake_gpu import Bench, FakeGPU
+    from tests.fake_gpu import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCHES = 2, 2  # of training, and of an evaluation
-RETRY, NORM = "out of memory", "norm"  # the names of two more cases
+RETRY = "out of memory"  # the name of one more case
 PLACES = 10  # where memory runs out, evenly over a step's passes
-FUSED = "aten._fused_rms_norm_backward.default"  # its forward pass is taken apart before the fake GPU sees it
 # name -> family, flags
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "fast, 4 bit, vocab": ("QWEN", {"load_in_4bit": True}),
@@ -65,7 +64,7 @@ def found(report, case: str) -> dict[str, Any]:
     return report[case]
 
 
-@pytest.mark.parametrize("case", [*CASES, RETRY, NORM])
+@pytest.mark.parametrize("case", [*CASES, RETRY])
 def test_no_device_or_type_is_mixed(report, case: str) -> None:
     assert report[case].get("error") is None, report[case]["error"]
 
@@ -106,18 +105,6 @@ def test_nothing_is_left_on_the_device_where_an_evaluation_is_tried_again(found,
     assert found["evaluation"] == 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("fast") and "fp16" not in case])
-def test_steps_of_the_fast_path_use_the_norms_kernel(found, case: str) -> None:
-    assert found["norms"] > STEPS  # one of them is the comparison's
-
-
-@pytest.mark.parametrize("case", [NORM])
-def test_the_norm_is_compared_once_and_its_formula_runs_where_it_differs(found, case: str) -> None:
-    """Calls of the kernel for the gradient, and waits: in the pass that compares it, and in the two after that."""
-    assert found["agrees"] == [[2, 1], [1, 0], [1, 0]]
-    assert found["differs"] == [[1, 1], [0, 0], [0, 0]]
-
-
 def examine(bench: "Bench") -> dict[str, Any]:
     """Steps, the last of them saved, an evaluation, and what is saved at an epoch's end; peaks in bytes."""
     from utils.saving.state import pack
@@ -138,7 +125,6 @@ def examine(bench: "Bench") -> dict[str, Any]:
     training.progress.next_epoch()
     save(job)
     found |= {"state": max(bench.save_peaks), "states": len(bench.save_peaks)}
-    found["norms"] = gpu.counts[FUSED]
     found["pack"] = gpu.peak_of(lambda: pack(job.model, training.optimizer, training.progress, {}, job.device), answer=1.0)
     return found | {"waits": gpu.waits, "stream": sorted(kinds)}
 
@@ -190,43 +176,18 @@ def run_out_of_memory(bench: "Bench") -> dict[str, Any]:
     return {"tries": tries, "evaluation": attempt(lambda: evaluate.score(bench.job, "val"))["left"]}
 
 
-def run_norm(gpu: "FakeGPU") -> dict[str, Any]:
-    """Three passes of a norm whose kernel agrees with the formula, and of one whose kernel differs."""
-    import torch
-
-    from layers.fast import kernels
-    from layers.fast.decoder import _RMSNorm
-
-    gpu.watching = True
-    found: dict[str, Any] = {}
-    for name, wrong in (("agrees", 0.0), ("differs", 1.0)):
-        kernels._norm_agrees.cache_clear()
-        gpu.answer, found[name] = wrong, []  # how many values differ, where the program asks
-        for _ in range(3):
-            before = gpu.counts[FUSED]
-            gpu.waits.clear()
-            x = torch.ones(2, 3, 24, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            _RMSNorm.apply(x, torch.ones(24, device="cuda", dtype=torch.bfloat16), 1e-6).sum().backward()
-            found[name].append([gpu.counts[FUSED] - before, len(gpu.waits)])
-    kernels._norm_agrees.cache_clear()
-    return found
-
-
 def main(folder: Path, backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Run all cases."""
     from tests.fake_gpu import Bench, FakeGPU, pretend
 
     report: dict[str, dict[str, Any]] = {}
-    for name, (family, flags) in [*CASES.items(), (RETRY, CASES["fast, 4 bit, vocab"]), (NORM, ("QWEN", {}))]:
+    for name, (family, flags) in [*CASES.items(), (RETRY, CASES["fast, 4 bit, vocab"])]:
         gpu = FakeGPU()
         pretend(gpu)
         run = folder / name.replace(" ", "_")
         run.mkdir()
         try:
             with gpu:
-                if name == NORM:
-                    report[name] = run_norm(gpu)
-                    continue
                 bench = Bench(gpu, backbones[family], run, llm_model=family, **flags)
                 report[name] = run_out_of_memory(bench) if name == RETRY else examine(bench)
         except Exception as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.small_run import PRED_LEN, command_line, figures, run_folder, train
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 
 SNIPPET = """
 # 简化的推理逻辑

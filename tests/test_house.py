@@ -1,15 +1,11 @@
 """The house: which room may import which, what stands in one place alone, and what every flag's role makes of it."""
 
 import ast
-from argparse import Namespace
 from pathlib import Path
-
-import pytest
 
 from tests.realdata import ROOT
 from utils import flags
-from utils.command_line import parse_flags
-from utils.flags import FLAGS, Role, recorded, resumed, run_name
+from utils.flags import FLAGS
 
 # A room imports those below it and its own.
 ROOMS = ["run_pretrain", "run_main", "utils", "models", "data_provider", "layers"]
@@ -26,13 +22,12 @@ FLOORS = [
     "utils.training.session", "utils.training.reduction", "utils.training.step", "utils.training.precision",
     "utils.results.journal",
     "utils.results.predictions", "utils.results.interval_metrics", "utils.results.metrics", "utils.results.log",
-    "utils.training.schedule", "utils.saving.folder", "utils.checks", "utils.saving.saver", "utils.saving.checkpoint",
-    "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks", "utils.inputs",
-    "utils.command_line", "utils.m4_flags", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt",
+    "utils.training.schedule", "utils.saving.folder", "utils.validate", "utils.saving.saver", "utils.saving.checkpoint",
+    "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks",
+    "utils.flags", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt",
     "utils.flags",
-    "utils.kinds", "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
+    "utils.saving.record", "utils.saving.tensors", "utils.saving.array_file", "utils.saving.files",
     "utils.errors",
-    "utils.threads",
 ]  # fmt: skip
 NAMES = {flag.name for flag in FLAGS}
 
@@ -121,81 +116,6 @@ def test_no_other_module_holds_a_collection_of_flag_names() -> None:
     for name, tree in trees.items():
         for node, words in collections(tree):
             assert name == "utils.flags" or not words <= NAMES, f"{name}, line {node.lineno}: {words}"
-
-
-def test_every_flag_has_a_role() -> None:
-    assert len(NAMES) == len(FLAGS)
-    roles = {id(value): name for name, value in vars(flags).items() if isinstance(value, Role)}
-    for flag in FLAGS:
-        assert id(flag.role) in roles, f"--{flag.name} has no role of the table"
-
-
-def test_a_flag_in_the_runs_name_is_recorded_inherited_and_compared() -> None:
-    for flag in FLAGS:
-        assert not flag.tag or (flag.role.recorded and flag.role.inherited and flag.role.resumed), flag.name
-
-
-GUIDE = (
-    "--task_name long_term_forecast --is_training 1 --model_id a --model_comment b --model TimeLLM --data ETTh1 "
-    "--llm_model_path x"
-).split()
-
-
-@pytest.mark.parametrize("flag", [flag for flag in FLAGS if not flag.tag], ids=lambda flag: flag.name)
-def test_what_is_no_part_of_the_name_does_not_change_it(flag) -> None:
-    args = parse_flags(GUIDE)
-    assert run_name(Namespace(**vars(args) | {flag.name: "other"}), 0) == run_name(args, 0)
-
-
-# What states and checkpoints of earlier versions hold; a change here makes old runs stop resuming.
-OLD_STATE = {
-    "task_name", "model_id", "model_comment", "model", "seed", "des", "data", "features", "target", "percent", "embed",
-    "seq_len", "label_len", "pred_len", "enc_in", "d_model", "n_heads", "d_ff", "e_layers", "d_layers", "factor", "dropout",
-    "patch_len", "stride", "prompt_domain", "llm_model", "llm_dim", "llm_layers", "load_in_4bit", "prototypes",
-    "prompt_decimals", "batch_size", "learning_rate", "optimizer", "loss", "lradj", "pct_start", "use_amp", "max_iters",
-}  # fmt: skip
-# What has come since; a state without it had the default.
-NEWER = {
-    "skip", "use_reprogramming", "llm_ablation", "use_prompt", "prompt_lags", "moving_avg", "activation", "data_pretrain",
-    "seasonal_patterns",
-}  # fmt: skip
-NEVER_RECORDED = {
-    "resume", "save_steps", "log_every", "checkpoints", "checkpoint", "do_predict", "predict_path", "predict_steps",
-    "save_predictions", "plots", "tensorboard", "torch_checkpoint", "intervals", "append",
-}  # fmt: skip
-FIXED = {
-    "label_len",
-    "factor",
-    "llm_layers",
-    "prompt_decimals",
-    "seq_len",
-    "patch_len",
-    "stride",
-    "n_heads",
-    "d_ff",
-    "use_amp",
-}
-INHERITED_WITH_THE_DATA = {
-    "data", "root_path", "data_path", "target", "freq", "percent", "fill_missing", "prompt_text", "enc_in",
-    "data_pretrain", "data_path_pretrain",
-}  # fmt: skip
-INHERITED = {
-    "task_name", "model_id", "model_comment", "model", "des", "seed", "features", "embed", "num_workers", "seq_len",
-    "label_len", "pred_len", "d_model", "n_heads", "d_ff", "e_layers", "d_layers", "factor", "dropout", "patch_len",
-    "stride", "prompt_domain", "llm_model", "llm_model_path", "llm_dim", "llm_layers", "load_in_4bit", "prototypes",
-    "prompt_decimals", "eval_batch_size", "use_amp",
-}  # fmt: skip
-
-
-def test_roles_make_of_each_flag_what_earlier_versions_did() -> None:
-    args = parse_flags(GUIDE)
-    assert set(resumed(args)) == OLD_STATE | NEWER and list(resumed(args)) == sorted(OLD_STATE | NEWER)
-    assert NAMES - set(recorded(args)) == NEVER_RECORDED
-    assert {flag.name for flag in FLAGS if flag.role.fixed} - NEWER == FIXED
-    assert {flag.name for flag in FLAGS if flag.role.inherited and flag.role.about_data} == INHERITED_WITH_THE_DATA
-    assert {flag.name for flag in FLAGS if flag.role.inherited and not flag.role.about_data} == (
-        INHERITED | NEWER - INHERITED_WITH_THE_DATA
-    )
 
 
 def test_modules_say_what_is_inside_and_fit_a_head() -> None:

@@ -66,7 +66,7 @@ def test_signals_in_every_phase_lose_nothing(lab: Lab, whole: Live, tmp_path: Pa
     text = interrupted(lambda live: "iters: 3," in live.text, signal.SIGINT, 130)
     assert "\nTo resume: " in text
     text = interrupted(is_saving, signal.SIGTERM, 143)
-    assert "Resuming from state.1.safetensors: epoch 1, iteration " in text
+    assert "Resuming from state.1.pt: epoch 1, iteration " in text
     text = interrupted(lambda live: "\nEpoch: 1 cost time" in live.text, signal.SIGINT, 130)
     assert "Epoch: 1 | Train Loss" not in text and "epoch 1, iteration 25 is saved" in text
     text = interrupted(lambda live: "\nEpoch: 2 cost time" in live.text, signal.SIGHUP, 129)
@@ -101,7 +101,7 @@ def test_a_second_signal_ends_at_once_with_the_files_intact(lab: Lab, tmp_path: 
     going_on = lab.start(tmp_path / "runs", *EVERY, "--resume")
     going_on.until_line("Resuming from")
     going_on.kill()
-    assert "Resuming from state.1.safetensors: epoch 1, iteration 7" in going_on.text
+    assert "Resuming from state.1.pt: epoch 1, iteration 7" in going_on.text
 
 
 def test_workers_die_with_a_killed_run_and_a_second_run_is_refused(lab: Lab, tmp_path: Path) -> None:

@@ -22,15 +22,15 @@ from torch.utils.data import ConcatDataset
 from data_provider.batches import Batch, WindowCollate
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
-from data_provider.description import frequency
-from data_provider.frames import check_rows, tables_of
-from data_provider.timefeatures import time_marks
+from data_provider.table import check_rows, tables_of
+from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
-from utils.command_line import flags_for
-from utils.intervals import Intervals, name_of
+from layers.norm import instance_norm
+from utils.flags import flags_for
+from utils.results.bands import Intervals, name_of
 from utils.results.forecast import Forecast, forecast_rows, on_the_trainings_scale
 from utils.results.log import KeptLog
-from utils.results.test_pass import Tally
+from utils.results.metrics import Metrics
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import random_state, set_random_state
 from utils.setup import describe_run, load_checkpoint, make_job, make_plan
@@ -176,21 +176,22 @@ class Forecaster:
         starts = [day for part in parts for day in (part.dates[T], part.dates[len(part.dates) - H])]
         kept = job.series.forecast_slice
         columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
-        tally = Tally(job, self._intervals(intervals), columns, mean, deviation)
+        metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
-            tally.add(batch, forecast)
+            pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
+            metrics.add(pred, true, instance_norm(x)[2])
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
-        batches = epoch_batches(args, windows, "test")  # type: ignore[arg-type]  # of which the length alone is asked
+        batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
         scores = score(replace(job, loaders={"test": loader}), "test", consume)
         return {
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
             "first_forecast_row": [str(min(starts)), str(max(starts))],
-            **tally.result(),
+            **metrics.result(),
         }
 
     def plot(

@@ -8,23 +8,21 @@ from pathlib import Path
 
 import torch
 
-from data_provider.patterns import M4
+from data_provider.splits import M4
 from utils.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.intervals import name_of
-from utils.results.calibration import KEPT, Calibration
+from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
 from utils.results.comparison import note_of
-from utils.results.ensemble import mean_intervals, score_mean
 from utils.results.forecast import Forecast, mean_forecast
 from utils.results.forecast_files import leave_forecast
-from utils.results.interval_metrics import line_of
 from utils.results.log import RunLog
-from utils.results.m4_pass import open_pass
-from utils.saving.checkpoint import Checkpoint, add_intervals, save_for_torch
+from utils.results.metrics import line_of
+from utils.results.test_pass import open_pass, score_mean
+from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
+from utils.saving.files import LEGACY
 from utils.saving.interrupt import Interrupted, Interrupts
-from utils.saving.saver import resume_command
-from utils.saving.shares import whole_state
+from utils.saving.state import resume_command
 from utils.setup import load_checkpoint, setup
 from utils.training.evaluate import Scores, score
 from utils.training.memory import free_memory
@@ -87,12 +85,10 @@ def fit(job: Job) -> TestFound | None:
             draw_losses(job.folder, progress.history, **losses)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
-    checkpoint = load_checkpoint(job)
-    if args.torch_checkpoint:
-        tensors = whole_state(job.model)
-        if job.accelerator.is_main_process:
-            with job.training.saver.explained():
-                save_for_torch(checkpoint.file, tensors)
+    load_checkpoint(job)
+    if args.torch_checkpoint and job.accelerator.is_main_process:
+        with job.training.saver.explained():
+            write_torch(job.folder / LEGACY, {name: tensor.cpu() for name, tensor in job.model.state_dict().items()})
     return found
 
 
@@ -161,7 +157,7 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if job.accelerator.is_main_process:
         now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile
-        if now.header != checkpoint.header:
+        if now != checkpoint:
             job.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
         else:
             checkpoint = add_intervals(checkpoint, found)

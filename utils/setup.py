@@ -1,6 +1,7 @@
 """Set-up of a run: flags made complete and checked, then folder, log, model, loaders and what training needs."""
 
 import os
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,49 +10,49 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
-from data_provider.data_loader import Series, SplitSeries
-from data_provider.description import frequency
+from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone, BackboneInfo
 from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
 from models.TimeLLM import embeddings_on_host, layers_of
-from utils import checks
-from utils.begin import begin
-from utils.flags import FinalFlags, recorded, run_name
+from utils import validate
+from utils.flags import recorded, run_name
+from utils.results.baselines import doubts, fit_ridge
 from utils.results.forecast import no_rows_yet, read_history
+from utils.results.journal import Journal, tensorboard_writer
 from utils.results.log import RunLog, SilentLog
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
-from utils.saving.folder import Start, open_folder, refuse_links, results_folder
+from utils.saving.folder import Start, open_folder, results_folder
 from utils.saving.interrupt import Interrupts
-from utils.saving.shares import whole_shapes
-from utils.saving.state import identity
-from utils.training.memory import cap_memory, explain_out_of_memory, fitting_sequences, free_memory, loading_advice
+from utils.saving.state import Progress, Saver, identity, part_random
+from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
+from utils.training.optimizer import build_optimizer
 from utils.training.precision import Precision, choose_precision
-from utils.training.session import Job, Limit
+from utils.training.session import Job, Limit, Training
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run whose flags are complete and checked; no weight is loaded yet."""
 
-    args: FinalFlags
+    args: Namespace
     folder: Path  # of its results
     series: Series  # a SplitSeries, but for a run that only forecasts
     info: BackboneInfo | None  # the language model's, where there is one
     outline: ForecastModel  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
-    intervals: checks.IntervalPlan
+    intervals: validate.IntervalPlan
     notes: list[str]  # to be said with a forecast
     accelerator: Accelerator
     device: torch.device
     precision: Precision
-    pretrain: SplitSeries | None = None  # trained on in the series' place
+    pretrain: FileSeries | None = None  # trained on in the series' place
 
     def random_seed(self, repeat: int) -> int | None:
         """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
@@ -135,35 +136,31 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     """
     args = Namespace(**vars(args))
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
-    checks.check_device(args)
+    validate.check_flags(args)
     accelerator, device = find_device(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
-    if in_program and checkpoint is not None:
-        series, same_data, notes = no_rows_yet(args, checkpoint)
+    series: Series
+    if checkpoint is not None and forecasts_only:
+        series, same_data, notes = no_rows_yet(args, checkpoint) if in_program else read_history(args, checkpoint)
     else:
-        series, same_data, notes = _read_series(args, checkpoint, forecasts_only)
+        series, notes = series_from_args(args), []
+        same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
     if args.do_predict and not in_program:
         series.future_dates(1)
-    info = checks.check_model(args)
-    if not model_class(args.model).channel_independent and args.freq is None:
-        args.freq = frequency(series.step)  # tells how many time marks there are
+    validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = pretraining_series(args) if trains and args.data_pretrain else None
-    checks.check_pretraining(args, series, pretrain, checkpoint)
-    outline = checks.outline(args, info)
+    info = validate.complete_from_model(args, pretrain or series)
+    with torch.device("meta"):
+        outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
-        checks.check_checkpoint(args, checkpoint, outline, same_data)
+        validate.check_checkpoint(args, checkpoint, outline, same_data)
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
-        if folder.is_dir() and not in_program:
-            refuse_links(folder)
-    intervals = checks.plan_intervals(args, series, checkpoint, same_data)
+    intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
-    if trains and isinstance(series, SplitSeries):
-        checks.check_linear_map(args, pretrain or series, outline)
-        checks.fit_batch(args, pretrain or series, outline)
     precision = choose_precision(args, device, uses_llm=info is not None)
-    final = FinalFlags(args)
-    plan = Plan(final, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
+    plan = Plan(args, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
     for split, split_series in plan.splits:
         epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
     return plan
@@ -200,7 +197,7 @@ def load_checkpoint(job: Job) -> Checkpoint:
     checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
     if job.has_checkpoint:
         return checkpoint
-    tensors, trained = checkpoint.tensors(whole_shapes(job.model)), checkpoint.backbone
+    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
     if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
         job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
@@ -219,7 +216,7 @@ def describe_run(
     series: Series,
     info: BackboneInfo | None,
     random_seed: int | None = None,
-    pretrain: SplitSeries | None = None,
+    pretrain: FileSeries | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run; data, columns and scaler are those of what it forecasts, and under "pretrain" those
     of what it trained on, where that is another series."""
@@ -232,20 +229,6 @@ def describe_run(
     if not isinstance(series, SplitSeries):
         return record
     return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
-
-
-def _read_series(args: Namespace, checkpoint: Checkpoint | None, forecasts_only: bool) -> tuple[Series, bool, list[str]]:
-    """The data; whether they are those of the checkpoint's training; and what is to be said of a forecast's history.
-
-    Fills in `enc_in` and `prompt_text`.
-    """
-    if forecasts_only and checkpoint is not None:
-        return read_history(args, checkpoint)
-    series = series_from_args(args)
-    checks.check_channels(args, series)
-    checks.fill_in_prompt(args, series, checkpoint)
-    same = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
-    return series, same, []
 
 
 def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
@@ -264,15 +247,13 @@ def _open_log(plan: Plan) -> RunLog:
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else SilentLog()
     log(f"Using device: {plan.device}")
-    for line in checks.shares(args, plan.accelerator.num_processes):
-        log(line)
-    for each in (series, plan.pretrain):
-        if each is not None and each.synthetic:
-            log(f"SYNTHETIC DATA: {each.path} was generated, not measured; results on it say nothing about real series")
-    if plan.pretrain is not None:
-        for line in checks.transfer(series, plan.pretrain):
-            log(line)
-    for line in checks.overview(args, series) if isinstance(series, SplitSeries) else ():
+    world = plan.accelerator.num_processes
+    if world > 1:
+        each = " or ".join(map(str, sorted({args.batch_size // world, -(-args.batch_size // world)})))
+        step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process; "
+        own = f"--eval_batch_size {args.eval_batch_size} and --max_sequences are of each"
+        log(f"{world} processes: {step if args.is_training else ''}{own}")
+    for line in validate.overview(args, series, plan.pretrain):
         log(line)
     for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
         log(line)
@@ -292,9 +273,9 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # partial sums could overflow
-    set_seed((args.seed + repeat) % 2**32)  # NumPy takes no larger one
+    torch.manual_seed((args.seed + repeat) % 2**32)
     cap_memory(device)
-    with explain_out_of_memory("loading the model", lambda: loading_advice(args)):
+    with explain_out_of_memory("loading the model", lambda: advice(args)):
         if plan.info is None:
             model = model_class(args.model)(args).to(device)
         else:
@@ -335,3 +316,47 @@ def _loaders(plan: Plan, model: ForecastModel, repeat: int, log: RunLog) -> dict
         )
         log(f"{split} {len(data)}")
     return loaders
+
+
+def begin(job: Job, start: Start) -> Training:
+    """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
+
+    Raises:
+        InputError: it is finished, but its checkpoint is gone.
+        RunError: no memory for the state.
+    """
+    args, model, log, accelerator = job.args, job.model, job.log, job.accelerator
+    optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
+    journal = None
+    if accelerator.is_main_process:
+        events = tensorboard_writer(job.folder, log) if args.tensorboard else None
+        journal = Journal(job.folder, job.steps_per_epoch, events)
+    for line in start.lines:
+        log(line)
+    saver = Saver(job.folder, args, model, optimizer, accelerator, job.device, start.identity, job.record)
+    progress = Progress()
+    if start.state is not None:
+        with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
+            progress = saver.resume(start.state, log)
+        if args.max_sequences is None:  # else what is free today would decide
+            job.step_limit.sequences = progress.max_sequences
+            job.evaluation_limit.sequences = progress.evaluation_sequences
+    else:
+        if model.linear_map is not None:
+            _fit_linear_map(job, model.linear_map)
+        broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
+        part_random(accelerator.process_index)
+    return Training(optimizer, saver, progress, journal, start.lock)
+
+
+def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
+    """Ridge regression into the model's map `[T, H]`."""
+    began = time.perf_counter()
+    (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
+    weights, penalty = fit_ridge(train, val)
+    with torch.no_grad():
+        linear_map.copy_(torch.from_numpy(weights))
+    job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
+    if against := doubts(weights, penalty, val):
+        without = ", --skip none does without it" if job.model.uses_llm else ""
+        job.log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")

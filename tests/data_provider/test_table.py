@@ -1,109 +1,125 @@
-"""Reading a CSV: what it accepts, and the line it says where it cannot."""
+"""Reading a CSV file or a frame: what is accepted, and the one line that says where it is not."""
+
+import io
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.table import read_table
+from data_provider.table import Table, read_table, tables_of
 from layers.errors import InputError
 from tests.realdata import real_data
 
 GOOD = "date,b,a\n2020-01-01 00:00:00,1,2.5\n2020-01-01 01:00:00,-3,1e40\n2020-01-01 02:00:00,5,6\n"
-
-
-def read(tmp_path, content: str | bytes):
-    path = tmp_path / "data.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_table(path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        GOOD.encode(),
-        b"\xef\xbb\xbf" + GOOD.encode(),
-        GOOD.replace("\n", "\r\n").encode(),
-        b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() + b"\r\n\r\n",
-        GOOD.encode() + b",,\n",
-        GOOD.rstrip("\n").encode(),
-    ],
-    ids=["plain", "bom", "crlf", "bom, crlf and blank end", "empty cells at the end", "no last line end"],
-)
-def test_reads(tmp_path, content):
-    table = read(tmp_path, content)
-    assert table.columns == ["b", "a"]
-    assert table.values.dtype == np.float64
-    np.testing.assert_array_equal(table.values, [[1, 2.5], [-3, 1e40], [5, 6]])
-    assert list(table.dates) == list(pd.date_range("2020-01-01", periods=3, freq="h"))
-
-
-def test_date_column_anywhere(tmp_path):
-    assert read(tmp_path, "x,date,y\n1,2020-01-01,2\n3,2020-01-02,4\n").columns == ["x", "y"]
-
-
-def test_bytes_that_are_not_utf8(tmp_path):
-    table = read(tmp_path, GOOD.encode().replace(b"b,a", b"T (\xb0C),W/m\xb2"))
-    assert table.columns == ["T (°C)", "W/m²"]
-
-
-def test_weather_as_distributed():
-    table = read_table(real_data("weather"))
-    assert table.values.shape == (52696, 21)
-    assert table.columns[0] == "p (mbar)" and table.columns[-1] == "OT"
-    assert sum("\ufffd" in name for name in table.columns) == 3  # already damaged in the file
-
-
 HEAD = "date,x,y\n2020-01-01,1,2\n"
+WRITTEN = {
+    "plain": GOOD.encode(),
+    "bom": b"\xef\xbb\xbf" + GOOD.encode(),
+    "bom, crlf and blank end": b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() + b"\r\n\r\n",
+    "empty cells at the end": GOOD.encode() + b",,\n",
+    "no last line end": GOOD.rstrip("\n").encode(),
+    "latin-1, date last": b"T (\xb0C),W/m\xb2,date\n"
+    b"1,2.5,2020-01-01 00:00\n-3,1e40,2020-01-01 01:00\n5,6,2020-01-01 02:00\n",
+}
+EMPTY = "; --fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
 BAD = {
-    "text": (HEAD + "2020-01-02,1,oops\n2020-01-03,1,2\n", "row 3, column 'y': got 'oops'"),
-    "empty cell": (HEAD + "2020-01-02,1,2\n2020-01-03,,2\n", "row 4, column 'x': got an empty cell"),
+    "text": (HEAD + "2020-01-02,1,oops\n2020-01-03,1,2\n", "row 3, column 'y': got 'oops' (1 such cell"),
+    "empty cell": (HEAD + "2020-01-02,1,2\n2020-01-03,,2\n2020-01-04,,2\n", "row 4, column 'x': got an empty cell (or NaN) "
+                   "(2 such cells in this column), expected a number" + EMPTY),
     "NaN": (HEAD + "2020-01-02,NaN,2\n", "row 3, column 'x': got an empty cell (or NaN)"),
-    "infinite": (HEAD + "2020-01-02,1,inf\n", "row 3, column 'y': got 'inf'"),
-    "too large": (HEAD + "2020-01-02,1,1e400\n", "row 3, column 'y': got 'inf'"),
+    "infinite": (HEAD + "2020-01-02,1,inf\n", "row 3, column 'y': got 'inf' (1 such cell in this column), expected a numbe"),
+    "too large": (HEAD + "2020-01-02,1,1e300\n", "row 3, column 'y': got '1e+300' (1 such cell in this column), expected a "
+                  "number of at most 1e+150"),
+    "beyond float64": (HEAD + "2020-01-02,1,1e400\n", "row 3, column 'y': got 'inf'"),
     "truth values": ("date,x\n2020-01-01,True\n2020-01-02,False\n", "row 2, column 'x': got 'True'"),
-    "blank line inside": (HEAD + "\n2020-01-02,1,2\n", "row 3, column 'x': got an empty cell"),
+    "blank line inside": (HEAD + "\n2020-01-02,1,2\n", "row 3, column 'date': got an empty cell"),
     "timestamp": (HEAD + "2020-01-02,1,2\nyesterday,1,2\n", "row 4, column 'date': got 'yesterday'"),
     "word pandas knows": (HEAD + "now,1,2\n", "row 3, column 'date': got 'now'"),
     "no such day": (HEAD + "2020-02-30,1,2\n", "row 3, column 'date': got '2020-02-30'"),
     "timestamp missing": (HEAD + ",1,2\n", "row 3, column 'date': got an empty cell"),
-    "backwards": (
-        HEAD + "2020-01-03,1,2\n2020-01-02,1,2\n",
-        "got '2020-01-02', which is earlier than the row above ('2020-01-03'), expected timestamps that increase",
-    ),
-    "repeated": (HEAD + "2020-01-01,1,3\n", "row 3, column 'date': got '2020-01-01', which repeats"),
-    "no date": (
-        "time,x\n2020-01-01,1\n",
-        "got the columns ['time', 'x'], expected a comma-separated file with a column 'date'",
-    ),
+    "no timestamp at all": ("date,x\n,1\n,2\n", "row 2, column 'date': got an empty cell"),
+    "backwards": (HEAD + "2020-01-03,1,2\n2020-01-02,1,2\n", "row 4, column 'date': got '2020-01-02', which is earlier than "
+                  "the row above ('2020-01-03'), expected timestamps that increase"),
+    "repeated": (HEAD + "2020-01-01,1,3\n", "row 3, column 'date': got '2020-01-01', which repeats, with other values"),
+    "no date": ("time,x\n2020-01-01,1\n", "got the columns ['time', 'x'], expected a comma-separated file with a column 'd"),
     "only dates": ("date\n2020-01-01\n", "got no column beside 'date', expected"),
     "empty": ("", "got an empty file, expected"),
     "blank": ("\r\n \n", "got an empty file, expected"),
+    "blank first line": ("\n" + HEAD, "row 1: got an empty line, expected the header"),
     "header only": ("date,x\n", "got only a header and no rows, expected"),
     "nameless column": ("date,x,\n2020-01-01,1,2\n", "row 1, column 3: got no name, expected one for each column"),
     "cell too many": (HEAD + "2020-01-02,1,2,3\n", "line 3"),
-    "cell too many in each": (
-        "date,x\n2020-01-01,1,2\n2020-01-02,1,2\n",
-        "row 2: got more cells than the header, expected 2 cells in every row",
-    ),
-}
+    "cell too many in each": ("date,x\n2020-01-01,1,2\n2020-01-02,1,2\n", "row 2: got more cells than the header, expected "
+                              "2 cells in every row"),
+}  # fmt: skip
+
+
+def read(tmp_path, content: str | bytes, fill: str | None = None) -> Table:
+    path = tmp_path / "data.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_table(path, fill)
+
+
+@pytest.mark.parametrize("content", WRITTEN.values(), ids=WRITTEN)
+def test_a_file_and_the_frame_that_pandas_makes_of_it_are_one_table(tmp_path, content: bytes) -> None:
+    table = read(tmp_path, content)
+    latin = b"\xb0" in content
+    assert table.columns == (["T (°C)", "W/m²"] if latin else ["b", "a"])
+    np.testing.assert_array_equal(table.values, [[1, 2.5], [-3, 1e40], [5, 6]])
+    assert table.values.dtype == np.float64 and list(table.dates) == list(pd.date_range("2020-01-01", periods=3, freq="h"))
+    frame = pd.read_csv(io.BytesIO(content), encoding="latin-1" if latin else "utf-8-sig").dropna(how="all")
+    panel = pd.concat([frame.assign(id="second"), frame.assign(id="first")])
+    made = tables_of(panel, table.columns, "id")
+    assert list(made) == ["second", "first"]  # in the order of their rows
+    for found in (tables_of(frame, table.columns)[None], *made.values()):
+        np.testing.assert_array_equal(found.values, table.values)
+        assert found.dates.equals(table.dates) and found.columns == table.columns
 
 
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
-def test_bad_file(tmp_path, content, message):
+def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, content, message) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, content)
-    assert message in str(caught.value)
-    assert str(tmp_path / "data.csv") in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'data.csv'}: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file(tmp_path):
+def test_no_file_at_all(tmp_path) -> None:
     with pytest.raises(InputError, match="got no such file, expected a CSV file"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(InputError, match="got an unreadable file .*, expected a CSV file"):
         read_table(tmp_path)
 
 
-def test_gap_and_whole_row_twice_are_fine(tmp_path):
-    table = read(tmp_path, HEAD + "2020-01-01,1,2\n2020-03-01,1,2\n")
-    assert len(table.dates) == 3
+def test_gap_and_whole_row_twice_are_fine(tmp_path) -> None:
+    assert len(read(tmp_path, HEAD + "2020-01-01,1,2\n2020-03-01,1,2\n").dates) == 3
+
+
+@pytest.mark.parametrize(
+    ("how", "column", "expected"),
+    [
+        ("linear", ["1", "", "", "4"], [1, 2, 3, 4]), ("linear", ["", "2", ""], [2, 2, 2]),
+        ("ffill", ["1", "", "", "4", ""], [1, 1, 1, 4, 4]), ("ffill", ["1", "2"], [1, 2]),
+        ("ffill", ["", "2"], "row 2, column 'x': got an empty cell .*; --fill_missing ffill has no value to fill it with"),
+        ("linear", ["", ""], "row 2, column 'x': got an empty cell .*, expected a number$"),
+        ("linear", ["1", "bad", ""], "row 3, column 'x': got 'bad' .*, expected a number$"),
+    ],
+)  # fmt: skip
+def test_empty_cells_are_filled_or_named(tmp_path, how, column, expected) -> None:
+    rows = [f"2020-01-{day:02},{cell},5" for day, cell in enumerate(column, 1)]
+    content = "\n".join(["date,x,y", *rows])
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            read(tmp_path, content, how)
+        return
+    table = read(tmp_path, content, how)
+    assert table.filled == column.count("") and table.values.tolist() == [[value, 5] for value in expected]
+    framed = tables_of(pd.read_csv(tmp_path / "data.csv"), ["x"], fill=how)[None]
+    assert framed.filled == table.filled and framed.values[:, 0].tolist() == expected
+
+
+def test_weather_as_distributed() -> None:
+    table = read_table(real_data("weather"))
+    assert table.values.shape == (52696, 21) and table.values.flags.f_contiguous
+    assert table.columns[0] == "p (mbar)" and table.columns[-1] == "OT"
+    assert sum("\ufffd" in name for name in table.columns) == 3  # already damaged in the file

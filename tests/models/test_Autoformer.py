@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data_provider.timefeatures import time_marks
+from data_provider.timestamps import time_marks
 from layers.autoformer import CALENDAR, AutoCorrelation, CalendarEmbedding, SeasonalNorm
 from layers.errors import InputError
 from models.Autoformer import Model, mark_count

@@ -18,7 +18,7 @@ from layers.errors import InputError
 from layers.norm import instance_norm
 from models.TimeLLM import Model
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, make_batch, random_windows, small_model
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.training.optimizer import build_optimizer
 from utils.training.train import forward_backward
 

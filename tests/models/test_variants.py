@@ -15,7 +15,7 @@ from models.TimeLLM import Model
 from tests.conftest import enliven
 from tests.models.test_contracts import FLOAT32, difference, outputs_and_gradients, series_difference
 from tests.small_run import SEQ_LEN, command_line, make_batch, random_windows, small_model
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 
 WINDOW = 512
 

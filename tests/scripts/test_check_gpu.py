@@ -1,4 +1,4 @@
-"""What a run would take, measured by check_gpu.py; and what setup_env.sh says of a GPU that torch cannot use."""
+"""What a run would take: check_gpu.py and benchmark.py; what setup_env.sh says of a GPU that torch cannot use."""
 
 import json
 import os
@@ -27,44 +27,57 @@ def test_a_report_to_paste_and_nothing_left(backbones, tmp_path: Path, capsys, m
     said = [
         f"torch {torch.__version__}", "transformers ", "bitsandbytes ", "expandable_segments:True", "--max_sequences 12",
         "24 sequences, 12 at once", "0 of 8 steps skipped", "epoch with its evaluations; 40 epochs", "fast path",
-        "float32, frozen weights float32", "not measured", "--prototypes direct",
+        "float32, frozen weights float32", "not measured", "--prototypes direct (saves about",
     ]  # fmt: skip
     assert not [words for words in said if words not in report]
 
     figures = json.loads(file.read_text())
     assert list(figures["peaks_gib"]) == ["loading", "steps", "save", "evaluation"]
     assert all(0.05 < gib < figures["limit_gib"] for peak in figures["peaks_gib"].values() for gib in peak)
-    # 23 steps an epoch, whatever was tried here, and 25 + 57 windows.
+    # 23 steps an epoch, and 25 + 57 windows.
     counted = 40 * (23 * figures["s_per_step"] + 82 * figures["s_per_window"])
     assert figures["s_run"] == pytest.approx(counted)
-    would, peak = figures["would_take_gib"], figures["peaks_gib"]["steps"][0]
-    assert would["--llm_layers"] == 2  # all that the backbone has
-    assert all(gib < peak for flags, gib in would.items() if not flags.endswith("--llm_layers"))
-
-
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_is_about_this_program(capsys, flag: str) -> None:
-    assert main(["--features", "X", flag]) == 0
-    said = capsys.readouterr().out
-    assert "scripts/check_gpu.py --json FILE" in said and "run_main.py --help" in said and "--pct_start" not in said
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("words", "code", "said"),
     [
-        ({"features": "X"}, "check_gpu.py: error: --features: got 'X', expected one of M, S, MS"),
-        ({"llm_layers": 9}, "check_gpu.py: error: --llm_layers: got 9, expected at most 2"),
-        ({"json": None}, "check_gpu.py: error: --json: got no value right after it, expected a file name"),
+        (["--help"], 0, "scripts/check_gpu.py --json FILE"),
+        ({"features": "X"}, 2, "check_gpu.py: error: --features: got 'X', expected one of M, S, MS"),
+        ({"llm_layers": 9}, 2, "check_gpu.py: error: --llm_layers: got 9, expected at most 2"),
+        ({"model": "DLinear", "llm_model_path": None}, 2, "check_gpu.py: error: --model: got DLinear, expected TimeLLM"),
+        (["--json"], 2, "check_gpu.py: error: argument --json: expected one argument"),
     ],
 )
-def test_a_bad_flag_is_one_line(backbones, tmp_path: Path, capsys, flags, said) -> None:
-    words = ["--json"] if "json" in flags else command_line(tmp_path, backbones["qwen2"], **flags)
+def test_help_and_a_bad_flag(backbones, tmp_path: Path, capsys, words, code: int, said: str) -> None:
     try:
-        code = main(words)
+        found = main(words if isinstance(words, list) else command_line(tmp_path, backbones["qwen2"], **words))
     except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1
+        found = end.code
+    printed = capsys.readouterr()
+    assert found == code and said in printed.out + printed.err and printed.err.count("\n") == (code == 2)
+
+
+def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: Path) -> None:
+    words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 2 --num_workers 1 --device cpu"
+    words += f" --seq_len 64 --pred_len 16 --eval_batches 1 --loader --variants plain fast --json {tmp_path / 'found.json'}"
+    command = [sys.executable, "scripts/benchmark.py", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    plain, fast = found["plain"], found["fast"]
+    assert f"{plain['s_per_step'] / fast['s_per_step']:.2f}" in done.stdout.split("over fast:")[1]
+    for variant in (plain, fast):
+        assert variant["sequences"] == 6 and 0 < variant["batch_s"] < 1 and 0 <= variant["loader_share"] < 1
+        assert 0.05 < variant["peak_gib"] < 4 and variant["eval_s"] > 0 and variant["eval_alone_s"] > 0
+    assert (plain["opening"], plain["statistics"]) == (fast["opening"], fast["statistics"]) and fast["opening"] > 50
+    # By hand, of the largest parts: two products of six sequences with the layer's matrices for the patches, forward and
+    # backward, and one for the statistics; the mapping layer and the prototypes' projections.
+    D, inner, kv, V, L, M = 128, 512, 64, fast["vocabulary"], 64 // 8, 6
+    layer = 2 * D * D + 2 * D * kv + 3 * D * inner
+    least = 2 * M * (2 * L * layer + fast["statistics"] * 2 * D * kv) + 4 * 1000 * V * D + 12 * 1000 * D * 8 * 32
+    assert least < fast["flops"] < 1.3 * least
+    assert fast["floor_s"] == pytest.approx(fast["flops"] / fast["flops_per_s"])
 
 
 def test_the_scripts_pass_their_flags_on(tmp_path: Path) -> None:

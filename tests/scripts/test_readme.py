@@ -101,7 +101,7 @@ def test_own_csv_section_runs_as_it_stands(repository):
 
 
 def test_both_guides_name_flags_that_exist():
-    from utils.command_line import build_parser
+    from utils.flags import build_parser
 
     known = {option for action in build_parser()._actions for option in action.option_strings}
     for name in ("README.md", "README.zh-CN.md"):

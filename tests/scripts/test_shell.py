@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [f"TimeLLM_{name}_2.sh" for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2")]

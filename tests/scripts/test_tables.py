@@ -1,13 +1,8 @@
-"""The zero-shot table, and the script for a user's own file where it is called wrongly."""
+"""Tables of runs and studies, and the script for a user's own file where it is called wrongly."""
 
 import importlib.util
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,25 +12,6 @@ def load(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_zero_shot_table_has_horizons_and_their_mean():
-    rows = {
-        96: {"zero-shot": (0.3, 0.35), "source": (0.4, 0.42), "last 24 h": (0.5, 0.5), "ridge": (0.28, 0.34)},
-        720: {"zero-shot": (0.4, 0.45), "source": (0.5, 0.52), "last 24 h": (0.6, 0.6), "ridge": (0.38, 0.44)},
-    }
-    lines = load("zero_shot").table("ETTh1", "ETTh2", rows).splitlines()
-    assert lines[1].startswith("Trained on ETTh1, tested on ETTh2")
-    assert lines[3].split()[:2] == ["horizon", "ETTh1->ETTh2"]
-    assert lines[4].split() == "96 0.300 0.350 0.400 0.420 0.500 0.500 0.280 0.340".split()
-    assert lines[6].split() == "mean 0.350 0.400 0.450 0.470 0.550 0.550 0.330 0.390".split()
-
-
-def test_zero_shot_always_asks_for_a_resumed_training(monkeypatch):
-    script, asked = load("zero_shot"), []
-    monkeypatch.setattr(script, "_run", lambda flags: asked.append(flags) or 1)
-    assert script.measure("ETTh1", "ETTh2", 96, ["--llm_layers", "3"]) is None
-    assert len(asked) == 1 and asked[0][-1] == "--resume" and "1" == asked[0][asked[0].index("--is_training") + 1]
 
 
 def test_summary_passes_over_epochs_without_a_number(tmp_path):
@@ -67,48 +43,3 @@ def test_summary_without_runs(tmp_path, capsys):
         except SystemExit as stop:
             assert stop.code == 2
         assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_results_page_joins_studies(tmp_path: Path) -> None:
-    (tmp_path / "intro.md").write_text("# Results\n", encoding="utf-8")
-    study = tmp_path / "one"
-    study.mkdir()
-    text = "# A study\n\n## ETTh1.csv\n\n| a |\n\n![error.png](error.png)\n\npython run_main.py --root_path /my/data\n"
-    (study / "results.md").write_text(text, encoding="utf-8")
-    page = tmp_path / "RESULTS.md"
-    command = [
-        "python",
-        ROOT / "scripts" / "results_page.py",
-        page,
-        study,
-        "--intro",
-        tmp_path / "intro.md",
-        "--data",
-        "/my/data",
-    ]
-    done = subprocess.run([sys.executable, *map(str, command[1:])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = "# Results\n\n## A study\n\n### ETTh1.csv\n\n| a |\n\npython run_main.py --root_path dataset/ETT-small\n"
-    assert page.read_text(encoding="utf-8") == expected
-    missing = subprocess.run(
-        [sys.executable, *map(str, command[1:3]), str(tmp_path), *map(str, command[4:])], capture_output=True
-    )
-    assert missing.returncode == 2 and missing.stderr.count(b"\n") == 1
-
-
-def test_the_benchmark_says_what_part_of_a_step_waits_for_the_loader(backbones) -> None:
-    words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 2 --workers 1 --device cpu"
-    command = [sys.executable, "scripts/benchmark.py", *words.split(), "--max_sequences", "3", "--child", "loader"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["workers"] == 1 and 0 < found["batch_s"] < 1 and 0 <= found["waits"] < 1
-
-
-@pytest.mark.parametrize("name", ["flops", "measure"])
-@pytest.mark.parametrize("words", [[], ["--help"]])
-def test_a_part_that_is_started_says_whose_it_is(tmp_path: Path, name: str, words: list[str]) -> None:
-    script = ROOT / "scripts" / f"{name}.py"
-    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"scripts/{name}.py is a part of scripts/benchmark.py")

@@ -1,25 +1,22 @@
-"""Whatever is wrong with a command line or a file: one line, exit code 2, and no weight was loaded."""
+"""Whatever is wrong with flags, files or a checkpoint: one line that names it, exit code 2, and no weight was loaded."""
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import layers.backbone
 import run_main
-from tests.small_run import ROWS, command_line, refusal, run_folder, write_csv
-from utils.checks import check_model, outline
-from utils.command_line import parse_flags
-from utils.saving.checkpoint import shapes_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.realdata import ROOT
+from tests.small_run import command_line, refusal, run_folder, train, write_csv
+from utils.saving.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -29,7 +26,8 @@ def no_weights(backbones, monkeypatch, tmp_path: Path) -> Path:
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(layers.backbone, "_load", fail)
+    for name in ("_load", "_draw"):
+        monkeypatch.setattr(layers.backbone, name, fail)
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", fail)
     folder = Path(shutil.copytree(backbones["qwen2"], tmp_path / "backbone"))
     for shard in folder.glob("*.safetensors"):
@@ -38,7 +36,7 @@ def no_weights(backbones, monkeypatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refuse(no_weights, tmp_path: Path, capsys):
+def refuse(no_weights, tmp_path: Path, capsys) -> Callable[..., str]:
     """`refuse(**flags)`: the one line on stderr of that run."""
 
     def refused(**flags: object) -> str:
@@ -58,17 +56,13 @@ def test_the_guard_itself(no_weights, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ({"bacth_size": 4}, ["--bacth_size", "--batch_size"]),
-        ({"features": "X"}, ["--features", "'X'", "M, S, MS"]),
-        ({"d_model": 0}, ["--d_model", "'0'"]),
-        ({"llm_model": "MISTRAL"}, ["--llm_model", "'MISTRAL'", "QWEN"]),
         ({"data_path": "missing.csv"}, ["--data_path", "missing.csv", "no such file"]),
         ({"data_path": "two\nlines.csv"}, ["--data_path", "two\\nlines.csv", "no such file"]),
         ({"features": "S", "target": "heat"}, ["--target", "'heat'", "load, flow, OT"]),
         ({"features": "MS", "target": "heat"}, ["--target", "'heat'", "load, flow, OT"]),
-        ({"seq_len": 12}, ["--seq_len", "12", "patch", "16"]),
+        ({"seq_len": 12}, ["--seq_len", "12", "--patch_len 16"]),
         ({"seq_len": 217, "label_len": 0}, ["--seq_len 217", "train", "224", "series.csv"]),
         ({"pred_len": 33}, ["--pred_len 33", "val", "32"]),
-        ({"seq_len": 32, "pred_len": 65}, ["--pred_len 65", "val"]),
         ({"percent": 1}, ["--percent 1", "train"]),
         ({"batch_size": 186}, ["--batch_size", "186", "185"]),
         ({"enc_in": 7}, ["--enc_in", "7", "expected 3"]),
@@ -82,6 +76,15 @@ def test_the_guard_itself(no_weights, tmp_path: Path) -> None:
         ({"data": "ETTh1"}, ["--data ETTh1", "320", "14400"]),
         ({"is_training": 0}, ["--checkpoint", "--is_training 1", "small"]),
         ({"is_training": 0, "checkpoint": "nothing/here"}, ["--checkpoint", "nothing/here"]),
+        # What a model cannot do.
+        ({"model": "DLinear", "llm_ablation": "none"}, ["--llm_ablation", "none", "expected off", "DLinear"]),
+        ({"model": "Ridge", "skip": "ridge"}, ["--skip", "ridge", "expected none", "Ridge"]),
+        ({"model": "PatchTST", "load_in_4bit": True}, ["--load_in_4bit", "PatchTST"]),
+        ({"model": "PatchTST", "max_sequences": 8}, ["--max_sequences", "8", "expected 0", "PatchTST"]),
+        ({"model": "Autoformer", "features": "MS"}, ["--features", "MS", "M or S", "Autoformer"]),
+        ({"model": "DLinear", "moving_avg": 24}, ["--moving_avg", "24", "odd"]),
+        ({"llm_ablation": "random", "load_in_4bit": True}, ["--llm_ablation", "random", "--load_in_4bit"]),
+        ({"model": "PatchTST", "n_heads": 3}, ["--n_heads", "3", "--d_model 8"]),
     ],
 )  # fmt: skip
 def test_flags(refuse, flags: dict, words: list[str]) -> None:
@@ -89,30 +92,13 @@ def test_flags(refuse, flags: dict, words: list[str]) -> None:
     assert all(word in line for word in words), line
 
 
-def test_no_gpu_where_one_is_asked_for(refuse, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda" in refuse(device="cuda")
-
-
-def changed(line: int, old: str, new: str):
-    """Changes one cell; lines are counted as in an editor, the header is line 1."""
+def cell(row: int, column: int, value: str) -> Callable[[str], str]:
+    """Changes one cell; rows are counted as in an editor, the header is row 1."""
 
     def change(text: str) -> str:
-        lines = text.split("\n")
-        assert old in lines[line - 1]
-        lines[line - 1] = lines[line - 1].replace(old, new, 1)
-        return "\n".join(lines)
-
-    return change
-
-
-def cell(line: int, column: int, value: str):
-    def change(text: str) -> str:
-        lines = text.split("\n")
-        cells = lines[line - 1].split(",")
-        cells[column] = value
-        lines[line - 1] = ",".join(cells)
-        return "\n".join(lines)
+        lines = [line.split(",") for line in text.split("\n")]
+        lines[row - 1][column] = value
+        return "\n".join(",".join(cells) for cells in lines)
 
     return change
 
@@ -120,7 +106,7 @@ def cell(line: int, column: int, value: str):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (changed(1, "date", "day"), ["date"]),
+        (cell(1, 0, "day"), ["date"]),
         (cell(20, 2, "broken"), ["row 20", "'flow'", "'broken'"]),
         (cell(300, 3, "NaN"), ["row 300", "'OT'"]),
         (cell(7, 1, ""), ["row 7", "'load'"]),
@@ -131,18 +117,6 @@ def cell(line: int, column: int, value: str):
         (lambda text: text.split("\n")[0] + "\n", ["rows"]),
         (lambda text: "", ["empty"]),
     ],
-    ids=[
-        "no date",
-        "text",
-        "NaN",
-        "empty cell",
-        "infinite",
-        "timestamp",
-        "order",
-        "short",
-        "header only",
-        "empty",
-    ],
 )
 def test_files(refuse, tmp_path: Path, change, words: list[str]) -> None:
     csv = write_csv(tmp_path / "series.csv")
@@ -151,76 +125,102 @@ def test_files(refuse, tmp_path: Path, change, words: list[str]) -> None:
     assert "series.csv" in line and all(word in line for word in words), line
 
 
-def test_checkpoint_of_another_shape(refuse, no_weights, tmp_path: Path) -> None:
-    """Seen in the header alone: the tensors themselves are cut off."""
-    args = parse_flags(command_line(tmp_path, no_weights))
-    shapes = shapes_of(outline(args, check_model(args)))
-    file = tmp_path / "checkpoint.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
-    content = file.read_bytes()
-    file.write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
-    for flags, name in (
-        ({"pred_len": 9}, "output_projection"), ({"d_model": 16}, "tokenConv"),
-        ({"n_heads": 4}, "reprogramming_layer"),
-        ({"prototypes": "direct"}, "mapping_layer"),
-    ):  # fmt: skip
-        line = refuse(is_training=0, checkpoint=file, **flags)
-        assert str(file) in line and name in line
-        assert next(iter(flags)) in line  # which flag decides about it
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, "no config.json"),
+        *(("config.json", text, "config.json that cannot be used") for text in ("", "{", "[]")),
+        ("config.json", '{"model_type": "gpt2"}', "a model of type gpt2"),
+        ("config.json", '{"model_type": "qwen2", "hidden_size": "wide"}', "config.json"),
+        *(("model.safetensors.index.json", t, "model.safetensors.index.json") for t in ("{", "{}", '{"weight_map": 3}')),
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("tokenizer_config.json", None, "tokenizer_config.json"),
+        ("*.safetensors", None, ".safetensors"),
+        ("*.safetensors", "\2\0\0\0\0\0\0\0", "cut short or damaged"),
+    ],
+)  # fmt: skip
+def test_half_a_language_model(refuse, no_weights, file: str, content: str | None, words: str) -> None:
+    for path in list(no_weights.glob(file)) or [no_weights / file]:
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
+    assert words in refuse()
 
 
-@pytest.mark.parametrize("flags", [{"load_in_4bit": True}, {"optimizer": "adamw8bit"}])
-def test_without_bitsandbytes(refuse, monkeypatch, flags: dict) -> None:
+def test_the_machine(refuse, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = refuse(device="cuda")
+    assert line.startswith("--device: got cuda, and PyTorch finds no GPU")
+    assert "--device cpu" in refuse(device="auto", load_in_4bit=True)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 535.104.05\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "driver 535.104.05" in refuse(device="auto")
     find = importlib.util.find_spec
-
-    def without(name: str, *rest):
-        return None if name == "bitsandbytes" else find(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", without)
-    assert "bitsandbytes" in refuse(**flags)
-
-
-def test_weights_that_are_not_there(refuse, no_weights) -> None:
-    shard = next(no_weights.glob("*.safetensors"))
-    shard.unlink()
-    assert shard.name in refuse()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    for flags in ({"load_in_4bit": True}, {"optimizer": "adamw8bit"}):
+        assert "bitsandbytes" in refuse(**flags)
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"weight_map": 3}', "[]"])
-def test_unreadable_index(refuse, no_weights, content: str) -> None:
-    (no_weights / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in refuse()
-
-
-@pytest.mark.parametrize("content", [None, "", "{}", "[]"])
-def test_unreadable_tokenizer(refuse, no_weights, content: str | None) -> None:
-    if content is None:
-        (no_weights / "tokenizer.json").unlink()
-    else:
-        (no_weights / "tokenizer.json").write_text(content)
-    assert "tokenizer" in refuse()
+def test_a_checkpoint_of_another_shape(small, capsys) -> None:
+    """Which flag decides is told. A checkpoint of older code has no record: its tensors' shapes alone tell."""
+    words = small(max_iters=1)
+    train(words, capsys)
+    file = run_folder(words) / "old.safetensors"
+    save_file(load_file(run_folder(words) / "checkpoint.safetensors"), file)
+    for flag, value, name in (
+        ("pred_len", 9, "output_projection"), ("d_model", 16, "tokenConv"), ("n_heads", 4, "reprogramming_layer"),
+        ("prototypes", "direct", "mapping_layer"), ("skip", "linear", "linear_map"),
+    ):  # fmt: skip
+        line = refusal([*words, "--is_training", "0", "--checkpoint", str(file), f"--{flag}", str(value)], capsys)
+        assert f"--checkpoint {file}: got " in line and name in line and (flag in line or flag == "skip")
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("trained", "asked"),
     [
-        "",
-        "{",
-        "[]",
-        '{"model_type": "qwen2", "hidden_size": "wide"}',
+        # Where no tensor's shape tells the two apart, the record does.
+        ({}, {"llm_ablation": "random"}),
+        ({"llm_ablation": "random"}, {"llm_ablation": "off"}),
+        ({}, {"use_prompt": 0}),
+        ({}, {"prompt_lags": "peaks"}),
+        ({}, {"prompt_text": "Loads."}),
+        ({"skip": "linear"}, {"skip": "ridge"}),
+        ({"model": "DLinear"}, {"moving_avg": 5}),
+        ({"model": "Autoformer"}, {"label_len": 16}),
+        ({"model": "Autoformer"}, {"factor": 3}),
+        *(({"model": "DLinear"}, {"model": model}) for model in ("Ridge", "PatchTST", "Autoformer", "TimeLLM")),
     ],
 )
-def test_unreadable_configuration(refuse, no_weights, content: str) -> None:
-    (no_weights / "config.json").write_text(content)
-    assert "config.json" in refuse()
+def test_a_checkpoint_of_another_training(small, capsys, trained: dict, asked: dict) -> None:
+    words = small(max_iters=1, **trained)
+    train(words, capsys)
+    given = ["--is_training", "0", "--device", "cpu", "--plots", "0", "--checkpoint", str(run_folder(words))]
+    others = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    (flag, value), *_ = asked.items()
+    line = refusal([*given, *others], capsys)
+    assert line.startswith(f"--{flag}: got ") and str(value) in line.partition(", expected ")[0]
+    train([*given, "--label_len", "16"] if not trained else given, capsys)  # which TimeLLM does not read
+
+
+@pytest.mark.parametrize("asked", [{"llm_ablation": "random"}, {"prompt_lags": "peaks"}])
+def test_a_checkpoint_from_before_a_flag_had_its_default(small, capsys, monkeypatch, asked: dict) -> None:
+    words = small(max_iters=1)
+    train(words, capsys)
+    flags = {name: value for name, value in Checkpoint.open(run_folder(words)).flags.items() if name not in asked}
+    monkeypatch.setattr(Checkpoint, "flags", flags)
+    test = [*words, "--is_training", "0"]
+    train(test, capsys)
+    (flag, value), *_ = asked.items()
+    assert f"--{flag}: got {value}, expected " in refusal([*test, f"--{flag}", str(value)], capsys)
 
 
 def test_as_a_program(backbones, tmp_path: Path) -> None:
     """The same through the real entry: code 2, one line, nothing else."""
-    backbone = Path(shutil.copytree(backbones["qwen2"], tmp_path / "backbone"))
-    config = json.loads((backbone / "config.json").read_text())
-    assert config["num_hidden_layers"] == 2
-    words = command_line(tmp_path, backbone, enc_in=ROWS)
+    words = command_line(tmp_path, backbones["qwen2"], enc_in=320)
     run = subprocess.run(
         [sys.executable, "run_main.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -9,14 +9,13 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
-from safetensors import safe_open
 
 import utils.run
 from layers.errors import InputError
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, run_folder, write_csv
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.forecaster import Forecaster
-from utils.intervals import Intervals
+from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupts
 from utils.setup import load_checkpoint, setup
 
@@ -117,8 +116,7 @@ def test_many_series_are_forecast_as_each_alone(loaded, frame, name: str) -> Non
 
 def test_bands_are_forecast_plus_deviation_times_offset(trained, loaded, frame) -> None:
     """By hand: the checkpoint's offsets, the deviation of the last window, squares that add up beyond pred_len."""
-    with safe_open(run_folder(trained("DLinear")) / "checkpoint.safetensors", "pt") as held:
-        intervals = Intervals.decode(held.metadata()["intervals"])
+    intervals = Checkpoint.open(run_folder(trained("DLinear"))).intervals
     training = frame[list(COLUMNS)].to_numpy()[:420]
     scale = training.std(axis=0)
     window = frame[list(COLUMNS)].to_numpy()[-SEQ_LEN:] / scale
@@ -262,19 +260,20 @@ BAD_FRAMES = {
     "no dates": (lambda f: f.drop(columns="date"), "frame: got the columns .*, expected a column 'date' or a DatetimeIndex"),
     "numbers for dates": (lambda f: f.assign(date=range(len(f))), "frame: column 'date': got numbers such as 0"),
     "no date": (lambda f: dated(f, 7, None), "frame: row 7, column 'date': got an empty cell"),
-    "NaT": (lambda f: f.assign(date=pd.to_datetime(dated(f, 7, None)["date"])), "frame: row 7, column 'date': got no date"),
+    "NaT": (lambda f: f.assign(date=pd.to_datetime(dated(f, 7, None)["date"])), "frame: row 7, column 'date': got an empty"),
     "no timestamp": (lambda f: dated(f, 7, "soon"), "frame: row 7, column 'date': got 'soon', expected a timestamp"),
-    "twice": (lambda f: pd.concat([f, f.iloc[-1:]]), "frame: column 'date': got 2020-01-25 23:00:00, which repeats the row"),
-    "back": (lambda f: f.iloc[::-1], "frame: column 'date': got 2020-01-25 22:00:00, which is earlier than the row above"),
+    "twice": (lambda f: pd.concat([f, f.iloc[-1:].assign(OT=0)]), "frame: row 2020-01-25 23:00:00, column 'date': got "
+              "'2020-01-25 23:00:00', which repeats, with other values, the row"),
+    "back": (lambda f: f.iloc[::-1], "frame: row .*, column 'date': got '2020-01-25 22:00:00', which is earlier than"),
     "gap": (lambda f: f.drop(index=ROWS - 4), "frame: got no row between 2020-01-25 19:00:00 and 2020-01-25 21:00:00, "
             "expected a row every hour; fill the gap"),
     "column": (lambda f: f.drop(columns="flow"), "frame: got no column 'flow', expected the columns 'load', 'flow', 'OT'"),
     "columns": (lambda f: f.assign(b=f["OT"]).rename(columns={"b": "OT"}), "frame: got 2 columns 'OT', expected the "),
-    "NaN": (lambda f: worth(f, np.nan), r"frame: row 2020-01-01 05:00:00, column 'flow': got NaN, expected a number; "
-            r"fill the gaps, or load with fill_missing="),
-    "infinite": (lambda f: worth(f, np.inf), "frame: row 2020-01-01 05:00:00, column 'flow': got inf, expected a number"),
-    "too large": (lambda f: worth(f, 1e300), "frame: row .*, column 'flow': got .* in deviations of the training"),
-    "text": (lambda f: worth(f, "low"), "frame: row 2020-01-01 05:00:00, column 'flow': got 'low', expected a number"),
+    "NaN": (lambda f: worth(f, np.nan), r"frame: row 2020-01-01 05:00:00, column 'flow': got an empty cell .*; "
+            r".*fill_missing='linear'"),
+    "infinite": (lambda f: worth(f, np.inf), "frame: row 2020-01-01 05:00:00, column 'flow': got 'inf' .*, expected"),
+    "too large": (lambda f: worth(f, 1e100), "frame: row .*, column 'flow': got .* in deviations of the training"),
+    "text": (lambda f: worth(f, "low"), "frame: row 2020-01-01 05:00:00, column 'flow': got 'low' .*, expected a number"),
     "short": (lambda f: f.iloc[-31:], "frame: got 31 rows, expected at least 32, the seq_len of the training"),
     "step": (lambda f: f.iloc[::2], "frame: got rows that are 2 hours apart, expected 1 hour, the step of the training"),
 }  # fmt: skip
@@ -292,14 +291,16 @@ def test_the_series_of_a_frame_are_named(loaded, frame) -> None:
     forecaster = loaded("DLinear")
     two = pd.concat([frame.assign(id="a"), frame.assign(id="b")])
     with pytest.raises(
-        InputError, match="frame: column 'date': got 2020-01-01 .* name the column of their names as id_column"
+        InputError, match="frame: row .*, column 'date': got '2020-01-01 .* name the column of their names as id_column"
     ):
         forecaster.predict(two)
     short = pd.concat([frame.assign(id="a"), frame.iloc[:9].assign(id="b")])
     with pytest.raises(InputError, match="^frame, series 'b': got 9 rows, expected at least 32"):
         forecaster.predict(short, id_column="id")
-    twice = pd.concat([two, frame.iloc[-1:].assign(id="b")])
-    with pytest.raises(InputError, match="^frame, series 'b': column 'date': got 2020-01-25 23:00:00, which repeats"):
+    twice = pd.concat([two, frame.iloc[-1:].assign(id="b", OT=0)])
+    with pytest.raises(
+        InputError, match="^frame, series 'b': row .*, column 'date': got '2020-01-25 23:00:00', which repeats"
+    ):
         forecaster.predict(twice, id_column="id")
     with pytest.raises(InputError, match="^frame: row 600, column 'id': got no name"):
         forecaster.predict(pd.concat([frame.assign(id="a"), frame.assign(id=None)]), id_column="id")

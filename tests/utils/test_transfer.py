@@ -13,7 +13,7 @@ import utils.run
 from data_provider.data_factory import series_from_args
 from tests.small_run import PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train, write_csv
 from tests.utils.test_models_in_the_loop import StopAt, same
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.results.baselines import fit_ridge
 from utils.results.comparison import report
 from utils.saving.checkpoint import Checkpoint
@@ -119,8 +119,8 @@ def test_a_map_in_closed_form_is_of_the_sources_windows(transfer, capsys, tmp_pa
     source = series_from_args(parse_flags(transfer(**ON_SOURCE, data_pretrain=None, data_path_pretrain=None)))
     expected = torch.from_numpy(fit_ridge(source.windows("train"), target.windows("val"))[0]).float()
     held = Checkpoint.open(run_folder(words))
-    assert held.header is not None
-    (found,) = held.tensors(held.header.shapes).values()
+    assert held.shapes is not None
+    (found,) = held.tensors(held.shapes).values()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -141,7 +141,7 @@ def test_one_column_of_both_and_gaps_are_told(transfer, capsys, tmp_path: Path) 
 
 
 def test_what_contradicts_is_one_line(transfer, small, capsys, tmp_path: Path) -> None:
-    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got it without --data_pre")
+    assert refusal(small(data_path_pretrain="x.csv"), capsys).startswith("--data_path_pretrain: got x.csv, expected --")
     assert refusal(transfer(data_path_pretrain=None), capsys).startswith("--data_path_pretrain: got nothing, expected the")
     missing = refusal(transfer(data_path_pretrain="gone.csv"), capsys)
     assert "gone.csv: got no such file" in missing

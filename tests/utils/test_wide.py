@@ -7,17 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from data_provider.data_loader import WindowDataset, load_series
 from scripts import past_forecasts
 from tests.small_run import run_folder, train
-from utils.intervals import LEVELS, Intervals, probabilities, quantiles
-from utils.results import baselines, calibration, metrics, test_pass
-from utils.results.calibration import intervals_of
-from utils.results.interval_metrics import IntervalMetrics
-from utils.results.metrics import Metrics
-from utils.saving.array_file import ArrayFile
+from utils.results import baselines
 
 COLUMNS = tuple(f"s{n}" for n in range(60))
 
@@ -71,52 +65,6 @@ def test_a_narrow_run_has_every_column_drawn_and_says_nothing_of_it(argv, capsys
     assert (run_folder(words) / "plots/test_windows.png").is_file()
 
 
-def test_predictions_are_left_out_where_the_disk_is_too_small(wide, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(test_pass, "free_bytes", lambda folder: 100_000)
-    words = wide(plots=0)
-    (warning,) = [line for line in train(words, capsys) if line.startswith("WARNING: predictions.npz is left out")]
-    # 60 - 8 + 1 windows of 8 rows and 60 columns: pred, true, the ends of 80 %, and one of them once more
-    assert f"it takes {53 * 8 * 60 * 4 * 5 / 1e6:.1f} MB on the disk, 0.1 MB are free" in warning
-    folder = run_folder(words)
-    assert not (folder / "predictions.npz").exists() and "mse" in (folder / "metrics.json").read_text()
-
-
-def test_sums_by_channel_in_parts_are_those_at_once(monkeypatch) -> None:
-    random = np.random.default_rng(0)
-    forecast, truth, deviation = (torch.from_numpy(random.uniform(1, 2, (5, 60, n)).astype("f4")) for n in (4, 4, 1))
-    errors = random.standard_normal((40, 60, 4)).astype("f4")
-    rows = [quantiles(errors[:, n], probabilities(LEVELS)) for n in range(60)]
-    intervals = Intervals(LEVELS, np.stack(rows, axis=1), 40)
-    mean, spread = random.standard_normal(60), random.uniform(1, 9, 60)
-
-    def sums() -> list[torch.Tensor]:
-        made, bands = Metrics(mean, spread, 4, torch.device("cpu")), IntervalMetrics(intervals, mean, spread)
-        made.add(forecast, truth)
-        bands.add(forecast, truth, deviation)
-        return [made.sums, made.windows, bands.pinball, bands.inside, bands.width, bands.size, bands.windows]
-
-    whole = sums()
-    monkeypatch.setattr(metrics, "AT_ONCE", 5 * 4 * 7)
-    assert [part.start for part in metrics.channels_at_once(forecast)] == list(range(0, 60, 7))
-    for parts, once in zip(sums(), whole, strict=True):
-        torch.testing.assert_close(parts, once, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("at_once", [1, 40 * 3 * 11, 10**9])
-def test_intervals_are_read_in_blocks_of_channels(tmp_path: Path, monkeypatch, at_once: int) -> None:
-    errors = np.random.default_rng(0).standard_normal((40, 60, 3)).astype("f4")
-    file = ArrayFile(tmp_path / "errors.npy", errors.shape)
-    file.create()
-    for first in range(0, 40, 8):
-        file.write(first, errors[first : first + 8])
-    monkeypatch.setattr(calibration, "AT_ONCE", at_once)
-    found = intervals_of(file, (80.0,))
-    assert found.windows == 40 and found.offsets.shape == (9, 60, 3)
-    low, high = found.band(80.0)
-    np.testing.assert_array_equal(low, np.sort(errors, axis=0)[int(0.1 * 41) - 1])
-    np.testing.assert_array_equal(high, np.sort(errors, axis=0)[-int(0.1 * 41)])
-
-
 def test_a_ridge_regression_of_very_many_sequences_is_fitted_to_every_kth_window(tmp_path: Path, monkeypatch) -> None:
     write_wide(tmp_path / "series.csv")
     series = load_series("custom", tmp_path, "series.csv", target=None, seq_len=32, label_len=8, pred_len=8)
@@ -130,5 +78,5 @@ def test_a_ridge_regression_of_very_many_sequences_is_fitted_to_every_kth_window
     found = np.concatenate([np.concatenate(pair, axis=1) for pair in train.sequences(every)])
     np.testing.assert_array_equal(found, by_hand)
     assert weights.shape == (32, 8) and isinstance(train, WindowDataset)
-    detail = baselines.baselines(series)[-1].detail
+    detail = baselines.baselines(series)[-1]["detail"]
     assert detail.endswith(f", fitted to one training window in {every}")

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data_provider.data_factory import series_from_args
-from data_provider.data_loader import SplitSeries
 from layers.errors import input_error
-from utils.results.baselines import PENALTIES, RIDGE, baselines, fitted_every
-from utils.results.m4_scores import methods_of, warnings_of
-from utils.results.m4_scores import table as table_of_m4
+from utils.results.baselines import RIDGE
+from utils.results.m4 import methods_of, warnings_of
+from utils.results.m4 import table as table_of_m4
+from utils.results.metrics import METRICS
 from utils.saving.checkpoint import RECORD
-from utils.saving.files import write_json
 
-METRICS = "metrics.json"
 BANDS = (
     "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised; WQL: weighted quantile loss.",
     "",
@@ -42,10 +40,7 @@ def report(folder: Path) -> str:
     if "m4" in metrics:
         return table_of_m4(methods_of(metrics), warnings_of(metrics))
     series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))
-    levels = tuple(map(float, metrics.get("intervals", {}).get("levels", {})))
-    found = measured(series, metrics.get("baselines"), levels)
-    if found != metrics.get("baselines"):
-        write_json(folder / METRICS, metrics | {"baselines": found})
+    found = metrics["baselines"]
     model, backbone = record["flags"].get("model", "TimeLLM"), record.get("backbone", {})
     name = "Time-LLM" if model == "TimeLLM" else model
     other = metrics.get("trained_on", {})  # than the data of the figures
@@ -63,29 +58,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise input_error(path, f"a damaged file ({error})", "JSON") from None
     return held if isinstance(held, dict) else {}
-
-
-def measured(series: SplitSeries, kept: dict[str, Any] | None = None, levels: tuple[float, ...] = ()) -> dict[str, Any]:
-    """The baselines of a series' test windows: those `kept`, where they are of the same data, lengths and `levels`.
-
-    Returns:
-        {"of": what they were measured on, "rows": [{"name", "title", "mse", "mae", "seconds", "detail"}]}
-    """
-    of = {
-        "file": series.path.name,
-        "rows": len(series.dates),
-        "columns": series.columns,
-        "target": None if series.target_index is None else series.columns[series.target_index],
-        "seq_len": series.seq_len,
-        "pred_len": series.pred_len,
-        "train_rows": series.splits.few_shot,
-        "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
-    } | ({"levels": list(levels)} if levels else {})  # of prediction intervals
-    every = fitted_every(series.windows("train"))
-    of |= {"fitted_every": every} if every > 1 else {}  # the windows of the ridge regression
-    if kept and kept.get("of") == of:
-        return kept
-    return {"of": of, "rows": [dict(vars(row)) for row in baselines(series, levels=levels)]}
 
 
 def note_of(backbone: object) -> str:

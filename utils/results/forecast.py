@@ -13,16 +13,14 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch, Windows
-from data_provider.data_loader import LARGEST_STANDARDISED, Series, check_size, own_scale
+from data_provider.data_loader import Series, check_size, own_scale
 from data_provider.description import bank_file, make_description
-from data_provider.frames import FRAME
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
-from data_provider.table import Table, read_table
-from data_provider.timefeatures import time_marks
-from data_provider.timestamps import gaps_in
+from data_provider.table import FRAME, Table, read_table
+from data_provider.timestamps import gaps_in, time_marks
 from layers.errors import input_error, listed
-from utils.intervals import Intervals, continued, deviations, name_of
+from utils.results.bands import Intervals, continued, deviations, name_of
 from utils.saving.checkpoint import Checkpoint
 from utils.training.evaluate import Shared, forecast_within_memory
 from utils.training.session import Job
@@ -122,7 +120,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
     own = table.values[:, [table.columns.index(name) for name in names]]
-    check_size(table.path, names, own, mean, deviation, LARGEST_STANDARDISED, "in deviations of the training rows")
+    check_size(table.path, names, own, mean, deviation)
     return Series(
         path=table.path,
         dates=table.dates,

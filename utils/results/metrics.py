@@ -1,19 +1,19 @@
-"""Errors of a test pass: over all, by channel and by horizon step, gathered batch by batch."""
+"""Figures of forecasts: errors, and how good their prediction intervals were; summed up batch by batch."""
 
-import math
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-# Truths nearer to zero than this part of the channel's deviation say nothing in per cent.
-NEAR_ZERO = 0.01
-SCALES = ("standardised", "own_units")
+from utils.results.bands import DECILES, Intervals, ends, name_of, probabilities
+
+METRICS = "metrics.json"
+NEAR_ZERO = 0.01  # truths nearer to zero than this part of the channel's deviation say nothing in per cent
 AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
 
 
 class Metrics:
-    """Sums of errors `[N, H]`; memory depends on channels and horizon, not on the number of windows.
+    """Sums over windows for each channel and step; memory does not depend on the number of windows.
 
     For forecast p and truth y, on the standardised scale (as papers report) and in the data's own units:
 
@@ -24,76 +24,131 @@ class Metrics:
       series crosses zero all the time, so there mape says little.
     - smape: 100 x mean of 2 |p - y| / (|p| + |y|), from 0 to 200; an element with p = y = 0 counts as 0.
 
+    For quantile q at probability p, and a band from low to high, on the standardised scale:
+
+    - coverage: the part of the truths that lie in the band; width: mean of high - low.
+    - pinball: mean of max(p (y - q), (p - 1) (y - q)).
+    - wql: the weighted quantile loss, twice the sum of the pinball losses over the sum of |y|, averaged over the
+      deciles (Park et al., AISTATS 2022; GluonTS's mean_weighted_sum_quantile_loss). In own units, whose |y| is that of the
+      data.
+
     In own units, figures over all channels add up different units; those by channel do not.
+    Shapes: B windows, N channels, H steps ahead, Q probabilities.
+
+    Args:
+        columns, mean, deviation: `[N]`, names, and from standardised values to own units.
     """
 
-    def __init__(self, mean: np.ndarray, deviation: np.ndarray, pred_len: int, device: torch.device):
-        """Args:
-        mean, deviation: `[N]`, from standardised values to own units.
-        """
-        channels = len(mean)
-        self.mean = torch.as_tensor(mean, dtype=torch.float64, device=device).view(channels, 1)
-        self.deviation = torch.as_tensor(deviation, dtype=torch.float64, device=device).view(channels, 1)
-        # Per scale: squares, absolutes, relative errors, how many of these, symmetric errors.
-        self.sums = torch.zeros(len(SCALES), 5, channels, pred_len, dtype=torch.float64, device=device)
-        self.windows = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        columns: list[str],
+        mean: np.ndarray,
+        deviation: np.ndarray,
+        pred_len: int,
+        intervals: Intervals | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.columns, self.intervals = columns, intervals
+        self.probabilities = probabilities(intervals.levels) if intervals else ()
+        self.offsets = torch.from_numpy(intervals.offsets).to(device) if intervals else None  # (Q, N, H)
+        self.mean, self.deviation = (
+            torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, deviation)
+        )
+        # The windows, squares, absolutes; on both scales relative errors, how many of these, symmetric errors; |y| in own
+        # units; for each quantile its loss; for each level the truths inside and the widths.
+        rows = 10 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
+        self.sums = torch.zeros(rows, len(columns), pred_len, dtype=torch.float64, device=device)
 
-    def add(self, forecast: torch.Tensor, truth: torch.Tensor) -> None:
-        """Count standardised forecasts and truths `[B, N, H]`."""
-        for part in channels_at_once(forecast):
-            p, y = forecast[:, part].double(), truth[:, part].double()
-            mean, deviation = self.mean[part], self.deviation[part]
-            self.sums[0, :, part] += _sums(p, y, torch.ones_like(deviation))
-            own_p, own_y = (v * deviation + mean for v in (p, y))
-            self.sums[1, :, part] += _sums(own_p, own_y, deviation)
-        self.windows += len(forecast)
+    def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
 
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Add up the sums of all processes."""
-        self.sums, self.windows = accelerator.reduce(self.sums), accelerator.reduce(self.windows)
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return values.sum(dim=0, dtype=torch.float64)
 
-    def result(self, columns: list[str]) -> dict:
-        """For each scale: "all", "channels" by name and "steps" (lists `[H]`), as JSON takes them."""
-        windows, sums = float(self.windows), self.sums.cpu().numpy()  # (2, 5, N, H)
-        made = {}
-        for scale, part in zip(SCALES, sums, strict=True):
-            _, channels, steps = part.shape
-            by_step = [_figures(part[:, :, step].sum(axis=1), windows * channels) for step in range(steps)]
-            made[scale] = {
-                "all": _figures(part.sum(axis=(1, 2)), windows * channels * steps),
-                "channels": {
-                    name: _figures(part[:, channel].sum(axis=1), windows * steps) for channel, name in enumerate(columns)
-                },
-                "steps": {key: [figures[key] for figures in by_step] for key in by_step[0]},
+        B, N, H = forecast.shape
+        step = max(1, AT_ONCE // (B * H))  # channels, so that the memory does not grow with their number
+        for part in (slice(start, start + step) for start in range(0, N, step)):
+            p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.deviation[part]
+            error, own_y = (p - y).abs(), y * spread + mean
+            sums = [torch.full_like(p[0], B), total(error.square()), total(error)]
+            for distance, a, b, unit in ((error, p, y, 1), (error * spread, p * spread + mean, own_y, spread)):
+                size, both = b.abs(), a.abs().add_(b.abs())
+                near = size <= NEAR_ZERO * unit
+                sums.append(total((distance / size).masked_fill_(near, 0)))
+                sums += B - total(near), total((2 * distance).div_(both).masked_fill_(both == 0, 0))
+            sums.append(total(own_y.abs()))
+            if self.intervals is not None and self.offsets is not None:
+                offsets, unit = self.offsets[:, part], deviation[:, part].float()
+                error = truth[:, part].float() - forecast[:, part].float()
+                all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
+                for probability, offset in zip(self.probabilities, offsets, strict=True):
+                    # p u where u > 0, else (p - 1) u: that is p u less its negative part.
+                    below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
+                    sums.append(probability * (all_error - all_unit * offset) - below)
+                for level in self.intervals.levels:
+                    low, high = (offsets[self.probabilities.index(end)] for end in ends(level))
+                    sums += [total((error >= unit * low) & (error <= unit * high)), all_unit * (high - low)]
+            self.sums[:, part] += torch.stack(sums)
+
+    def result(self) -> dict[str, Any]:
+        """As metrics.json has them: for each scale "all", "channels" by name and "steps" (lists `[H]`); and "intervals",
+        whose widths are standardised where nothing else is said."""
+        sums, (_, N, H) = self.sums.cpu().numpy(), self.sums.shape
+        windows, squares, absolutes = sums[0, 0, 0], sums[1], sums[2]
+        size, rest, deviation = sums[9], sums[10:], self.deviation.cpu().numpy()  # (N, 1)
+
+        def by_column(figures: dict[str, list]) -> dict[str, dict]:
+            return {column: {name: values[n] for name, values in figures.items()} for n, column in enumerate(self.columns)}
+
+        def ratio(losses: np.ndarray, sizes: np.ndarray) -> float | None:
+            return float(losses.sum() / sizes.sum()) if sizes.sum() > 0 else None
+
+        found: dict[str, Any] = {}
+        for scale, unit, others in (("standardised", 1, sums[3:6]), ("own_units", deviation, sums[6:9])):
+            part = np.stack([squares * unit**2, absolutes * unit, *others])
+            of_all = _figures(part.sum(axis=(1, 2))[:, None], windows * N * H)
+            found[scale] = {
+                "all": {name: values[0] for name, values in of_all.items()},
+                "channels": by_column(_figures(part.sum(axis=2), windows * H)),
+                "steps": _figures(part.sum(axis=1), windows * N),
             }
-        return made
+        if self.intervals is None:
+            return found
+        pinball, bands = np.split(rest, [len(self.probabilities)])
+        levels = {}
+        for level, coverage, width in zip(self.intervals.levels, bands[::2] / windows, bands[1::2] / windows, strict=True):
+            channels = {"coverage": coverage, "width": width, "width_own_units": width * deviation}
+            levels[name_of(level)] = {
+                "coverage": float(coverage.mean()),
+                "width": float(width.mean()),
+                "channels": by_column({name: values.mean(axis=1).tolist() for name, values in channels.items()}),
+                "steps": {"coverage": coverage.mean(axis=0).tolist(), "width": width.mean(axis=0).tolist()},
+            }
+        means = zip(self.probabilities, pinball.mean(axis=(1, 2)) / windows, strict=True)
+        losses = {name_of(probability): float(mean) for probability, mean in means if np.isfinite(mean)}
+        made = {"calibration_windows": self.intervals.windows, "levels": levels, "pinball": losses, "wql": None}
+        loss = 2 * pinball[[self.probabilities.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
+        if np.isfinite(loss).all():  # else the windows were too few for the deciles
+            made |= {"wql": ratio(loss, size), "wql_channels": dict(zip(self.columns, map(ratio, loss, size), strict=True))}
+        return found | {"intervals": made}
 
 
-def channels_at_once(values: torch.Tensor) -> list[slice]:
-    """The channels of `[B, N, H]` in parts of at most AT_ONCE values, one channel at least: the memory of what is computed
-    does not grow with their number."""
-    B, N, H = values.shape
-    step = max(1, AT_ONCE // (B * H))
-    return [slice(start, start + step) for start in range(0, N, step)]
-
-
-def _sums(p: torch.Tensor, y: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """The five sums over windows `[5, N, H]` of `[B, N, H]`; unit `[N, 1]` is what near zero is measured by."""
-    error = (p - y).abs()
-    far = y.abs() > NEAR_ZERO * unit
-    relative = torch.where(far, error / torch.where(far, y.abs(), 1.0), 0.0)
-    size = p.abs() + y.abs()
-    symmetric = torch.where(size > 0, 2 * error / torch.where(size > 0, size, 1.0), 0.0)
-    return torch.stack([v.sum(dim=0) for v in (error.square(), error, relative, far.double(), symmetric)])
-
-
-def _figures(sums: np.ndarray, count: float) -> dict[str, float | None]:
-    squares, absolutes, relative, far, symmetric = sums.tolist()
+def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
+    """The errors of sums `[5, n]`, each over `count` elements, by their names in metrics.json."""
+    squares, absolutes, relative, far, symmetric = sums
     return {
-        "mse": squares / count,
-        "mae": absolutes / count,
-        "rmse": math.sqrt(squares / count),
-        "mape": 100 * relative / far if far else None,
-        "mape_share": far / count,
-        "smape": 100 * symmetric / count,
+        "mse": (squares / count).tolist(),
+        "mae": (absolutes / count).tolist(),
+        "rmse": np.sqrt(squares / count).tolist(),
+        "mape": [100 * error / n if n else None for error, n in zip(relative.tolist(), far.tolist(), strict=True)],
+        "mape_share": (far / count).tolist(),
+        "smape": (100 * symmetric / count).tolist(),
     }
+
+
+def line_of(intervals: dict[str, Any]) -> str:
+    """The figures of prediction intervals, as metrics.json has them, in a line for the log."""
+    levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
+              for name, level in intervals["levels"].items()]  # fmt: skip
+    wql = "" if intervals["wql"] is None else f"; weighted quantile loss: {intervals['wql']:.4f}"
+    return f"Prediction intervals: {'; '.join(levels)}{wql}"

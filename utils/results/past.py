@@ -15,11 +15,11 @@ from data_provider.splits import find_csv
 from data_provider.table import Table, read_table
 from data_provider.timestamps import read_timestamps
 from layers.errors import NAMED, input_error
-from utils.intervals import name_of
+from utils.results.bands import name_of
 from utils.results.forecast import band_columns, levels_of
 from utils.results.forecast_files import HISTORY, ORIGIN
-from utils.saving.checkpoint import LEGACY, Checkpoint
-from utils.saving.record import TENSORS
+from utils.saving.checkpoint import Checkpoint
+from utils.saving.files import LEGACY, TENSORS
 
 ENDS = 5  # columns of very many that have a line: so many at each end
 

@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from utils.intervals import name_of
+from utils.results.bands import name_of
 from utils.results.forecast import Forecast
-from utils.results.m4_pass import M4Pass
-from utils.results.test_pass import SHOWN_WINDOWS, TestPass, Window
+from utils.results.test_pass import SHOWN_WINDOWS, M4Pass, TestPass, Window
 from utils.saving.files import write_atomic, writing
 
 PLOTS = "plots"  # the folder in the run's folder

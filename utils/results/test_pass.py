@@ -1,29 +1,34 @@
-"""Test pass: what it leaves in the run's folder is metrics.json, predictions.npz and pictures."""
+"""Test passes: what they leave in the run's folder is metrics.json and predictions.npz, or M4's file of forecasts."""
 
 import json
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 
 from data_provider.batches import Batch
-from data_provider.data_factory import series_flags
+from data_provider.data_factory import batch_loader, series_flags
+from data_provider.m4 import M4Series
 from layers.norm import instance_norm
-from utils.intervals import Intervals, name_of
-from utils.results.comparison import METRICS, measured
-from utils.results.interval_metrics import IntervalMetrics
+from utils.results.bands import make_array, mean_intervals, name_of
+from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
 from utils.results.log import peak_memory_gib
-from utils.results.metrics import Metrics
-from utils.results.predictions import PREDICTIONS, Predictions
-from utils.saving.files import free_bytes, size_text, write_json
-from utils.training.evaluate import Scores
+from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, methods_of, naive2, table, warnings_of
+from utils.results.metrics import METRICS, Metrics
+from utils.saving.files import RECORD, TENSORS, free_bytes, size_text, write_atomic, write_json
+from utils.saving.folder import move_aside
+from utils.training.evaluate import Scores, evaluate
 from utils.training.session import Job
 
+PREDICTIONS = "predictions.npz"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
 
 
@@ -38,114 +43,75 @@ class Window:
     bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
 
 
-class Tally:
-    """Sums of a pass: its errors, and how good the job's prediction intervals were."""
-
-    def __init__(self, job: Job, intervals: Intervals | None, columns: list[str], mean: np.ndarray, deviation: np.ndarray):
-        """Args:
-        columns, mean, deviation: `[N]` of the forecast columns.
-        """
-        self.columns = columns
-        self.metrics = Metrics(mean, deviation, job.args.pred_len, job.device)
-        self.interval_metrics = IntervalMetrics(intervals, mean, deviation, job.device) if intervals is not None else None
-
-    def add(self, batch: Batch, forecast: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`.
-
-        Returns:
-            forecast and truth `[B, N, H]`, history `[B, N, T]` and its deviation `[B, N, 1]`.
-        """
-        B, N = len(batch.index), len(self.columns)
-        pred, true, x = forecast.view(B, N, -1), batch.y.view(B, N, -1), batch.x.view(B, N, -1)
-        self.metrics.add(pred, true)
-        deviation = instance_norm(x)[2]
-        if self.interval_metrics is not None:
-            self.interval_metrics.add(pred, true, deviation)
-        return pred, true, x, deviation
-
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Add up the sums of all processes."""
-        self.metrics.reduce(accelerator)
-        if self.interval_metrics is not None:
-            self.interval_metrics.reduce(accelerator)
-
-    def result(self) -> dict[str, Any]:
-        """What metrics.json has of it."""
-        found = self.metrics.result(self.columns)
-        return found if self.interval_metrics is None else found | {"intervals": self.interval_metrics.result(self.columns)}
-
-
 class TestPass:
     """Takes in the batches of one pass over the test split, and writes what they come to.
 
-    Pass `consume` to `score`, then call `finish`.
+    Pass `consume` to `score`, then call `finish`. Members of predictions.npz, for W windows, H steps ahead and N channels,
+    in the data's own units:
+
+    - pred, true `[W, H, N]` float32; with prediction intervals also lo80, hi80 and so on, the ends of their bands
+    - start `[W]` datetime64: date of the first forecast row
+    - columns `[N]` names; mean, deviation `[N]`: standardised = (value - mean) / deviation
+
+    Memory holds one batch of them: all processes write to files in a folder of the run's, from which they are packed.
     """
 
     __test__ = False  # no pytest class
 
     def __init__(self, job: Job):
         self.job, self.series, self.folder = job, job.windows, job.folder
-        self.data = self.series.windows("test")
-        self.columns = self.series.forecast_columns
-        kept = self.series.forecast_slice
+        self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
+        kept, shape = self.series.forecast_slice, (len(self.data), self.series.pred_len, len(self.columns))
         self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
-        accelerator, horizon = job.accelerator, self.series.pred_len
-        intervals = job.intervals
-        self.tally = Tally(job, intervals, self.columns, self.mean, self.deviation)
+        self.metrics = Metrics(self.columns, self.mean, self.deviation, shape[1], job.intervals, job.device)
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
-        self.predictions: Predictions | None = None
-        levels = intervals.levels if intervals else ()
-        if job.args.save_predictions and self._has_room(len(levels)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            main = accelerator.is_main_process
-            self.predictions = Predictions(self.folder, len(self.data), horizon, self.columns, main, levels)
-            accelerator.wait_for_everyone()
-
-    def _has_room(self, levels: int) -> bool:
-        """Whether the disk can hold predictions.npz; says so where it cannot, for a wide file's takes many gigabytes."""
-        size = Predictions.room(len(self.data), self.series.pred_len, len(self.columns), levels)
-        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.is_dir())
-        free = free_bytes(place)
-        short = torch.tensor(float(0 < free < size), device=self.job.device)  # 0: that cannot be told
-        if self.job.accelerator.reduce(short) == 0:  # of several processes, one alone must not leave it out
-            return True
-        self.job.log(
-            f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free "
-            "(--save_predictions 0 does without it)"
-        )
-        return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(job.args.save_predictions)
+        self.levels = levels = job.intervals.levels if job.intervals else ()
+        size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
+        free = free_bytes(self.folder)  # 0: that cannot be told
+        # Of several processes, one alone must not leave it out.
+        short = job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) > 0
+        if self.saves_predictions and short:
+            self.saves_predictions = False
+            job.log(
+                f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free"
+                " (--save_predictions 0 does without it)"
+            )
+        if self.saves_predictions and job.accelerator.is_main_process:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
+                make_array(self.parts / f"{name}.npy", shape, self.folder / PREDICTIONS)
+        job.accelerator.wait_for_everyone()
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
-        pred, true, x, deviation = self.tally.add(batch, forecast)
         index = batch.index.tolist()
-        if self.predictions is None and not self.shown.intersection(index):
+        pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
+        deviation = instance_norm(x)[2]  # (B, N, 1)
+        self.metrics.add(pred, true, deviation)
+        if not self.saves_predictions and not self.shown.intersection(index):
             return
-        own_pred, own_true = self._own(pred), self._own(true)
-        bands = {name: self._own(values) for name, values in self._bands(pred, deviation)}
-        if self.predictions is not None:  # a batch's windows are neighbours: test batches come in order
-            self.predictions.add(index[0], own_pred, own_true, bands)
-        for place, number in enumerate(index):
-            if number in self.shown:
-                own_x = self._own(x[place : place + 1])[0]
-                dates = self.data.dates[number : number + len(own_x) + own_pred.shape[1]]
-                shown = {name: band[place] for name, band in bands.items()}
-                self.windows[number] = Window(dates, own_x, own_true[place], own_pred[place], shown)
+        values = {"pred": pred, "true": true}
+        for level in self.levels:
+            for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
+                values[side + name_of(level)] = pred + deviation * torch.from_numpy(offsets).to(pred.device)
+        own = {name: self._own_units(rows) for name, rows in values.items()}
+        if self.saves_predictions:
+            for name, rows in own.items():  # a batch's windows are neighbours
+                np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
+        for place in [place for place, number in enumerate(index) if number in self.shown]:
+            dates = self.data.dates[index[place] :][: self.series.seq_len + self.series.pred_len]
+            shown = {name: rows[place] for name, rows in own.items()}
+            history = self._own_units(x[place : place + 1])[0]
+            self.windows[index[place]] = Window(dates, history, shown.pop("true"), shown.pop("pred"), shown)
 
-    def _bands(self, pred: torch.Tensor, deviation: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names of the bands' ends, and their standardised values `[B, N, H]`."""
-        if self.job.intervals is not None:
-            for level in self.job.intervals.levels:
-                for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
-                    yield side + name_of(level), pred + deviation * torch.from_numpy(offsets).to(pred.device)
-
-    def _own(self, values: torch.Tensor) -> np.ndarray:
-        """Standardised `[B, N, rows]` -> own units `[B, rows, N]`."""
+    def _own_units(self, values: torch.Tensor) -> np.ndarray:
+        """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
         return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
 
     def headline(self, scores: Scores) -> str:
-        """The line with the test's figures."""
         return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
@@ -155,32 +121,173 @@ class TestPass:
             figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
         """
         job = self.job
-        self.tally.reduce(job.accelerator)
+        self.metrics.sums = job.accelerator.reduce(self.metrics.sums)
         job.accelerator.wait_for_everyone()  # all have written their windows
         if not job.accelerator.is_main_process:
             return figures
-        T, windows = self.series.seq_len, len(self.data)
-        starts = self.data.dates[T : T + windows]
-        memory = peak_memory_gib(job.device)  # before the baselines take theirs
-        metrics = figures | {
-            "peak_memory_gib": memory,
-            "windows": windows,
+        starts = self.data.dates[self.series.seq_len :][: len(self.data)]
+        found = figures | {
+            "peak_memory_gib": peak_memory_gib(job.device),  # before the baselines take theirs
+            "windows": len(self.data),
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(job.args),  # on what data the test was made
-            **self.tally.result(),
+            **self.metrics.result(),
+            "baselines": measured(self.series, job.levels if job.intervals else ()),
         }
-        began = time.perf_counter()
-        metrics["baselines"] = measured(self.series, self._kept(), job.levels if job.intervals else ())
-        if time.perf_counter() - began > 1:
-            job.log(f"Simple forecasts measured in {time.perf_counter() - began:.0f} s")
+        write_json(self.folder / METRICS, found)
+        small = {
+            "start": starts.tz_localize(None).to_numpy().astype("datetime64[ns]"),
+            "columns": np.array(self.columns),
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
+
+        def pack(path: Path) -> None:
+            for name, values in small.items():
+                np.save(self.parts / f"{name}.npy", values, allow_pickle=False)
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
+                for part in sorted(self.parts.glob("*.npy")):
+                    packed.write(part, part.name)  # copied in small pieces
+                    part.unlink()  # so that the disk never holds all of it twice
+
+        if self.saves_predictions:
+            write_atomic(self.folder / PREDICTIONS, pack)  # an earlier one stays until this one is whole
+            shutil.rmtree(self.parts)
+        return found
+
+
+class M4Pass:
+    """As `TestPass`, for the competition's series: it leaves `<Pattern>_forecast.csv` and metrics.json."""
+
+    def __init__(self, job: Job):
+        assert isinstance(job.series, M4Series)
+        self.job, self.series, self.folder = job, job.series, job.folder
+        shape = len(self.series.ids), self.series.pred_len
+        self.made = torch.zeros(shape, dtype=torch.float64, device=job.device)  # zero where another process forecasts
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        self.made[batch.index.to(self.made.device)] = forecast.double()
+
+    @cached_property
+    def forecasts(self) -> np.ndarray:
+        # (S, H), those of all processes
+        return self.job.accelerator.reduce(self.made).cpu().numpy()
+
+    @cached_property
+    def errors(self) -> dict[str, Errors]:
+        """Errors of the model, Naive2, the last value, and the linear map where a training series fills a window."""
+        series, H, season = self.series, self.series.pred_len, self.series.kind.season
+        made = {
+            MODEL: self.forecasts,
+            NAIVE2: np.stack([naive2(values, season, H) for values in series.known]),
+            LAST: np.stack([np.repeat(values[-1], H) for values in series.known]),
+        }
+        if any(len(values) >= series.seq_len + 2 * H for values in series.known):
+            weights, _ = fit_ridge(*series.windows_for_a_map())
+            windows = series.windows("test")
+            items = [windows[number] for number in range(len(series.ids))]
+            x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
+            z, mean, deviation = instance_norm(x, mask)
+            made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()
+        return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
+
+    def headline(self, scores: Scores) -> str:
+        own = self.errors[MODEL]
+        return f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(self.errors[NAIVE2]):.3f}"
+
+    def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
+        job, series, errors = self.job, self.series, self.errors
+        if not job.accelerator.is_main_process:
+            return figures
+        found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
+        metrics = figures | {
+            "test": figures["test"] | found.pop(MODEL),
+            "peak_memory_gib": peak_memory_gib(job.device),
+            "windows": len(series.ids),
+            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
+            "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
+            "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
+        frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
+        file = self.folder / f"{series.pattern}_forecast.csv"
+        write_atomic(file, frame.to_csv)
+        job.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
-        if self.predictions is not None:
-            self.predictions.close(starts, self.mean, self.deviation)
+        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
+            job.log(line)
         return metrics
 
-    def _kept(self) -> dict[str, Any] | None:
-        """The baselines that an earlier metrics.json holds."""
-        try:
-            return json.loads((self.folder / METRICS).read_text(encoding="utf-8")).get("baselines")
-        except (OSError, ValueError):
-            return None
+
+def open_pass(job: Job) -> TestPass | M4Pass:
+    """The test pass of a job's data."""
+    return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
+
+
+def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:
+    """Score the mean of the repeats' test forecasts (`--itr`); leaves in `folder` what a test leaves in a run's.
+
+    Args:
+        job: of the last repeat, tested. Of a group of processes each scores its share.
+        repeats: the runs' folders.
+
+    Returns:
+        The pass and its metrics; None where a repeat has left no predictions of these test windows.
+    """
+    accelerator = job.accelerator
+    accelerator.wait_for_everyone()  # the last predictions.npz is whole
+    try:
+        readers = [_reader(place, job) for place in repeats]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
+        return None
+    if accelerator.is_main_process:
+        record = json.loads(json.dumps(job.record | {"repeats": [place.name for place in repeats]}))
+        earlier = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else record
+        if earlier["flags"] != record["flags"]:
+            job.log(f"An earlier mean is now in: {move_aside(folder)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, record)
+    accelerator.wait_for_everyone()
+    job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
+    results = TestPass(job)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    _, loader = batch_loader(job.args, "test", job.windows, rank=rank, world=world)
+
+    def forecast(batch: Batch, shared: object) -> torch.Tensor:
+        first, last = int(batch.index[0]), int(batch.index[-1])  # a batch's windows are neighbours
+        own = np.mean([read(first, last + 1) for read in readers], axis=0)  # (B, H, N)
+        standardised = torch.from_numpy((own - results.mean) / results.deviation)
+        return standardised.transpose(1, 2).flatten(0, 1).float().to(job.device)
+
+    scores = evaluate(job.model, loader, accelerator, forecast, results.consume, device=job.device)
+    test = {"mse": scores.mse, "mae": scores.mae}
+    figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
+    metrics = results.finish(figures)
+    job.log(f"Mean of {len(repeats)} repeats: {results.headline(scores)}; saved at: {folder}")
+    return results, metrics
+
+
+def _reader(folder: Path, job: Job) -> Callable[[int, int], np.ndarray]:
+    """Reads windows from one number to another, `[B, H, N]` float64, of the test forecasts that a run has left.
+
+    Raises:
+        OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
+    """
+    path, series = folder / PREDICTIONS, job.windows
+    # Its members are stored as they are, so a place in one is a place in the file.
+    file = zipfile.ZipFile(path).open("pred.npy")
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    start, size = file.tell(), dtype.itemsize * math.prod(shape[1:])
+    stale = path.stat().st_mtime_ns < (folder / TENSORS).stat().st_mtime_ns
+    if stale or shape != (len(series.windows("test")), series.pred_len, len(series.forecast_columns)):
+        raise ValueError("forecasts of other windows, or of an earlier checkpoint")
+
+    def read(first: int, stop: int) -> np.ndarray:
+        file.seek(start + first * size)
+        return np.frombuffer(file.read((stop - first) * size), dtype).reshape(-1, *shape[1:]).astype(np.float64)
+
+    return read

@@ -1,4 +1,4 @@
-"""The one place that writes files: a reader sees the old file or the new one, never half of one."""
+"""The one place that writes files, whole or not at all; and what a checkpoint's file says of itself, told without torch."""
 
 import errno
 import json
@@ -7,42 +7,101 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from layers.errors import input_error
 from utils.errors import StorageError
 
+TENSORS, LEGACY, RECORD = "checkpoint.safetensors", "checkpoint", "checkpoint.json"
+OFFSETS = "intervals.offsets"  # the tensor of the prediction intervals in TENSORS
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PARTIAL = ".partial"  # how the names of unfinished files end
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The file of a checkpoint: `path`, or the one in that folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    for file in (path, path / TENSORS, path / LEGACY):
+        if file.is_file():
+            return file
+    hint = "train first with --is_training 1 and the same flags, or name a folder with --checkpoint"
+    raise input_error(f"--checkpoint {path}", "no checkpoint", f"{TENSORS} (or older {LEGACY}) in it", hint)
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The record of the training in a safetensors file (empty in one of other programs), and name -> shape of its trained
+    tensors.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no safetensors file, it is cut short, or its record is none.
+    """
+    from safetensors import SafetensorError, safe_open  # only now: a wrong flag answers without a library
+
+    try:
+        with safe_open(file, framework="np") as held:
+            metadata = held.metadata() or {}
+            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if name != OFFSETS}
+    except SafetensorError as error:
+        raise ValueError(f"a damaged file: {error}") from None
+    record = json.loads(metadata.get("record", "{}"))
+    if not isinstance(record, dict):
+        raise ValueError("a record that cannot be read")
+    return record, shapes
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in the checkpoint at `path`, a file or a run's folder; empty where there is none that can be read."""
+    file = path / TENSORS if path.is_dir() else path
+    try:
+        return read_header(file)[0] if file.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, then rename it to `path`.
+    """Let `write` fill a file beside `path`, flush it to the disk, then rename it to `path`: a reader sees the old file or
+    the new one, also after a power cut.
 
     Raises:
         StorageError: the file system refused; `path` is then what it was.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        partial.unlink(missing_ok=True)  # were it a link, writing would follow it
-        write(partial)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):  # room is free again before the message counts it
+    with writing(path):
+        try:
+            write(partial)
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
+        finally:
             partial.unlink(missing_ok=True)
-        raise StorageError(_reason(path, error), error.errno) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with suppress(OSError):  # Windows and some network file systems sync no folders; the file itself is safe by then
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """For files that grow bit by bit: an OSError inside becomes a StorageError about `path`."""
+    """Work that writes `path`: an OSError inside becomes a StorageError of one line.
+
+    Raises:
+        StorageError: the file system refused.
+    """
     try:
         yield
     except OSError as error:
-        raise StorageError(_reason(path, error), error.errno) from error
+        folder, reason = path.parent, f" in {path.parent} ({error.strerror})"
+        if error.errno in FULL:
+            reason = f": the disk of {folder} is full ({size_text(free_bytes(folder))} free)"
+        elif error.errno == errno.ENOENT and not folder.is_dir():
+            reason = f": the folder {folder} has vanished; bring it back"
+        raise StorageError(f"{path.name} cannot be written{reason}", error.errno) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,45 +114,11 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what killed runs left unfinished in a folder that nobody else writes to."""
-    for partial in folder.glob(f".*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
-
-
 def size_text(size: float) -> str:
     """Bytes for people: 1.8 GB, 340 MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written below `folder`; 0 where that cannot be told."""
-    with suppress(OSError):
-        return shutil.disk_usage(folder).free
-    return 0
-
-
-def _reason(path: Path, error: OSError) -> str:
-    """The line for a file that cannot be written."""
-    folder = path.parent
-    if error.errno in FULL:
-        return f"{path.name} cannot be written: the disk of {folder} is full ({size_text(free_bytes(folder))} free)"
-    if error.errno == errno.ENOENT and not folder.is_dir():
-        return f"{path.name} cannot be written: the folder {folder} has vanished; bring it back"
-    return f"{path.name} cannot be written in {folder} ({error.strerror})"
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    folder = path.is_dir()
-    if folder and os.name == "nt":
-        return  # Windows does not open folders; its rename is journalled
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems cannot sync a folder; the file itself is safe by then.
-        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
-            raise
-    finally:
-        os.close(handle)
+    """Bytes that may still be written below `folder`."""
+    return shutil.disk_usage(folder).free

@@ -6,13 +6,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 # A closed terminal (tmux that dies, a dropped ssh) sends SIGHUP; Windows has none.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-REPEATED = 5.0  # seconds in which a second signal is the first one's echo
-PAUSE = 2.0  # seconds, more than the watch over a group takes to say who has failed
+REPEATED = 5.0  # seconds in which a launcher passes on what all its processes have been told already
 
 
 class Interrupted(Exception):
@@ -33,8 +33,6 @@ class Interrupts:
 
     def __init__(self):
         self.received = 0  # the signal's number
-        self._in_group = os.environ.get("WORLD_SIZE", "1") != "1"
-        self._speaks = os.environ.get("RANK", "0") == "0"
         self._received_at = 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
@@ -65,28 +63,22 @@ class Interrupts:
             yield item
 
     def _handle(self, number: int, _frame: object) -> None:
-        name = signal.Signals(number).name
-        if self._in_group and self._deferred and self.received and time.monotonic() - self._received_at < REPEATED:
-            return  # the launcher passes on what the terminal has told all already
-        if self._deferred and not self.received:
+        name, in_group = signal.Signals(number).name, os.environ.get("WORLD_SIZE", "1") != "1"
+        is_first, is_echo = not self.received, in_group and time.monotonic() - self._received_at < REPEATED
+        if self._deferred and is_first:
             self.received, self._received_at = number, time.monotonic()
-            if not (self._in_group and number == signal.SIGTERM):  # a launcher's: another process has failed, as it will say
-                self._tell(f"{name}: ending after the work in hand; once more ends at once")
+            line = f"{name}: ending after the work in hand; once more ends at once"
+        elif self._deferred and is_echo:
             return
-        if self._in_group:
-            time.sleep(PAUSE)  # the watch may have something to say of it
-        self._tell(f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written")
-        end_workers()
-        os._exit(128 + number)
-
-    def _tell(self, line: str) -> None:
-        """A line on stderr, past Python's buffers, which the interrupted code may be holding."""
-        if not self._speaks:
-            return
-        try:
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
-        except OSError:
-            return  # the terminal is gone, which is what the signal says
+        else:
+            line = f"{name}: ended at once" if self._deferred else f"{name}: ended; nothing is left half-written"
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # the terminal may be gone, which is what the signal says
+                # Past Python's buffers, which the interrupted code may be holding.
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
+        if not (self._deferred and is_first):
+            end_workers()
+            os._exit(128 + number)
 
 
 def end_workers() -> None:

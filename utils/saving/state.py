@@ -1,47 +1,41 @@
 """The whole state of a run between two iterations, in files that outlive what ends it.
 
-`state.7.safetensors` holds the trained tensors, the optimizer's and the random generators', and in its
-header, as JSON, what the run was (`identity`) and how far it is (`progress`). The newest two are kept:
-a new one is safe on the disk before the oldest goes. The order of the batches needs no state (see
-data_provider/sampler.py), nor does the learning rate (utils/training/schedule.py).
+`state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
+tensors, the optimizer's, and the random generators of every process. The newest two are kept: a new one is safe on the
+disk before the oldest goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
+rate (utils/training/schedule.py).
 """
 
-import hashlib
+import copy
 import json
-import random
-import re
+import os
+import shlex
+import sys
+import time
+import zipfile
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
+import psutil
 import torch
-from safetensors import safe_open
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
 from layers.errors import input_error
-from layers.ranks import from_all, processes, this_process
-from models.base import ForecastModel
 from utils.errors import RunError, StorageError
-from utils.flags import resumed, resumed_defaults
-from utils.saving.files import FULL, write_atomic
-from utils.saving.record import read_header
-from utils.saving.shares import Shares
-from utils.saving.tensors import damage, write_tensors
+from utils.flags import resumed
+from utils.results.bands import Intervals
+from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
+from utils.saving.files import FULL, TENSORS
 
-VERSION = 1
-PROCESSES = "the number of processes"  # in the identity that earlier versions wrote
+SECONDS = 600  # between two saves, unless --save_steps says otherwise
 FIRST_SCALE = 2.0**16  # of the loss, see utils/training/precision.py
-Packed = tuple[dict[str, torch.Tensor], dict[str, str]]  # named tensors, metadata
-_NAME = re.compile(r"state\.(\d+)\.safetensors")
-
-
-def _zero() -> torch.Tensor:
-    return torch.zeros((), dtype=torch.float64)
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Progress:
 
     epoch: int = 1  # the one that runs
     iteration: int = 0  # iterations done in it
-    loss_sum: torch.Tensor = field(default_factory=_zero)  # of these iterations
+    loss_sum: float = 0.0  # of these iterations
     best_vali_loss: float = float("inf")
     epochs_without_improvement: int = 0
     skipped: int = 0  # iterations of the epoch whose loss was no number
@@ -63,107 +57,41 @@ class Progress:
 
     def next_epoch(self) -> None:
         """Stand before the first iteration of the next epoch."""
-        self.epoch, self.iteration, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, _zero()
+        self.epoch, self.iteration, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, 0.0
 
     def finished(self, train_epochs: int, patience: int) -> bool:
         """Whether epochs or patience are used up."""
         return self.epoch > train_epochs or self.epochs_without_improvement >= patience
-
-    def to_json(self) -> dict[str, Any]:
-        """Values that JSON keeps to the last bit, under the names that state files have always had."""
-        values = asdict(self) | {"loss_sum": float(self.loss_sum)}
-        return {_NAMES_IN_FILES.get(name, name): value for name, value in values.items()}
-
-    @classmethod
-    def from_json(cls, held: dict[str, Any]) -> "Progress":
-        """The reverse of `to_json`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        # Earlier versions had one number for both kinds of parts, and no fp16.
-        held = {"evaluation_sequences": held["max_sequences"], "loss_scale": FIRST_SCALE, "good_steps": 0} | held
-        return cls(**{name: read(held[_NAMES_IN_FILES.get(name, name)]) for name, read in _READ.items()})
-
-
-_NAMES_IN_FILES = {"best_vali_loss": "best", "epochs_without_improvement": "worse"}
-_READ: dict[str, Callable[[Any], Any]] = {
-    "epoch": int,
-    "iteration": int,
-    "loss_sum": lambda value: torch.tensor(float(value), dtype=torch.float64),
-    "best_vali_loss": float,
-    "epochs_without_improvement": int,
-    "skipped": int,
-    "skipped_in_a_row": int,
-    "max_sequences": int,
-    "evaluation_sequences": int,
-    "loss_scale": float,
-    "good_steps": int,
-    "history": list,
-}
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A state file whose checksum is right."""
-
-    path: Path
-    identity: dict
-    progress: dict
-    random: dict
-    optimizer: list
-
-    def where(self) -> str:
-        """How far it is, for people."""
-        return f"epoch {self.progress['epoch']}, iteration {self.progress['iteration']}"
 
 
 def identity(
     args: Namespace, series: SplitSeries, backbone: dict[str, Any], pretrain: SplitSeries | None = None
 ) -> dict[str, Any]:
     """What must be the same for a run to resume: JSON values, compared one by one."""
-    return {f"--{name}": value for name, value in resumed(args).items()} | {
-        **_of_data("data", series),
-        **(_of_data("pretraining data", pretrain) if pretrain else {}),
+    data = {"data": series} | ({"pretraining data": pretrain} if pretrain else {})
+    return {
+        **{f"--{name}": value for name, value in resumed(args).items()},
+        **{f"the {name}'s {part}": value for name, of in data.items() for part, value in of.identity().items()},
         "the prompt's description": dataset_description(args),
         **{f"the language model's {name}": value for name, value in backbone.items()},
     }
 
 
-def _of_data(name: str, series: SplitSeries) -> dict[str, Any]:
-    return {f"the {name}'s {part}": value for part, value in series.identity().items()}
-
-
-def compare(saved: SavedState, now: dict[str, Any]) -> None:
+def compare(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Set a state against the run that shall resume from it.
 
     Raises:
         InputError: it was saved by another run; what differs is named.
     """
-    now = json.loads(json.dumps(now))
-    # A flag that came to be after the state was saved had its default then.
-    was = {name: value for name, value in _defaults().items() if name in now} | saved.identity
-    # Earlier versions gave each of several processes a whole --batch_size: what one alone has saved is as now.
-    if was.get(PROCESSES) == 1:
-        del was[PROCESSES]
+    now, was = json.loads(json.dumps(now)), saved["identity"]
     different = [name for name in now | was if now.get(name) != was.get(name)]
     if different:
-        found, expected = ("; ".join(f"{name} {_short(of.get(name))}" for name in different) for of in (now, was))
+        sizes = {name: 8 if name.endswith(("(SHA-256)", "fingerprint")) else 60 for name in different}
+        found, expected = ("; ".join(f"{name} {str(of.get(name))[:n]}" for name, n in sizes.items()) for of in (now, was))
         raise input_error(
-            "--resume", found, f"{expected}, with which {saved.path} was saved",
+            "--resume", found, f"{expected}, with which {saved['path']} was saved",
             "give the same ones, or start anew with --resume False (what is there is then moved aside)",
         )  # fmt: skip
-
-
-def _defaults() -> dict[str, Any]:
-    return {f"--{name}": value for name, value in resumed_defaults().items()}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    if re.fullmatch("[0-9a-f]{64}", text):  # a SHA-256
-        return text[:8]
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def state_bytes(optimizer: str, trained_values: int) -> int:
@@ -173,197 +101,216 @@ def state_bytes(optimizer: str, trained_values: int) -> int:
 
 def state_files(folder: Path) -> list[Path]:
     """The folder's states, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("state.*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(folder.glob("state.[0-9]*.pt"), key=lambda path: int(path.name.split(".")[1]), reverse=True)
 
 
-def find_state(folder: Path) -> tuple[SavedState | None, list[str]]:
-    """The newest good state, and a line for every newer one that is damaged."""
+def find_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest good state, and a line for every newer one that is damaged.
+
+    Raises:
+        InputError: the only states are those of an earlier version.
+    """
     lines: list[str] = []
     for path in state_files(folder):
-        wrong = damage(path)
-        if wrong is None:
-            try:
-                return read_state(path), lines
-            except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-                wrong = f"its header cannot be used ({error})"
-        lines.append(f"WARNING: {path.name} is damaged: {wrong}")
+        try:
+            with zipfile.ZipFile(path) as packed:  # torch.load sets no checksum against what it reads
+                if wrong := packed.testzip():
+                    raise ValueError(f"its part {wrong} has another checksum")
+            return read_state(path), lines
+        except (zipfile.BadZipFile, *DAMAGED) as error:
+            lines.append(f"WARNING: {path.name} is damaged: {error}")
+    if not lines and (older := sorted(folder.glob("state.*.safetensors"))):
+        hint = "finish that run with the version that began it, or start anew with --resume False (it is then moved aside)"
+        raise input_error("--resume", f"{older[-1]}, a state of an earlier version", "state.N.pt", hint)
     return None, lines
 
 
-def read_state(path: Path) -> SavedState:
-    """A state file's header, whose checksum is not looked at.
-
-    Raises:
-        OSError, KeyError, TypeError, ValueError: it is none.
-    """
-    held = json.loads(read_header(path).metadata["state"])
-    if held["version"] != VERSION:
-        raise ValueError(f"version {held['version']}, not {VERSION}")
-    Progress.from_json(held["progress"])
-    for part, kind in (("identity", dict), ("random", dict), ("optimizer", list)):
-        if not isinstance(held[part], kind):
-            raise TypeError(f"its {part} is no {kind.__name__}")
-    return SavedState(path, held["identity"], held["progress"], held["random"], held["optimizer"])
+def read_state(path: Path) -> dict[str, Any]:
+    """What `pack` has put into a state file, and its `path`; the tensors are windows into the file, on the CPU."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True) | {"path": path}
 
 
-def pack(model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict,
-         device: torch.device) -> Packed:  # fmt: skip
-    """The whole state as named tensors (not copied) and metadata; of a group of processes, in the first, of all together.
+def pack(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict, device: torch.device
+) -> dict[str, Any]:
+    """What a state file holds, the tensors not copied; all processes take part.
 
     Raises:
         RunError: a trained value is NaN or infinite.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    # A sum is finite only if every value is, and takes no memory of its own.
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
-    if wrong := [name for found in from_all(wrong) for name in found]:
-        raise RunError(f"{wrong[0].removeprefix('model.')} has become NaN or infinite, so it is not saved")
-    moments = optimizer.state_dict()["state"].items()
-    trees = [[index, _flatten(state, f"optimizer.{index}", tensors)] for index, state in moments]
-    if processes() > 1:
-        tensors = Shares(cast(ForecastModel, model)).collect(tensors)
-    generators = random_state(device)
-    tensors |= generators.pop("tensors")
-    for rank, other in enumerate(from_all({name: tensor.cpu() for name, tensor in _generators(device).items()})):
-        if rank > 0:
-            tensors |= {f"{name}.{rank}": tensor for name, tensor in other.items()}
-    held = {
-        "version": VERSION,
-        "identity": identity,
-        "progress": progress.to_json(),
-        "random": generators,
-        "optimizer": trees,
+    trained = dict(model.state_dict())
+    for name, tensor in trained.items():
+        if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
+            raise RunError(f"{name} has become NaN or infinite, so it is not saved")
+    told = {"identity": identity, "progress": asdict(progress)}
+    return {
+        **json.loads(json.dumps(told)),  # also the same bytes: pickle writes whether two equal strings are one object
+        "random": gather_object([random_state(device)]),
+        "model": trained,
+        "optimizer": optimizer.state_dict()["state"],
     }
-    return tensors, {"state": json.dumps(held, ensure_ascii=False)}
 
 
-def save_state(folder: Path, packed: Packed, before: Path | None) -> Path:
+def save_state(folder: Path, packed: dict[str, Any], before: Path | None) -> Path:
     """Write the state as the newest; then only it and `before`, the last good one, are kept.
 
-    Where the disk has no room for a third, the others go first, if `before` is sound.
+    Where the disk has no room for a third, the others go first.
 
     Raises:
         StorageError: the file system refused; `before` is still there.
     """
+
+    def keep(*paths: Path | None) -> None:
+        for other in state_files(folder):
+            if other not in paths:
+                with suppress(OSError):  # a state too many does no harm
+                    other.unlink()
+
     newest = state_files(folder)[:1]
-    number = int(newest[0].name.split(".")[1]) + 1 if newest else 1
-    path = folder / f"state.{number}.safetensors"
-
-    def write() -> None:
-        write_atomic(path, lambda partial: write_tensors(partial, *packed))
-
+    path = folder / f"state.{int(newest[0].name.split('.')[1]) + 1 if newest else 1}.pt"
     try:
-        write()
+        write_torch(path, packed)
     except StorageError as error:
-        if error.errno not in FULL or before is None or damage(before) is not None:
+        if error.errno not in FULL or before is None:
             raise
-        _remove_states(folder, keep=[before])
-        write()
-    _remove_states(folder, keep=[path, before])
+        keep(before)
+        write_torch(path, packed)
+    keep(path, before)
     return path
 
 
-def _remove_states(folder: Path, keep: list[Path | None]) -> None:
-    for path in state_files(folder):
-        if path not in keep:
-            with suppress(OSError):  # a state too many does no harm
-                path.unlink()
+def part_random(rank: int) -> None:
+    """Let a process whose generators are as the first one's draw other numbers: each drops out of its own windows."""
+    if rank > 0:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)  # of the GPU, too
 
 
-def _flatten(tree: object, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Put the tensors of nested dicts into `tensors` by name; return the tree as JSON."""
-    if torch.is_tensor(tree):
-        tensors[name] = tree
-        return {"tensor": name}
-    if isinstance(tree, dict):
-        return {"dict": {key: _flatten(value, f"{name}.{key}", tensors) for key, value in tree.items()}}
-    return {"value": tree}
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The generators that a training step draws from: PyTorch's, on the CPU and on this device."""
+    on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": torch.get_rng_state()} | on_gpu
 
 
-def _unflatten(tree: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> Any:
-    """The reverse of `_flatten`; `tensor` reads one by name."""
-    if "tensor" in tree:
-        return tensor(tree["tensor"])
-    if "dict" in tree:
-        return {key: _unflatten(value, tensor) for key, value in tree["dict"].items()}
-    return tree["value"]
-
-
-def restore(saved: SavedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
-    """Bring model, optimizer and random generators to a saved state; return how far it is."""
-    shares = Shares(cast(ForecastModel, model)) if processes() > 1 else None
-    # Opened on the CPU, where a tensor is a window into the file. For another device the library would
-    # stage each tensor in pinned memory of its full size.
-    with safe_open(saved.path, framework="pt", device="cpu") as file:
-
-        def held(name: str) -> torch.Tensor:
-            rows = shares.range(name) if shares else None
-            return file.get_slice(name)[rows[0] : rows[1]] if rows else file.get_tensor(name)
-
-        def tensor(name: str) -> torch.Tensor:
-            # A copy: the window would keep a removed file's space taken.
-            return held(name).to(device, copy=True)
-
-        with torch.no_grad():
-            for name, parameter in model.state_dict().items():
-                parameter.copy_(held(f"model.{name}"))
-        states = {index: _unflatten(tree, tensor) for index, tree in saved.optimizer}
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        generators = {name: file.get_tensor(name).clone() for name in file.keys() if name.startswith("random.")}
-    set_random_state(saved.random | {"tensors": _own(generators, device)}, device)
-    return Progress.from_json(saved.progress)
-
-
-def _own(generators: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Those of this process: its own, where there was one of its number; else new ones, which follow from the first's."""
-    rank = this_process()
-    if rank == 0:
-        return generators
-    own = {name.removesuffix(f".{rank}"): held for name, held in generators.items() if name.endswith(f".{rank}")}
-    if "random.torch" in own:
-        return own
-    digest = hashlib.sha256(generators["random.torch"].numpy().tobytes() + rank.to_bytes(4, "little")).digest()
-    seed = int.from_bytes(digest[:7], "little")
-    fresh = {"random.torch": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
-        fresh["random.cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-    return fresh
-
-
-def part_random(seed: int) -> None:
-    """Let each process of a group draw other numbers than the first, from now on: each drops out of its own windows."""
-    if this_process() == 0:
-        return
-    drawn = np.random.SeedSequence([seed % 2**63, this_process()]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(drawn >> np.uint64(1)))  # of the GPU, too
-
-
-def random_state(device: torch.device) -> dict:
-    """Every generator that a training step may draw from: JSON values, and under "tensors" tensors."""
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
-    version, numbers, spare = random.getstate()
-    return {
-        "python": [version, list(numbers), spare],
-        "numpy": [kind, keys.tolist(), *rest],
-        "tensors": _generators(device),
-    }
-
-
-def _generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """PyTorch's own."""
-    tensors = {"random.torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def set_random_state(state: dict, device: torch.device) -> None:
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """The reverse of `random_state`; a device that it does not know keeps its own generator."""
-    version, numbers, spare = state["python"]
-    random.setstate((version, tuple(numbers), spare))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["tensors"]["random.torch"])
-    if device.type == "cuda" and "random.cuda" in state["tensors"]:
-        torch.cuda.set_rng_state(state["tensors"]["random.cuda"], device)
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@dataclass
+class Saver:
+    """Saves a run's state when it is due, and its checkpoint.
+
+    Attributes:
+        identity: what the state says of the run, see `identity`.
+        record: what the checkpoint says of the run.
+        last: the newest good state file.
+    """
+
+    folder: Path
+    args: Namespace
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    device: torch.device
+    identity: dict[str, Any]
+    record: dict[str, Any]
+    last: Path | None = None
+    saved_step: tuple[int, int] | None = None  # epoch and iteration of that file
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def resume(self, saved: dict[str, Any], log: Callable[[str], None]) -> Progress:
+        """Bring model, optimizer and random generators to a saved state, and say where the run stands.
+
+        Raises:
+            InputError: it is finished, but its checkpoint is gone.
+        """
+        device, rank = self.device, self.accelerator.process_index
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(saved["model"][name])
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = copy.deepcopy(saved["optimizer"])  # windows would keep a removed file's space taken
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        has_own = rank < len(saved["random"])  # else there were fewer processes than now
+        set_random_state(saved["random"][rank if has_own else 0], device)
+        if not has_own:
+            part_random(rank)
+        progress = Progress(**saved["progress"])
+        self.last, self.saved_step = saved["path"], (progress.epoch, progress.iteration)
+        finished = progress.finished(self.args.train_epochs, self.args.patience)
+        lost = progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file()
+        if finished and lost:
+            raise input_error(f"--resume: {self.folder}", f"a finished run without {TENSORS}", "that file; bring it back")
+        if finished:
+            log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
+        elif lost:
+            log(f"WARNING: found no {TENSORS}; that of the next epoch is kept, whatever its validation loss")
+            progress.best_vali_loss = float("inf")
+        if not finished:
+            log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
+        return progress
+
+    def due(self, progress: Progress) -> bool:
+        """Whether it is time for a state; the processes of a group must agree on the answer."""
+        every = self.args.save_steps
+        if every is None:
+            return time.monotonic() - self.saved_at >= SECONDS
+        return every > 0 and progress.iteration % every == 0
+
+    def save(self, progress: Progress) -> None:
+        """Save the state, unless it is saved already. All processes of a group take part, and the first one writes.
+
+        Raises:
+            StorageError: the file system refused; the last state is still there.
+            RunError: a trained value is not finite; the last state is still there.
+        """
+        step = progress.epoch, progress.iteration
+        if step == self.saved_step:
+            return
+        with self.explained():
+            packed = pack(self.model, self.optimizer, progress, self.identity, self.device)
+            if self.accelerator.is_main_process:
+                self.last = save_state(self.folder, packed, self.last)
+        # Nobody leaves before the file is in its place: a launcher ends the others soon after one has left.
+        (self.last,) = broadcast_object_list([self.last])
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    def save_checkpoint(self, epoch: dict[str, Any], intervals: Intervals | None = None) -> None:
+        """Write the checkpoint of the epoch that has just ended, whose losses go into the record; see `save`.
+
+        Raises:
+            StorageError: the file system refused; the checkpoint before is still there.
+        """
+        if self.accelerator.is_main_process:
+            with self.explained():
+                save_checkpoint(self.folder, self.model.state_dict(), self.record | epoch, intervals)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Add to what ends the run what it can resume from."""
+        try:
+            yield
+        except RunError as error:
+            is_full = isinstance(error, StorageError) and error.errno in FULL
+            error.args = (f"{error}; {'free some room there, then ' if is_full else ''}{self.kept()}",)
+            raise
+
+    def kept(self) -> str:
+        """What a run that ends now can resume from."""
+        if self.last is None:
+            return "start anew: no state was saved before"
+        return f"the same command with --resume resumes from {self.last.name}, which is kept"
+
+
+def resume_command(args: Namespace) -> str:
+    """The command line of this process, for any folder; --resume is added where a training run lacks it. Of a group of
+    processes it is that of their launcher on this machine."""
+    words = list(sys.orig_argv)
+    launcher = psutil.Process().parent() if "WORLD_SIZE" in os.environ else None
+    if launcher is not None and sys.argv[0] in (started := launcher.cmdline()):
+        words = started
+    words += ["--resume"] if args.is_training and not args.resume else []
+    # The scripts run in the repository's folder, which need not be the user's: relative paths mean this one.
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"

@@ -1,152 +1,249 @@
-"""Cells of a study on the disk: where each lies, how far it is, and what a finished one has measured."""
+"""Cells of a study: a grid, a TOML file and the command line, read into command lines of run_main.py; and how far each is,
+and what it has measured."""
 
-import csv
-import errno
+import argparse
+import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
 import platform
-from dataclasses import dataclass, field
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from safetensors import safe_open
+
+from data_provider.splits import M4
 from layers.errors import InputError, input_error
-from utils.flags import run_name
+from utils.flags import FLAGS, clean_name, parse_flags, run_name
 from utils.saving.files import write_json
-from utils.saving.record import TENSORS, read_header
-from utils.study.devices import ask_cards
-from utils.study.grid import Cell, Grid
 
-try:
-    import fcntl
-except ImportError:  # Windows without WSL: nothing there keeps two studies apart
-    fcntl = None  # type: ignore[assignment]
-
-CELLS, NOTE, LOG, LOCK, RESULTS_LOCK = "cells", "cell.json", "log.txt", ".lock", ".results.lock"
-RECORD, METRICS, HISTORY = "checkpoint.json", "metrics.json", "history.csv"  # what a run leaves in its folder
+PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
+VARIANT = "variant"  # the axis whose values are named sets of flags
+PARTS = {"title": str, "reference": str, "flags": dict, "grid": dict, VARIANT: list, "skip": list}  # of a grid file
+# What run_main asks for and a study need not say.
+USUAL = {"task_name": "long_term_forecast", "is_training": 1, "model_id": "study", "model_comment": "study"}
+OWN = {"checkpoints", "checkpoint", "resume"}  # the study sets them
+RECORDED = {flag.name for flag in FLAGS if flag.group != "output"}  # the others are of output and change no result
+LONGEST = 120  # characters of a cell's name without its hash
+NOTE, LOG = "cell.json", "log.txt"  # in a cell's folder, beside the run's
 NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a finished cell has found."""
+class Cell:
+    """One run of a study."""
 
-    mse: float
-    mae: float
-    windows: int  # scored
-    trained_values: int | None
-    epochs: int | None
-    best_epoch: int | None
-    validation_loss: float | None
-    seconds: float
-    machine: str
-    data: str  # the file's name
-    synthetic: bool
-    baselines: dict[str, tuple[float, float]]  # title -> MSE and MAE on the same windows
-    intervals: dict[str, float] = field(default_factory=dict)  # see `interval_figures`
-    baseline_intervals: dict[str, dict[str, float]] = field(default_factory=dict)  # by title
+    values: dict[str, str]  # axis -> value
+    args: argparse.Namespace  # its flags, read and completed
+    name: str  # readable, unique and the same in each call; its end says what was tried
+    folder: Path
+    run: Path  # the folder in it in which run_main.py leaves its files
+    command: list[str]
 
 
-class Place:
-    """A cell's folder in a study."""
+@dataclass(frozen=True)
+class Study:
+    """All cells of a grid, in the order in which they run."""
 
-    def __init__(self, study: Path, cell: Cell):
-        """The folder keeps its name when the grid's axes are named otherwise: the hash at its end says what was tried."""
-        held = sorted((study / CELLS).glob(f"*_{cell.hash}"))
-        self.cell, self.folder = cell, held[0] if held else study / CELLS / cell.id
-        self.run, self.log = self.folder / run_name(cell.args, 0), self.folder / LOG
-
-    def note(self) -> dict[str, Any]:
-        """What earlier calls have written down."""
-        return _read(self.folder / NOTE)
-
-    def write_note(self, **values: object) -> None:
-        """Write down what is known of the cell now, beside what was."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / NOTE, self.note() | {"id": self.cell.id, "flags": self.cell.given} | values)
-
-    def foreign(self) -> bool:
-        """Whether the run in the folder was made with other flags than the cell's."""
-        recorded = _read(self.run / RECORD).get("flags", {})
-        asked = {name: getattr(self.cell.args, name) for name in self.cell.given}
-        return any(name in recorded and recorded[name] != value for name, value in asked.items())
-
-    def state(self) -> str:
-        """How far the cell is."""
-        if self.measured() is not None:
-            return DONE
-        code = self.note().get("exit_code", 0)
-        if code:
-            return FAILED
-        return HALF if self.run.is_dir() else NEW
-
-    def last_line(self) -> str:
-        """The last line of the log that says something."""
-        try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        except OSError:
-            return "no log"
-        return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
-
-    def measured(self) -> Measured | None:
-        """What the finished run has found; None where it is not finished, or another cell's."""
-        metrics, record, note = _read(self.run / METRICS), _read(self.run / RECORD), self.note()
-        test = metrics.get("test")
-        if not isinstance(test, dict) or not record or self.foreign():
-            return None
-        history = _rows(self.run / HISTORY)
-        spent = sum(float(row[name] or 0) for row in history for name in ("seconds", "evaluation_seconds") if name in row)
-        rows = metrics.get("baselines", {}).get("rows", [])
-        return Measured(
-            mse=test["mse"],
-            mae=test["mae"],
-            windows=metrics["windows"],
-            trained_values=_trained_values(self.run / TENSORS),
-            epochs=len(history) or None,
-            best_epoch=record.get("epoch"),
-            validation_loss=record.get("vali_loss"),
-            # A call that was killed could not write its time down; the epochs' own times are there still.
-            seconds=max(note.get("seconds", 0.0), spent),
-            machine=note.get("machine", "unknown"),
-            data=str(metrics.get("data", {}).get("file", "")),
-            synthetic=bool(metrics.get("data", {}).get("synthetic")),
-            baselines={row["title"]: (row["mse"], row["mae"]) for row in rows},
-            intervals=interval_figures(metrics.get("intervals")),
-            baseline_intervals={row["title"]: interval_figures(row.get("intervals")) for row in rows},
-        )
+    folder: Path
+    title: str
+    axes: dict[str, list[str]]
+    reference: str | None  # the value to which others are compared
+    cells: list[Cell]
 
 
-def interval_figures(found: dict[str, Any] | None) -> dict[str, float]:
-    """What metrics.json says of prediction intervals, under the heads of a table: "in 80 %" is the part of the truths that
-    the 80 % intervals held."""
-    if not found:
-        return {}
-    figures: dict[str, float] = {}
-    for level, held in found["levels"].items():
-        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
-    return figures if found["wql"] is None else figures | {"WQL": found["wql"]}
+def read_study(
+    folder: Path, file: Path | None, axes: Sequence[str], words: Sequence[str], reference: str | None = None
+) -> Study:
+    """The study of a TOML file, of axes `name=value,value`, and of flags for every run, which win over the file's [flags].
+
+    Raises:
+        InputError: the first thing that is wrong, with the file or the flag, what was found and what was expected.
+    """
+    if not file and not axes:
+        raise input_error("GRID.toml", "neither it nor --grid", "one of them")
+    where, held = str(file or "--grid"), _read_file(file) if file else {}
+    own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    rows = [_as_text(row) for row in held.get(VARIANT, [])]
+    variants = {row.pop("name", ""): row for row in rows}
+    if "" in variants or len(variants) < len(rows):
+        raise input_error(f"{where}: [[{VARIANT}]]", f"the names {list(variants)}", "a name of its own for each variant")
+    grid: dict[str, Any] = {VARIANT: list(variants)} if variants else {}
+    grid |= held.get("grid", {}) | {name: text.split(",") for name, _, text in (axis.partition("=") for axis in axes)}
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise input_error(f"{where}: [grid] {name}", repr(values), "a list of values, such as [1, 2, 3]")
+    flags = {name: value for name, value in _as_text(held.get("flags", {})).items() if name not in own}
+    for place, names in {"[flags]": flags, "the flags after --": own, **variants}.items():
+        if twice := set(names) & (grid.keys() | (own if place in variants else set())):
+            got = f"a flag of {place!r}, and an axis or a flag after --"
+            raise input_error(f"{where}: {min(twice)}", got, "it in one place")
+    cells: list[Cell] = []
+    skips = [_as_text(row) for row in held.get("skip", [])]
+    unused = list(skips)
+    for combination in product(*grid.values()):
+        values = _as_text(dict(zip(grid, combination, strict=True)))
+        given = flags | variants.get(values.get(VARIANT, ""), {}) | values
+        fits = [skip for skip in skips if given.items() >= skip.items()]
+        unused = [skip for skip in unused if skip not in fits]
+        if not fits:
+            given.pop(VARIANT, None)
+            cells.append(_cell(folder, where, values, given, words, own))
+            same = next(cell for cell in cells if cell.args == cells[-1].args)
+            if same is not cells[-1]:
+                raise input_error(f"{where}: cell {values}", f"the flags of {same.values}", "others")
+    if unused:
+        raise input_error(f"{where}: [[skip]] {unused[0]}", "a combination that no cell has", "one of the grid")
+    if not cells:
+        raise input_error(where, "no cells", "an axis, and not all of it left out")
+    read = {name: list(dict.fromkeys(cell.values[name] for cell in cells)) for name in grid}
+    reference = reference or held.get("reference")
+    if reference is not None and not any(reference in values for values in read.values()):
+        raise input_error(f"{where}: reference", repr(reference), f"a value of an axis: {read}")
+    return Study(folder, held.get("title") or (file.stem if file else "study"), read, reference, cells)
 
 
-def left_over(study: Path, grid: Grid) -> list[str]:
-    """Names of the cells' folders that the grid does not have (any more)."""
-    ours = {Place(study, cell).folder.name for cell in grid.cells}
-    folder = study / CELLS
-    return (
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in ours) if folder.is_dir() else []
-    )
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        held = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise input_error(file, f"no readable TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
+    for name, value in held.items():
+        rows = value if isinstance(value, list) else []
+        if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
+            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
+            raise input_error(f"{file}: {name}", repr(value), expected)
+    return held
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in row.items()}
+
+
+def _cell(
+    folder: Path, where: str, values: dict[str, str], given: dict[str, str], words: Sequence[str], own: set[str]
+) -> Cell:
+    """A cell whose command line run_main.py takes.
+
+    Args:
+        values: axis -> value; given: flag -> value of the grid file; words: the flags after --, own: their names.
+
+    Raises:
+        InputError: run_main.py refuses, in its own words; or it would train no single run.
+    """
+    where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items()) or 'without axes'}"
+    if M4 in (given.get("data"), *words):
+        hint = "run_m4.py trains, scripts/m4_scores.py makes the table"
+        raise input_error("--data", f"{M4} in {where}", "data whose errors are standardised", hint)
+    if OWN & (given.keys() | own):
+        raise input_error(where, f"--{min(OWN & (given.keys() | own))}", "it left out: the study sets it")
+    every = {name: value for name, value in (USUAL | given).items() if name not in own}
+    line = [word for name, value in every.items() for word in (f"--{name}", str(value))] + list(words)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse_flags(line)
+    except SystemExit:
+        raise InputError(f"{where}: {said.getvalue().strip().removeprefix('run_main.py: error: ')}") from None
+    if args.is_training != 1 or args.itr != 1:
+        raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")
+    # Values as the parser reads them: two ways to write a number are the same run.
+    values = {name: word if name == VARIANT else str(getattr(args, name)) for name, word in values.items()}
+    tried = sorted((name, str(getattr(args, name))) for name in (given.keys() | own) & RECORDED)
+    digest = hashlib.sha256(json.dumps(tried).encode()).hexdigest()[:8]
+    readable = clean_name("_".join(word if name == VARIANT else f"{name}-{word}" for name, word in values.items()))
+    name = f"{re.sub(r'_{2,}', '_', readable)[:LONGEST]}_{digest}"
+    held = sorted((folder / "cells").glob(f"*_{digest}"))  # the folder stays where the axes were named otherwise
+    home = held[0] if held else folder / "cells" / name
+    command = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
+    return Cell(values, args, name, home, home / run_name(args, 0), command)
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """How far a cell is (`state`); of one that is done also the figures of results.csv, machine and data, and figures of
+    prediction intervals and of the simple forecasts."""
+    metrics, header = read_json(cell.run / "metrics.json"), read_json(cell.run / "checkpoint.json")
+    note = read_json(cell.folder / NOTE)
+    if not metrics.get("test") or not header:
+        return {"state": FAILED if note.get("exit_code") else HALF if cell.run.is_dir() else NEW}
+    history, tensors, trained = cell.run / "history.csv", cell.run / "checkpoint.safetensors", None
+    epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
+    if tensors.is_file():  # large ones may have been removed
+        with safe_open(tensors, "np") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.startswith("intervals.")]
+        trained = sum(math.prod(shape) for shape in shapes)
+    simple = metrics.get("baselines", {}).get("rows", [])
+    return {
+        "state": DONE,
+        "mse": metrics["test"]["mse"],
+        "mae": metrics["test"]["mae"],
+        "windows": metrics["windows"],
+        "windows_dropped": 0,  # the test split is scored whole
+        "trained_values": trained,
+        "epochs": len(epochs) or None,
+        "best_epoch": header.get("epoch"),
+        "validation_loss": header.get("vali_loss"),
+        # A call that was killed could not write its time down; the epochs' own times are there still.
+        "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
+        "machine": note.get("machine", "unknown"),
+        "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
+        "intervals": _interval_figures(metrics),
+        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **_interval_figures(r)} for r in simple],
+    }
+
+
+def _interval_figures(found: dict[str, Any]) -> dict[str, float]:
+    # Under a table's heads: "in 80 %" is the part of the truths inside the 80 % intervals.
+    intervals = found.get("intervals") or {"levels": {}, "wql": None}
+    figures = {} if intervals["wql"] is None else {"WQL": intervals["wql"]}
+    for level, held in reversed(intervals["levels"].items()):
+        figures = {f"in {level} %": held["coverage"], f"width {level} %": held["width"], **figures}
+    return figures
+
+
+def last_line(cell: Cell) -> str:
+    """What a cell's log says last."""
+    lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_note(cell: Cell, **values: object) -> None:
+    """Write down what is known of a cell now, beside what was."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_json(cell.folder / NOTE, read_json(cell.folder / NOTE) | {"command": cell.command} | values)
+
+
+def card_names() -> list[str]:
+    """The graphics cards that nvidia-smi lists; none where it is missing."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return []
 
 
 def machine() -> str:
     """CPU, cores and torch's version, and the graphics cards where there are some."""
-    name = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), name)
-    cards = "".join(f", {card}" for card in ask_cards("name") or [])
-    return f"{name}, {cores()} cores{cards}, torch {importlib.metadata.version('torch')}"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
+    name = models[0] if models else platform.processor() or platform.machine()
+    return ", ".join([name, f"{cores()} cores", *card_names(), f"torch {importlib.metadata.version('torch')}"])
 
 
 def cores() -> int:
@@ -154,145 +251,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class StudyLock:
-    """The study's folder is this process's until it ends, however it ends."""
-
-    def __init__(self, study: Path, shared: bool = False):
-        """Make the folder if need be, and lock it.
-
-        Args:
-            shared: with others that share it, such as tasks that run a cell each (see `CellLock`).
-
-        Raises:
-            InputError: it cannot be written, or another study runs in it.
-        """
-        self._handle = _open_lock(study, study / LOCK)
-        if not _lock(self._handle, shared):
-            os.close(self._handle)
-            raise input_error(f"--out {study}", "another study that runs in it", "none", "wait for it or end it")
-
-    def release(self) -> None:
-        """Give the folder back."""
-        os.close(self._handle)
-
-
-class CellLock:
-    """A cell is this task's until it ends, however it ends."""
-
-    def __init__(self, study: Path, place: Place):
-        """Lock a cell of a study.
-
-        Raises:
-            InputError: its folder cannot be written, or another task runs it.
-        """
-        self._handle = _open_lock(study, _lock_of(place))
-        if not _lock(self._handle):
-            os.close(self._handle)
-            raise input_error(f"--cell {place.cell.id}", "another task that runs it", "none", "wait for it or end it")
-
-    def release(self) -> None:
-        """Give the cell back."""
-        os.close(self._handle)
-
-
-class ResultsLock:
-    """A context in which no other process writes a study's tables: each is made from all cells that are done, and one that
-    had looked earlier must not replace one that has seen more."""
-
-    def __init__(self, study: Path):
-        self._study = study
-
-    def __enter__(self) -> None:
-        """Wait for the others.
-
-        Raises:
-            InputError: the study's folder cannot be written.
-        """
-        self._handle = _open_lock(self._study, self._study / RESULTS_LOCK)
-        _lock(self._handle, wait=True)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
-
-
-def _lock_of(place: Place) -> Path:
-    # Beside the cell's folder, which may be moved aside.
-    return place.folder.with_name(f".{place.folder.name}{LOCK}")
-
-
-def _open_lock(study: Path, path: Path) -> int:
-    """A lock's file, made where there is none.
-
-    Raises:
-        InputError: the study's folder cannot be written.
-    """
-    try:
-        (study / CELLS).mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as error:
-        raise input_error(f"--out {study}", f"no writing ({error.strerror})", "a folder that can be written") from None
-
-
-def has_task(place: Place) -> bool:
-    """Whether a task runs the cell, as far as this machine can see."""
-    return _is_locked(_lock_of(place))
-
-
-def in_use(run: Path) -> bool:
-    """Whether a process trains in a run's folder: one that has outlived a study that was killed."""
-    return _is_locked(run / LOCK)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _lock(handle)
-    finally:
-        os.close(handle)  # gives a lock back, too
-
-
-def _lock(handle: int, shared: bool = False, wait: bool = False) -> bool:
-    """Take a lock that dies with the process; False: another process has it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks goes without
-    return True
-
-
-def _trained_values(file: Path) -> int | None:
-    try:
-        return sum(math.prod(shape) for shape in read_header(file).shapes.values())
-    except (OSError, ValueError):
-        return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    return held if isinstance(held, dict) else {}
-
-
-def _damaged(path: Path, error: ValueError) -> InputError:
-    return input_error(path, f"a damaged file ({error})", "JSON", "move the cell's folder away, and it runs anew")
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def time_text(seconds: float) -> str:
+    """Seconds for people: 45 s, 4 min 12 s, 1 h 50 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from data_provider.batches import Batch
-from data_provider.patterns import PATTERNS
+from data_provider.splits import PATTERNS
 
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 

@@ -123,55 +123,34 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def loading_advice(args: Namespace) -> str:
-    """What to change where there is no model yet whose parts could be counted."""
+def advice(args: Namespace, model: ForecastModel | None = None) -> str:
+    """What to change, the largest saving first; without figures while there is no model yet."""
     if not model_class(args.model).uses_llm:
         return OTHERS_ADVICE
-    loaded = layers_of(args)
-    savings = ["--load_in_4bit"] if _may_be_four_bit(args) else []
+    loaded, eight_bit = layers_of(args), args.optimizer == "adamw8bit"
+    layers, savings = 1.0, {}  # of no unit, without a model
+    if isinstance(model, Model):
+        words = model.backbone.embeddings.nbytes
+        layers = sum(p.nbytes for p in model.backbone.model.parameters()) - words
+        mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
+        if mapped:  # of each value the value, the moments, and with 8 bit alone its gradient as a whole
+            on_card = words if model.backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
+            savings["--prototypes direct"] = mapped * (4 + OPTIMIZER_BYTES[args.optimizer] + 4 * eight_bit) + on_card
+        if not eight_bit:
+            savings["--optimizer adamw8bit"] = sum(p.numel() for p in model.parameters()) * 6 - mapped * 4
+    elif args.prototypes != "direct" and args.use_reprogramming:
+        savings["--prototypes direct"] = 0.4
     if loaded > 1:
-        savings.append(f"--llm_layers {loaded // 2}")
-    if args.prototypes != "direct" and args.use_reprogramming:
-        savings.append("--prototypes direct")
-    named = f"change {' or '.join(savings)}, or " if savings else ""
-    return f"{named}end other programs that use the GPU"
-
-
-def advice(args: Namespace, model: ForecastModel) -> str:
-    """What to change, the largest saving first."""
-    if not isinstance(model, Model):
-        return OTHERS_ADVICE
-    trained = sum(parameter.numel() for parameter in model.parameters())
-    moments = OPTIMIZER_BYTES[args.optimizer]  # beside 4 of a trained value and 4 of its gradient
-    mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
-    backbone = model.backbone
-    words = backbone.embeddings.nbytes
-    layers = sum(p.nbytes for p in backbone.model.parameters()) - words
-    loaded = layers_of(args)
-    fewer, savings = loaded // 2, {}
-    if fewer:
-        savings[f"--llm_layers {fewer}"] = layers * (1 - fewer / loaded)
-    if mapped:
-        on_card = words if backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
-        savings["--prototypes direct"] = mapped * (4 + moments + (0 if is_factored(args) else 4)) + on_card
-    if args.optimizer != "adamw8bit":  # which forms the mapping layer's whole gradient
-        savings["--optimizer adamw8bit"] = trained * 6 - mapped * 4
-    if _may_be_four_bit(args):
+        savings[f"--llm_layers {loaded // 2}"] = layers * (1 - loaded // 2 / loaded)
+    if not args.load_in_4bit and args.llm_ablation == "off":  # else no layers are read, or they are drawn
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
+    if model is None:
+        change = f"change {' or '.join(ordered)}, or " if ordered else ""
+        return f"{change}end other programs that use the GPU"
     named = [f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered]
     changes = ", ".join([*named, "a shorter --seq_len"])
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"
-
-
-def _may_be_four_bit(args: Namespace) -> bool:
-    """Whether layers are read that 4 bit would make smaller: with `--llm_ablation` none are, or they are drawn."""
-    return not args.load_in_4bit and args.llm_ablation == "off"
-
-
-def is_factored(args: Namespace) -> bool:
-    """Whether the optimizer works on rows, so that the mapping layer's gradient never exists as a whole."""
-    return args.optimizer != "adamw8bit"
 
 
 def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
@@ -194,23 +173,18 @@ def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
     if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:
         each += patches * PROTOTYPES * heads  # which scores were dropped, a byte each
     each += 8 * patches * heads * model.d_ff * 4  # queries and their attention's results, and gradients
-    free = _free_bytes(backbone.device)
+    free = psutil.virtual_memory().available
+    if backbone.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(backbone.device)
+        held, used = torch.cuda.memory_reserved(backbone.device), torch.cuda.memory_allocated(backbone.device)
+        cap = int(torch.cuda.get_per_process_memory_fraction(backbone.device) * total)
+        free = min(free + held - used, cap - used)
     if args.is_training:  # gradients and optimizer state are not there yet
         free -= sum(p.numel() for p in model.parameters()) * (4 + OPTIMIZER_BYTES[args.optimizer])
-        if model.mapping_layer is not None and is_factored(args):
+        if model.mapping_layer is not None and args.optimizer != "adamw8bit":  # formed in blocks
             free += model.mapping_layer.weight.numel() * 4 - BLOCK_BYTES
     fit = max(1, int(SHARE * free / each))
     if backbone.device.type == "cpu":
         tokens = max(patches, STATISTICS_TOKENS) if model.fast_path else prompt + patches
         fit = min(fit, max(FEW, LARGEST_TENSOR // (tokens * backbone.inner_size * backbone.embeddings.element_size())))
     return 1 << (fit.bit_length() - 1)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        fraction = torch.cuda.get_per_process_memory_fraction(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        return min(free + held, int(fraction * total) - torch.cuda.memory_allocated(device))
-    return psutil.virtual_memory().available

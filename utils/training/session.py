@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from models.base import ForecastModel
-from utils.intervals import Intervals
+from utils.results.bands import Intervals
 from utils.results.journal import Journal
 from utils.results.log import RunLog
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts
-from utils.saving.saver import Saver
-from utils.saving.state import Progress
+from utils.saving.state import Progress, Saver
 from utils.training.precision import Precision
 
 
@@ -87,7 +86,7 @@ class Job:
         self._training = training
 
     @property
-    def windows(self) -> SplitSeries:
+    def windows(self) -> Any:
         """The series, cut into windows; a run that only forecasts has none."""
         assert isinstance(self.series, SplitSeries), "this run only forecasts"
         return self.series

@@ -11,12 +11,11 @@ import torch.distributed as dist
 from data_provider.batches import Batch
 from models.base import ForecastModel
 from utils.errors import RunError
-from utils.results.calibration import Calibration
+from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.m4_pass import open_pass
-from utils.results.test_pass import TestPass
+from utils.results.test_pass import TestPass, open_pass
 from utils.saving.interrupt import Interrupted
-from utils.saving.saver import resume_command
+from utils.saving.state import resume_command
 from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
@@ -107,7 +106,7 @@ def train_epoch(job: Job, clock: "Clock") -> float:
                 if journal:
                     journal.flush()
             save_if_asked(job, stop, due)
-    return float(progress.loss_sum) / (total - progress.skipped) if total > progress.skipped else float("nan")
+    return progress.loss_sum / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
 def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:

@@ -11,7 +11,6 @@ from matplotlib.dates import date2num
 from utils.errors import StorageError
 from utils.results.forecast import Forecast
 from utils.results.plots import draw_forecast, draw_losses, draw_steps, draw_windows, forecast_figure, panels_of
-from utils.results.predictions import Predictions
 from utils.results.test_pass import Window
 
 
@@ -73,11 +72,3 @@ def test_losses_that_are_no_numbers(tmp_path, monkeypatch):
     draw_losses(tmp_path, history)
     draw_losses(tmp_path, history[:1])
     assert marked == [3]
-
-
-def test_dates_with_a_time_zone_are_kept_without_a_warning(tmp_path):
-    predictions = Predictions(tmp_path, 2, 1, ["a"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        predictions.close(pd.date_range("2020-01-01", periods=2, freq="h", tz="UTC"), np.zeros(1), np.ones(1))
-    assert np.load(tmp_path / "predictions.npz")["start"][1] == np.datetime64("2020-01-01T01:00")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, run_folder, train
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.saving.checkpoint import shapes_of
 from utils.saving.interrupt import Interrupts
 from utils.setup import setup

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.live import Lab
-from utils.command_line import parse_flags
 from utils.errors import RunError
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.setup import setup
 from utils.training.evaluate import score
@@ -179,18 +179,3 @@ def test_no_memory_for_the_model_is_one_line(begin, monkeypatch, place: str) -> 
     monkeypatch.setattr(place, no_memory)
     with pytest.raises(RunError, match="^CUDA out of memory in loading the model; change --load_in_4bit or "):
         begin()
-
-
-def test_no_memory_to_name_wrong_numbers_does_not_hide_them(begin, monkeypatch) -> None:
-    job = begin("--max_iters", 1)
-    monkeypatch.setattr("utils.training.step.MAX_SKIPS", 0)
-    break_targets(job, {1}, float("nan"))
-    shared, tried = job.model.shared, []
-
-    def short():
-        tried.append(1)
-        return shared() if len(tried) == 1 else no_memory()
-
-    monkeypatch.setattr(job.model, "shared", short)
-    with pytest.raises(RunError, match="no finite loss or gradient; the last is of the windows that start at 2020-"):
-        train(job)

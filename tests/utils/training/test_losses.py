@@ -45,7 +45,7 @@ def by_hand(name: str, forecast: torch.Tensor, sequences: Batch, season: int = 2
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["MSE", "SMAPE", "MAPE", "MASE"])
 def test_losses_are_their_formulas(name: str, masked: bool, monkeypatch) -> None:
-    from data_provider.patterns import PATTERNS, Pattern
+    from data_provider.splits import PATTERNS, Pattern
 
     monkeypatch.setitem(PATTERNS, "Quarterly", Pattern(3, 2, 1.5, "1 quarter", "Quarterly"))
     forecast, sequences = part(masked)

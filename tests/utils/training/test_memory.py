@@ -16,9 +16,9 @@ from layers.patch import patch_count
 from models.TimeLLM import Model
 from tests.conftest import NAMES
 from tests.small_run import command_line, make_batch, random_windows, small_model, train
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.setup import setup
-from utils.training.memory import advice, loading_advice
+from utils.training.memory import advice
 from utils.training.session import Job
 
 SEQ_LEN = 128
@@ -136,7 +136,7 @@ def flagged(load, folder: Path, **flags: object) -> tuple[Namespace, Model]:
     ],
 )
 def test_advice_before_there_is_a_model(tmp_path: Path, flags: dict, words: str) -> None:
-    assert loading_advice(parse_flags(command_line(tmp_path, tmp_path, **{"llm_layers": 6} | flags))) == words
+    assert advice(parse_flags(command_line(tmp_path, tmp_path, **{"llm_layers": 6} | flags))) == words
 
 
 def test_a_repeats_model_is_gone_before_the_next_is_loaded(argv, capsys, monkeypatch) -> None:
@@ -145,7 +145,7 @@ def test_a_repeats_model_is_gone_before_the_next_is_loaded(argv, capsys, monkeyp
     def watch(*args: Any) -> Job:
         assert [ref() for ref in watched if ref() is not None] == []
         job = setup(*args)
-        held = job, job.training, job.training.optimizer, job.training.guard, job.training.saver, job.loaders["train"]
+        held = job, job.training, job.training.optimizer, job.training.saver, job.loaders["train"]
         model = job.model, *job.model.parameters(), job.model.language_model
         backbone = job.model.backbone, job.model.backbone.model, *job.model.backbone.model.parameters()
         watched.extend(map(weakref.ref, (*held, *model, *backbone)))

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+import utils.training.train
 from tests.small_run import run_folder, train
-from utils.command_line import parse_flags
 from utils.errors import RunError
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
-from utils.saving.state import FIRST_SCALE, Progress, find_state
+from utils.saving.state import FIRST_SCALE, find_state
 from utils.setup import setup
-from utils.training import precision
 from utils.training.evaluate import score
-from utils.training.precision import LossScale, choose_precision
+from utils.training.precision import choose_precision
 from utils.training.session import Job
 from utils.training.train import Clock, train_epoch
 from utils.training.train import train as fit
@@ -34,8 +33,8 @@ def begin(argv, tmp_path: Path):
     def begun(where: str = "runs", scale: float = 2.0**12, **flags: object) -> Job:
         words = argv(**{"amp_dtype": "fp16", "save_steps": 0, "checkpoints": tmp_path / where} | flags)
         jobs.append(setup(parse_flags(words), 0, Interrupts()))
-        assert float(jobs[-1].training.guard.scale.value) == FIRST_SCALE
-        jobs[-1].training.guard.scale = LossScale(jobs[-1].device, scale)
+        assert jobs[-1].training.progress.loss_scale == FIRST_SCALE
+        jobs[-1].training.progress.loss_scale = scale
         return jobs[-1]
 
     yield begun
@@ -99,16 +98,17 @@ def test_choice(monkeypatch, device: str, flags: dict, has_bf16: bool, autocast,
 
 
 @pytest.mark.parametrize("path", ["auto", "plain"])
-def test_a_run_in_fp16_loses_as_one_in_float32(argv, capsys, monkeypatch, tmp_path: Path, path: str) -> None:
+def test_a_run_in_fp16_loses_as_one_in_float32(begin, argv, capsys, path: str) -> None:
     """Step by step, from a scale at which none is skipped."""
-    monkeypatch.setattr("utils.begin.LossScale", lambda device, *_: LossScale(device, 2.0**12))
     flags = {"max_iters": 6, "log_every": 1, "fast_path": path, "dropout": 0.0}
-    wide = train(argv(checkpoints=tmp_path / "wide", **flags), capsys)
-    half = train(argv(checkpoints=tmp_path / "half", amp_dtype="fp16", **flags), capsys)
-    assert len(losses(half)) == 6
-    assert losses(half) == pytest.approx(losses(wide), rel=0.02) and losses(half) != losses(wide)
-    assert "Numbers: fp16 with loss scaling" in half and not any(line.startswith("Numbers") for line in wide)
-    assert not any("WARNING" in line for line in half)
+    found = {}
+    for dtype in ("fp32", "fp16"):
+        job = begin(dtype, amp_dtype=dtype, **flags)
+        epoch(job)
+        found[dtype] = losses((job.folder / "train.log").read_text(encoding="utf-8").splitlines())
+        assert not warnings(job)
+    assert len(found["fp16"]) == 6
+    assert found["fp16"] == pytest.approx(found["fp32"], rel=0.02) and found["fp16"] != found["fp32"]
 
 
 def test_a_checkpoint_is_tested_whatever_it_was_trained_in(argv, capsys) -> None:
@@ -144,7 +144,7 @@ def test_an_infinite_gradient_halves_the_scale_and_skips(begin) -> None:
     overflow(job, {2})
     epoch(job), epoch(first)
     assert all(torch.equal(a, b) for a, b in zip(weights(job), weights(first), strict=True))
-    assert float(job.training.guard.scale.value) == 2**11 and int(job.training.guard.scale.good_steps) == 0
+    assert job.training.progress.loss_scale == 2**11 and job.training.progress.good_steps == 0
     assert len(warnings(job)) == 1 and "a gradient is NaN or infinite; the step is skipped" in warnings(job)[0]
     assert warnings(job)[0].endswith("1 in a row); the loss was scaled by 4096")
 
@@ -152,7 +152,7 @@ def test_an_infinite_gradient_halves_the_scale_and_skips(begin) -> None:
 def test_a_real_overflow_brings_the_scale_down_until_it_fits(begin) -> None:
     job = begin(scale=2.0**20, max_iters=10)
     epoch(job)
-    scale, skipped = float(job.training.guard.scale.value), job.training.progress.skipped
+    scale, skipped = job.training.progress.loss_scale, job.training.progress.skipped
     assert 4 < skipped < 10 and scale == 2.0 ** (20 - skipped)
     assert all(torch.isfinite(tensor).all() for tensor in weights(job))
 
@@ -161,7 +161,7 @@ def test_more_than_ten_skips_in_a_row_do_not_end_a_run_whose_scale_comes_down(be
     job = begin(scale=FIRST_SCALE, max_iters=13, batch_size=8)
     overflow(job, set(range(1, 13)))
     epoch(job)
-    assert len(warnings(job)) == 12 and float(job.training.guard.scale.value) == FIRST_SCALE / 2**12
+    assert len(warnings(job)) == 12 and job.training.progress.loss_scale == FIRST_SCALE / 2**12
     assert job.training.progress.skipped_in_a_row == 0
 
 
@@ -170,45 +170,33 @@ def test_skips_end_the_run_once_the_scale_is_one(begin) -> None:
     overflow(job, set(range(1, 100)))
     with pytest.raises(RunError, match="17 steps in a row had no finite loss or gradient"):
         fit(job)  # 16 halvings, and one step that was not scaled
-    assert float(job.training.guard.scale.value) == 1
+    assert job.training.progress.loss_scale == 1
 
 
-def test_the_scale_doubles_after_good_steps(monkeypatch) -> None:
-    monkeypatch.setattr(precision, "GOOD_STEPS", 3)
-    scale, seen = LossScale(torch.device("cpu"), 4.0), []
-    for wrong in (False, False, False, False, True, False, False, False, True, True, True, True, True):
-        scale.update(torch.tensor(wrong))
-        seen.append(float(scale.value))
-    assert seen == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]
+def test_the_scale_doubles_after_good_steps(begin, monkeypatch) -> None:
+    monkeypatch.setattr(utils.training.train, "GOOD_STEPS", 3)
+    job, seen = begin(scale=4.0, max_iters=13, batch_size=8), []
+    overflow(job, {5, 9, 10, 11, 12, 13})
+    due = job.training.saver.due  # asked in each step, before its change of the scale
+    monkeypatch.setattr(job.training.saver, "due", lambda progress: seen.append(progress.loss_scale) or due(progress))
+    epoch(job)
+    assert [*seen[1:], job.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]
 
 
 def test_a_resumed_run_goes_on_with_its_scale(argv, capsys, monkeypatch, tmp_path: Path) -> None:
     """Two epochs at once against one and then another: the same tensors, optimizer state and scale."""
-    monkeypatch.setattr(precision, "GOOD_STEPS", 7)
+    monkeypatch.setattr(utils.training.train, "GOOD_STEPS", 7)
     flags = {"amp_dtype": "fp16", "max_iters": 5, "resume": True}
     whole = argv(train_epochs=2, checkpoints=tmp_path / "whole", **flags)
     parts = [argv(train_epochs=epochs, checkpoints=tmp_path / "parts", **flags) for epochs in (1, 2)]
     for words in (whole, parts[0]):
         train(words, capsys)
     before, _ = find_state(run_folder(parts[0]))
-    assert before is not None and Progress.from_json(before.progress).good_steps == 4
+    assert before is not None and before["progress"]["good_steps"] == 4
     assert any("Resuming from" in line for line in train(parts[1], capsys))
-    states = [find_state(run_folder(words))[0] for words in (whole, parts[1])]
-    assert states[0] is not None and states[1] is not None
-    assert states[0].progress == states[1].progress
-    assert (states[0].progress["loss_scale"], states[0].progress["good_steps"]) == (
-        FIRST_SCALE,
-        2,
-    )  # the first step has halved it
-    tensors = [load_file(state.path) for state in states if state]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
-
-
-def test_a_state_from_before_there_was_a_scale(argv) -> None:
-    held = Progress(epoch=3).to_json()
-    del held["loss_scale"], held["good_steps"]
-    assert Progress.from_json(held).loss_scale == FIRST_SCALE
+    one, two = (find_state(run_folder(words))[0] for words in (whole, parts[1]))
+    assert (one["progress"]["loss_scale"], one["progress"]["good_steps"]) == (FIRST_SCALE, 2)  # the first step has halved it
+    assert one["path"].read_bytes() == two["path"].read_bytes()
 
 
 def test_evaluation_is_finite_in_fp16(begin) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
@@ -25,7 +23,6 @@ from tests.small_run import (
     run_in_group,
     train,
     train_in_two_processes,
-    write_csv,
 )
 from utils.saving.state import state_files
 
@@ -57,8 +54,10 @@ def losses(words: list[str]) -> list[float]:
 
 def tensors(words: list[str]) -> dict[str, torch.Tensor]:
     """Those of the newest state, without the random generators'."""
-    held = load_file(state_files(run_folder(words))[0])
-    return {name: tensor for name, tensor in held.items() if not name.startswith("random")}
+    held = torch.load(state_files(run_folder(words))[0])
+    moments = {f"{number}.{name}": value for number, of in held["optimizer"].items() for name, value in of.items()}
+    named = {"model": held["model"], "optimizer": moments}
+    return {f"{kind}.{name}": value for kind, of in named.items() for name, value in of.items() if torch.is_tensor(value)}
 
 
 def assert_alike(words: list[str], others: list[str], tolerance: float) -> None:
@@ -134,8 +133,6 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(words, tmp_path:
         began = time.monotonic()
         _, err = run.communicate(timeout=60)
     assert run.returncode != 0 and time.monotonic() - began < 30
-    told = [line for line in err.splitlines() if line.startswith("run_main.py: error: ")]
-    assert len(told) == 1 and re.match("run_main.py: error: rank 0 on .*: ended without a word.*--resume", told[0])
     done = run_in_group(launched(killed))
     assert done.returncode == 0 and "Resuming from" in done.stdout
     one, two = tensors(whole), tensors(killed)
@@ -148,12 +145,6 @@ def test_what_all_refuse_is_said_once(words) -> None:
     told = [line for line in run.stderr.splitlines() if line.startswith("run_main.py: error: ")]
     expected = "run_main.py: error: --batch_size: got 1, expected at least 2, a window of each step for each process"
     assert told == [expected] and run.stdout == ""
-
-
-def test_accelerate_starts_as_many_as_it_is_asked_for(words) -> None:
-    flags = {"model": "DLinear", "llm_model_path": None}
-    run = run_in_group([*ACCELERATE, "--cpu", "--num_processes", "2", "run_main.py", *words(**flags)])
-    assert run.returncode == 0 and "2 processes: " in run.stdout, run.stderr
 
 
 @pytest.mark.long
@@ -171,42 +162,20 @@ def test_two_machines_that_share_a_folder(words) -> None:
     assert_alike(alone, group, 1e-6)
 
 
-# What the second of two processes has otherwise, and what is said of it.
-OTHERWISE = {
-    "other data": (
-        "sys.argv += ['--root_path', ELSEWHERE]",
-        r"rank 1 on .*: the data's values \(SHA-256\): got .*, expected .*, as",
-    ),
-    "another flag": ("sys.argv += ['--save_steps', '2']", "rank 1 on .*: --save_steps: got 2, expected None, as the first"),
-    "killed in set-up": (
-        "import utils.setup; utils.setup._load_model = lambda *_: os.kill(os.getpid(), 9)",
-        "rank 1 on .*: ended without a word",
-    ),
-    "an error": ("import utils.run; utils.run.fit = lambda job: 1 / 0", "rank 1 on .*: ZeroDivisionError: division by zero"),
-}
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        pytest.param(*case, id=name, marks=[] if name == "other data" else pytest.mark.long)
-        for name, case in OTHERWISE.items()
-    ],
-)
-def test_what_one_process_alone_has_wrong_ends_both(words, tmp_path: Path, line: str, told: str) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    write_csv(tmp_path / "elsewhere" / "series.csv", seed=1)
+@pytest.mark.long
+def test_an_error_of_one_process_ends_all_and_is_told(words, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nELSEWHERE = {str(tmp_path / 'elsewhere')!r}\n"
-        f"if os.environ['RANK'] == '1':\n    {line}\n"
-        "from run_main import main\nsys.exit(main(sys.argv[1:]))\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.errors import RunError\nimport utils.run\n"
+        "def fail(job): raise RunError('the disk is gone')\n"
+        "if os.environ['RANK'] == '1':\n    utils.run.fit = fail\n"
+        "from run_main import main\nsys.exit(main(sys.argv[1:], 'program.py'))\n"
     )
     began = time.monotonic()
     run = run_in_group(launched(words(model="DLinear", llm_model_path=None), program=str(program)))
-    lines = [line for line in run.stderr.splitlines() if line.startswith("program.py: error: ")]
-    assert run.returncode != 0 and len(lines) == 1 and time.monotonic() - began < 100, run.stderr
-    assert re.match(f"program.py: error: {told}", lines[0]), lines
+    assert run.returncode != 0 and time.monotonic() - began < 100
+    assert "program.py: rank 1: error: the disk is gone" in run.stderr, run.stderr
 
 
 @pytest.mark.long

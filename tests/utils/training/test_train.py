@@ -24,7 +24,7 @@ from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
-from utils.command_line import parse_flags
+from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.training.evaluate import score
 

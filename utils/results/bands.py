@@ -1,0 +1,201 @@
+"""Prediction intervals, calibrated on the errors of the validation windows.
+
+Split-conformal prediction (Papadopoulos et al., ECML 2002) with signed errors, so that both sides have their own
+length (Linusson et al., PAKDD 2014), each divided by the deviation of its window's history (Lei et al., JASA 2018,
+section 5.2): quiet hours get narrow bands. Of n errors that can be exchanged with the next one, the k-th smallest lies
+above it with probability k / (n + 1); from this come the ranks below, and with them the promise: a truth lies below
+the band's lower end with at most, and above its upper end with at most, half of what the level leaves.
+
+Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from data_provider.batches import Batch
+from layers.norm import EPSILON, instance_norm
+from utils.saving.files import PARTIAL, writing
+
+if TYPE_CHECKING:
+    from utils.training.session import Job
+
+LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
+DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
+LARGEST = 1e30  # an offset beyond is no number of deviations
+KEPT = "validation_errors.npy"  # of the repeats of a run, for the mean of their forecasts
+ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
+EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
+
+
+def ends(level: float) -> tuple[float, float]:
+    """The probabilities of a band's lower and upper end: 80 % has 0.1 and 0.9."""
+    low = round((100 - level) / 200, 8)
+    return low, round(1 - low, 8)
+
+
+def probabilities(levels: Iterable[float]) -> tuple[float, ...]:
+    """Those of the levels' ends, and the deciles, in order."""
+    return tuple(sorted({*DECILES, *(end for level in levels for end in ends(level))}))
+
+
+def fewest_windows(level: float) -> int:
+    """How many validation windows it takes to have one error beyond each end: 9 for 80 %, 39 for 95 %."""
+    return -(-EXACT // round(ends(level)[0] * EXACT)) - 1
+
+
+def name_of(level: float) -> str:
+    """80.0 -> "80", 99.5 -> "99.5": as in the names of columns."""
+    return f"{level:g}"
+
+
+def deviations(x: np.ndarray) -> np.ndarray:
+    """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it."""
+    return np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON)
+
+
+def quantiles(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray:
+    """Errors `[W, ...]` -> their quantiles `[Q, ...]` with the finite-sample correction; NaN where W is too small."""
+    W, ordered = len(errors), np.sort(errors, axis=0)
+    found = np.full((len(probabilities), *errors.shape[1:]), np.nan, dtype=np.float32)
+    for row, probability in zip(found, probabilities, strict=True):
+        parts = round(probability * EXACT) * (W + 1)
+        rank = parts // EXACT if probability < 0.5 else -(-parts // EXACT)  # of two ranks the outer one
+        if probability == 0.5:
+            row[:] = (ordered[(W - 1) // 2] + ordered[W // 2]) / 2
+        elif 1 <= rank <= W:
+            row[:] = ordered[rank - 1]
+    return found
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The calibrated quantiles of a model's errors.
+
+    Attributes:
+        levels: per cent, those that were asked for.
+        offsets: `[Q, N, H]` float32, in deviations of a window's history: a quantile of the truth is the forecast plus
+            offset times deviation. NaN where the windows were too few.
+        windows: how many were calibrated on, W.
+    """
+
+    levels: tuple[float, ...]
+    offsets: np.ndarray
+    windows: int
+
+    def has(self, levels: Iterable[float]) -> bool:
+        """Whether the ends of these levels were calibrated: those asked for, and 20, 40, 60 and 80 %."""
+        return all(level in (*self.levels, 20, 40, 60, 80) and self.windows >= fewest_windows(level) for level in levels)
+
+    def band(self, level: float) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets of the lower and the upper end, each `[N, H]`."""
+        low, high = (self.offsets[probabilities(self.levels).index(end)] for end in ends(level))
+        return low, high
+
+    def only(self, levels: Iterable[float]) -> "Intervals":
+        """These levels, of which all `has` to be there."""
+        levels, held = tuple(levels), probabilities(self.levels)
+        return Intervals(levels, self.offsets[[held.index(end) for end in probabilities(levels)]], self.windows)
+
+    def of(self, places: Sequence[int]) -> "Intervals":
+        """Those of some channels."""
+        return Intervals(self.levels, self.offsets[:, list(places)], self.windows)
+
+
+def continued(offsets: np.ndarray, steps: int) -> np.ndarray:
+    """Offsets `[N, H]` of one end, for `steps` rows `[N, steps]` of a forecast that goes on from itself.
+
+    Beyond H nothing was calibrated: there the band widens as if the errors of the rounds were independent, so
+    that their squares add up. It never gets narrower where one round ends.
+    """
+    H = offsets.shape[1]
+    rounds = np.arange(steps) // H
+    per_step = offsets[:, np.arange(steps) % H]
+    whole = offsets[:, -1:]
+    return np.where(rounds, np.sign(whole) * np.hypot(np.sqrt(rounds) * whole, per_step), per_step)
+
+
+def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
+    """Make a float32 .npy file of zeros, to be filled through memory maps.
+
+    Its room on the disk is taken at once: a map that meets a full disk would end the program without a word.
+
+    Args:
+        part_of: the file that it becomes a part of, named in an error.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with writing(part_of):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, mode="w+", dtype="<f4", shape=shape)
+        if hasattr(os, "posix_fallocate"):  # Linux
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+class Calibration(AbstractContextManager):
+    """Takes in the batches of a pass over the validation split: pass `consume` to `score`, then call `end`, within `with`.
+
+    The errors `[W, N, H]` lie on the disk meanwhile, where all processes of a group write theirs. The file goes, however
+    the pass ends.
+
+    Args:
+        levels: per cent; none: the job's.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+
+    def __init__(self, job: "Job", levels: tuple[float, ...] = ()):
+        series = job.windows
+        self.job, self.levels, self.path = job, levels or job.levels, job.folder / f".{KEPT}{PARTIAL}"
+        if job.accelerator.is_main_process:
+            shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
+            make_array(self.path, shape, job.folder / KEPT)
+        job.accelerator.wait_for_everyone()
+
+    def __exit__(self, *error: object) -> None:
+        if self.job.accelerator.is_main_process:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
+        """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
+        first, B = int(batch.index[0]), len(batch.index)
+        errors = (batch.y - forecast) / instance_norm(batch.x)[2]  # (M, H)
+        held = np.load(self.path, mmap_mode="r+")  # anew for each batch, so that memory holds no more than that
+        held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
+
+    def end(self) -> None:
+        """Give the job the intervals that the pass comes to; the errors of repeats (`--itr`) stay in the run's folder."""
+        job = self.job
+        job.accelerator.wait_for_everyone()  # all have written their windows
+        job.intervals = intervals_of([self.path], self.levels)
+        job.accelerator.wait_for_everyone()
+        if job.args.itr > 1 and job.accelerator.is_main_process:
+            with writing(self.path):
+                self.path.replace(job.folder / KEPT)
+
+
+def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
+    """The intervals of the mean of the errors `[W, N, H]` in these files; memory holds some of the channels."""
+    W, N, H = np.load(files[0], mmap_mode="r").shape
+    step = max(1, ERRORS_AT_ONCE // (W * H * len(files)))
+    rows = []
+    for first in range(0, N, step):
+        errors = np.mean([np.load(file, mmap_mode="r")[:, first : first + step] for file in files], axis=0)
+        rows.append(quantiles(errors, probabilities(levels)))
+    return Intervals(levels, np.concatenate(rows, axis=1), W)
+
+
+def mean_intervals(job: "Job", repeats: Sequence[Path]) -> Intervals | None:
+    """Those of the mean of the repeats' forecasts, whose errors are the mean of theirs; None where one has not left them."""
+    files = [folder / KEPT for folder in repeats]
+    return intervals_of(files, job.levels) if job.levels and all(file.is_file() for file in files) else None

@@ -1,0 +1,258 @@
+"""Tables and pictures of a study: results.csv with a row a cell; means over seeds, prediction intervals and paired
+differences in results.txt, .md and .tex."""
+
+import re
+import shlex
+import tomllib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy import stats  # type: ignore[import-untyped]
+
+from utils.saving.files import write_atomic, write_text
+from utils.study.cells import DONE, VARIANT, Cell, Study, measure, time_text
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "scripts" / "published.toml"
+ERRORS = ["mse", "mae"]
+COLUMNS = [*ERRORS, "windows", "windows_dropped", "trained_values", "epochs", "best_epoch", "validation_loss", "seconds"]
+NOT_IN_LABEL = ("seed", "pred_len", "data", "percent")  # means are over seeds, columns horizons, tables data and share
+PAIRS = 3  # seeds from which on a difference has an interval: of two, Student's t is 12.7 (of three 4.3)
+RUN, SIMPLE, OTHERS = "run", "simple forecast", "published"  # kinds of rows
+NONE, RIDGE = "-", "ridge regression"
+Table = tuple[str, pd.DataFrame]  # title and texts, by the names of the rows
+
+
+@dataclass
+class Section:
+    """What is known of one data set at one share of its training windows.
+
+    Attributes:
+        errors: rows by kind, name and seed (0 without one); columns (horizon, MSE, MAE or a figure of prediction
+            intervals), and MSE and MAE over all horizons as ("mean", error) where there are several.
+        notes: what the published rows say of themselves, by their sources.
+        windows: horizon -> numbers of test windows scored; more than one: rows differ.
+    """
+
+    title: str
+    errors: pd.DataFrame
+    notes: dict[str, str]
+    windows: dict[int, list[int]]
+
+
+def write_results(study: Study) -> list[str]:
+    """Write results.csv with a row a cell, and the tables and pictures of what is done; the names of the files."""
+    measured = [(cell, measure(cell)) for cell in study.cells]
+    rows = [cell.values | found | {"cell": cell.name} for cell, found in measured]
+    frame = pd.DataFrame(rows, columns=[*study.axes, *COLUMNS, "state", "cell"], dtype=object)
+    frame["seconds"] = frame["seconds"].map("{:.1f}".format, na_action="ignore")
+    groups: dict[tuple[str, int], list[tuple[Cell, dict[str, Any]]]] = {}
+    for cell, found in measured:
+        if found["state"] == DONE:
+            groups.setdefault((cell.args.data, cell.args.percent), []).append((cell, found))
+    sections = [_read_section(group) for group in groups.values()]
+    tables = [table for section in sections for table in _tables_of(study, section)]
+    facts = _facts(study, [found for group in groups.values() for _, found in group], sections)
+    pictures = _draw(study, sections)
+    texts = {
+        "results.csv": frame.to_csv(index=False, lineterminator="\n"),
+        "results.md": _as_markdown(study, tables, facts, pictures),
+        "results.tex": _as_latex(study.title, tables, facts),
+        "results.txt": _as_text(study.title, tables, facts),
+    }
+    for name, text in texts.items():
+        write_text(study.folder / name, text)
+    return [*texts, *pictures]
+
+
+def _label_of(values: dict[str, str], otherwise: str) -> str:
+    # The variant and the model stand by their values alone.
+    parts = [(axis, value) for axis, value in values.items() if axis not in NOT_IN_LABEL]
+    return ", ".join(value if axis in (VARIANT, "model") else f"{axis} {value}" for axis, value in parts) or otherwise
+
+
+def _read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
+    """The figures of the cells of one data set and share, of the simple forecasts beside them, and of others."""
+    rows: list[dict[str, Any]] = []
+    simple: list[dict[str, Any]] = []
+    for cell, found in group:
+        place = {"horizon": cell.args.pred_len, "seed": cell.args.seed, "row": _label_of(cell.values, cell.args.model)}
+        figures = {name: found[name] for name in (*ERRORS, "windows")} | found["intervals"]
+        rows.append(place | {"kind": RUN} | figures)
+        simple += [place | {"kind": SIMPLE, "seed": 0, "beside": place["row"]} | row for row in found["simple"]]
+    (cell, first), horizons = group[0], sorted({row["horizon"] for row in rows})
+    windows = {horizon: sorted({row.pop("windows") for row in rows if row["horizon"] == horizon}) for horizon in horizons}
+    published, notes = [], {}
+    for source in tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["source"]:
+        alike = all(getattr(cell.args, name, None) == value for cell, _ in group for name, value in source["when"].items())
+        for horizon in horizons if alike and first["data"] == f"{cell.args.data}.csv" else []:
+            if figures := source.get(cell.args.data, {}).get(str(horizon)):  # some give no MAE
+                place = {"kind": OTHERS, "seed": 0, "row": f"{source['name']} (published)", "horizon": horizon}
+                published.append(place | dict(zip(ERRORS, figures, strict=False)))
+                notes[source["name"]] = source["note"]
+    others = pd.DataFrame(simple, columns=[*rows[0], "beside"])
+    # A simple forecast is one row for all runs that had the same windows before them; else there is one beside each.
+    differs = others.round(9).groupby(["row", "horizon"])[[*rows[0]]].transform("nunique").max(axis="columns").gt(1)
+    differs = differs.groupby(others["row"]).transform("any")
+    others["row"] += (" (beside " + others.pop("beside") + ")").where(differs, "")
+    others = others.drop_duplicates(["row", "horizon"])
+    frame = pd.concat([pd.DataFrame(rows), others, pd.DataFrame(published)])
+    index = ["kind", "row", "seed"]
+    errors = frame.pivot(index=index, columns="horizon").swaplevel(axis="columns")
+    errors = errors.reindex(pd.MultiIndex.from_frame(frame[index].drop_duplicates()))
+    for error in ERRORS if len(horizons) > 1 else []:
+        errors["mean", error] = errors[[(horizon, error) for horizon in horizons]].mean(axis="columns", skipna=False)
+    share = f", {cell.args.percent} % of training" if cell.args.percent < 100 else ""
+    return Section(first["data"] + share, errors.rename_axis(columns=["horizon", "figure"]), notes, windows)
+
+
+def _tables_of(study: Study, section: Section) -> list[Table]:
+    """Means ± deviations over seeds, the best marked *; prediction intervals where there are some; paired differences."""
+    by_row = section.errors.groupby(level=["kind", "row"], sort=False)
+    means, horizons = by_row.mean(), section.errors.columns.unique("horizon")
+    columns, kinds = [(horizon, error) for horizon in horizons for error in ERRORS], means.index.get_level_values("kind")
+    texts = means[columns].map(lambda value: NONE if pd.isna(value) else f"{value:.4f}")
+    best = texts.eq(means.loc[kinds != OTHERS, columns].min().map("{:.4f}".format))  # as printed: what looks level is level
+    best.loc[kinds == OTHERS] = False
+    # Papers print three decimals.
+    texts.loc[kinds == OTHERS] = texts[kinds == OTHERS].map(lambda text: text.removesuffix("0"))
+    texts += by_row.std()[columns].map(lambda value: "" if pd.isna(value) else f" ± {value:.4f}")
+    texts += best.map(lambda is_best: "*" if is_best else "")
+    texts.columns = [f"{horizon} {error.upper()}" for horizon, error in columns]
+    counts = by_row.count()[[(horizon, "mse") for horizon in section.windows]].to_numpy()
+    seeds = [", ".join(map(str, row if len(set(row)) > 1 else row[:1])) for row in counts]
+    texts.insert(0, "seeds", [seed if kind == RUN else NONE for seed, kind in zip(seeds, kinds, strict=True)])
+    tables = [(section.title, texts.droplevel("kind"))]
+
+    names = [name for name in section.errors.columns.unique("figure") if name not in ERRORS]
+    intervals = means.drop(columns=columns).dropna(how="all")
+    if RUN in intervals.index:
+        held = {
+            f"{horizon}: {name}" if len(section.windows) > 1 else name: [
+                NONE if pd.isna(value) else f"{100 * value:.1f} %" if name.startswith("in ") else f"{value:.4g}"
+                for value in intervals[horizon, name]
+            ]
+            for horizon in section.windows
+            for name in names
+        }
+        frame = pd.DataFrame(held, index=intervals.index.get_level_values("row"))
+        tables.append((f"Prediction intervals ({section.title})", frame))
+
+    axes = {axis: values for axis, values in study.axes.items() if axis not in NOT_IN_LABEL and len(values) > 1}
+    for axis, values in sorted(axes.items(), key=lambda item: study.reference not in item[1])[:1]:
+        reference = study.reference if study.reference in values else values[0]
+        pairs = {_label_of(cell.values, ""): _label_of(cell.values | {axis: reference}, "") for cell in study.cells}
+        if lines := [line for pair in pairs.items() for line in _paired(section, *pair)]:
+            title = f"Differences from {reference}, paired over the same seed, data and horizon ({section.title})"
+            tables.append((title, pd.DataFrame(lines).set_index("row")))
+    return tables
+
+
+def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
+    """A row's mean difference from another over the seeds that both have, with Student's 95 % interval: a line a horizon."""
+    runs, lines = section.errors.loc[[RUN]].droplevel("kind"), []
+    if row == other or not {row, other} <= set(runs.index.unique("row")):
+        return []
+    differences = runs.loc[[row]].droplevel("row") - runs.loc[[other]].droplevel("row")
+    for horizon in section.errors.columns.unique("horizon"):
+        line = {"row": f"{row} - {other}", "horizon": str(horizon)}
+        for error in ERRORS:
+            found = differences[horizon, error].dropna()
+            number, mean = len(found), found.mean()
+            interval = f"{number} seed{'s' * (number > 1)}: no interval"
+            if number >= PAIRS:
+                half = stats.t.ppf(0.975, number - 1) * stats.sem(found)
+                interval = f"{mean - half:+.4f} to {mean + half:+.4f}"
+            line |= {"pairs": str(number), error.upper(): f"{mean:+.4f}", f"95 % interval of {error.upper()}": interval}
+        lines += [line] if number else []
+    return lines
+
+
+def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
+    """What stands below the tables: how much is done, where, on which windows, and what others did otherwise."""
+    spent = time_text(sum(result["seconds"] for result in found))
+    facts = [
+        f"{len(found)} of {len(study.cells)} cells done, {spent} of computing in all.",
+        *(f"Machine: {name}." for name in sorted({result["machine"] for result in found})),
+        "Errors on the standardised scale, lower is better; mean ± sample standard deviation over the seeds; best of a "
+        "column among what was measured here: bold (in results.txt: *).",
+    ]
+    for section in sections:
+        counts = [f"{' or '.join(map(str, numbers))} (horizon {h})" for h, numbers in section.windows.items()]
+        facts.append(f"{section.title}: test windows scored: {', '.join(counts)}; none dropped.")
+        if any(len(numbers) > 1 for numbers in section.windows.values()):
+            facts.append("WARNING: not all rows were scored on the same windows.")
+    notes = pd.Series({name: note for section in sections for name, note in section.notes.items()}, dtype=str)
+    by_note = notes.groupby(notes, sort=False)
+    return facts + [f"Published, not measured here: {', '.join(held.index)}: {note}." for note, held in by_note]
+
+
+def _as_text(title: str, tables: list[Table], facts: list[str]) -> str:
+    parts = [f"{head}\n\n{frame.rename_axis(None).to_string()}\n" for head, frame in tables]
+    return "\n".join([title, "=" * len(title), "", *parts, *facts, ""])
+
+
+def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: list[str]) -> str:
+    def escape(text: str) -> str:
+        plain = re.sub(r"([|*_<`])", r"\\\1", text.removesuffix("*"))
+        return f"**{plain}**" if text.endswith("*") else plain
+
+    lines = [f"# {escape(study.title)}", ""]
+    for title, frame in tables:
+        rows = [["", *frame], ["---", *["---:"] * frame.shape[1]], *(map(escape, row) for row in frame.itertuples())]
+        lines += [f"## {escape(title)}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [f"- {escape(fact)}" for fact in facts]
+    lines += [f"\n![{name}]({name})" for name in pictures]
+    lines += ["", "<details><summary>The command of every cell</summary>", ""]
+    for cell in study.cells:
+        words = [word.removeprefix(f"{Path.cwd()}/") for word in cell.command[2:]]
+        lines.append(f"{cell.name}:\n\n```bash\n{shlex.join(['python', 'run_main.py', *words])}\n```\n")
+    return "\n".join([*lines, "</details>", ""])
+
+
+def _as_latex(title: str, tables: list[Table], facts: list[str]) -> str:
+    parts = [f"% {title}", r"% \usepackage{booktabs}"]
+    for head, frame in tables:
+        caption = re.sub(r"([&%$#_{}])", r"\\\1", head)
+        text = frame.rename_axis(None).to_latex(escape=True, caption=caption, column_format="l" + "r" * frame.shape[1])
+        text = re.sub(r"(\S+(?: ± \S+)?)\* ", r"\\textbf{\1} ", text)
+        text = re.sub(r"(?<= )([+-])(?=\d)", r"$\1$", text).replace("±", r"$\pm$")
+        parts.append(text.replace(r"\begin{tabular}", "\\centering\n\\begin{tabular}"))
+    return "\n".join([*parts, *(f"% {fact}" for fact in facts), ""])
+
+
+def _draw(study: Study, sections: list[Section]) -> list[str]:
+    """Write the pictures: errors by row with a point a seed, and by horizon where there are several; their names."""
+    from matplotlib.figure import Figure  # only now: it takes a second to load
+
+    panels = [(section, horizon) for section in sections for horizon in section.windows]
+    several = [section for section in sections if len(section.windows) > 1]
+    highest = max(len(section.errors.loc[RUN].index.unique("row")) for section in sections)
+    by_row = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
+    by_horizon = Figure(figsize=(8, 5 * len(several)), layout="constrained")
+    for number, (section, horizon) in enumerate(panels, 1):
+        title = f"{section.title}, horizon {horizon}"
+        axes = by_row.add_subplot(len(panels), 1, number, title=title, xlabel="test MSE, standardised scale")
+        values = section.errors[horizon, "mse"]
+        rows = values[RUN].groupby(level="row", sort=False)
+        means = rows.mean()
+        axes.scatter(values[RUN], values[RUN].index.get_level_values("row"), alpha=0.6, label="a seed")
+        axes.errorbar(means, means.index, xerr=rows.std(), fmt="|", ms=16, label="mean ± deviation")
+        ridge = values[values.index.get_level_values("row").str.startswith(RIDGE)]
+        axes.vlines(ridge, -0.5, len(rows) - 0.5, colors="gray", linestyles=":", label=RIDGE)
+        axes.invert_yaxis()  # the first row on top
+        axes.legend(fontsize="small")
+    for number, section in enumerate(several, 1):
+        lines = section.errors[[(horizon, "mse") for horizon in section.windows]].groupby(level="row", sort=False).mean()
+        lines = lines.loc[
+            [*section.errors.loc[RUN].index.unique("row"), *(row for row in lines.index if row.startswith(RIDGE))]
+        ]
+        axes = by_horizon.add_subplot(len(several), 1, number, ylabel="test MSE, standardised scale")
+        lines.T.set_index(pd.Index(section.windows)).plot(ax=axes, marker="o", title=section.title, xlabel="horizon")
+        axes.set_xticks(list(section.windows))
+    pictures = {"error_by_row.png": by_row} | ({"error_by_horizon.png": by_horizon} if several else {})
+    for name, picture in pictures.items():
+        write_atomic(study.folder / name, partial(picture.savefig, format="png", dpi=110))
+    return list(pictures)
