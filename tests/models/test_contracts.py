@@ -88,17 +88,6 @@ def test_a_window_alone_equals_itself_in_a_batch(load, tmp_path, family: str, fo
         assert series_difference(turned, together) < tolerance
 
 
-def test_channels_are_forecast_in_their_place(load, tmp_path) -> None:
-    model = model_of(load, tmp_path, "qwen2")
-    x = random_windows(2, channels=3)
-    with torch.no_grad():
-        together = model(x)
-        assert together.shape == (2, 8, 3)
-        for channel in range(3):
-            alone = model(x[..., channel : channel + 1])[..., 0]
-            assert difference(alone, together[..., channel]) < FLOAT32
-
-
 def test_prompt_and_position_count(load, tmp_path) -> None:
     """The tests above could not fail if the forecast did not look at the prompt, or at positions."""
     model = model_of(load, tmp_path, "qwen2")
@@ -174,11 +163,6 @@ def test_an_empty_opening_may_follow_another(backbones, tmp_path) -> None:
     other.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     for each in (model, other, model):
         assert_paths_agree(each, make_batch(each, random_windows(2)), FLOAT32)
-
-
-def test_paths_agree_with_direct_prototypes(load, tmp_path) -> None:
-    model = model_of(load, tmp_path, "qwen2", prototypes="direct")
-    assert_paths_agree(model, make_batch(model, random_windows()), FLOAT32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 5, 100])
