@@ -1,23 +1,220 @@
-"""The frozen language model: loaded, and run over prompts and patches (Time-LLM, section 3.1, "frozen backbone").
+"""The frozen language model: its folder found and checked, loaded, and run over prompts and patches (Time-LLM, section 3.1).
 
-One builder serves every language model through transformers' Auto classes.
+What differs between the language models stands in `FAMILIES`; one builder serves all through transformers' Auto classes.
+Shapes: M sequences, L patches, n tokens, D the language model's width, V its vocabulary.
 """
 
+import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from layers.backbone_files import BackboneInfo
-from layers.errors import input_error
+from layers.errors import InputError, input_error
 from layers.fp16 import make_safe
+
+MAX_HEADER = 100_000_000  # bytes of a safetensors file's header, the format's own limit
+ABOUT = "backbone.json"  # what scripts/get_backbone.py says of a folder that it made
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one `--llm_model` name stands for."""
+
+    model_type: str  # how the model types of its configurations begin
+    hub_id: str  # fetched where no folder is given or found
+    causal: bool | None = True  # None: as the configuration's architecture says
+    options: tuple[tuple[str, object], ...] = ()  # further arguments of from_pretrained
+
+
+FAMILIES = {
+    "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
+    "LLAMA": Family("llama", "huggyllama/llama-7b"),
+    "GPT2": Family("gpt2", "openai-community/gpt2"),
+    "BERT": Family("bert", "google-bert/bert-base-uncased", causal=False, options=(("add_pooling_layer", False),)),
+    "AUTO": Family("", "", causal=None),
+}
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What a model folder says of itself, read without its weights."""
+
+    family: Family
+    folder: Path
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    heads: int
+    max_positions: int
+    causal: bool
+    window: int | None  # of sliding-window attention; None: a token sees all tokens before it
+    tokenizer: transformers.PreTrainedTokenizerBase
+    identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
+    note: str = ""  # where the weights come from, where the folder says so
+
+
+def find_backbone(name: str, path: str | None) -> BackboneInfo:
+    """Find a language model's folder and check it; no weight is read.
+
+    Args:
+        name: a key of FAMILIES (`--llm_model`).
+        path: a folder or a hub id (`--llm_model_path`); None looks in base_models/, then on the hub.
+
+    Raises:
+        InputError: folder, configuration, tokenizer or safetensors files missing or unreadable.
+    """
+    family = FAMILIES[name]
+    folder = _find_folder(family, path)
+    config = _read_config(name, family, folder)
+    fingerprint = _fingerprint(folder, family)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
+    except Exception as error:  # the Rust reader raises plain Exceptions
+        raise _unusable(folder, f"a tokenizer that cannot be used ({_first_line(error)})", "a readable one") from error
+    if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
+        raise _unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
+    decoder = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in config.architectures or [])
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    try:
+        note = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("note", "") if (folder / ABOUT).is_file() else ""
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
+    return BackboneInfo(
+        family=family,
+        folder=folder,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        # GPT2 names its positions differently; the attribute map of its config knows both names.
+        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
+        causal=decoder if family.causal is None else family.causal,
+        window=getattr(config, "sliding_window", None) if slides else None,
+        tokenizer=tokenizer,
+        identity={
+            "llm_model": name,
+            "model_type": config.model_type,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "fingerprint": fingerprint,
+        },
+        note=" ".join(str(note).split())[:200],
+    )
+
+
+def _find_folder(family: Family, path: str | None) -> Path:
+    """The folder on this disk, or that of what the hub has, fetched unless the hub's cache holds it.
+
+    Raises:
+        InputError: `path` is no folder, and names nothing on the hub either.
+    """
+    default = ROOT / "base_models" / family.hub_id.split("/")[-1]
+    local = default if path is None else Path(path).expanduser()
+    if local.is_dir():
+        return local
+    hub_id = path or family.hub_id
+    first, slash, rest = hub_id.partition("/")
+    # A hub id is `owner/name`, where no folder `owner` is here.
+    is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
+    if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
+        hub_id, place = (family.hub_id, str(default)) if family.hub_id else ("<hub id>", str(path))
+        raise _no_weights(str(path), "no such folder", hub_id, place)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
+        place = str(ROOT / "base_models" / hub_id.split("/")[-1])
+        raise _no_weights(path or place, _first_line(error), hub_id, place) from error
+
+
+def _no_weights(looked: str, reason: str, hub_id: str, place: str) -> InputError:
+    fetch = f"fetch them with: hf download {hub_id} --local-dir {place}"
+    return input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", fetch)
+
+
+def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
+    """A folder's configuration.
+
+    Raises:
+        InputError: it cannot be read, is of another family than `name`, or not that of a language model of text.
+    """
+    if not (folder / "config.json").is_file():
+        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
+        raise _unusable(folder, "no config.json", "a language model's configuration beside its weights", fetch)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+        raise _unusable(folder, f"a config.json that cannot be used ({_first_line(error)})", "a readable one") from error
+    if not config.model_type.startswith(family.model_type):
+        got, hint = f"a model of type {config.model_type} in {folder}", f"name its own family ({', '.join(FAMILIES)})"
+        raise input_error(f"--llm_model {name}", got, family.model_type, hint)
+    sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
+    nested = config.is_encoder_decoder or config.get_text_config() is not config
+    if nested or not all(isinstance(size, int) for size in sizes):
+        raise _unusable(folder, f"a model of type {config.model_type}", "a text-only language model (decoder or encoder)")
+    return config
+
+
+def _fingerprint(folder: Path, family: Family) -> str:
+    """SHA-256 over the configuration and each safetensors file's size, header and last 64 KiB: cheap, yet any
+    other weights of the same shape differ in it.
+
+    Raises:
+        InputError: a file is missing, or is cut short.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
+        got = f"no {missing[0]}" if missing else "no *.safetensors file"
+        raise _unusable(folder, got, "safetensors weights (others are not loaded)", fetch)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in [folder / name for name in names]:
+        size = shard.stat().st_size
+        try:
+            with safe_open(shard, framework="pt"):  # compares the header with the size
+                pass
+        except (SafetensorError, OSError) as error:
+            got = f"{shard.name} cut short or damaged ({size:,} bytes)"
+            raise _unusable(folder, got, "the whole file", "fetch it again") from error
+        with shard.open("rb") as file:
+            digest.update(str(size).encode())
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+            file.seek(max(0, size - 65536))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
+    return input_error(f"--llm_model_path {folder}", got, expected, hint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def require_bitsandbytes(flag: str) -> None:
@@ -36,7 +233,7 @@ class Backbone:
         causal: whether a token sees those before it alone.
         window: how far back it sees; None: to the start.
         recompute: whether the layers run again in the backward pass.
-        word_scale: what the layers see of a word over its embedding; Gemma's embedding layer multiplies.
+        embedding_scale: what the layers see of a token over its embedding; Gemma's embedding layer multiplies.
     """
 
     def __init__(
@@ -48,7 +245,7 @@ class Backbone:
         recompute: bool = False,
         dtype: torch.dtype | None = None,
         random_seed: int | None = None,
-        words_on_host: bool = False,
+        embeddings_on_host: bool = False,
     ):
         """Read the first `layers` layers; with 0, the word embeddings alone.
 
@@ -57,7 +254,7 @@ class Backbone:
                 CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
             random_seed: draw the weights, of the same architecture, instead of reading them.
-            words_on_host: the embeddings go to the computer's memory, whatever the device: for who looks words up in
+            embeddings_on_host: the embeddings go to the computer's memory, whatever the device: for who looks words up in
                 them, and multiplies with no more than a block of them at once.
 
         Raises:
@@ -71,17 +268,19 @@ class Backbone:
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
         if random_seed is not None:
-            self.model = _draw(info, layers, device, dtype, random_seed, words_on_host)
+            self.model = _draw(info, layers, device, dtype, random_seed, embeddings_on_host)
         else:
-            self.model = _load(info, layers, device, four_bit, dtype, words_on_host)
+            self.model = _load(info, layers, device, four_bit, dtype, embeddings_on_host)
         if dtype == torch.float16:
             make_safe(self.model)
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
-        self.word_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-        self._words_on_host = words_on_host
+        self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
+        self._embeddings_on_host = embeddings_on_host
         if recompute:
-            _recompute_layers(self.model)
+            stacks = [child for child in self.model.modules() if isinstance(child, nn.ModuleList)]
+            for layer in next(stack for stack in stacks if len(stack) == layers):
+                layer.__class__ = type(type(layer).__name__, (_Recomputed, type(layer)), {})
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -117,34 +316,27 @@ class Backbone:
         config = self.model.config
         return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
-    @property
-    def plain_attention(self) -> str:
-        """Which of transformers' attention functions `plain` uses: "sdpa", where nobody sets another."""
-        return self.model.config._attn_implementation
-
-    @plain_attention.setter
-    def plain_attention(self, name: str) -> None:
-        self.model.config._attn_implementation = name
-
-    def words(self, ids: torch.Tensor) -> torch.Tensor:
+    def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[M, n]`, on any device -> what the layers see of them, `[M, n, D]` on the layers' device."""
         found = self.model.get_input_embeddings()(ids.to(self.embeddings.device, non_blocking=True))
         return found.to(self.device, self.stream_dtype, non_blocking=True)
 
-    def keep_words_on_host(self) -> None:
-        """Bring the embeddings to the computer's memory, where `words_on_host` would have put them at once.
+    def keep_embeddings_on_host(self) -> None:
+        """Bring the embeddings to the computer's memory, where `embeddings_on_host` would have put them at once.
 
         The GPU's memory is left with a hole of their size.
         """
-        self._words_on_host = True
+        self._embeddings_on_host = True
         if self.embeddings.device.type != "cpu":
             self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
-    def plain(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def plain(
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
         """The whole sequence with gradients, through transformers' own masks and attention.
 
         Args:
-            opening: token ids that every sequence starts with.
+            prompt_prefix: token ids that every sequence starts with.
             ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
 
@@ -152,11 +344,11 @@ class Backbone:
             `[M, L, D]` last hidden states at the patches, in the patches' type.
         """
         M, L, _ = patches.shape
-        first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(M, -1)
-        words = self.words(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
-        inputs = torch.cat([words, patches.to(self.stream_dtype)], dim=1)  # (M, P0 + n + L, D)
+        first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(M, -1)
+        prompt = self.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
+        inputs = torch.cat([prompt, patches.to(self.stream_dtype)], dim=1)  # (M, P0 + n + L, D)
         slot = torch.arange(inputs.shape[1], device=patches.device)[None]
-        start, stop = len(opening), len(opening) + ids.shape[1]
+        start, stop = len(prompt_prefix), len(prompt_prefix) + ids.shape[1]
         real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
         hidden = self.model(
             inputs_embeds=inputs,
@@ -168,7 +360,7 @@ class Backbone:
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
-        _move(self.model, device, self._words_on_host)
+        _move(self.model, device, self._embeddings_on_host)
         return self
 
     def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:
@@ -194,34 +386,12 @@ class Backbone:
         return (kept * layers + once) * self.embeddings.element_size()
 
 
-class Recomputed(nn.Module):
+class _Recomputed(nn.Module):
     """A decoder layer under activation checkpointing. (transformers' own switch asks for train mode.)"""
 
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def __getattr__(self, name: str):
-        """What a model reads off its layers, such as `attention_type`, is the layer's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
     def forward(self, *args, **kwargs):
-        """As the layer's. Nothing random happens in a frozen layer, so no generator's state has to be kept."""
-        return checkpoint(self.layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _recompute_layers(model: PreTrainedModel) -> None:
-    """Put every decoder layer of `model` under activation checkpointing."""
-    layers = next(
-        child
-        for child in model.modules()
-        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
-    )
-    for i, layer in enumerate(layers):
-        layers[i] = Recomputed(layer)
+        # Nothing random happens in a frozen layer, so no generator's state has to be kept.
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _config(info: BackboneInfo, layers: int) -> Any:
@@ -234,39 +404,42 @@ def _config(info: BackboneInfo, layers: int) -> Any:
     return config
 
 
-def _move(model: PreTrainedModel, device: torch.device, words_on_host: bool) -> None:
+def _move(model: PreTrainedModel, device: torch.device, embeddings_on_host: bool) -> None:
     """Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back."""
     layer: Any = model.get_input_embeddings()
     words, where = layer.weight, layer.weight.device
-    if words_on_host:
+    if embeddings_on_host:
         layer.weight = nn.Parameter(words.new_empty(0), requires_grad=False)
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
-    if words_on_host:
+    if embeddings_on_host:
         layer.weight = words
         layer.to(where)  # what it has besides
 
 
 def _draw(
-    info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, words_on_host: bool
+    info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, embeddings_on_host: bool
 ) -> PreTrainedModel:
     """The architecture, with weights as its authors' training would have begun."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(info.family.options)
         model = AutoModel.from_config(_config(info, layers), attn_implementation="sdpa", dtype=dtype, **options)
-    _move(model, device, words_on_host)
+    _move(model, device, embeddings_on_host)
     return model
 
 
 def _load(
-    info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, words_on_host: bool
+    info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
 ) -> PreTrainedModel:
     config = _config(info, layers)
     options = dict(info.family.options)
     places: dict[str, torch.device | str] = {"": device}
-    apart = words_on_host and device.type != "cpu"
+    apart = embeddings_on_host and device.type != "cpu"
     if apart:
-        places[_words_name(config, options)] = "cpu"
+        with torch.device("meta"):
+            outline = AutoModel.from_config(config, **options)
+        layer = outline.get_input_embeddings()
+        places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
     if four_bit:
         require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
@@ -275,69 +448,48 @@ def _load(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_enable_fp32_cpu_offload=apart,  # allows any part on the CPU, in any number type
         )
-    # The layers left out are reported as unexpected; that report would only alarm. What is missing
-    # is checked below.
-    verbosity = transformers.logging.get_verbosity()
+    with _transformers_settings():
+        model, found = AutoModel.from_pretrained(
+            info.folder,
+            config=config,
+            dtype=dtype,
+            device_map=places,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])[0]
+        raise _unusable(info.folder, f"no weights for {missing}", f"those of the first {layers} layers")
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Where the processor has bf16 instructions, bitsandbytes repacks a CPU layer's weights at its first pass
+            # without gradient, and from then on returns results that carry none.
+            module.support_avx512bf16_for_cpu = False
+            # A cycle, for which a model would stay in memory until the garbage collector comes.
+            module.weight.module = None
+    return model
+
+
+@contextmanager
+def _transformers_settings() -> Iterator[None]:
+    """Settings of transformers while it loads a model.
+
+    It would report the layers left out as unexpected; what is missing is checked by `_load`. And a model whose parts
+    are on several devices it would leave to accelerate, whose hooks would copy the embeddings to the GPU for each
+    look-up, and drop them again: `Backbone.token_embeddings` brings the ids to the embeddings instead.
+    """
+    module: Any = transformers.modeling_utils
+    dispatch, verbosity = module.accelerate_dispatch, transformers.logging.get_verbosity()
+    module.accelerate_dispatch = lambda *_: None
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        with _no_hooks():
-            model, found = AutoModel.from_pretrained(
-                info.folder,
-                config=config,
-                dtype=dtype,
-                device_map=places,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])[0]
-        raise input_error(
-            f"--llm_model_path {info.folder}", f"no weights for {missing}", f"those of the first {layers} layers"
-        )
-    _tame_four_bit_layers(model)
-    return model
-
-
-def _words_name(config: Any, options: dict[str, Any]) -> str:
-    """What the embedding layer is called in a model of this architecture."""
-    with torch.device("meta"):
-        outline = AutoModel.from_config(config, **options)
-    layer = outline.get_input_embeddings()
-    return next(name for name, module in outline.named_modules() if module is layer)
-
-
-@contextmanager
-def _no_hooks() -> Iterator[None]:
-    """Keep transformers from leaving a model whose parts are on several devices to accelerate.
-
-    Its hooks would copy the embeddings to the GPU for each look-up, and drop them again. `Backbone.words` brings the
-    ids to the embeddings instead.
-    """
-    module: Any = transformers.modeling_utils
-    dispatch = module.accelerate_dispatch
-    module.accelerate_dispatch = lambda *_: None
-    try:
         yield
     finally:
         module.accelerate_dispatch = dispatch
-
-
-def _tame_four_bit_layers(model: nn.Module) -> None:
-    """Two habits of bitsandbytes that its layers shall not have here.
-
-    Where the processor has bf16 instructions, it repacks a CPU layer's weights at its first pass without
-    gradient, and from then on returns results that carry none. And a weight holds its layer, for the time
-    before it is quantised: a cycle, for which a model would stay in memory until the garbage collector comes.
-    """
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            module.weight.module = None
+        transformers.logging.set_verbosity(verbosity)

@@ -5,7 +5,7 @@ stream, and the norms are float32: a language model's stream reaches ten thousan
 the middle of a gated feed-forward block goes beyond the range as well; it is brought to size row by row.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,19 +16,12 @@ from transformers import PreTrainedModel
 GATED_MLPS = {"Qwen2MLP", "Qwen3MLP", "LlamaMLP", "MistralMLP"}
 
 
-class Shrunk(NamedTuple):
-    """Rows of fp16 `values` below 1, which stand for `values * size`; size `[..., 1]` is float32, powers of two."""
-
-    values: torch.Tensor
-    size: torch.Tensor
-
-
-def shrink(x: torch.Tensor) -> Shrunk:
-    """float32 `[..., k]`, each row divided by the power of two above its largest value. No gradient."""
+def shrink(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 `[..., k]` -> rows of fp16 below 1, and their sizes `[..., 1]`, float32 powers of two. No gradient."""
     # A norm takes no memory of its own. A row of zeros stays one.
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp(min=1e-30)
     size = largest / torch.frexp(largest).mantissa
-    return Shrunk((x / size).half(), size)
+    return (x / size).half(), size
 
 
 def make_safe(model: PreTrainedModel) -> None:
@@ -54,8 +47,8 @@ class HalfMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> float32 `[..., D]`."""
         x = x.half()
-        inner = Shrunk(*_ShrunkGate.apply(self.gate_proj(x), self.up_proj(x)))
-        return _Grown.apply(self.down_proj(inner.values), inner.size)
+        inner, size = _ShrunkGate.apply(self.gate_proj(x), self.up_proj(x))
+        return _Grown.apply(self.down_proj(inner), size)
 
 
 # Of the chain of derivatives, `_ShrunkGate` would divide by the rows' sizes and `_Grown` multiply by them. Between the
@@ -66,11 +59,11 @@ class _ShrunkGate(torch.autograd.Function):
     """silu(gate) * up, shrunk; keeps the two inputs alone."""
 
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> Shrunk:
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(gate, up)
-        shrunk = shrink(F.silu(gate.float()).mul_(up))
-        ctx.mark_non_differentiable(shrunk.size)
-        return tuple(shrunk)  # type: ignore[return-value]  # autograd takes plain tuples alone
+        inner, size = shrink(F.silu(gate.float()).mul_(up))
+        ctx.mark_non_differentiable(size)
+        return inner, size
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor, _):

@@ -1,4 +1,4 @@
-"""Patches of a series as tokens (Time-LLM, section 3.1; PatchTST, Nie et al., ICLR 2023)."""
+"""Patches of a series as tokens, and the head behind them (Time-LLM, section 3.1; PatchTST, Nie et al., ICLR 2023)."""
 
 import torch
 from torch import nn
@@ -41,3 +41,16 @@ class PatchEmbedding(nn.Module):
         padded = torch.cat([z, z[:, -1:].expand(-1, self.stride)], dim=1)  # (M, T + S)
         patches = padded.unfold(1, self.patch_len, self.stride)  # (M, L, P), a view
         return self.dropout(self.value_embedding(patches))
+
+
+class FlattenHead(nn.Module):
+    """Flatten the first `d_ff` features of all patches, feature-major, and map them to the horizon."""
+
+    def __init__(self, d_ff: int, patches: int, pred_len: int, dropout: float):
+        super().__init__()
+        self.linear = nn.Linear(d_ff * patches, pred_len)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[M, L, f]` hidden states -> `[M, H]` forecast on the normalised scale."""
+        return self.dropout(self.linear(hidden.transpose(1, 2).flatten(1)))

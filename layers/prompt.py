@@ -1,7 +1,7 @@
 """The prompt in front of the patches: its words, its statistics, its tokens (Time-LLM, section 3.1).
 
-A prompt is a fixed *opening* (description and task, the same for all series of a run) followed by the
-*statistics* of one series. The opening ends at "Input statistics:", so that the backbone can run over
+A prompt is a fixed *prefix* (description and task, the same for all series of a run) followed by the
+*statistics* of one series. The prefix ends at "Input statistics:", so that the backbone can run over
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
@@ -23,7 +23,7 @@ LAGS = ("paper", "peaks")  # which lags a prompt names: the paper's top ones, or
 
 
 class Prompts(NamedTuple):
-    """The prompts of M sequences, behind the opening that they share."""
+    """The prompts of M sequences, behind the prefix that they share."""
 
     ids: torch.Tensor  # (M, n) token ids, right-padded
     length: torch.Tensor  # (M,) how many of them count
@@ -61,7 +61,7 @@ class PromptTemplate:
     decimals: int | None = None
     lags: str = "paper"
 
-    def opening(self) -> str:
+    def prompt_prefix(self) -> str:
         """The part that is the same for every series of the run."""
         return (
             f"<|start_prompt|>Dataset description: {self.description}"
@@ -138,13 +138,13 @@ def describe_series(z: np.ndarray, template: PromptTemplate) -> list[str]:
 
 
 class PromptEncoder:
-    """Turns series into prompt tokens: `opening_ids` once, then the statistics' ids of each series.
+    """Turns series into prompt tokens: `prefix_ids` once, then the statistics' ids of each series.
 
-    Where the tokenizer does not split the text at the end of the opening (or closes every text with a
-    token of its own, as BERT's does), `opening_ids` is empty and each series carries its whole prompt.
+    Where the tokenizer does not split the text at the end of the prefix (or closes every text with a
+    token of its own, as BERT's does), `prefix_ids` is empty and each series carries its whole prompt.
 
     Attributes:
-        longest: tokens of the longest prompt, opening and statistics.
+        longest: tokens of the longest prompt, prefix and statistics.
     """
 
     def __init__(self, tokenizer, template: PromptTemplate, max_tokens: int):
@@ -158,18 +158,18 @@ class PromptEncoder:
         """
         self.tokenizer = tokenizer
         self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
-        opening, samples = self.template.opening(), self._samples(self.template)
-        whole = self._ids([opening + text for text in samples], special=True)
-        shared = self._ids([opening], special=True)[0]
+        prompt_prefix, samples = self.template.prompt_prefix(), self._samples(self.template)
+        whole = self._ids([prompt_prefix + text for text in samples], special=True)
+        shared = self._ids([prompt_prefix], special=True)[0]
         splits = whole == [shared + ids for ids in self._ids(samples, special=False)]
-        self.opening_ids: list[int] = shared if splits else []
+        self.prefix_ids: list[int] = shared if splits else []
         self.longest = max(map(len, whole))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids that follow `opening_ids`, for each statistics text."""
-        if self.opening_ids:
+        """Token ids that follow `prefix_ids`, for each statistics text."""
+        if self.prefix_ids:
             return self._ids(texts, special=False)
-        return self._ids([self.template.opening() + text for text in texts], special=True)
+        return self._ids([self.template.prompt_prefix() + text for text in texts], special=True)
 
     def for_windows(self, windows: Iterable[torch.Tensor]) -> list[list[int]]:
         """Token ids for every channel of windows `[T, N]`, window by window and channel by channel."""
@@ -198,7 +198,7 @@ class PromptEncoder:
 
         def tokens(words: list[str]) -> int:
             cut = replace(template, description=" ".join(words))
-            return max(map(len, self._ids([cut.opening() + text for text in self._samples(cut)], special=True)))
+            return max(map(len, self._ids([cut.prompt_prefix() + text for text in self._samples(cut)], special=True)))
 
         words = template.description.split()
         if tokens(words) <= limit:

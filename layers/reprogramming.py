@@ -47,7 +47,9 @@ class ReprogrammingLayer(nn.Module):
 
     def keys_values(self, prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Prototypes `[K, D]` -> keys and values, each `[1, h, K, f]`."""
-        bias = with_zero_gradient(self.key_projection.bias)
+        # The keys' bias adds the same number to all scores of a query, which softmax takes out again: its true gradient
+        # is zero. What automatic differentiation finds is rounding, which Adam would blow up to full steps.
+        bias = self.key_projection.bias.detach() + 0 * self.key_projection.bias
         keys = F.linear(prototypes, self.key_projection.weight, bias)  # (K, h*f)
         values = self.value_projection(prototypes)  # (K, h*f)
         return self._heads(keys), self._heads(values)
@@ -63,13 +65,3 @@ class ReprogrammingLayer(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, h*f]` -> `[1, h, rows, f]`."""
         return x.view(1, x.shape[0], self.n_heads, -1).transpose(1, 2)
-
-
-def with_zero_gradient(bias: torch.Tensor) -> torch.Tensor:
-    """The values of `bias`, whose gradient through the result is an exact zero.
-
-    The keys' bias adds the same number to all scores of a query, which softmax takes out again: its
-    true gradient is zero. What automatic differentiation finds is rounding, which Adam would blow up
-    to full steps.
-    """
-    return bias.detach() + 0 * bias

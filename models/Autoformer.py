@@ -16,16 +16,14 @@ from torch import nn
 
 from data_provider.batches import Batch
 from data_provider.timestamps import time_marks
-from layers.autocorrelation import AutoCorrelation
-from layers.decomposition import SeasonalNorm, decompose
-from layers.embedding import DataEmbedding
+from layers.autoformer import AutoCorrelation, DataEmbedding, SeasonalNorm, decompose
 from layers.errors import input_error
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-class Model(Forecaster):
+class Model(ForecastModel):
     """An encoder of the past's season, and a decoder that refines a first guess of season and trend."""
 
     channel_independent = False
@@ -51,7 +49,7 @@ class Model(Forecaster):
         self.decoder_norm = SeasonalNorm(d_model)
         self.projection = nn.Linear(d_model, channels)
 
-    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+    def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         """Whole windows of N channels with the marks of their rows and of the decoder's -> forecasts `[M, H]`.
 
         The decoder's input is made of the window itself (equation 2).

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from data_provider.batches import Batch
-from layers.decomposition import decompose
-from models.forecaster import Forecaster
+from layers.autoformer import decompose
+from models.base import ForecastModel
 
 
-class Model(Forecaster):
+class Model(ForecastModel):
     """One linear map of the window for the season and one for the trend, the same two for all channels."""
 
     def __init__(self, configs: Namespace):
@@ -22,7 +22,7 @@ class Model(Forecaster):
         self.seasonal = nn.Linear(configs.seq_len, configs.pred_len)
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
 
-    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+    def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         """M sequences -> forecasts `[M, H]`."""
         seasonal, trend = decompose(batch.x[:, :, None], self.kernel)  # (M, T, 1) each
         return self.seasonal(seasonal[..., 0]) + self.trend(trend[..., 0])

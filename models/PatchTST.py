@@ -12,14 +12,12 @@ from torch.nn import functional as F
 
 from data_provider.batches import Batch
 from layers.errors import input_error
-from layers.head import FlattenHead
-from layers.norm import instance_norm
-from layers.patch import patch_count
-from layers.ranks import processes, sum_over_processes
-from models.forecaster import Forecaster
+from layers.norm import BatchNorm, instance_norm
+from layers.patch import FlattenHead, patch_count
+from models.base import ForecastModel
 
 
-class Model(Forecaster):
+class Model(ForecastModel):
     """A Transformer encoder over the patches of one channel, with the same weights for all channels."""
 
     whole_batches = True  # its batch normalisation sees all of them
@@ -41,12 +39,12 @@ class Model(Forecaster):
         )
         self.head = FlattenHead(configs.d_model, patches, configs.pred_len, dropout=0.0)
 
-    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+    def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         """M sequences -> forecasts `[M, H]`."""
-        z, mean, deviation = instance_norm(batch.x)  # (M, T), (M, 1), (M, 1)
+        z, mean, std = instance_norm(batch.x)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(self.patches(z))  # (M, L, d)
         hidden = self.encoder(self.dropout(tokens + self.position))  # (M, L, d)
-        return self.head(hidden) * deviation + mean
+        return self.head(hidden) * std + mean
 
     def patches(self, z: torch.Tensor) -> torch.Tensor:
         """Series `[M, T]`, the last value S times more at its end -> `[M, L, P]`, a patch every S steps."""
@@ -77,8 +75,9 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[M, L, d]` -> `[M, L, d]`."""
-        x = _normalise(self.attention_norm, x + self.dropout(self.attention(x)))
-        return _normalise(self.feed_forward_norm, x + self.dropout(self.feed_forward(x)))
+        # A feature's mean and variance are those over all patches of all sequences.
+        x = self.attention_norm((x + self.dropout(self.attention(x))).transpose(1, 2)).transpose(1, 2)
+        return self.feed_forward_norm((x + self.dropout(self.feed_forward(x))).transpose(1, 2)).transpose(1, 2)
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         """softmax(Q·Kᵀ / sqrt(d / h))·V of each head, all patches of a sequence seeing all: `[M, L, d]` -> `[M, L, d]`."""
@@ -88,48 +87,3 @@ class EncoderLayer(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(queries, keys, values)  # (M, h, L, d / h)
         return self.out_projection(mixed.transpose(1, 2).flatten(2))
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """PyTorch's, but for a batch whose mean or variance is NaN or infinite: it leaves no trace.
-
-    The loop skips the step of such a batch. What evaluation normalises with is a running mean of all batches: with the
-    batch in it, it would be NaN for the rest of the run.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[M, d, L]` -> `[M, d, L]`."""
-        if not self.training:
-            return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        mean, var = self.running_mean.clone(), self.running_var.clone()  # autograd keeps what it is given
-        if processes() == 1:
-            out = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-        else:
-            out = self._over_processes(x, mean, var)
-        with torch.no_grad():  # nothing waits for the device
-            finite = mean.isfinite().all() & var.isfinite().all()
-            self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
-            self.running_var.copy_(torch.where(finite, var, self.running_var))
-            self.num_batches_tracked.add_(finite)
-        return out
-
-    def _over_processes(self, x: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor) -> torch.Tensor:
-        """Normalise by mean and variance over the batch of all processes, and let the running ones follow.
-
-        What PyTorch has for this runs on GPUs alone.
-        """
-        dtype, x = x.dtype, x.float()  # half precision is no type to add up in
-        count = sum_over_processes(x.new_full((), len(x) * x.shape[2]))
-        mean = sum_over_processes(x.sum((0, 2))) / count  # (d)
-        centred = x - mean[:, None]
-        var = sum_over_processes(centred.square().sum((0, 2))) / count  # (d)
-        with torch.no_grad():
-            running_mean.lerp_(mean, self.momentum or 0.0)
-            running_var.lerp_(var * count / (count - 1), self.momentum or 0.0)
-        return (centred * ((var + self.eps).rsqrt() * self.weight)[:, None] + self.bias[:, None]).to(dtype)
-
-
-def _normalise(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
-    """`[M, L, d]` -> the same; a feature's mean and variance are those over all patches of all sequences."""
-    return norm(x.transpose(1, 2)).transpose(1, 2)

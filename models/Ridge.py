@@ -10,10 +10,10 @@ from torch import nn
 
 from data_provider.batches import Batch
 from layers.norm import instance_norm
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 
-class Model(Forecaster):
+class Model(ForecastModel):
     """x -> z·W on the scale of x, where z is the normalised window."""
 
     is_trained = False
@@ -23,8 +23,8 @@ class Model(Forecaster):
         super().__init__()
         self.linear_map = nn.Parameter(torch.zeros(configs.seq_len, configs.pred_len), requires_grad=False)
 
-    def forward(self, batch: Batch, shared=None) -> torch.Tensor:
+    def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         """M sequences -> forecasts `[M, H]`."""
         assert self.linear_map is not None
-        z, mean, deviation = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
-        return z @ self.linear_map * deviation + mean
+        z, mean, std = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
+        return z @ self.linear_map * std + mean

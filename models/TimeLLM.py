@@ -6,7 +6,7 @@ V = its vocabulary, K text prototypes.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,21 +14,19 @@ from torch import nn
 
 from data_provider.batches import Batch
 from data_provider.description import dataset_description
-from layers.ablation import make_substitute
-from layers.backbone import Backbone
-from layers.backbone_files import BackboneInfo, find_backbone
+from layers.ablation import Nothing, make_substitute
+from layers.backbone import Backbone, BackboneInfo, find_backbone
 from layers.fast import FastPath, cross_attention
-from layers.head import FlattenHead
 from layers.mapping import MappingLayer
 from layers.norm import instance_norm
-from layers.patch import PatchEmbedding, patch_count
+from layers.patch import FlattenHead, PatchEmbedding, patch_count
 from layers.prompt import PromptEncoder, Prompts, PromptTemplate, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 PROTOTYPES = 1000
 
-# (opening ids, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
+# (ids of the prompt prefix, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
 LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -37,12 +35,12 @@ def layers_of(configs: Namespace) -> int:
     return 0 if configs.llm_ablation in ("none", "attention", "transformer") else configs.llm_layers
 
 
-def words_on_host(configs: Namespace) -> bool:
+def embeddings_on_host(configs: Namespace) -> bool:
     """Whether words are but looked up, so that their embeddings need not be on the GPU: no step multiplies with them."""
     return configs.prototypes == "direct" or not configs.use_reprogramming
 
 
-class Model(Forecaster):
+class Model(ForecastModel):
     """The trained parts, and the frozen language model they feed.
 
     The language model is no nn.Module: it has no place among the parameters, in the state dict or in `train()`.
@@ -50,6 +48,7 @@ class Model(Forecaster):
     Attributes:
         language_model: runs the frozen layers: `layers.fast.FastPath` where it may, else `backbone.plain`; with
             `--llm_ablation`, `substitute` in their place.
+        fast_path: whether the patches run over a frozen prompt.
     """
 
     uses_llm = True
@@ -79,7 +78,7 @@ class Model(Forecaster):
                 four_bit=configs.load_in_4bit,
                 recompute=configs.grad_checkpoint,
                 random_seed=configs.seed if configs.llm_ablation == "random" else None,
-                words_on_host=words_on_host(configs),
+                embeddings_on_host=embeddings_on_host(configs),
             )
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
         # A BackboneInfo has its shapes, and that is all that it is asked for.
@@ -91,20 +90,28 @@ class Model(Forecaster):
         if configs.use_reprogramming:
             self.mapping_layer = MappingLayer(backbone.vocab_size, PROTOTYPES)
             if configs.prototypes == "direct":
-                self.prototypes, self.mapping_layer = self._mapped_prototypes(self.mapping_layer), None
+                # From where the mapping layer would have started. E has more rows than columns, so W·E + b can be any
+                # K x D matrix: the same set of prototypes is within reach with K·D values in place of K·V.
+                start = self.mapping_layer.bias.new_empty(PROTOTYPES, backbone.hidden_size)
+                if isinstance(backbone, Backbone):
+                    start = self.mapping_layer.once(backbone.embeddings, backbone.embedding_scale, backbone.device)
+                self.prototypes, self.mapping_layer = nn.Parameter(start), None
             self.reprogramming_layer = ReprogrammingLayer(
                 configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size, attend=cross_attention
             )
         else:
             self.reprogramming_layer = nn.Linear(configs.d_model, backbone.hidden_size)
-        if isinstance(backbone, Backbone) and words_on_host(configs):
-            backbone.keep_words_on_host()
+        if isinstance(backbone, Backbone) and embeddings_on_host(configs):
+            backbone.keep_embeddings_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
         self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
-        if configs.skip != "none":
-            self._add_skip(configs)
+        if configs.skip != "none":  # a linear map of the normalised window, and what the head adds to it, from zero on
+            zeros = torch.zeros(configs.seq_len, configs.pred_len)
+            self.linear_map = zeros if configs.skip == "ridge" else nn.Parameter(zeros)  # ridge's: saved, not trained
+            for parameter in self.output_projection.parameters():
+                nn.init.zeros_(parameter)
 
-        reads_prompt = configs.use_prompt and (self.substitute is None or self.substitute.reads_prompt)
+        reads_prompt = configs.use_prompt and not isinstance(self.substitute, Nothing)
         if prompts is None and reads_prompt:
             words = PromptTemplate(
                 dataset_description(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals, configs.prompt_lags
@@ -113,19 +120,14 @@ class Model(Forecaster):
         self.prompts = prompts if reads_prompt else None
         longest = 0 if self.prompts is None else self.prompts.longest
         sees_all = backbone.window is None or backbone.window >= longest + patches
-        self._fast_path = configs.fast_path == "auto" and backbone.causal and sees_all and self.substitute is None
+        self.fast_path = configs.fast_path == "auto" and backbone.causal and sees_all and self.substitute is None
         if isinstance(backbone, Backbone):
             self.language_model = self._choose_language_model()
 
     @property
-    def fast_path(self) -> bool:
-        """Whether the patches run over a frozen prefix, as `--fast_path` and the backbone have it."""
-        return self._fast_path
-
-    @property
-    def opening_ids(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Token ids that every prompt starts with; none without prompts."""
-        return [] if self.prompts is None else self.prompts.opening_ids
+        return [] if self.prompts is None else self.prompts.prefix_ids
 
     def path(self) -> str:
         """How the language model runs, for the log."""
@@ -133,27 +135,26 @@ class Model(Forecaster):
             return f"no language model ({type(self.substitute).__name__})"
         return "fast path" if self.fast_path else "plain path"
 
-    def forward(self, batch: Batch, shared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """M sequences with their prompts, and the tensors that `shared` gave (None: made here) -> forecasts `[M, H]` on the
-        series' own scale."""
+    def forward(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """See `ForecastModel`. Prompts that the data loader has not made are made here."""
         x, prompts = batch.x, batch.prompts
-        shared = self.shared() if shared is None else shared
+        if prototype_kv is None:
+            prototype_kv = self.prototype_kv()
         if prompts is None:
             seen = x if self.prompts is None else x.cpu()  # prompts of no token say nothing of x
             prompts = self.make_prompts(seen[:, :, None]).to(x.device)
-        z, mean, deviation = instance_norm(x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
+        z, mean, std = instance_norm(x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
-        patches = self.reprogramming_layer(tokens, *shared)  # (M, L, D)
-        hidden = self.language_model(self.opening_ids, *prompts, patches)  # (M, L, D)
+        patches = self.reprogramming_layer(tokens, *prototype_kv)  # (M, L, D)
+        hidden = self.language_model(self.prefix_ids, *prompts, patches)  # (M, L, D)
         out = self.output_projection(hidden[..., : self.d_ff])  # (M, H)
         if self.linear_map is not None:
             with torch.autocast(x.device.type, enabled=False):
                 out = out + z @ self.linear_map
-        return out * deviation + mean
+        return out * std + mean
 
-    def shared(self) -> tuple[torch.Tensor, ...]:
-        """What all sequences share: keys and values of the K text prototypes, each `[1, h, K, f]`; without
-        reprogramming nothing.
+    def prototype_kv(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values of the K text prototypes, each `[1, h, K, f]`; without reprogramming nothing.
 
         They depend on trained tensors only: once a step, or once an evaluation, is enough.
         """
@@ -162,23 +163,10 @@ class Model(Forecaster):
         return self.reprogramming_layer.keys_values(self.text_prototypes())
 
     def text_prototypes(self) -> torch.Tensor:
-        """W·E + b `[K, D]` of the word embeddings E, multiplied in their number type."""
+        """W·E + b `[K, D]` of the token embeddings E, multiplied in their number type."""
         if self.mapping_layer is None:
             return self.prototypes
-        return self.mapping_layer(self.backbone.embeddings, self.backbone.word_scale)  # (V, D) -> (K, D)
-
-    def gradients(self) -> Iterator[torch.Tensor]:
-        """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient is in two
-        factors, the one that is not frozen."""
-        yield from super().gradients()
-        if self.mapping_layer is not None and self.mapping_layer.gradient_factor is not None:
-            yield self.mapping_layer.gradient_factor
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
-        super().zero_grad(set_to_none)
-        if self.mapping_layer is not None:
-            self.mapping_layer.gradient_factor = None
+        return self.mapping_layer(self.backbone.embeddings, self.backbone.embedding_scale)  # (V, D) -> (K, D)
 
     def make_prompts(self, x: torch.Tensor) -> Prompts:
         """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window; without prompts,
@@ -187,43 +175,20 @@ class Model(Forecaster):
             return pad_prompts([[]] * (x.shape[0] * x.shape[2]))
         return pad_prompts(self.prompts.for_windows(x))
 
-    def _add_skip(self, configs: Namespace) -> None:
-        """The forecast is a linear map of the normalised window, and what the head adds to it, from zero on."""
-        zeros = torch.zeros(configs.seq_len, configs.pred_len)
-        if configs.skip == "ridge":
-            self.linear_map = zeros  # a buffer: saved, not trained
-        else:
-            self.linear_map = nn.Parameter(zeros)
-        nn.init.zeros_(self.output_projection.linear.weight)
-        nn.init.zeros_(self.output_projection.linear.bias)
-
-    @torch.no_grad()
-    def _mapped_prototypes(self, mapping: MappingLayer) -> nn.Parameter:
-        """Prototypes `[K, D]` that are trained themselves, from where the mapping layer would have started.
-
-        E has more rows than columns, so W·E + b can be any K x D matrix: the same set of prototypes is
-        within reach with K·D values in place of K·V.
-        """
-        if mapping.bias.is_meta:
-            return nn.Parameter(mapping.bias.new_empty(PROTOTYPES, self.backbone.hidden_size))
-        backbone = self.backbone
-        start = mapping.once(backbone.embeddings, backbone.word_scale, backbone.device)
-        return nn.Parameter(start.to(mapping.bias.device))
-
     def _choose_language_model(self) -> LanguageModel:
         if self.substitute is not None:
             return self._run_substitute
-        return FastPath(self.backbone) if self._fast_path else self.backbone.plain
+        return FastPath(self.backbone) if self.fast_path else self.backbone.plain
 
     def _run_substitute(
-        self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
     ) -> torch.Tensor:
         """As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place."""
         assert self.substitute is not None
-        first = torch.tensor(opening, dtype=torch.long, device=ids.device).expand(len(ids), -1)
-        words = self.backbone.words(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
-        slot = torch.arange(words.shape[1], device=words.device)
-        return self.substitute(words, slot < len(opening) + length[:, None], patches)
+        first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+        embedded = self.backbone.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
+        slot = torch.arange(embedded.shape[1], device=embedded.device)
+        return self.substitute(embedded, slot < len(prompt_prefix) + length[:, None], patches)
 
     def _apply(self, fn, recurse=True):
         """Move the language model along (`.to`, `.cuda`), but leave its number types alone."""

@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         "eval_alone_s": alone,
         "sequences": len(batch),
         "at_once": min(job.step_limit.sequences or len(batch), len(batch)),
-        "opening": len(model.opening_ids),
+        "opening": len(model.prefix_ids),
         "statistics": batch.prompts.ids.shape[1],
         "vocabulary": model.backbone.vocab_size,
     }

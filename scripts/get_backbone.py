@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from layers.backbone_files import find_backbone  # noqa: E402 (needs the line above)
+from layers.backbone import find_backbone  # noqa: E402 (needs the line above)
 from layers.errors import InputError, input_error  # noqa: E402
 
 

@@ -109,7 +109,7 @@ def write_tokenizer(folder: Path, family: Family) -> None:
         for sign, upward in ((-1, True), (1, False)):
             low, median, high = sorted(sign * rng.gauss(1, 1) for _ in range(3))
             tail = template.statistics(low, high, median, upward, rng.sample(range(window), 5))
-            texts.append(template.opening() + tail)
+            texts.append(template.prompt_prefix() + tail)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

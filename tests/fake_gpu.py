@@ -305,12 +305,12 @@ class FourBitLinear(nn.Module):
 
 
 def fake_load(
-    info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, words_on_host: bool
+    info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
 ) -> nn.Module:
     """Stands for `layers.backbone._load`: the folder's model without its weights."""
     config = AutoConfig.from_pretrained(info.folder)
     model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype, **dict(info.family.options))
-    layers.backbone._move(model, device, words_on_host)
+    layers.backbone._move(model, device, embeddings_on_host)
     for parent in list(model.modules()) if four_bit else ():
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

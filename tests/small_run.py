@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch, WindowCollate
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from models.TimeLLM import Model
 from tests.realdata import ROOT
 from utils.flags import FLAGS, parse_flags, run_name
@@ -124,7 +124,7 @@ def defaults(**flags: object) -> Namespace:
     return Namespace(**{flag.name: flag.default for flag in FLAGS} | flags)
 
 
-def assert_channels_are_apart(model: Forecaster, seq_len: int, pred_len: int, dtype: torch.dtype = torch.float32) -> None:
+def assert_channels_are_apart(model: ForecastModel, seq_len: int, pred_len: int, dtype: torch.dtype = torch.float32) -> None:
     """Five channels at once are forecast as five windows of one channel are."""
     x = torch.randn(2, seq_len, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
     together = model(x)

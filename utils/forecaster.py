@@ -98,7 +98,7 @@ class Forecaster:
     def shared(self) -> Shared:
         """What all forecasts share, such as the text prototypes: made by the first one, then kept."""
         with torch.inference_mode():
-            return self.job.model.shared()
+            return self.job.model.prototype_kv()
 
     def predict(
         self,

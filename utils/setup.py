@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.splits import SPLITS
-from layers.backbone import Backbone
-from layers.backbone_files import BackboneInfo
+from layers.backbone import Backbone, BackboneInfo
 from layers.errors import input_error
-from layers.ranks import from_first
 from models import model_class
-from models.forecaster import Forecaster
-from models.TimeLLM import layers_of, words_on_host
+from models.base import ForecastModel
+from models.TimeLLM import embeddings_on_host, layers_of
 from utils import validate
 from utils.flags import recorded, run_name
 from utils.results.baselines import doubts, fit_ridge
@@ -46,7 +44,7 @@ class Plan:
     folder: Path  # of its results
     series: Series  # a SplitSeries, but for a run that only forecasts
     info: BackboneInfo | None  # the language model's, where there is one
-    outline: Forecaster  # on the meta device
+    outline: ForecastModel  # on the meta device
     checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
     intervals: validate.IntervalPlan
     notes: list[str]  # to be said with a forecast
@@ -170,7 +168,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
 def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
     """The process's accelerator, in the group of processes that its launcher has started, and the device of the run.
 
-    Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded Forecaster alone.
+    Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded ForecastModel alone.
 
     Raises:
         InputError: fewer GPUs than processes on this machine.
@@ -263,7 +261,7 @@ def _open_log(plan: Plan) -> RunLog:
     return log
 
 
-def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
+def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     """The model on the run's device, its trained weights drawn from the seed.
 
     Raises:
@@ -288,7 +286,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
                 args.grad_checkpoint,
                 plan.precision.weights_dtype,
                 plan.random_seed(repeat),
-                words_on_host(args),
+                embeddings_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
             model.to(device)
@@ -300,7 +298,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> Forecaster:
     return model
 
 
-def _loaders(plan: Plan, model: Forecaster, repeat: int, log: RunLog) -> dict[str, Any]:
+def _loaders(plan: Plan, model: ForecastModel, repeat: int, log: RunLog) -> dict[str, Any]:
     """The loaders of the splits that the run goes through."""
     loaders, accelerator = {}, plan.accelerator
     for split, series in plan.splits:
@@ -345,7 +343,7 @@ def begin(job: Job, start: Start) -> Training:
     else:
         if model.linear_map is not None:
             _fit_linear_map(job, model.linear_map)
-        from_first(model.state_dict().values())
+        broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
         part_random(accelerator.process_index)
     return Training(optimizer, saver, progress, journal, start.lock)
 

@@ -16,11 +16,10 @@ from data_provider.data_loader import Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.splits import M4
 from data_provider.timestamps import frequency, gaps_in
-from layers.backbone import require_bitsandbytes
-from layers.backbone_files import BackboneInfo, find_backbone
+from layers.backbone import BackboneInfo, find_backbone, require_bitsandbytes
 from layers.errors import input_error, listed
 from models import model_class
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.flags import DEFAULTS, FLAGS, refuse, resumed
 from utils.results.bands import LEVELS, Intervals, fewest_windows, name_of
 from utils.saving.checkpoint import Checkpoint, shapes_of
@@ -164,7 +163,7 @@ def complete_from_model(args: Namespace, series: Series) -> BackboneInfo | None:
     return info
 
 
-def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries | None, model: Forecaster) -> None:
+def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries | None, model: ForecastModel) -> None:
     """Set the model against the series that it trains on: `pretrain`, where it is given, in the place of `series`.
 
     Raises:
@@ -187,7 +186,7 @@ def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries |
         )
 
 
-def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: Forecaster, same_data: bool) -> None:
+def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: ForecastModel, same_data: bool) -> None:
     """Set a checkpoint against the model that the flags describe, and the flags against its training's.
 
     A checkpoint of older code has no record, and its flags are taken to be these.

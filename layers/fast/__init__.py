@@ -4,7 +4,7 @@ The decoder is causal and the prompt holds nothing that is trained. So a prompt'
 the patches behind it, and need no gradient. Each layer keeps them in one buffer of slots,
 
     slot   0            P0             P0 + n           P0 + n + L
-           [  opening   |  statistics  |    patches     ]
+           [   prefix   |  statistics  |    patches     ]
     run    once a run     once a step    once a step
     grad   no             no             yes
 

@@ -4,6 +4,7 @@ Shapes: M sequences, h heads, kv key-value heads, g = h / kv, n tokens, S slots 
 in the cross-attention R = M*L patches, K prototypes, f head width.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -150,8 +151,11 @@ class DropoutAttention(torch.autograd.Function):
         """q `[h, R, f]`, k and v `[h, K, f]` -> `[h, R, f]`, all contiguous."""
         ctx.scale, ctx.rescale = q.shape[-1] ** -0.5, 1 / (1 - rate)
         q = q * ctx.scale
-        kept = _draw(rate, q.shape[0] * q.shape[1], k.shape[1])  # (h*R, K)
-        kept = kept.view(q.shape[0], q.shape[1], k.shape[1])
+        shape = q.shape[0], q.shape[1], k.shape[1]  # h, R, K
+        count = math.prod(shape)
+        bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # four draws of 16 bits in each
+        kept = bits.view(torch.int16)[:count] >= round(rate * 65536) - 32768
+        kept = kept.view(torch.int8).neg_().view(shape)  # 0 with probability `rate`, else -1 (all bits set)
         out = torch.empty_like(q)
         for head, rows in _query_blocks(q):
             weights = _softmax(q[head, rows], k[head])
@@ -195,11 +199,3 @@ def _drop(weights: torch.Tensor, kept: torch.Tensor, out: torch.Tensor) -> torch
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
     torch.bitwise_and(weights.view(bits), kept.to(bits), out=out.view(bits))
     return out
-
-
-def _draw(rate: float, rows: int, columns: int) -> torch.Tensor:
-    """`[rows, columns]` int8: 0 with probability `rate`, else -1 (all bits set)."""
-    count = rows * columns
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # four draws in each
-    kept = bits.view(torch.int16)[:count] >= round(rate * 65536) - 32768
-    return kept.view(torch.int8).neg_().view(rows, columns)

@@ -93,6 +93,7 @@ class LeanMLP(nn.Module):
             self.projections = nn.ModuleList(map(freeze, self.projections))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate: Any
         gate, up, down = self.projections
         if self.is_dense and not is_recast(gate.weight.dtype, x.device):
             return _DenseMLP.apply(x, gate, up, down)
@@ -109,7 +110,8 @@ class _GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return _gated_silu_gradients(*ctx.saved_tensors, gradient)
+        gate, up = ctx.saved_tensors
+        return _gated_silu_gradients(gate, up, gradient)
 
 
 def _gated_silu_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

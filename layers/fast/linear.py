@@ -49,7 +49,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.prepacked = layer.weight, layer.bias, False
         self._layouts: dict[bool, torch.Tensor] = {}  # whether transposed -> the layout
-        self._version: int | None = None  # of the weight that was laid out
+        self._laid_out: int | None = None  # version of the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., k]` -> x·Wᵀ + bias `[..., n]`."""
@@ -64,8 +64,8 @@ class FrozenLinear(nn.Module):
         weight, bias = (self.weight.t(), None) if transposed else (self.weight, self.bias)
         if not (self.prepacked and REORDER and _is_onednn(x, weight)) or self.weight.is_inference():
             return product(x, weight, bias)
-        if self._version != self.weight._version:
-            self._layouts, self._version = {}, self.weight._version
+        if self._laid_out != self.weight._version:
+            self._layouts, self._laid_out = {}, self.weight._version
         if transposed not in self._layouts:
             # They outlive an evaluation, so they are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():

@@ -1,7 +1,7 @@
 """The pass of the patches over a frozen prefix, and the cache that holds the prefix's keys and values.
 
-The picture of the slots `[opening | statistics | patches]` stands in `layers.fast`.
-Shapes: M sequences, L patches, D the decoder's width, P0 tokens of the opening, n of the longest statistics;
+The picture of the slots `[prefix | statistics | patches]` stands in `layers.fast`.
+Shapes: M sequences, L patches, D the decoder's width, P0 tokens of the prompt prefix, n of the longest statistics;
 kv key-value heads of width e, g query heads for each.
 """
 
@@ -22,7 +22,7 @@ class FastPath:
     """Runs prompts without gradient and patches with it, called as `Backbone.plain` is.
 
     It holds a twin of the backbone's modules around the same tensors, and the keys and values of the last
-    opening. Made for the device where the backbone is: when that has moved, make another.
+    prompt prefix. Made for the device where the backbone is: when that has moved, make another.
 
     Attributes:
         model: the twin.
@@ -32,29 +32,34 @@ class FastPath:
         self.model = make_twin(backbone.model)
         if not backbone.recompute:  # who recomputes is short of memory
             prepack_weights(self.model)
-        self._words, self._groups = backbone.words, backbone.groups
+        self._token_embeddings, self._groups = backbone.token_embeddings, backbone.groups
         self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
-        self._opening: list[int] | None = []  # whose keys and values the cache holds
+        self._prompt_prefix: list[int] | None = []  # whose keys and values the cache holds
 
-    def __call__(self, opening: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
+    ) -> torch.Tensor:
         """The last hidden states `[M, L, D]` at the patches, in the patches' type.
 
         Args:
-            opening: token ids that every sequence starts with.
+            prompt_prefix: token ids that every sequence starts with.
             ids: `[M, n]` right-padded ids that follow, of which the first `length[m]` count; on any device.
             patches: `[M, L, D]`.
         """
-        (_, L, _), n, P0 = patches.shape, ids.shape[1], len(opening)
+        (_, L, _), n, P0 = patches.shape, ids.shape[1], len(prompt_prefix)
         slots, device = P0 + n + L, patches.device
         with torch.no_grad():
-            self._hold_opening(opening, device)
-            row = torch.arange(n, device=device)
-            # Padding comes last, so causality alone hides it from the real tokens.
-            visible = torch.arange(P0 + n, device=device)[None, None] <= P0 + row[None, :, None]
+            if prompt_prefix != self._prompt_prefix:
+                self._cache.place(0, 0)
+                self._prompt_prefix = None  # until all of it is there: the pass may run out of memory
+                if prompt_prefix:
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._store(torch.tensor([prompt_prefix]), 0, device)
+                self._prompt_prefix = list(prompt_prefix)
             if n:
                 self._cache.place(P0, slots)
-                self._store(ids, visible, (P0 + row)[None])
+                self._store(ids, P0, device)
             slot = torch.arange(slots, device=device)[None, None]
             step = torch.arange(L, device=device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
@@ -64,24 +69,14 @@ class FastPath:
         positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
         return self._run(patches.to(self._stream_dtype), mask, positions).to(patches.dtype)
 
-    def _hold_opening(self, opening: list[int], device: torch.device) -> None:
-        """Compute the opening's keys and values, unless the cache holds them."""
-        if opening == self._opening:
-            return
-        self._cache.store_opening()
-        self._opening = None  # until all of it is there: the pass may run out of memory
-        with torch.inference_mode(False), torch.no_grad():
-            ids = torch.tensor([opening], dtype=torch.long)
-            row = torch.arange(len(opening), device=device)
-            if opening:
-                self._store(ids, row[None, None] <= row[None, :, None], row[None])
-        self._opening = list(opening)
-
-    def _store(self, ids: torch.Tensor, visible: torch.Tensor, positions: torch.Tensor) -> None:
-        """Run the prefix tokens `[M, n]` as far as their last keys and values, which the cache keeps."""
-        mask = additive_mask(visible, self._groups, self._dtype)
+    def _store(self, ids: torch.Tensor, start: int, device: torch.device) -> None:
+        """Run prompt tokens `[M, n]` from slot `start` on as far as their last keys and values, which the cache keeps."""
+        places = start + torch.arange(ids.shape[1], device=device)  # (n)
+        # Padding comes last, so causality alone hides it from the real tokens.
+        visible = torch.arange(start + ids.shape[1], device=device) <= places[:, None]  # (n, start + n)
+        mask = additive_mask(visible[None], self._groups, self._dtype)
         with contextlib.suppress(PrefixStored):
-            self._run(self._words(ids), mask, positions)
+            self._run(self._token_embeddings(ids), mask, places[None])
 
     def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache."""
@@ -105,15 +100,13 @@ class PrefixCache(DynamicCache):
         super().__init__()
         self._layers = [_Layer() for _ in range(layers)]
         self._start = 0  # slot where the next tokens go
-        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the opening
-
-    def store_opening(self) -> None:
-        """The tokens of the next forward pass are the opening; what was held is dropped."""
-        self._layers = [_Layer() for _ in self._layers]
-        self._start = self._slots = 0
+        self._slots = 0  # slots that this batch will need in all; 0: the tokens are the prompt prefix
 
     def place(self, start: int, slots: int) -> None:
-        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all."""
+        """The tokens of the next forward pass go to slots `start` and following, of `slots` in all; with 0 slots they are
+        the prompt prefix, and what was held is dropped."""
+        if not slots:
+            self._layers = [_Layer() for _ in self._layers]
         self._start, self._slots = start, slots
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -125,8 +118,8 @@ class PrefixCache(DynamicCache):
         """
         layer = self._layers[layer_idx]
         if not self._slots:
-            layer.opening = (key_states, value_states)
-            keys_values = layer.opening
+            layer.prompt_prefix = (key_states, value_states)
+            keys_values = layer.prompt_prefix
         else:
             layer.reserve(key_states, key_states.shape[0], self._slots)
             # The buffer goes in inside a list: autograd must see it as storage, not as an input.
@@ -141,14 +134,14 @@ class PrefixCache(DynamicCache):
 
 
 class _Layer:
-    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the opening's `[1, kv, P0, e]`."""
+    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the prompt prefix's `[1, kv, P0, e]`."""
 
     def __init__(self):
-        self.opening: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.prompt_prefix: tuple[torch.Tensor, torch.Tensor] | None = None
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reserve(self, like: torch.Tensor, sequences: int, slots: int) -> None:
-        """Make the buffers hold `sequences` x `slots`, the opening in front."""
+        """Make the buffers hold `sequences` x `slots`, the prompt prefix in front."""
         if self.buffers is not None:
             held = self.buffers[0]
             if held.shape[0] >= sequences and held.shape[2] >= slots and held.dtype == like.dtype:
@@ -162,9 +155,9 @@ class _Layer:
         with torch.inference_mode(False), torch.no_grad():
             keys, values = (like.new_empty(sequences, heads, slots, width) for _ in range(2))
             self.buffers = keys, values
-            if self.opening is not None:
-                for buffer, opening in zip(self.buffers, self.opening, strict=True):
-                    buffer[:, :, : opening.shape[2]] = opening
+            if self.prompt_prefix is not None:
+                for buffer, prompt_prefix in zip(self.buffers, self.prompt_prefix, strict=True):
+                    buffer[:, :, : prompt_prefix.shape[2]] = prompt_prefix
 
 
 class _Append(torch.autograd.Function):

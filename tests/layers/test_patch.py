@@ -1,9 +1,11 @@
-"""Patches by hand, and their embedding against a convolution written out."""
+"""Normalisation, patches and head by hand, and the embedding against a convolution written out."""
 
+import numpy as np
 import pytest
 import torch
 
-from layers.patch import PatchEmbedding, TokenEmbedding, patch_count
+from layers.norm import instance_norm
+from layers.patch import FlattenHead, PatchEmbedding, TokenEmbedding, patch_count
 
 
 @pytest.mark.parametrize(
@@ -45,16 +47,26 @@ def test_embedding_is_a_circular_convolution() -> None:
     torch.testing.assert_close(embedding(patches), expected)
 
 
-def test_embedding_starts_kaiming_normal_without_bias() -> None:
-    torch.manual_seed(0)
-    embedding = TokenEmbedding(patch_len=16, d_model=512)
-    assert [name for name, _ in embedding.named_parameters()] == ["tokenConv.weight"]
-    gain = (2 / (1 + 0.01**2)) ** 0.5  # leaky ReLU with PyTorch's slope of 0.01
-    assert embedding.tokenConv.weight.std().item() == pytest.approx(gain / (16 * 3) ** 0.5, rel=0.02)
+def test_feature_major_by_hand() -> None:
+    head = FlattenHead(d_ff=2, patches=3, pred_len=6, dropout=0.0)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(6))
+        head.linear.bias.copy_(torch.arange(6.0) * 100)
+    hidden = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])  # (1, L, f)
+    # feature 0 of all patches, then feature 1 of all patches
+    assert head(hidden).tolist() == [[1, 102, 203, 310, 420, 530]]
 
 
-def test_dropout_in_training_only() -> None:
-    embedding = PatchEmbedding(4, 2, d_model=64, dropout=0.5)
-    z = torch.randn(1, 20)
-    assert 0.3 < (embedding.train()(z) == 0).float().mean() < 0.7
-    assert not (embedding.eval()(z) == 0).any()
+def test_against_numpy() -> None:
+    x = np.random.default_rng(0).normal(3, 7, (4, 50))
+    z, mean, std = instance_norm(torch.from_numpy(x))
+    spread = np.sqrt(x.var(axis=1, ddof=0, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(mean.numpy(), x.mean(axis=1, keepdims=True), rtol=1e-12)
+    np.testing.assert_allclose(std.numpy(), spread, rtol=1e-12)
+    np.testing.assert_allclose(z.numpy(), (x - x.mean(axis=1, keepdims=True)) / spread, rtol=1e-10, atol=1e-12)
+
+
+def test_a_constant_series_becomes_zeros() -> None:
+    z, mean, std = instance_norm(torch.full((2, 32), 7.25))
+    assert (z == 0).all() and (mean == 7.25).all()
+    torch.testing.assert_close(std, torch.full((2, 1), 1e-5**0.5))

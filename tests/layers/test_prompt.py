@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layers.errors import InputError
 from layers.norm import instance_norm
-from layers.prompt import PromptEncoder, Prompts, PromptTemplate, describe_series, pad_prompts, top_lags, top_peaks
+from layers.prompt import PromptEncoder, PromptTemplate, describe_series, top_lags, top_peaks
 
 TEMPLATE = PromptTemplate("Hourly load of a town.", seq_len=8, pred_len=24)
 # As model.md has it; the lags by hand: correlations 9.25 at 0, 3.55 at 3 and 5, 2.0 at 2 and 6.
@@ -39,16 +39,8 @@ def random_series(count: int, steps: int, seed: int = 0) -> np.ndarray:
 
 def test_exact_text() -> None:
     (statistics,) = describe_series(SERIES[None], TEMPLATE)
-    assert TEMPLATE.opening() + statistics == TEXT
-    assert TEMPLATE.opening().endswith("Input statistics:") and "\n" not in TEXT
-
-
-def test_downward_and_rounded() -> None:
-    (falling,) = describe_series(-SERIES[None], PromptTemplate("d", 8, 24, decimals=2))
-    assert falling == (
-        " min value -2.0, max value 1.2, median value -0.7, the trend of input is downward, "
-        "top 5 lags are : [0, 3, 5, 2, 6]<|<end_prompt>|>"
-    )
+    assert TEMPLATE.prompt_prefix() + statistics == TEXT
+    assert TEMPLATE.prompt_prefix().endswith("Input statistics:") and "\n" not in TEXT
 
 
 def test_a_level_series_is_not_upward() -> None:
@@ -82,22 +74,15 @@ def test_lags_against_a_sum_written_out(steps: int) -> None:
                 assert first < second
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert", "joining"])
 def test_ids_are_those_of_the_whole_text(backbones, family: str) -> None:
-    tokenizer = tokenizer_of(backbones, family)
-    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=400)
-    assert bool(encoder.opening_ids) == (family != "bert")  # BERT closes every text with a token of its own
+    tokenizer = joining_tokenizer() if family == "joining" else tokenizer_of(backbones, family)
+    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=2048)
+    # BERT closes every text with a token of its own; the joining tokenizer does not split the text at the opening's end.
+    assert bool(encoder.prefix_ids) == (family not in ("bert", "joining"))
     texts = describe_series(np.concatenate([SERIES[None], random_series(20, 8) * 1e-4]), TEMPLATE)
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
-        assert encoder.opening_ids + ids == tokenizer(TEMPLATE.opening() + text)["input_ids"]
-
-
-def test_a_window_has_a_prompt_for_each_channel(backbones) -> None:
-    tokenizer = tokenizer_of(backbones, "qwen2")
-    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=400)
-    window = torch.from_numpy(random_series(3, 8)).T * 50 + 7  # (T, N)
-    expected = describe_series(instance_norm(window.T.contiguous())[0].numpy(), TEMPLATE)
-    assert encoder.for_window(window) == [tokenizer(text)["input_ids"] for text in expected]
+        assert encoder.prefix_ids + ids == tokenizer(TEMPLATE.prompt_prefix() + text)["input_ids"]
 
 
 def joining_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,17 +92,6 @@ def joining_tokenizer() -> PreTrainedTokenizerFast:
     merges = [(":", " "), (": ", "m"), (": m", "i"), (": mi", "n")]
     vocabulary = {token: i for i, token in enumerate(letters + parts)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
-
-
-def test_falls_back_where_the_opening_does_not_split() -> None:
-    tokenizer = joining_tokenizer()
-    texts = describe_series(np.concatenate([SERIES[None], random_series(5, 8)]), TEMPLATE)
-    joined = tokenizer(TEMPLATE.opening() + texts[0])["input_ids"]
-    apart = tokenizer(TEMPLATE.opening())["input_ids"] + tokenizer(texts[0])["input_ids"]
-    assert joined != apart
-    encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=2048)
-    assert encoder.opening_ids == []
-    assert encoder.encode(texts) == [tokenizer(TEMPLATE.opening() + text)["input_ids"] for text in texts]
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)])
@@ -130,40 +104,18 @@ def test_the_description_is_cut_and_never_the_statistics(backbones, family: str,
     z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
     lengths = []
     for text, ids in zip(describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True):
-        whole = encoder.opening_ids + ids
-        cut = PromptTemplate(kept, 512, 96).opening() + text
+        whole = encoder.prefix_ids + ids
+        cut = PromptTemplate(kept, 512, 96).prompt_prefix() + text
         assert tokenizer.decode(whole, skip_special_tokens=True) == cut
         lengths.append(len(whole))
     most = min(limit, 2048)  # model.md: at most 2048 prompt tokens
     assert most - 40 < max(lengths) <= most  # no more is cut than has to be
 
 
-def test_a_description_that_fits_is_kept(backbones) -> None:
-    template = PromptTemplate("two  spaces stay", 512, 96)
-    assert PromptEncoder(tokenizer_of(backbones, "qwen2"), template, 400).template is template
-
-
 def test_no_room_for_the_statistics(backbones) -> None:
     with pytest.raises(InputError, match="--seq_len 512: got 60 positions") as caught:
         PromptEncoder(tokenizer_of(backbones, "bert"), PromptTemplate("d", 512, 96), 60)
     assert "\n" not in str(caught.value)
-
-
-def test_padding_is_on_the_right() -> None:
-    prompts = pad_prompts([[5, 6, 7], [8]])
-    assert isinstance(prompts, Prompts) and prompts.ids.dtype == prompts.length.dtype == torch.int64
-    assert prompts.ids.tolist() == [[5, 6, 7], [8, 0, 0]] and prompts.length.tolist() == [3, 1]
-
-
-def test_rows_of_prompts() -> None:
-    prompts = pad_prompts([[5, 6, 7], [8], [9, 1]])
-    ids, length = prompts.to(torch.device("cpu")).rows(1, 3)
-    assert ids.tolist() == [[8, 0, 0], [9, 1, 0]] and length.tolist() == [1, 2]
-
-
-def correlations(series: np.ndarray) -> list[float]:
-    """The circular autocorrelation of one series, summed lag by lag."""
-    return [float(series @ np.roll(series, lag)) for lag in range(len(series))]
 
 
 @pytest.mark.parametrize("steps", [5, 6, 9, 32, 33, 96, 336])
@@ -173,7 +125,7 @@ def test_peaks_against_every_lag(steps: int) -> None:
     walks -= walks.mean(1, keepdims=True)
     found = top_peaks(walks)
     for walk, lags in zip(walks, found, strict=True):
-        c = correlations(walk)
+        c = [float(walk @ np.roll(walk, lag)) for lag in range(steps)]  # circular, lag by lag
         inner = range(2, steps // 2)
         peaks = [lag for lag in inner if c[lag] > c[lag - 1] and c[lag] >= c[lag + 1] and c[lag] > 0]
         assert lags == sorted(peaks, key=lambda lag: -c[lag])[:5]
@@ -202,7 +154,7 @@ def test_the_prompt_names_peaks_or_says_that_there_are_none(backbones) -> None:
     encoder = PromptEncoder(tokenizer_of(backbones, "qwen2"), template, max_tokens=400)
     wave = torch.sin(2 * torch.pi * torch.arange(96) / 24)
     window = torch.stack([wave, torch.full((96,), 3.0)], dim=1)  # (T, N)
-    first, second = ("".join(encoder.tokenizer.decode(ids)) for ids in encoder.for_window(window))
+    first, second = ("".join(encoder.tokenizer.decode(ids)) for ids in encoder.for_windows([window]))
     assert "top 1 lags are : [24]<|<end_prompt>|>" in first or "lags are : [24, " in first
     assert second.endswith("the trend of input is downward, top 0 lags are : []<|<end_prompt>|>")
 
@@ -220,8 +172,8 @@ def test_no_prompt_is_longer_than_the_longest(backbones, family: str, lags: str,
         spikes = noise * 1e-4
         spikes[:, 0], spikes[:, -1] = 20, -20  # the median is near 0, and has all of its digits
         windows = np.concatenate([noise, noise.cumsum(1), spikes, spikes * 1e-3, noise * 1e-6, np.zeros_like(noise[:1])])
-        prompts = encoder.for_window(torch.from_numpy(windows).T)
-        lengths = [len(encoder.opening_ids) + len(ids) for ids in prompts]
+        prompts = encoder.for_windows([torch.from_numpy(windows).T])
+        lengths = [len(encoder.prefix_ids) + len(ids) for ids in prompts]
         assert max(lengths) <= encoder.longest, (max(lengths), encoder.longest)
 
 
@@ -233,7 +185,7 @@ def test_no_number_has_more_tokens_than_the_samples_where_exponents_are_one_toke
     value = float(np.float32(-0.00012345868162810802))  # as long as a float32 gets without an exponent
     assert len(str(value)) == 23, value
     text = template.statistics(value, value, value, False, [95, 94, 93, 92, 91])
-    assert len(tokenizer(template.opening() + text)["input_ids"]) <= encoder.longest
+    assert len(tokenizer(template.prompt_prefix() + text)["input_ids"]) <= encoder.longest
 
 
 def letters_with(parts: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

@@ -107,51 +107,8 @@ def test_a_batch_without_numbers_leaves_no_trace(wrong: float) -> None:
     assert torch.equal(ours.eval()(batches[0]), plain.eval()(batches[0]))
 
 
-@pytest.mark.parametrize(("seq_len", "patch_len", "stride"), [(24, 6, 4), (25, 6, 4), (16, 16, 8), (5, 5, 9)])
-def test_patches_by_a_loop(seq_len: int, patch_len: int, stride: int) -> None:
-    model = Model(configs(seq_len=seq_len, patch_len=patch_len, stride=stride))
-    z = torch.arange(1.0, seq_len + 1)
-    padded = [*z.tolist(), *[float(seq_len)] * stride]
-    expected = [padded[i : i + patch_len] for i in range(0, len(padded) - patch_len + 1, stride)]
-    assert model.patches(z[None]).tolist() == [expected]
-    assert len(model.position) == len(expected)
-
-
 def test_a_channel_does_not_see_the_others() -> None:
     assert_channels_are_apart(random_model().eval(), 24, 8, torch.float64)
-
-
-def test_forecast_moves_and_stretches_with_the_series() -> None:
-    model = random_model().eval()
-    x = torch.randn(2, 24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 50
-    torch.testing.assert_close(model(x * 4 + 300), model(x) * 4 + 300, rtol=1e-4, atol=1e-3)
-
-
-def test_dropout_in_training_mode_only() -> None:
-    x = torch.randn(2, 24, 3, dtype=torch.float64)
-    model = random_model(dropout=0.3).eval()
-    assert torch.equal(model(x), model(x))
-    assert not torch.equal(model.train()(x), model(x))
-
-
-def test_it_learns_a_wave() -> None:
-    torch.manual_seed(0)
-    model = Model(configs())
-    windows = torch.sin(2 * torch.pi * torch.arange(100.0) / 12).unfold(0, 32, 1)[:, :, None]  # (windows, T + H, 1)
-    x, y = windows[:, :24], windows[:, 24:]
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for step in range(80):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if step == 0:
-            largest = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
-            assert min(largest.values()) > 1e-5, largest
-        optimizer.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        assert (model.eval()(x) - y).square().mean() < losses[0] / 10
 
 
 def test_heads_must_divide_the_width() -> None:

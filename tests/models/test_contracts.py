@@ -1,14 +1,12 @@
 """The two contracts of the model: a forecast does not depend on its batch, and fast equals plain."""
 
-from copy import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
 from layers.prompt import PromptEncoder
 from tests.layers.test_prompt import joining_tokenizer
@@ -67,7 +65,7 @@ def assert_paths_agree(model, batch, tolerance: float) -> None:
 @pytest.mark.parametrize("family", CAUSAL)
 def test_fast_equals_plain(load, tmp_path, family: str, four_bit: bool) -> None:
     model = model_of(load, tmp_path, family, four_bit)
-    assert model.fast_path and model.prompts.opening_ids
+    assert model.fast_path and model.prompts.prefix_ids
     batch = make_batch(model, random_windows())
     assert len(set(batch.prompts.length.tolist())) > 2  # prompts of different lengths
     assert_paths_agree(model, batch, BFLOAT16 if four_bit else FLOAT32)
@@ -90,23 +88,12 @@ def test_a_window_alone_equals_itself_in_a_batch(load, tmp_path, family: str, fo
         assert series_difference(turned, together) < tolerance
 
 
-def test_channels_are_forecast_in_their_place(load, tmp_path) -> None:
-    model = model_of(load, tmp_path, "qwen2")
-    x = random_windows(2, channels=3)
-    with torch.no_grad():
-        together = model(x)
-        assert together.shape == (2, 8, 3)
-        for channel in range(3):
-            alone = model(x[..., channel : channel + 1])[..., 0]
-            assert difference(alone, together[..., channel]) < FLOAT32
-
-
 def test_prompt_and_position_count(load, tmp_path) -> None:
     """The tests above could not fail if the forecast did not look at the prompt, or at positions."""
     model = model_of(load, tmp_path, "qwen2")
     batch = make_batch(model, random_windows())
     with torch.no_grad():
-        shared = model.shared()
+        shared = model.prototype_kv()
         out = model(batch, shared)
         turned = batch.prompts._replace(ids=batch.prompts.ids.flip(0), length=batch.prompts.length.flip(0))
         assert difference(model(replace(batch, prompts=turned), shared), out) > 1e-3
@@ -128,42 +115,12 @@ def test_bert_is_bidirectional_and_takes_the_plain_path(load, tmp_path) -> None:
         assert difference(model.backbone.plain([], *no_prompt, embeddings)[:, 0], before[:, 0]) > 1e-3
 
 
-@pytest.mark.parametrize(("window", "fast"), [(64, False), (None, True), (4096, True)])
-def test_a_short_sliding_window_takes_the_plain_path(load, tmp_path, window: int | None, fast: bool) -> None:
-    backbone = copy(load("llama"))
-    backbone.window = window
-    assert small_model(tmp_path, backbone, llm_model="LLAMA", llm_layers=2).fast_path == fast
-
-
-def test_plain_when_it_is_asked_for(load, tmp_path) -> None:
-    assert not model_of(load, tmp_path, "qwen2", fast_path="plain").fast_path
-
-
 def test_paths_agree_without_a_shared_opening(backbones, tmp_path) -> None:
     """A tokenizer that joins tokens over the end of the opening: each series carries its whole prompt."""
     model = small_model(tmp_path, Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 2))
     model.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
-    assert model.prompts.opening_ids == []
+    assert model.prompts.prefix_ids == []
     assert_paths_agree(model, make_batch(model, random_windows(2)), FLOAT32)
-
-
-def test_two_paths_are_two_models_with_the_same_weights(load, tmp_path) -> None:
-    fast, plain = (model_of(load, tmp_path, "qwen2", fast_path=path) for path in ("auto", "plain"))
-    plain.load_state_dict({name: tensor + 0.01 for name, tensor in fast.state_dict().items()})
-    x = random_windows()
-    with torch.no_grad():
-        assert series_difference(plain(x), fast(x)) > 1e-3
-        plain.load_state_dict(fast.state_dict())
-        assert series_difference(plain(x), fast(x)) < FLOAT32
-
-
-def test_models_that_share_a_backbone_do_not_meet(load, tmp_path) -> None:
-    """Each has a fast path of its own, with the opening of its own prompt."""
-    models = [model_of(load, tmp_path, "qwen2", pred_len=horizon) for horizon in (8, 9)]
-    x = random_windows(2)
-    with torch.no_grad():
-        expected = [model(x) for model in models]
-        assert all(torch.equal(model(x), right) for model, right in zip(models * 2, expected * 2, strict=True))
 
 
 def test_the_opening_may_change_between_two_models(load, tmp_path) -> None:
@@ -206,11 +163,6 @@ def test_an_empty_opening_may_follow_another(backbones, tmp_path) -> None:
     other.prompts = PromptEncoder(joining_tokenizer(), model.prompts.template, max_tokens=2048)
     for each in (model, other, model):
         assert_paths_agree(each, make_batch(each, random_windows(2)), FLOAT32)
-
-
-def test_paths_agree_with_direct_prototypes(load, tmp_path) -> None:
-    model = model_of(load, tmp_path, "qwen2", prototypes="direct")
-    assert_paths_agree(model, make_batch(model, random_windows()), FLOAT32)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 5, 100])

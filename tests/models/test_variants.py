@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
 from layers.norm import instance_norm
 from models.TimeLLM import Model
@@ -84,10 +83,10 @@ def test_the_window_may_be_just_as_long_as_prompt_and_patches(sliding, tmp_path:
         model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2)
         assert model.fast_path == fast
         ids = torch.tensor(max(model.prompts.encode(model.prompts._samples(model.prompts.template)), key=len))[None]
-        assert len(model.opening_ids) + ids.shape[1] + 4 == longest
+        assert len(model.prefix_ids) + ids.shape[1] + 4 == longest
         patches = torch.randn(1, 4, backbone.hidden_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            given = model.opening_ids, ids, torch.tensor([ids.shape[1]]), patches
+            given = model.prefix_ids, ids, torch.tensor([ids.shape[1]]), patches
             found, expected = FastPath(backbone)(*given), backbone.plain(*given)
         assert (difference(found, expected) < FLOAT32) == fast
 
@@ -96,9 +95,9 @@ def test_the_window_may_be_just_as_long_as_prompt_and_patches(sliding, tmp_path:
 def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_path: Path, prototypes: str) -> None:
     backbone = load_auto(sliding["gemma3"])
     ids = torch.arange(backbone.vocab_size)[None]
-    seen = backbone.words(ids)[0]  # (V, D)
+    seen = backbone.token_embeddings(ids)[0]  # (V, D)
     torch.testing.assert_close(seen, backbone.embeddings * 32**0.5, rtol=1e-3, atol=0)
-    torch.testing.assert_close(seen, backbone.embeddings * backbone.word_scale)
+    torch.testing.assert_close(seen, backbone.embeddings * backbone.embedding_scale)
     model = small_model(tmp_path, backbone, llm_model="AUTO", llm_layers=2)
     mapping = model.mapping_layer
     expected = mapping.weight.t() @ seen + mapping.bias[:, None]
@@ -118,13 +117,13 @@ def test_prototypes_are_made_of_the_words_as_the_layers_see_them(sliding, tmp_pa
 
 def test_words_are_not_scaled_elsewhere(load) -> None:
     for family in ("qwen2", "llama", "gpt2", "bert"):
-        assert load(family).word_scale == 1
+        assert load(family).embedding_scale == 1
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_drawn_model_of_the_window_family_runs(sliding, tmp_path: Path, name: str) -> None:
     drawn, read = load_auto(sliding[name], random_seed=3), load_auto(sliding[name])
-    assert drawn.word_scale == read.word_scale
+    assert drawn.embedding_scale == read.embedding_scale
     flags = {"llm_model": "AUTO", "llm_layers": 2, "llm_ablation": "random"}
     model = small_model(tmp_path, drawn, **flags)
     assert model.fast_path
@@ -150,7 +149,7 @@ def head(model: Model, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_without_a_language_model_the_head_reads_the_reprogrammed_patches(backbones, tmp_path: Path) -> None:
     model = small_model(tmp_path, bare(backbones), llm_ablation="none")
-    assert model.prompts is None and model.opening_ids == [] and not model.fast_path
+    assert model.prompts is None and model.prefix_ids == [] and not model.fast_path
     x = random_windows(3)
     z, mean, deviation = instance_norm(x.mT.flatten(0, 1))
     with torch.no_grad():
@@ -175,12 +174,12 @@ def test_a_substitute_reads_the_whole_prompt_without_its_padding(
     assert len(set(sequences.prompts.length.tolist())) > 2
     z, mean, deviation = instance_norm(sequences.x)
     with torch.no_grad():
-        shared = model.shared()
+        shared = model.prototype_kv()
         patches = model.reprogramming_layer(model.patch_embedding(z), *shared)  # (M, L, D)
         rows = []
         for m, patch in enumerate(patches):
             length = int(sequences.prompts.length[m])
-            ids = torch.tensor(model.opening_ids + sequences.prompts.ids[m, :length].tolist())
+            ids = torch.tensor(model.prefix_ids + sequences.prompts.ids[m, :length].tolist())
             words = backbone.embeddings[ids][None]
             rows.append(model.substitute(words, torch.ones(1, len(ids), dtype=torch.bool), patch[None])[0])
         expected = head(model, torch.stack(rows)) * deviation + mean
@@ -209,7 +208,7 @@ def test_without_a_prompt_both_paths_see_the_patches_alone(load, tmp_path: Path,
     out, gradients = outputs_and_gradients(model, sequences)
     with torch.no_grad():
         z, mean, deviation = instance_norm(sequences.x)
-        patches = model.reprogramming_layer(model.patch_embedding(z), *model.shared())
+        patches = model.reprogramming_layer(model.patch_embedding(z), *model.prototype_kv())
         hidden = model.backbone.model(inputs_embeds=patches).last_hidden_state
         expected = head(model, hidden) * deviation + mean
     assert series_difference(out.mT, expected.mT) < FLOAT32
@@ -223,7 +222,7 @@ def test_without_a_prompt_both_paths_see_the_patches_alone(load, tmp_path: Path,
 def test_without_reprogramming_a_linear_map_feeds_the_language_model(load, tmp_path: Path) -> None:
     # A backbone of its own: without prototypes its words stay in the computer's memory.
     model = small_model(tmp_path, copy(load("qwen2")), llm_layers=2, use_reprogramming=0)
-    assert model.mapping_layer is None and model.shared() == () and model.fast_path
+    assert model.mapping_layer is None and model.prototype_kv() == () and model.fast_path
     assert set(dict(model.named_parameters())) == {
         "patch_embedding.value_embedding.tokenConv.weight", "reprogramming_layer.weight", "reprogramming_layer.bias",
         "output_projection.linear.weight", "output_projection.linear.bias",
@@ -235,7 +234,7 @@ def test_without_reprogramming_a_linear_map_feeds_the_language_model(load, tmp_p
         z, mean, deviation = instance_norm(sequences.x)
         patches = model.patch_embedding(z) @ model.reprogramming_layer.weight.T + model.reprogramming_layer.bias
         prompts = sequences.prompts
-        hidden = model.backbone.plain(model.opening_ids, prompts.ids, prompts.length, patches)
+        hidden = model.backbone.plain(model.prefix_ids, prompts.ids, prompts.length, patches)
         assert series_difference(out.mT, (head(model, hidden) * deviation + mean).mT) < FLOAT32
     _, parts = outputs_and_gradients(model, sequences, max_sequences=2)
     for key, gradient in gradients.items():

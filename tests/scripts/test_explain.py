@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layers.backbone_files import find_backbone
+from layers.backbone import find_backbone
 from models.TimeLLM import Model
 from scripts.explain import main
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder

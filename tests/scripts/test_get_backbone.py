@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
-from layers.backbone_files import find_backbone
+from layers.backbone import find_backbone
 from scripts import get_backbone
 from scripts.get_backbone import MODELS, Model, main
 from scripts.make_backbone import make_backbone

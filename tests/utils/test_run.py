@@ -16,7 +16,7 @@ import utils.saving.checkpoint
 import utils.saving.files
 import utils.saving.state
 from data_provider.data_factory import series_from_args
-from layers.backbone_files import find_backbone
+from layers.backbone import find_backbone
 from layers.errors import InputError
 from models.TimeLLM import Model
 from scripts.make_backbone import make_backbone

@@ -37,7 +37,7 @@ def read_windows(job: Job, windows: list[int], encoder: PromptEncoder | None) ->
 def attention(model: Model, x: torch.Tensor) -> torch.Tensor:
     """The weights `[h, L, K]` with which the patches of one series `[1, T]` attend to the text prototypes (sum 1 over K)."""
     layer = cast(ReprogrammingLayer, model.eval().reprogramming_layer)
-    keys, _ = model.shared()  # (1, h, K, f)
+    keys, _ = model.prototype_kv()  # (1, h, K, f)
     queries = layer.query_projection(model.patch_embedding(instance_norm(x)[0])[0])  # (L, h*f)
     queries = queries.view(len(queries), layer.n_heads, -1).transpose(0, 1)  # (h, L, f)
     scores = queries @ keys[0].transpose(-2, -1) / queries.shape[-1] ** 0.5
@@ -94,7 +94,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> pd.DataFrame:
     ours = cast(PromptEncoder, model.prompts)
     # At most as long as the run's own, so that it fits where that did.
     other = PromptEncoder(ours.tokenizer, replace(ours.template, description=description), ours.longest)
-    batch, shared = read_windows(job, windows, ours), model.shared()
+    batch, shared = read_windows(job, windows, ours), model.prototype_kv()
 
     def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
         model.prompts = encoder  # its opening is every prompt's

@@ -7,13 +7,13 @@ import torch
 from accelerate import Accelerator
 
 from data_provider.batches import Batch
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.precision import Autocast
 from utils.training.session import Job
 
-Shared = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.forecaster
+Shared = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.base
 Forecast = Callable[[Batch, Shared], torch.Tensor]  # -> [M, H] float32
 
 
@@ -28,7 +28,7 @@ class Scores:
 
 @torch.inference_mode()
 def evaluate(
-    model: Forecaster,
+    model: ForecastModel,
     batches: Iterable[Batch],
     accelerator: Accelerator,
     forecast: Forecast,
@@ -50,7 +50,7 @@ def evaluate(
         torch.cuda.empty_cache()
     training = model.training
     model.eval()
-    shared = model.shared()  # once for the whole evaluation
+    shared = model.prototype_kv()  # once for the whole evaluation
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
@@ -70,7 +70,7 @@ def evaluate(
     return Scores(mse, absolute / elements, lost / sequences if sequences else mse)
 
 
-def forecast_in_parts(model: Forecaster, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
+def forecast_in_parts(model: ForecastModel, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of a batch, at most `size` of its sequences at once (0: all)."""
     with precision.autocast():
         return torch.cat([model(part, shared).float() for part in batch.split(size)])

@@ -14,7 +14,7 @@ from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
 from models import model_class
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from models.TimeLLM import PROTOTYPES, Model, layers_of
 from utils.errors import RunError
 from utils.saving.files import size_text
@@ -123,7 +123,7 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def advice(args: Namespace, model: Forecaster | None = None) -> str:
+def advice(args: Namespace, model: ForecastModel | None = None) -> str:
     """What to change, the largest saving first; without figures while there is no model yet."""
     if not model_class(args.model).uses_llm:
         return OTHERS_ADVICE
@@ -153,7 +153,7 @@ def advice(args: Namespace, model: Forecaster | None = None) -> str:
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"
 
 
-def fitting_sequences(model: Forecaster, args: Namespace) -> int:
+def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
     """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out); 0, no limit,
     for a model without a language model, whose sequences take little.
 
@@ -167,7 +167,7 @@ def fitting_sequences(model: Forecaster, args: Namespace) -> int:
         return 0
     backbone, head = model.backbone, model.output_projection.linear
     patches = head.in_features // model.d_ff
-    prompt = min(len(model.opening_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS) if model.prompts else 0
+    prompt = min(len(model.prefix_ids) + STATISTICS_TOKENS, MAX_PROMPT_TOKENS) if model.prompts else 0
     each = backbone.bytes_per_sequence(patches, prompt, model.fast_path, args.grad_checkpoint)
     heads = args.n_heads
     if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:

@@ -5,7 +5,7 @@ from torch import nn
 
 from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 
 
 class BlockAdam(torch.optim.Adam):
@@ -29,7 +29,7 @@ class BlockAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step every parameter that has a gradient; `found_inf` and `grad_scale` as PyTorch's fused kernels take them."""
+        """Step every parameter that has a gradient."""
         super().step()
         if self._mapping is None or self._mapping.gradient_factor is None:
             return
@@ -38,21 +38,18 @@ class BlockAdam(torch.optim.Adam):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         beta1, beta2 = group["betas"]
         state["step"] += 1
         for words, gradient in self._mapping.gradient_blocks():
             self._kernel(
                 [weight[words]], [gradient], [state["exp_avg"][words]], [state["exp_avg_sq"][words]], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-                amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+                amsgrad=False, maximize=False,
             )  # fmt: skip
             del gradient  # before the next block is formed
-        if found_inf is not None:
-            state["step"] -= found_inf
 
 
-def build_optimizer(name: str, model: Forecaster, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":

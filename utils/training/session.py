@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.results.bands import Intervals
 from utils.results.log import Journal, RunLog
 from utils.saving.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class Job:
     accelerator: Accelerator
     device: torch.device
     precision: Precision
-    model: Forecaster
+    model: ForecastModel
     series: Series
     loaders: "dict[str, DataLoader[Batch]]"
     record: dict[str, Any]

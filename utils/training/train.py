@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_provider.batches import Batch
-from models.forecaster import Forecaster
+from models.base import ForecastModel
 from utils.errors import RunError
 from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
@@ -172,7 +172,7 @@ def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
 
 
 def forward_backward(
-    model: Forecaster,
+    model: ForecastModel,
     batch: Batch,
     precision: Autocast,
     max_sequences: int = 0,
@@ -190,7 +190,7 @@ def forward_backward(
         total: sequences of the whole batch, where this is one process's share; loss and gradients are then its part.
     """
     with precision.autocast():
-        shared = model.shared()
+        shared = model.prototype_kv()
     leaves = tuple(tensor.detach().requires_grad_() for tensor in shared)
     found = torch.zeros((), device=batch.x.device)
     for part in batch.split(max_sequences):
@@ -225,7 +225,7 @@ def skip_step(job: Job, batch: Batch, loss: float) -> None:
         return
     data, columns = job.loaders["train"].dataset, job.trained_series.forecast_columns
     with job.precision.autocast():
-        shared = job.model.shared()
+        shared = job.model.prototype_kv()
     forecast = forecast_in_parts(job.model, job.precision, batch, shared, max(job.step_limit.sequences, 1))
     bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
     bad = bad if bad.any() else torch.ones_like(bad)

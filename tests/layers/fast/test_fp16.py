@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
-from layers.fp16 import HalfMLP, shrink
+from layers.fp16 import HalfMLP
 from layers.mapping import MappingLayer
 from tests.conftest import NAMES
 
@@ -133,15 +132,6 @@ def test_the_block_alone_where_its_product_is_1e5(read) -> None:
     for found, expected in zip(*results, strict=True):
         largest = expected.abs().amax(1, keepdim=True)  # row by row: a small row is as right as a large one
         assert ((found - expected).abs() / largest).max() < 3e-3
-
-
-def test_shrink_divides_rows_by_powers_of_two() -> None:
-    x = torch.tensor([[0.0, 0.0], [1e30, -2e30], [3e-20, 1e-20], [4.0, -3.0]])
-    values, size = shrink(x)
-    assert values.dtype == torch.float16 and values.abs().max() < 1
-    mantissa, _ = torch.frexp(size)
-    assert (mantissa == 0.5).all()
-    torch.testing.assert_close(values.float() * size, x, rtol=1e-3, atol=0)
 
 
 def test_the_mapping_layers_gradient_may_leave_the_range_of_fp16() -> None:

@@ -6,8 +6,7 @@ import weakref
 import pytest
 import torch
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
 from layers.fast.attention import ATTENTION
 from layers.fast.linear import REORDER, FrozenLinear
@@ -31,19 +30,6 @@ def run(language_model, backbone: Backbone, seed: int = 0) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"four_bit": True}], ids=["dense", "recomputed", "4 bit"])
 @pytest.mark.parametrize("family", NAMES)
-def test_the_twin_shares_every_tensor(backbones, family: str, options: dict) -> None:
-    backbone = backbone_of(backbones, family, **options)
-    twin = FastPath(backbone).model
-    for kind in ("parameters", "buffers"):
-        ours, theirs = (list(map(id, getattr(model, kind)())) for model in (backbone.model, twin))
-        assert set(ours) == set(theirs), kind
-    states = [{id(m.quant_state) for m in model.modules() if hasattr(m, "quant_state")} for model in (backbone.model, twin)]
-    assert states[0] == states[1] and bool(states[0]) == ("four_bit" in options)
-    assert not set(map(id, backbone.model.modules())) & set(map(id, twin.modules()))
-
-
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"four_bit": True}], ids=["dense", "recomputed", "4 bit"])
-@pytest.mark.parametrize("family", NAMES)
 def test_the_backbone_is_left_alone(backbones, family: str, options: dict) -> None:
     """Neither making nor running a fast path shows in the backbone's modules, or in the attention they use."""
     backbone = backbone_of(backbones, family, **options)
@@ -55,7 +41,7 @@ def test_the_backbone_is_left_alone(backbones, family: str, options: dict) -> No
         lambda *_: seen.append(backbone.model.config._attn_implementation)
     )
     run(fast, backbone)
-    assert seen and set(seen) == {"sdpa"} == {backbone.plain_attention}
+    assert seen and set(seen) == {"sdpa"}
     assert fast.model.config._attn_implementation == ATTENTION
     assert [type(module) for module in backbone.model.modules()] == kinds
     assert not [kind for kind in kinds if kind.__module__.startswith("layers.fast")]
@@ -63,35 +49,11 @@ def test_the_backbone_is_left_alone(backbones, family: str, options: dict) -> No
     assert all(map(torch.equal, run(backbone.plain, backbone), expected))
 
 
-def test_the_plain_attention_does_not_concern_the_fast_path(backbones) -> None:
-    backbone = backbone_of(backbones, "qwen2")
-    fast = FastPath(backbone)
-    expected = run(fast, backbone)
-    backbone.plain_attention = "eager"
-    assert backbone.model.config._attn_implementation == "eager"
-    assert fast.model.config._attn_implementation == ATTENTION
-    assert all(map(torch.equal, run(fast, backbone), expected))
-    for a, b in zip(run(backbone.plain, backbone), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_recomputed_layers_give_the_same_on_both_paths(backbones, family: str) -> None:
-    """Bit by bit: the backward pass runs the same operations on the same numbers once more."""
-    kept, recomputed = (backbone_of(backbones, family, recompute=flag) for flag in (False, True))
-    assert all(map(torch.equal, run(kept.plain, kept), run(recomputed.plain, recomputed)))
-    fast = FastPath(kept)
-    for module in fast.model.modules():  # oneDNN's layouts, which who recomputes does without, round otherwise
-        if isinstance(module, FrozenLinear):
-            module.frozen.prepacked = False
-    assert all(map(torch.equal, run(fast, kept), run(FastPath(recomputed), recomputed)))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"four_bit": True}], ids=["dense", "recomputed", "4 bit"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_nothing_outlives_its_last_reference(backbones, family: str, recompute: bool) -> None:
+def test_nothing_outlives_its_last_reference(backbones, family: str, options: dict) -> None:
     """No cycles: memory is free at once, not when the garbage collector comes."""
-    backbone = backbone_of(backbones, family, recompute=recompute)
+    backbone = backbone_of(backbones, family, **options)
     fast = FastPath(backbone)
     run(fast, backbone), run(backbone.plain, backbone)
     watched = [weakref.ref(held) for held in (fast, fast.model, fast._cache)]
@@ -107,20 +69,6 @@ def test_nothing_outlives_its_last_reference(backbones, family: str, recompute: 
         gc.enable()
 
 
-def test_a_four_bit_backbone_is_free_at_once_too(backbones) -> None:
-    backbone = backbone_of(backbones, "qwen2", four_bit=True)
-    fast = FastPath(backbone)
-    run(fast, backbone), run(backbone.plain, backbone)
-    watched = [weakref.ref(held) for held in (backbone, fast, fast.model, *backbone.model.parameters())]
-    gc.collect()
-    gc.disable()
-    try:
-        del fast, backbone
-        assert not [ref() for ref in watched if ref() is not None]
-    finally:
-        gc.enable()
-
-
 @pytest.mark.skipif(REORDER is None, reason="this PyTorch has no oneDNN layouts")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_fast_path_keeps_layouts_unless_it_recomputes(backbones, recompute: bool) -> None:
@@ -128,7 +76,7 @@ def test_the_fast_path_keeps_layouts_unless_it_recomputes(backbones, recompute: 
     fast = FastPath(backbone)
 
     def layouts(fast: FastPath) -> int:
-        return sum(len(m.frozen._layouts) for m in fast.model.modules() if isinstance(m, FrozenLinear))
+        return sum(len(m._layouts) for m in fast.model.modules() if isinstance(m, FrozenLinear))
 
     for language_model, expected in ((backbone.plain, 0), (fast, 0 if recompute else 2 * 2 * 7)):
         run(language_model, backbone)

@@ -174,7 +174,7 @@ def test_no_memory_for_an_evaluations_prototypes_is_one_line(begin, monkeypatch)
         score(job, "val")
 
 
-@pytest.mark.parametrize("place", ["utils.setup.Backbone", "utils.setup.Forecaster.to"])
+@pytest.mark.parametrize("place", ["utils.setup.Backbone", "utils.setup.ForecastModel.to"])
 def test_no_memory_for_the_model_is_one_line(begin, monkeypatch, place: str) -> None:
     monkeypatch.setattr(place, no_memory)
     with pytest.raises(RunError, match="^CUDA out of memory in loading the model; change --load_in_4bit or "):

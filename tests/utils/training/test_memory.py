@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.patch import patch_count
 from models.TimeLLM import Model
 from tests.conftest import NAMES
@@ -75,11 +74,11 @@ def test_bytes_of_a_sequence_are_about_what_a_layer_keeps(
         batch = make_batch(model, random_windows(4, SEQ_LEN))
         patches = torch.randn(len(batch), patch_count(SEQ_LEN, 16, 8), backbone.hidden_size, requires_grad=True)
         assert model.fast_path == (path == "auto")
-        inputs = model.prompts.opening_ids, *batch.prompts, patches
+        inputs = model.prompts.prefix_ids, *batch.prompts, patches
         counted = kept_bytes(
             partial(model.language_model, *inputs), [*backbone.model.parameters(), *backbone.model.buffers()]
         )
-        prompt = len(model.prompts.opening_ids) + batch.prompts.ids.shape[1]
+        prompt = len(model.prompts.prefix_ids) + batch.prompts.ids.shape[1]
         estimated.append(backbone.bytes_per_sequence(patches.shape[1], prompt, model.fast_path, recompute))
         kept.append(counted / len(batch))
     assert 1 / factor < (estimated[1] - estimated[0]) / (kept[1] - kept[0]) < factor

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 import utils.run
 import utils.training.train
 from data_provider.sampler import EpochBatches
-from layers.backbone import Backbone
-from layers.backbone_files import find_backbone
+from layers.backbone import Backbone, find_backbone
 from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.models.test_TimeLLM import TRAINED

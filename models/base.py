@@ -13,7 +13,7 @@ from layers.mapping import MappingLayer
 from layers.prompt import PromptEncoder
 
 
-class Forecaster(nn.Module):
+class ForecastModel(nn.Module):
     """A model that the loop can train, score, save and forecast with.
 
     Attributes:
@@ -53,17 +53,26 @@ class Forecaster(nn.Module):
         windows = None if self.channel_independent else Windows(batch, x_mark, y_mark, slice(None))
         return super().__call__(Batch(x, x[:, :0], windows=windows)).view(B, N, -1).transpose(1, 2)
 
-    def shared(self) -> tuple[torch.Tensor, ...]:
+    def forward(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+        """M sequences, and what `prototype_kv` gave (None: made here) -> forecasts `[M, H]` on the series' own scale."""
+        raise NotImplementedError
+
+    def prototype_kv(self) -> tuple[torch.Tensor, ...]:
         """What all sequences share, made once a step or an evaluation; gradients come back to it once."""
         return ()
 
-    def forward(self, batch: Batch, shared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """M sequences, and what `shared` gave (None: made here) -> forecasts `[M, H]` on the series' own scale."""
-        raise NotImplementedError
-
     def gradients(self) -> Iterator[torch.Tensor]:
-        """What a backward pass has left, tensor by tensor."""
+        """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient may be in two
+        factors, the one that is not frozen."""
         yield from (parameter.grad for parameter in self.parameters() if parameter.grad is not None)
+        if self.mapping_layer is not None and self.mapping_layer.gradient_factor is not None:
+            yield self.mapping_layer.gradient_factor
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        super().zero_grad(set_to_none)
+        if self.mapping_layer is not None:
+            self.mapping_layer.gradient_factor = None
 
     def path(self) -> str:
         """How it runs, for the log; empty where there is but one way."""

@@ -1,9 +1,10 @@
-"""Auto-correlation against direct sums, and its aggregation against rolled series."""
+"""Trend and season against loops over the steps; auto-correlation against direct sums and rolled series."""
 
+import numpy as np
 import pytest
 import torch
 
-from layers.autocorrelation import AutoCorrelation, aggregate, correlation, delay_count
+from layers.autoformer import AutoCorrelation, SeasonalNorm, correlation, decompose
 
 
 def direct_correlation(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -36,36 +37,12 @@ def test_correlation_is_the_direct_sum(length: int) -> None:
     torch.testing.assert_close(correlation(queries, keys), direct_correlation(queries, keys))
 
 
-def test_correlation_peaks_at_the_period() -> None:
-    wave = torch.sin(2 * torch.pi * torch.arange(48) / 12)[None, :, None]
-    best = correlation(wave, wave)[0].topk(4).indices
-    assert set(best.tolist()) == {0, 12, 24, 36}
-
-
-def test_correlation_of_half_precision_is_computed_in_float32() -> None:
-    x = series(1, 10, 3).bfloat16()
-    assert correlation(x, x).dtype == torch.float32
-    torch.testing.assert_close(correlation(x, x), correlation(x.float(), x.float()))
-
-
-def test_aggregate_is_a_weighted_sum_of_rolled_values() -> None:
-    values, scores = series(3, 9, 2), series(3, 9, seed=1)
-    delays = [[0, 8, 3], [5, 2, 1], [7, 4, 6]]
-    torch.testing.assert_close(aggregate(values, scores, torch.tensor(delays)), rolled_sum(values, scores, delays))
-
-
-@pytest.mark.parametrize(
-    ("length", "factor", "count"), [(96, 1, 4), (96, 3, 13), (144, 1, 4), (144, 3, 14), (2, 1, 1), (1, 1, 1), (3, 9, 3)]
-)
-def test_delay_count(length: int, factor: int, count: int) -> None:
-    assert delay_count(length, factor) == count
-
-
 @pytest.mark.parametrize("source_length", [10, 16, 6], ids=["as long", "longer", "shorter"])
+@pytest.mark.parametrize("factor", [1, 9], ids=["some delays", "all delays"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_layer_against_loops(training: bool, source_length: int) -> None:
+def test_layer_against_loops(training: bool, source_length: int, factor: int) -> None:
     torch.manual_seed(0)
-    layer = AutoCorrelation(4, factor=1).double().train(training)
+    layer = AutoCorrelation(4, factor).double().train(training)
     x, source = series(3, 10, 4), series(3, source_length, 4, seed=1)
     padded = torch.zeros(3, 10, 4, dtype=torch.float64)
     padded[:, : min(source_length, 10)] = source[:, :10]
@@ -73,7 +50,9 @@ def test_layer_against_loops(training: bool, source_length: int) -> None:
     queries, keys, values = x @ W["query"].T, padded @ W["key"].T, padded @ W["value"].T
     scores = direct_correlation(queries, keys)
     ranked = scores.mean(dim=0).expand(3, -1) if training else scores
-    delays = [sorted(range(10), key=lambda delay, row=row: -float(row[delay]))[:2] for row in ranked]  # floor(ln 10) = 2
+    delays = [
+        sorted(range(10), key=lambda delay, row=row: -float(row[delay]))[: 2 * factor] for row in ranked
+    ]  # floor(ln 10) = 2
     torch.testing.assert_close(layer(x, source), rolled_sum(values, scores, delays) @ W["out"].T)
 
 
@@ -96,9 +75,31 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert all(weight.grad is not None and weight.grad.abs().max() > 1e-6 for weight in layer.parameters())
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
-    """Tensors on the meta device have no values: to ask for one is an error."""
-    layer = AutoCorrelation(4, factor=2).to("meta").train()
-    out = layer(torch.randn(2, 12, 4, device="meta"), torch.randn(2, 9, 4, device="meta"))
-    out.sum().backward()
-    assert out.shape == (2, 12, 4)
+@pytest.mark.parametrize(("steps", "kernel"), [(20, 5), (20, 1), (7, 25), (12, 4), (1, 3)])
+def test_moving_average_by_hand(steps: int, kernel: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, steps, 3))
+    expected = np.zeros_like(x)
+    for t in range(steps):
+        for offset in range(-((kernel - 1) // 2), kernel // 2 + 1):
+            expected[:, t] += x[:, min(max(t + offset, 0), steps - 1)] / kernel
+    np.testing.assert_allclose(decompose(torch.from_numpy(x), kernel)[1].numpy(), expected, atol=1e-12)
+
+
+def test_an_average_over_a_period_leaves_the_line_below_it() -> None:
+    t = torch.arange(60, dtype=torch.float64)
+    line, wave = 0.5 * t + 3, torch.sin(2 * torch.pi * t / 5)
+    season, trend = decompose((line + wave)[None, :, None], 5)
+    torch.testing.assert_close(trend[0, 2:-2, 0], line[2:-2])  # the ends see repeated values
+    torch.testing.assert_close(season[0, 2:-2, 0], wave[2:-2])
+
+
+def test_seasonal_norm_by_hand() -> None:
+    torch.manual_seed(0)
+    norm = SeasonalNorm(6).double()
+    torch.nn.init.normal_(norm.norm.weight)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    values = x.numpy()
+    z = (values - values.mean(2, keepdims=True)) / np.sqrt(values.var(2, keepdims=True) + 1e-5)
+    z = z * norm.norm.weight.detach().numpy()
+    np.testing.assert_allclose(norm(x).detach().numpy(), z - z.mean(1, keepdims=True), atol=1e-12)
+    assert [name for name, _ in norm.named_parameters()] == ["norm.weight"]
