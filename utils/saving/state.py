@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -179,10 +180,11 @@ def save_state(folder: Path, packed: dict[str, Any], before: Path | None) -> Pat
     return path
 
 
-def part_random(rank: int) -> None:
+def part_random(rank: int, seed: int) -> None:
     """Let a process whose generators are as the first one's draw other numbers: each drops out of its own windows."""
     if rank > 0:
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank)  # of the GPU, too
+        drawn = np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(drawn >> np.uint64(1)))  # of the GPU, too
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -235,9 +237,9 @@ class Saver:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         has_own = rank < len(saved["random"])  # else there were fewer processes than now
         set_random_state(saved["random"][rank if has_own else 0], device)
-        if not has_own:
-            part_random(rank)
         progress = Progress(**saved["progress"])
+        if not has_own:
+            part_random(rank, self.args.seed + progress.epoch)
         self.last, self.saved_step = saved["path"], (progress.epoch, progress.iteration)
         finished = progress.finished(self.args.train_epochs, self.args.patience)
         lost = progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file()
