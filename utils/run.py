@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from data_provider.splits import M4
-from utils.errors import RunError
+from layers.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
 from utils.results.bands import KEPT, Calibration, mean_intervals, name_of

@@ -240,8 +240,8 @@ def describe_run(
     return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
 
 
+# The run's log, with its first lines.
 def _open_log(plan: Plan) -> RunLog:
-    """The run's log, with its first lines."""
     args, series = plan.args, plan.series
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 `state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
 tensors, the optimizer's, and the random generators of every process. The newest two are kept: a new one is safe on the
 disk before the oldest goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
-rate (utils/training/schedule.py).
+rate (utils/training/optimizer.py).
 """
 
 import copy
@@ -28,8 +28,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
-from layers.errors import input_error
-from utils.errors import RunError, StorageError
+from layers.errors import RunError, StorageError, input_error
 from utils.flags import resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
+from layers.errors import RunError
 from tests.live import Lab
-from utils.errors import RunError
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.setup import setup
