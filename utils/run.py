@@ -14,7 +14,7 @@ from utils.forecaster import Forecaster
 from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.metrics import line_of
-from utils.results.test_pass import TestPass, open_pass, score_mean
+from utils.results.test_pass import open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
 from utils.saving.files import LEGACY
 from utils.saving.interrupt import Interrupted, Interrupts
@@ -108,16 +108,17 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
         Interrupted: a signal has come; nothing is lost.
     """
     checkpoint = load_checkpoint(job)
-    if found is None:
+    if found is not None:
+        results, scores = found
+    else:
         checkpoint = calibrate(job, checkpoint)
         results = open_pass(job)
         try:
-            found = results, score(job, "test", results.consume)
+            scores = score(job, "test", results.consume)
         except Interrupted as signal:
             job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
             job.log(f"To resume: {resume_command(job.args)}")
             raise
-    results, scores = found
     job.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = job.record["backbone"].get("note")
@@ -131,7 +132,7 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     return scores
 
 
-def draw(job: Job, results: TestPass, metrics: dict[str, Any]) -> None:
+def draw(job: Job, results: Any, metrics: dict[str, Any]) -> None:
     """The pictures of a test, unless `--plots 0`."""
     if job.args.plots and job.accelerator.is_main_process:
         from utils.results.plots import draw_test  # only now: matplotlib takes a second to load

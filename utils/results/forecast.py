@@ -154,7 +154,7 @@ def mean_forecast(
     kept = series.forecast_slice
     own = np.mean([forecast[series.forecast_columns].to_numpy() for forecast in forecasts], axis=0)
     values = (own - series.mean[kept]) / series.deviation[kept]
-    return forecast_frame(series, forecasts[0]["date"], values, series.values[-seq_len:, kept], intervals)
+    return forecast_frame(series, pd.DatetimeIndex(forecasts[0]["date"]), values, series.values[-seq_len:, kept], intervals)
 
 
 def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:

@@ -13,7 +13,7 @@ from layers.errors import RunError
 from models.base import ForecastModel
 from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.test_pass import TestPass, open_pass
+from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
 from utils.training.dry_run import dry_run
@@ -24,7 +24,7 @@ from utils.training.optimizer import learning_rate
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Autocast
 from utils.training.session import Job
 
-TestFound = tuple[TestPass, Scores]
+TestFound = tuple[TestPass | M4Pass, Scores]
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
@@ -251,7 +251,7 @@ def validate(job: Job) -> Scores:
     return vali
 
 
-def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
+def test_epoch(job: Job, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
     """Score the test split where `--test_every` has it; of the best epoch so far, keep all that a test leaves."""
     every = job.args.test_every
     if not every or job.training.progress.epoch % every:
