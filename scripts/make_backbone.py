@@ -5,7 +5,6 @@
 What loads a downloaded model loads it: for tests, and for speed and memory at a model's true shape.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,11 +21,12 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from layers.errors import InputError, input_error  # noqa: E402
+from data_provider.description import PROMPT_BANK  # noqa: E402
+from layers.errors import input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
@@ -103,7 +103,7 @@ MAX_VOCAB = 4096
 def write_tokenizer(folder: Path, family: Family) -> None:
     """Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers."""
     rng, texts = random.Random(0), []
-    description = (REPO / "dataset" / "prompt_bank" / "ETT.txt").read_text(encoding="utf-8").strip()
+    description = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     for window, horizon in ((96, 96), (336, 192), (512, 720)):
         template = PromptTemplate(description, seq_len=window, pred_len=horizon)
         for sign, upward in ((-1, True), (1, False)):
@@ -126,14 +126,6 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": family.positions}
     settings |= {"clean_up_tokenization_spaces": False, **family.special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a fast tokenizer's two files unchanged. Raises InputError where `source` lacks one."""
-    for name in TOKENIZER_FILES:
-        if not (source / name).is_file():
-            raise input_error("--tokenizer", f"no {name} in {source}", "the folder of a fast tokenizer")
-        shutil.copyfile(source / name, folder / name)
 
 
 def build_config(preset: str, layers: int, family: str, tokenizer: transformers.PreTrainedTokenizerBase):
@@ -181,8 +173,10 @@ def make_backbone(
     try:
         if tokenizer is None:
             write_tokenizer(partial, kind)
-        else:
-            copy_tokenizer(Path(tokenizer), partial)
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            if not (Path(tokenizer) / name).is_file():
+                raise input_error("--tokenizer", f"no {name} in {tokenizer}", "the folder of a fast tokenizer")
+            shutil.copyfile(Path(tokenizer) / name, partial / name)
         try:
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
@@ -203,26 +197,25 @@ def make_backbone(
     return out
 
 
+ARGUMENTS = {
+    "--preset": dict(required=True, choices=PRESETS),
+    "--out": dict(required=True, type=Path, metavar="DIR", help="new or empty folder"),
+    "--layers": dict(type=int, metavar="N", help="decoder layers (default: the preset's)"),
+    "--tokenizer": dict(type=Path, metavar="DIR", help="copy this folder's tokenizer"),
+    "--family": dict(default="qwen2", choices=FAMILIES),
+    "--seed": dict(type=int, default=0),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="make_backbone.py", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--preset", required=True, choices=PRESETS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers (default: the preset's)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="copy this folder's tokenizer")
-    parser.add_argument("--family", default="qwen2", choices=FAMILIES)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
+    args = script_parser("make_backbone.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
+
+    def work() -> None:
         folder = make_backbone(args.out, args.preset, args.layers, args.family, args.tokenizer, args.seed)
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            error = input_error("--out", f"{args.out}, where no writing is ({error})", "a folder that can be written")
-        print(f"make_backbone.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
-    print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
-    return 0
+        print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
+        print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
+
+    return exit_code("make_backbone.py", work, args.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pandas as pd
 from safetensors import safe_open
 
 from data_provider.splits import M4
-from layers.errors import InputError, input_error
+from layers.errors import input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
 from utils.saving.files import write_json
 
@@ -155,7 +155,10 @@ def _cell(
         with contextlib.redirect_stderr(said):
             args = parse_flags(line)
     except SystemExit:
-        raise InputError(f"{where}: {said.getvalue().strip().removeprefix('run_main.py: error: ')}") from None
+        flag, got, expected = re.split(
+            ": got |, expected ", said.getvalue().strip().removeprefix("run_main.py: error: "), maxsplit=2
+        )
+        raise input_error(f"{where}: {flag}", got, expected) from None
     if args.is_training != 1 or args.itr != 1:
         raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")
     # Values as the parser reads them: two ways to write a number are the same run.
