@@ -43,6 +43,7 @@ from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
+from utils.study.cells import processor  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.session import Job  # noqa: E402
 from utils.training.train import train_step  # noqa: E402
@@ -98,10 +99,9 @@ def main(argv: list[str]) -> int:
         if fast := found.get("fast"):
             ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
-            print(
-                f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP"
-                f" at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s; the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
-            )
+            work_done = f"{fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s"
+            share = f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
+            print(f"\nfloor {fast['floor_s']:.3f} s = {work_done}; {share}")
         if args.json:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             write_json(args.json, {"command": " ".join(sys.argv), "machine": machine(device)} | found)
@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
 
 
 def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Job:
-    """The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are."""
+    # The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are.
     described = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     words = (
         "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data custom "
@@ -204,7 +204,7 @@ def timed(device: torch.device, work: Callable, *args: Any) -> float:
 
 
 def step_flops(job: Job, batch: Batch) -> int:
-    """Operations of one step, as torch counts them: two for a multiplication with its addition."""
+    # Operations of one step, as torch counts them: two for a multiplication with its addition.
     missing: dict[Any, Callable] = {  # in torch's own table
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
@@ -217,7 +217,7 @@ def step_flops(job: Job, batch: Batch) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product."""
+    # Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product.
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(device, multiply, a, b) for _ in range(5) for multiply in (torch.mm, product))
@@ -234,11 +234,7 @@ def machine(device: torch.device) -> dict[str, str]:
             f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
         )
     else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else platform.processor() or "CPU"
-        found["card"] = f"none in use; {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
     packages = ("torch", "transformers", "accelerate", "bitsandbytes")
     found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))

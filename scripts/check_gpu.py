@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     peaks: dict[str, tuple[float, float]] = {}
 
     def note_peaks(phase: str) -> None:
-        """GiB allocated and reserved at the peak since the last call; of the computer's memory the largest so far, twice."""
+        # GiB allocated and reserved at the peak since the last call; of the computer's memory the largest so far, twice.
         peaks[phase] = (peak_memory_gib(device),) * 2
         if device.type == "cuda":
             peaks[phase] = peaks[phase][0], torch.cuda.max_memory_reserved(device) / GIB

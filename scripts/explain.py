@@ -83,7 +83,17 @@ def explain(args: Namespace, job: Job, folder: Path) -> None:
     """
     model, series = cast(Model, job.model), job.windows
     data, columns, T = series.windows("test"), series.forecast_columns, series.seq_len
-    number = find_window(data.dates[T : T + len(data)], args.window)
+    starts, number = data.dates[T : T + len(data)], (len(data) - 1) // 2
+    if args.window is not None:  # the window whose forecast begins at this date, or last before it
+        try:
+            at = pd.Timestamp(args.window)
+            inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
+        except (ValueError, TypeError):
+            inside = False
+        if not inside:
+            expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
+            raise input_error("--window", args.window, expected)
+        number = int(starts.searchsorted(at, side="right")) - 1
     name = args.channel or (series.target if series.target in columns else columns[-1])
     if name not in columns:
         raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
@@ -148,25 +158,6 @@ def explain(args: Namespace, job: Job, folder: Path) -> None:
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
     write_json(folder / "explain.json", found)
     print(f"Figures saved at: {folder / 'explain.json'}")
-
-
-def find_window(starts: pd.DatetimeIndex, date: str | None) -> int:
-    """The number of the test window whose forecast begins at `date`, or last before it; None: the middle one.
-
-    Raises:
-        InputError: no date, or none within the test split.
-    """
-    if date is None:
-        return (len(starts) - 1) // 2
-    expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
-    try:
-        at = pd.Timestamp(date)
-        inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
-    except (ValueError, TypeError) as error:
-        raise input_error("--window", repr(date), expected) from error
-    if not inside:
-        raise input_error("--window", date, expected)
-    return int(starts.searchsorted(at, side="right")) - 1
 
 
 def paint(

@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id)."""
+    # A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
 
     hidden: int
     intermediate: int
@@ -101,7 +101,7 @@ MAX_VOCAB = 4096
 
 
 def write_tokenizer(folder: Path, family: Family) -> None:
-    """Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers."""
+    # Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers.
     rng, texts = random.Random(0), []
     description = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     for window, horizon in ((96, 96), (336, 192), (512, 720)):
@@ -128,24 +128,8 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def build_config(preset: str, layers: int, family: str, tokenizer: transformers.PreTrainedTokenizerBase):
-    """The config of a model for a tokenizer. Raises InputError where the preset's vocabulary is smaller than its."""
-    shape, kind = PRESETS[preset], FAMILIES[family]
-    if shape.vocab and len(tokenizer) > shape.vocab:
-        raise input_error("--tokenizer", f"{len(tokenizer)} token ids", f"at most {shape.vocab}, which fit {preset}")
-    rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return kind.config(
-        architectures=[kind.model.__name__], dtype=shape.dtype,
-        initializer_range=INIT_STD, tie_word_embeddings=True,
-        hidden_size=shape.hidden, num_hidden_layers=layers, num_attention_heads=shape.heads,
-        max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(tokenizer),
-        **{kind.inner: shape.intermediate}, **(rotary if kind.rotary else {}), **special,
-    )  # fmt: skip
-
-
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Weights that depend on seed, name and shape only: a layer is the same in a model with more layers."""
+    # Weights that depend on seed, name and shape only: a layer is the same in a model with more layers.
     # Trained Qwen2 models have such biases; zeros would hide one that is not loaded.
     if len(shape) > 1 or re.search(r"\.[qkv]_proj\.bias$", name):
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -182,7 +166,17 @@ def make_backbone(
         except Exception as error:  # the Rust reader raises plain Exceptions
             got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
             raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
-        config = build_config(preset, layers or shape.layers, family, words)
+        if shape.vocab and len(words) > shape.vocab:
+            raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
+        rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}
+        config = kind.config(
+            architectures=[kind.model.__name__], dtype=shape.dtype,
+            initializer_range=INIT_STD, tie_word_embeddings=True,
+            hidden_size=shape.hidden, num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads,
+            max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(words),
+            **{kind.inner: shape.intermediate}, **rotary,
+            **{f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")},
+        )  # fmt: skip
         config.save_pretrained(partial)
         with torch.device("meta"):  # for names and shapes; tied tensors come once
             outline = kind.model(config)

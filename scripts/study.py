@@ -9,7 +9,6 @@ What stands after -- goes to every run, and wins over the file's [flags]. The sa
 stopped, and tries again what failed; a changed grid runs what has changed and keeps the rest. Nothing is ever deleted.
 """
 
-import argparse
 import fcntl
 import os
 import platform
@@ -88,13 +87,23 @@ def main(argv: list[str]) -> int:
             list_cells(study) if args.list else show_results(study)
             return 0
         handle = lock(study.folder, shared=args.cell is not None)
-        return run_cell(study, args.cell) if args.cell is not None else run_study(study, args, handle, argv)
+        if args.cell is not None:
+            return run_cell(study, args.cell)
+        tell_start(study)
+        failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
+        done, again = show_results(study), shlex.join(["python", "scripts/study.py", *argv])
+        if failed:
+            rest = len(study.cells) - done
+            print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
+        if received:
+            print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
+        return 128 + received if received else bool(failed)
 
     return exit_code(parser.prog, work)
 
 
 def read_gpus(words: list[str]) -> list[str]:
-    """The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set."""
+    # The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set.
     names = [name for word in words for name in word.split(",")]
     if names == ["all"]:
         names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
@@ -206,20 +215,6 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
     return failed, received
 
 
-def run_study(study: Study, args: argparse.Namespace, handle: int, argv: list[str]) -> int:
-    """Run the cells that are not done and make the tables; the exit code."""
-    tell_start(study)
-    failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
-    done = show_results(study)
-    again = shlex.join(["python", "scripts/study.py", *argv])
-    if failed:
-        rest = len(study.cells) - done
-        print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
-    if received:
-        print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
-    return 128 + received if received else bool(failed)
-
-
 def run_cell(study: Study, chosen: str) -> int:
     """Become the run of one cell, whose signals and exit code are then this process's; 0 where it is done.
 
@@ -239,7 +234,7 @@ def run_cell(study: Study, chosen: str) -> int:
 
 
 def tell_start(study: Study) -> None:
-    """A line of what is to be done, and one of what lies there that the grid does not have."""
+    # A line of what is to be done, and one of what lies there that the grid does not have.
     states = Counter(measure(cell)["state"] for cell in study.cells)
     parts = ", ".join(f"{states[name]} {name}" for name in (DONE, HALF, FAILED, NEW) if states[name])
     print(f"{study.title}: {len(study.cells)} cells: {parts}; in {study.folder}", flush=True)
@@ -249,7 +244,7 @@ def tell_start(study: Study) -> None:
 
 
 def list_cells(study: Study) -> None:
-    """Print the cells with their numbers, and how far they are."""
+    # Print the cells with their numbers, and how far they are.
     tell_start(study)
     for number, cell in enumerate(study.cells):
         found = measure(cell)

