@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from layers.errors import InputError, input_error
-from utils.errors import RunError
+from layers.errors import InputError, RunError, input_error
 from utils.flags import FlagParser
 
 
