@@ -18,15 +18,6 @@ def window(number: int, channels: int) -> dict:
     return {"x": values[x], "y": values[y], "x_mark": marks[x], "y_mark": marks[y], "index": number}
 
 
-def test_windows_keep_all_columns_and_the_marks_for_a_model_that_reads_them() -> None:
-    batch = WindowCollate(H, 1, whole=True)([window(7, 2), window(3, 2)])
-    x, x_mark, y_mark, channels = batch.windows
-    assert x.tolist() == [[[700, 710], [701, 711], [702, 712]], [[300, 310], [301, 311], [302, 312]]]
-    assert x_mark.shape == (2, T, 1) and y_mark[0, :, 0].tolist() == pytest.approx([0.2, 0.3, 0.4])
-    assert batch.index.tolist() == [7, 3] and batch.prompts is None and channels == slice(1, 2)
-    assert batch.y.tolist() == [[713, 714], [313, 314]] and batch.split(1) == [batch]
-
-
 @pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize(("channels", "target_index"), [(4, None), (1, None), (4, 2)], ids=["M", "S", "MS"])
 def test_sequences_lie_in_memory_one_after_the_other(windows, channels, target_index) -> None:

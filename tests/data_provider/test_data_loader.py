@@ -10,7 +10,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 from data_provider.data_loader import load_series, own_scale
-from data_provider.description import DEFAULT_DESCRIPTION, PROMPT_BANK, bank_file, dataset_description
+from data_provider.description import DEFAULT_DESCRIPTION, bank_file, dataset_description
 from data_provider.splits import DATASETS, DataSet, Splits, find_csv, split_rows
 from data_provider.synthetic import write_synthetic
 from data_provider.table import read_table
@@ -160,11 +160,7 @@ def test_whose_description_a_run_takes() -> None:
         dataset_description(args)
     args.checkpoint = "runs/other"  # then the flag was inherited, and told of the training's data
     assert dataset_description(args) == DEFAULT_DESCRIPTION
-    args.data, args.checkpoint, args.prompt_domain = "ETTm2", None, 0
-    assert bank_file(args) == PROMPT_BANK / "ETT.txt" and dataset_description(args) == DEFAULT_DESCRIPTION
-    args.prompt_domain = 1
-    assert dataset_description(args).startswith("The Electricity Transformer Temperature")
-    assert "\n" not in dataset_description(args)
+    args.checkpoint = None
     args.data, args.data_path, args.prompt_domain = "custom", "folder/ETT.csv", 0
     assert dataset_description(args).startswith("The Electricity")  # a custom file's own text needs no asking for
     args.prompt_text = "in  my\nwords"

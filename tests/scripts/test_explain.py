@@ -83,6 +83,19 @@ def test_the_script_leaves_two_files_and_changes_none(runs, capsys) -> None:
     assert (found["channel"], found["prompt"]["other_description"]) == ("load", "Something else.")
 
 
+def test_the_window_is_the_one_that_begins_at_the_date_or_last_before_it(runs, tmp_path, capsys) -> None:
+    # Rows 256 to 319 are tested: forecasts begin from 2020-01-11 16:00 to 2020-01-14 00:00.
+    for date, begins, number in (
+        ("2020-01-12", "2020-01-12 00:00:00", 8),
+        ("2020-01-12 05:59", "2020-01-12 05:00:00", 13),
+        ("2020-01-14", "2020-01-14 00:00:00", 56),
+    ):
+        assert main([str(runs["bare"]), "--window", date, "--out", str(tmp_path)]) == 0
+        window = json.loads((tmp_path / "explain.json").read_text())["window"]
+        assert (window["number"], window["first_forecast_row"]) == (number, begins)
+        assert ("or before" in capsys.readouterr().out) == (begins[:16] != (date + " 00:00")[:16])
+
+
 def test_what_a_run_does_not_have_is_left_out_with_a_sentence(runs, tmp_path, capsys) -> None:
     for name, has_attention in (("bare", False), ("no llm", True)):
         assert main([str(runs[name]), "--out", str(tmp_path / name)]) == 0

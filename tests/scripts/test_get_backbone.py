@@ -49,12 +49,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
             headers = {"ETag": f'"{files[name]["oid"]}"', "X-Repo-Commit": COMMIT}
             if self.command == "GET":
                 self.server.asked.append(name)
-        refused = self.command == "GET" and path.endswith(self.server.refused)
-        self.send_response(403 if refused else 200 if body else 404)
-        for key, value in (headers | {"Content-Length": 0 if refused else len(body)}).items():
+        self.send_response(200 if body else 404)
+        for key, value in (headers | {"Content-Length": len(body)}).items():
             self.send_header(key, str(value))
         self.end_headers()
-        self.wfile.write(body if self.command == "GET" and not refused else b"")
+        self.wfile.write(body if self.command == "GET" else b"")
 
     do_HEAD = do_GET
 
@@ -66,9 +65,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A hub with the model `tiny`, which the script knows; files whose names end with `refused` do not come."""
+    """A hub with the model `tiny`, which the script knows."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.folder, server.asked, server.refused = shutil.copytree(source, tmp_path / "served"), [], "no such name"
+    server.folder, server.asked = shutil.copytree(source, tmp_path / "served"), []
     (server.folder / "pytorch_model.bin").write_bytes(b"not wanted")
     info = find_backbone("AUTO", str(source))
     shape = (info.layers, info.hidden_size, info.vocab_size)

@@ -46,18 +46,6 @@ def test_offline_writes_synthetic_series_and_says_so(tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["synthetic"]
 
 
-def test_what_differs_from_the_public_file_is_not_taken_and_an_own_file_is_kept(tmp_path):
-    (tmp_path / "ETTh1.csv").write_text("date,OT\n")
-    lines = run(tmp_path, "--name", "ETTh1", data=tmp_path)
-    assert "not used" in lines[0] and lines[-1].endswith("synthetic.csv")
-    own = tmp_path / "out/ETT-small/ETTh1.csv"
-    own.parent.mkdir(parents=True)
-    own.write_text("date,x\n2020-01-01,1\n")
-    lines = run(tmp_path, "--name", "ETTh1")
-    assert "WARNING" in lines[0] and "another SHA-256" in lines[0] and lines[-1] == "data: out/ETT-small/ETTh1.csv"
-    assert own.read_text() == "date,x\n2020-01-01,1\n"
-
-
 def test_a_download_is_checked_and_whole(tmp_path, monkeypatch, capsys):
     served = tmp_path / "served.csv"
     monkeypatch.setattr(get_data, "ETT_URL", served.as_uri())
