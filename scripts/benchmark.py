@@ -195,7 +195,7 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> J
 
 
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
-    """Seconds that `work(*args)` takes, until the device has done it."""
+    # Seconds that `work(*args)` takes, until the device has done it.
     began = time.perf_counter()
     work(*args)
     if device.type == "cuda":
@@ -224,7 +224,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Names and versions of what a run runs on."""
+    # Names and versions of what a run runs on.
     found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)

@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> list[str]:
-    """The lines to paste."""
+    # The lines to paste.
     run = timedelta(seconds=round(figures["s_run"]))
     lines = figures["machine"] | {
         "flags": figures["flags"],

@@ -177,7 +177,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def perplexity(folder: Path) -> None:
-    """Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing."""
+    # Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = AutoTokenizer.from_pretrained(folder)(SENTENCE, return_tensors="pt").input_ids  # (1, tokens)
     with torch.inference_mode():

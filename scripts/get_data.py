@@ -95,7 +95,7 @@ def get(name: str, out: Path, offline: bool) -> Path:
 
 
 def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes | None:
-    """A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository."""
+    # A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository.
     url = ETT_URL.format(file=file)
     if name == "m4":
         url = M4_URL.format(file=file, part="Train" if "train" in file else "Test")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -33,23 +34,13 @@ INIT_STD = 0.02
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-@dataclass(frozen=True)
-class Preset:
-    # A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    layers: int
-    dtype: torch.dtype = torch.float32
-    vocab: int = 0
-
-
+# A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
 PRESETS = {
-    "tiny": Preset(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2),
-    "small": Preset(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6),
-    "qwen2.5-3b": Preset(2048, 11008, 16, 2, layers=36, dtype=torch.bfloat16, vocab=151936),
+    "tiny": SimpleNamespace(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2, dtype=torch.float32, vocab=0),
+    "small": SimpleNamespace(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6, dtype=torch.float32, vocab=0),
+    "qwen2.5-3b": SimpleNamespace(
+        hidden=2048, intermediate=11008, heads=16, kv_heads=2, layers=36, dtype=torch.bfloat16, vocab=151936
+    ),
 }
 
 

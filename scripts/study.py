@@ -67,7 +67,7 @@ MODES: dict[str, dict] = {  # at most one of them
 
 
 def main(argv: list[str]) -> int:
-    """Run the study; the exit code: 2 for what the user can mend, 1 where cells failed, 128 + n after signal n."""
+    # Run the study; the exit code: 2 for what the user can mend, 1 where cells failed, 128 + n after signal n.
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     usage = "python scripts/study.py [GRID.toml] --out FOLDER [options] [-- flags for every run]"
     parser = script_parser("study.py", __doc__, ARGUMENTS, usage=usage)

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(table: pd.DataFrame, column: str, descending: bool, file: Path | None) -> None:
-    """Print the table of runs in the order of a column; write it, too, where a file is named."""
+    # Print the table of runs in the order of a column; write it, too, where a file is named.
     if column not in table:
         raise input_error("--sort", repr(column), f"one of {', '.join(table)}")
     numbers = pd.to_numeric(table[column], errors="coerce")
