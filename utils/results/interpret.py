@@ -56,7 +56,7 @@ def nearest_words(model: Model, prototypes: list[int]) -> tuple[list[list[tuple[
     # In blocks: a float32 copy of all embeddings may be larger than the free memory. Rows without a word are left out.
     blocks = model.backbone.embeddings[: len(tokenizer)].split(BLOCK)
     generator = torch.Generator().manual_seed(0)
-    total, mixed, drawn = torch.zeros_like(held[0]), held.new_zeros(MIXTURES, held.shape[1]), 0
+    total, mixed, drawn = torch.zeros_like(held[0]), held.new_zeros(MIXTURES, held.shape[1]), held.new_zeros(())
     for block in blocks:
         weights = torch.randn(MIXTURES, len(block), generator=generator).to(held.device)
         words = block.to(held.device, torch.float32)  # (BLOCK, D)
