@@ -68,7 +68,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        with torch.autocast(x.device.type, enabled=False):  # on CUDA it would make the residual stream float32
+            return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

@@ -129,8 +129,8 @@ def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:
             dist.all_reduce(gradient)
     # A sum is finite only if every term is, and takes no memory of its own.
     numbers = torch.stack([loss, *(gradient.sum().float() for gradient in gradients)])
-    asks = job.interrupts.received > 0, job.training.saver.due(progress)
-    told = job.accelerator.reduce(torch.stack([loss.float(), *torch.tensor(asks).float().to(job.device)]))
+    asks = torch.tensor([job.interrupts.received > 0, job.training.saver.due(progress)]).float()
+    told = job.accelerator.reduce(torch.stack([loss.float(), *asks.to(job.device, non_blocking=True)]))
     wrong = ~torch.isfinite(numbers).all()
     value, stop, due, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
     good = not skip and math.isfinite(value)
