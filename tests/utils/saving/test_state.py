@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 
 import utils.saving.state
-from layers.errors import InputError
-from utils.errors import RunError, StorageError
+from layers.errors import InputError, RunError, StorageError
 from utils.saving.files import write_atomic, write_json, write_text
 from utils.saving.folder import FolderLock, move_aside
 from utils.saving.state import Progress, Saver, compare, find_state, state_files

@@ -9,7 +9,7 @@ import torch
 from data_provider.batches import Batch
 from data_provider.splits import PATTERNS, Pattern
 from utils.training.losses import loss_of
-from utils.training.schedule import learning_rate
+from utils.training.optimizer import learning_rate
 
 
 def part(masked: bool, M: int = 4, T: int = 10, H: int = 3) -> tuple[torch.Tensor, Batch]:
