@@ -130,6 +130,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
         intervals=plan.intervals.kept,
         notes=plan.notes,
         pretrain=plan.pretrain,
+        sequences_per_step=plan.args.batch_size * len((plan.pretrain or plan.series).forecast_columns),
     )
 
 

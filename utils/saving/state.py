@@ -253,12 +253,12 @@ class Saver:
             log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
         return progress
 
-    def due(self, progress: Progress) -> bool:
-        """Whether it is time for a state; the processes of a group must agree on the answer."""
+    def due(self, progress: Progress, ahead: int = 0) -> bool:
+        """Whether it is time for a state, `ahead` iterations from now; the processes of a group must agree on the answer."""
         every = self.args.save_steps
         if every is None:
             return time.monotonic() - self.saved_at >= SECONDS
-        return every > 0 and progress.iteration % every == 0
+        return every > 0 and (progress.iteration + ahead) % every == 0
 
     def save(self, progress: Progress) -> None:
         """Save the state, unless it is saved already. All processes of a group take part, and the first one writes.

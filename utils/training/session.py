@@ -72,6 +72,7 @@ class Job:
     intervals: Intervals | None = None  # of the tensors that the model has, once they are calibrated
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
     pretrain: SplitSeries | None = None
+    sequences_per_step: int = 0  # of a training step, in all processes
     training: Training = field(init=False)  # of a run with --is_training 1 alone
 
     @property

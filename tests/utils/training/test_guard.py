@@ -212,6 +212,6 @@ def test_the_scale_doubles_after_good_steps(begin, monkeypatch) -> None:
     job, seen = begin(scale=4.0, amp_dtype="fp16", max_iters=13, batch_size=6), []
     overflow(job, {5, 9, 10, 11, 12, 13})
     due = job.training.saver.due  # asked in each step, before its change of the scale
-    monkeypatch.setattr(job.training.saver, "due", lambda progress: seen.append(progress.loss_scale) or due(progress))
+    monkeypatch.setattr(job.training.saver, "due", lambda at, ahead: seen.append(at.loss_scale) or due(at, ahead))
     epoch(job)
     assert [*seen[1:], job.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]
