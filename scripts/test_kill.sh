@@ -6,6 +6,6 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then
-  set -- tests/test_kill.py tests/utils/training/test_processes.py tests/utils/test_m4_run.py
+  set -- tests/test_kill.py tests/utils/training/test_processes.py
 fi
 exec "${PYTHON:-.venv/bin/python}" -m pytest -q -m long "$@"

@@ -11,17 +11,16 @@ runs as plain products, so its temporaries are larger than a real one's.
 
 # ruff: noqa: E402
 import ctypes
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import traceback
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +58,14 @@ std::optional<c10::DeviceType> getAccelerator(bool) { return c10::DeviceType::CU
 """
 
 
-def _load_shims(folder: Path) -> None:
-    """Compile the shims into `folder`, unless they are there, and load them."""
-    if "torch" in sys.modules:
-        raise ImportError("tests.fake_gpu must be imported before torch, in a process of its own")
-    library = folder / "fake_gpu.so"
-    if not library.exists():
-        spec = importlib.util.find_spec("torch")
-        assert spec is not None and spec.submodule_search_locations, "torch is not installed"
-        torch_folder = spec.submodule_search_locations[0]
-        source = folder / "fake_gpu.cpp"
-        source.write_text(SHIMS, encoding="utf-8")
-        command = ["g++", *"-O0 -shared -fPIC -std=c++20".split(), f"-I{torch_folder}/include", source, "-o", library]
-        libraries = [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
-        subprocess.run([*command, *libraries], check=True)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-_load_shims(Path(os.environ.get("FAKE_GPU_FOLDER") or tempfile.mkdtemp(prefix="fake_gpu_")))
+folder = Path(sys.argv[1])
+library, source = folder / "fake_gpu.so", folder / "fake_gpu.cpp"
+torch_folder = importlib.util.find_spec("torch").submodule_search_locations[0]
+source.write_text(SHIMS, encoding="utf-8")
+command = ["g++", *"-O0 -shared -fPIC -std=c++20".split(), f"-I{torch_folder}/include", source, "-o", library]
+libraries = [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
+subprocess.run([*command, *libraries], check=True)
+ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 import bitsandbytes
 import torch
@@ -90,14 +79,13 @@ from transformers import AutoConfig, AutoModel
 import layers.backbone
 import utils.saving.checkpoint
 import utils.setup
-import utils.training.train
 from data_provider.batches import Batch
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
+from tests.test_cuda_path import BATCHES, CASES, PLACES, RETRY, STEPS
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
-from utils.saving.state import Saver
-from utils.training.train import Clock, train_epoch
+from utils.training import evaluate, train
 
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,16 +95,12 @@ PRODUCTS = tuple(f"aten.{name}." for name in ("mm", "addmm", "bmm", "baddbmm", "
 READS = ("aten._local_scalar_dense.default", "aten.item.default")  # what hands a value to Python
 
 
-class _FakeTensors(FakeTensorMode):
-    avoid_device_init = True  # although `torch.cuda.is_available` says that there is one
-
-
 class FakeGPU(TorchDispatchMode):
-    """Watches what runs inside it; FakeTensorMode comes along.
+    """Watches what runs inside it and inside its `tensors`.
 
     Attributes:
         now, peak: bytes that live on the GPU.
-        operations: how many there were; `counts`, by name.
+        operations: how many there were.
         waits: where the program waited for the device while `watching`: operation, file and line.
         answer: what the program reads where it reads a value, as a truth value or as a number.
         fail_in: operations until one raises out-of-memory; None: none does.
@@ -125,23 +109,15 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.operations = self.step = 0
-        self.counts: Counter[str] = Counter()
+        self.now = self.peak = self.operations = 0
         self.waits: list[str] = []
         self.watching = False
         self.answer = 0.0
         self.fail_in: int | None = None
         self.emptied: list[int] = []
         self._sizes: dict[int, int] = {}  # of the live storages, by id
-        self._fake = _FakeTensors(allow_non_fake_inputs=False)
-
-    def __enter__(self) -> "FakeGPU":
-        self._fake.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._fake.__exit__(*error)
+        FakeTensorMode.avoid_device_init = True  # although `torch.cuda.is_available` says that there is one
+        self.tensors = FakeTensorMode(allow_non_fake_inputs=False)
 
     def peak_of(self, work: Callable[[], object], answer: float = 0.0) -> int:
         """The highest `now` while `work` runs, without what a `peak_of` inside it measures."""
@@ -154,21 +130,17 @@ class FakeGPU(TorchDispatchMode):
             self.peak, self.answer = outside
 
     def wait(self, what: str) -> None:
-        """Note that the program waits for the device."""
-        if not self.watching:
-            return
-        frame: Any = sys._getframe(1)
-        while frame is not None and not _is_program(frame.f_code.co_filename):
-            frame = frame.f_back
-        place = "?" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
-        self.waits.append(f"{what} in {place}")
+        """Note that the program waits for the device: where, in its own code."""
+        if self.watching:
+            places = [f"{os.path.relpath(frame.filename, ROOT)}:{frame.lineno}" for frame in traceback.extract_stack()]
+            own = [place for place in places if not place.startswith(("..", "<", ".venv", "tests"))]
+            self.waits.append(f"{what} in {own[-1] if own else '?'}")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(function), kwargs or {}
         if name.startswith("prim."):
             return function(*args, **kwargs)
         self.operations += 1
-        self.counts[name] += 1
         if self.fail_in is not None:
             self.fail_in -= 1
             if self.fail_in < 0:
@@ -192,7 +164,8 @@ class FakeGPU(TorchDispatchMode):
             tensor.device.type for tensor in [*operands, *made] if copies or tensor.dim() or tensor.device.type == "cuda"
         }
         if len(devices) > 1:
-            if not _is_non_blocking(function, args, kwargs):
+            given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+            if not given.get("non_blocking"):
                 self.wait(name)
             elif made and made[0].device.type == "cpu" and made[0] is not args[0]:
                 # Into memory that the program has provided, an event may say when the values are there.
@@ -200,11 +173,9 @@ class FakeGPU(TorchDispatchMode):
         return result
 
     def _take(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cuda":
-            return
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key not in self._sizes:
+        if tensor.device.type == "cuda" and key not in self._sizes:
             self._sizes[key] = -(-storage.nbytes() // 512) * 512  # as the allocator rounds
             self.now += self._sizes[key]
             self.peak = max(self.peak, self.now)
@@ -214,34 +185,10 @@ class FakeGPU(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def _is_non_blocking(function: Any, args: Any, kwargs: Any) -> bool:
-    """What a call says, by position or by name."""
-    for place, argument in enumerate(function._schema.arguments):
-        if argument.name == "non_blocking":
-            return bool(kwargs.get("non_blocking", args[place] if place < len(args) else False))
-    return False
-
-
-def _is_program(file: str) -> bool:
-    """Whether a source file is the project's, and no test."""
-    path = Path(file)
-    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in (".venv", "tests")
-
-
 def pretend(gpu: FakeGPU) -> None:
     """Replace, for the rest of the process, what PyTorch asks the driver and what a FakeTensor cannot do."""
-
-    class Event:
-        def record(self, *_: Any) -> None:
-            self.step = gpu.step
-
-        def synchronize(self) -> None:
-            if self.step == gpu.step:  # an event of the step before has long arrived
-                gpu.wait("Event.synchronize")
-
     total = 6 * 2**30
-    cuda: Any = torch.cuda
-    cuda.Event = Event
+    cuda = torch.cuda
     cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast("cuda") switches itself off
     cuda.is_available = cuda.is_bf16_supported = lambda *_, **__: True
     cuda.current_device = lambda: 0
@@ -250,14 +197,12 @@ def pretend(gpu: FakeGPU) -> None:
     cuda.mem_get_info = lambda *_: (total - gpu.now, total)
     cuda.memory_allocated = cuda.memory_reserved = lambda *_: gpu.now
     cuda.set_per_process_memory_fraction = lambda *_: None
-    module: Any
     for module in (torch, cuda):
         module.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
         module.set_rng_state = lambda *_: None
     bitsandbytes.functional.create_dynamic_map = lambda *_, **__: torch.empty(256)  # a table of constants
-    fake: Any = FakeTensor
     # A storage without memory can be neither copied nor read.
-    fake.__deepcopy__ = lambda tensor, memo: tensor.clone()
+    FakeTensor.__deepcopy__ = lambda tensor, memo: tensor.clone()
 
     def stage(held: object, *_: Any) -> bytes:
         """What torch.save and safetensors do with tensors of a GPU: one after the other comes to the CPU."""
@@ -266,21 +211,20 @@ def pretend(gpu: FakeGPU) -> None:
                 tensor.cpu()
         return b""
 
-    torch.save = utils.saving.checkpoint.save = stage  # type: ignore[assignment]
-    nn.Module._apply = _apply  # type: ignore[method-assign]
+    torch.save = utils.saving.checkpoint.save = stage
+    nn.Module._apply = _apply
 
 
 def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """nn.Module's own: a FakeTensor does not take another's data."""
     for child in module.children():
         child._apply(change)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            changed = change(parameter.detach())
-            if changed.device != parameter.device:
-                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        changed = None if tensor is None else change(tensor.detach())
+        if name in module._buffers:
+            module._buffers[name] = changed
+        elif changed is not None and changed.device != tensor.device:
+            module._parameters[name] = nn.Parameter(changed, tensor.requires_grad)
     return module
 
 
@@ -325,10 +269,6 @@ class Bench:
     VOCABULARY = 2000  # the mapping layer's 8 MB outweigh all else, as on a real model
 
     def __init__(self, gpu: FakeGPU, backbone: Path, folder: Path, **flags: object):
-        """Args:
-        backbone: a folder of `scripts.make_backbone`.
-        folder: for the run's files.
-        """
         self.gpu = gpu
         self.save_peaks: list[int] = []
         large = folder / "backbone"
@@ -336,67 +276,128 @@ class Bench:
         config = json.loads((large / "config.json").read_text(encoding="utf-8"))
         (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
-        layers.backbone._load = fake_load  # type: ignore[assignment]
-        utils.setup.find_device = lambda _args: (_Accelerator(), GPU)
-        utils.setup.Saver = partial(_Saver, self)  # type: ignore[assignment,misc]
+        layers.backbone._load = fake_load
+        utils.setup.find_device = lambda _args: (Accelerator(cpu=True), GPU)
         self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
-        self.job.loaders = {"train": self, "val": self}  # type: ignore[dict-item]
+        self.job.loaders = {"train": self, "val": self}
+        saver = self.job.training.saver
+        save = saver.save
+        saver.save = lambda progress: self.save_peaks.append(gpu.peak_of(lambda: save(progress), answer=1.0))
 
     def batch(self) -> Batch:
-        """A batch on the CPU, as a loader's worker makes it."""
         M = self.WINDOWS * self.CHANNELS
         prompts = Prompts(torch.zeros(M, self.TOKENS, dtype=torch.long), torch.ones(M, dtype=torch.long))
         return Batch(torch.zeros(M, SEQ_LEN), torch.zeros(M, PRED_LEN), prompts)
 
     def layers(self) -> nn.ModuleList:
-        """The language model's layers that the steps run."""
         model = self.job.model
         owner: Any = model.language_model if model.fast_path else model.backbone
         lists = [module for module in owner.model.modules() if isinstance(module, nn.ModuleList)]
         return next(found for found in lists if len(found) == owner.model.config.num_hidden_layers)
 
     def train(self, steps: int, save: bool = False) -> None:
-        """Run an epoch of `steps` steps; `save`: with a state after the last."""
         self.batches = self.batches_per_epoch = steps
         self.job.training.progress.next_epoch()
-        train_epoch(self.job, Clock(self.job))
+        train.train_epoch(self.job, train.Clock(self.job))
         self.gpu.watching = False
         if save:
-            utils.training.train.save(self.job)
+            train.save(self.job)
 
     # What the program asks of a loader and of its sampler.
 
-    @property
-    def batch_sampler(self) -> "Bench":
-        return self
+    batch_sampler = property(lambda self: self)
 
     def set_epoch(self, epoch: int, skip: int) -> None: ...
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self.batches):
             batch = self.batch()
-            self.gpu.step += 1
             self.gpu.watching = number > 0  # the first one makes what the others use again
             yield batch
         self.gpu.watching = False
 
 
-class _Accelerator(Accelerator):
-    """accelerate's own, which looks for no GPU."""
+def examine(bench: Bench) -> dict[str, Any]:
+    """Steps, the last of them saved, an evaluation, and what is saved at an epoch's end; peaks in bytes."""
+    gpu, job = bench.gpu, bench.job
+    training = job.training
+    kinds: set[str] = set()
+    for layer in bench.layers():
+        layer.register_forward_pre_hook(lambda _, inputs: kinds.add(str(inputs[0].dtype).removeprefix("torch.")))
+    found: dict[str, Any] = {"step": gpu.peak_of(lambda: bench.train(STEPS, save=True)), "held": gpu.now}
+    bench.batches = BATCHES
+    gpu.emptied.clear()
+    gpu.peak_of(lambda: evaluate.score(job, "val"), answer=1.0)
+    found["emptied"] = len(gpu.emptied)
+    found["checkpoint"] = gpu.peak_of(lambda: training.saver.save_checkpoint({}), answer=1.0)
+    training.progress.next_epoch()
+    train.save(job)
+    found |= {"state": max(bench.save_peaks), "states": len(bench.save_peaks)}
+    return found | {"waits": gpu.waits, "stream": sorted(kinds)}
 
-    device = GPU
 
-    def __init__(self, **_: Any):
-        super().__init__(cpu=True)
+def run_out_of_memory(bench: Bench) -> dict[str, Any]:
+    """Let steps run out of memory, each at another place of its passes.
+
+    For each: the bytes beyond those before its passes, whenever the program gave idle memory back, and when it tried
+    again; and for an evaluation, when it tried again.
+    """
+    gpu, limits = bench.gpu, (bench.job.step_limit, bench.job.evaluation_limit)
+    begun: list[int] = []
+    place: int | None = None
+
+    def watch(work):
+        def watched(*args, **kwargs):
+            begun.append(gpu.now)
+            gpu.fail_in = place if len(begun) == 1 else None
+            return work(*args, **kwargs)
+
+        return watched
+
+    def attempt(work) -> dict[str, Any]:
+        begun.clear()
+        gpu.emptied.clear()
+        gc.collect()
+        for limit in limits:
+            limit.sequences = 0
+        work()
+        before, after = begun
+        return {"place": place, "emptied": [now - before for now in gpu.emptied], "left": after - before}
+
+    bench.train(1)
+    first = gpu.operations
+    bench.train(1)
+    length = gpu.operations - first  # of a step; the optimizer's part of it is short
+    gc.disable()  # what only the collector would free is left
+    gc.freeze()  # it has less to look through
+    train.forward_backward, evaluate.forecast_in_parts = map(watch, (train.forward_backward, evaluate.forecast_in_parts))
+    tries = []
+    for number in range(PLACES):
+        place = number * int(0.9 * length) // PLACES
+        tries.append(attempt(lambda: bench.train(1)))
+    place = 20
+    gpu.answer, bench.batches = 1.0, 1
+    return {"tries": tries, "evaluation": attempt(lambda: evaluate.score(bench.job, "val"))["left"]}
 
 
-class _Saver(Saver):
-    """The run's own, watched."""
+def main(folder: Path, backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Run all cases; of an error the program's part of the way to it, and what it says (PyTorch can say pages)."""
+    report: dict[str, dict[str, Any]] = {}
+    for name, (family, flags) in [*CASES.items(), (RETRY, CASES["fast, 4 bit, vocab"])]:
+        gpu = FakeGPU()
+        pretend(gpu)
+        run = folder / name.replace(" ", "_")
+        run.mkdir()
+        try:
+            with gpu.tensors, gpu:
+                bench = Bench(gpu, backbones[family], run, llm_model=family, **flags)
+                report[name] = run_out_of_memory(bench) if name == RETRY else examine(bench)
+        except Exception as error:
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ".venv" not in frame.filename]
+            told = "".join(traceback.format_list(frames))
+            report[name] = {"error": f"{told}{type(error).__name__}: {str(error)[:500]}"}
+    return report
 
-    def __init__(self, bench: Bench, *args: Any):
-        super().__init__(*args)
-        self.bench = bench
 
-    def save(self, progress: Any) -> None:
-        """As Saver's, told that all is finite."""
-        self.bench.save_peaks.append(self.bench.gpu.peak_of(lambda: Saver.save(self, progress), answer=1.0))
+if __name__ == "__main__":
+    print(json.dumps(main(folder, {"QWEN": Path(sys.argv[2]), "GPT2": Path(sys.argv[3])})))

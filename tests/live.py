@@ -1,54 +1,37 @@
 """Real runs of the program for tests: a tiny backbone, a short series, and processes that are watched."""
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from scripts.make_backbone import make_backbone
+from tests.small_run import command_line, write_csv
 
 PATIENCE = 300  # seconds to wait for something that takes a few
-
-
-def write_series(path: Path, rows: int = 400) -> Path:
-    """A CSV with the columns a and b, hour by hour."""
-    hours = np.arange(rows)
-    noise = np.random.default_rng(0).standard_normal((2, rows)) / 10
-    values = {"a": np.sin(hours / 4) + noise[0], "b": np.cos(hours / 4) + noise[1]}
-    pd.DataFrame({"date": pd.date_range("2020-01-01", periods=rows, freq="h")} | values).to_csv(path, index=False)
-    return path
+USUAL = {
+    "seq_len": 64, "label_len": 16, "pred_len": 16, "d_ff": 16, "train_epochs": 2, "batch_size": 8, "eval_batch_size": None,
+    "learning_rate": None, "num_workers": 1, "log_every": 1,
+}  # fmt: skip
 
 
 class Lab:
-    """A folder with a backbone and a series, and the command lines of runs on them."""
+    """A folder with a backbone and a series of 400 rows, and the command lines of runs on them."""
 
-    def __init__(self, folder: Path, rows: int = 400):
+    def __init__(self, folder: Path):
         self.folder = folder
         self.backbone = make_backbone(folder / "backbone", "tiny")
-        self.csv = write_series(folder / "series.csv", rows)
+        write_csv(folder / "series.csv", 400, ("a", "b"))
 
-    def argv(self, where: Path, *flags: object, training: int = 1) -> list[str]:
-        """The flags of a run that keeps its folder in `where`."""
-        text = (
-            f"--task_name long_term_forecast --is_training {training} --model_id x --model_comment c --model TimeLLM "
-            f"--data custom --seq_len 64 --label_len 16 --pred_len 16 --d_model 8 --d_ff 16 --n_heads 2 "
-            f"--llm_layers 1 --train_epochs 2 --batch_size 8 --num_workers 1 --log_every 1 --device cpu"
-        )
-        paths = ["--root_path", self.folder, "--data_path", self.csv.name, "--llm_model_path", self.backbone]
-        return [*text.split(), *map(str, [*paths, "--checkpoints", where, *flags])]
+    def argv(self, where: Path, *flags: object) -> list[str]:
+        return [*command_line(self.folder, self.backbone, checkpoints=where, **USUAL), *map(str, flags)]
 
-    def start(self, where: Path, *flags: object, **options) -> "Live":
-        """Start a run as a process."""
-        return Live(self.argv(where, *flags, **options), where)
-
-    def command(self, where: Path, *flags: object, **options) -> list[str]:
-        """The same as a user's command line."""
-        return [sys.executable, "run_main.py", *self.argv(where, *flags, **options)]
+    def start(self, where: Path, *flags: object) -> "Live":
+        return Live(self.argv(where, *flags), where)
 
 
 def _run(argv: list[str], output: Path) -> None:
@@ -85,7 +68,6 @@ class Live:
         return self.output.read_text()
 
     def until(self, seen) -> None:
-        """Wait until `seen()` is true or the process has ended."""
         end = time.monotonic() + PATIENCE
         while not seen():
             assert time.monotonic() < end, self.text
@@ -93,22 +75,24 @@ class Live:
                 return
             time.sleep(0.002)
 
-    def until_line(self, start: str) -> None:
-        """Wait for a line that starts like this."""
-        self.until(lambda: f"\n{start}" in f"\n{self.text}")
-
     def end(self) -> int:
-        """Wait for the end; the exit code."""
         self.process.join(PATIENCE)
         assert "Traceback" not in self.text, self.text
         return self.process.exitcode
 
     def send(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(self.process.pid, number)
+        """Send a signal, to the loader's workers too, as a closed terminal or a shutdown does."""
+        for pid in (*self.workers(), self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def workers(self) -> list[int]:
+        pid = self.process.pid
+        with suppress(FileNotFoundError):
+            return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return []
 
     def kill(self) -> None:
-        """kill -9, and wait for the end."""
         self.process.kill()
         self.process.join()
 
@@ -117,6 +101,13 @@ def run_folder(where: Path) -> Path:
     """The one run's folder in `where` (none that was moved aside)."""
     (folder,) = (path for path in where.iterdir() if path.is_dir() and not path.suffix[1:].isdigit())
     return folder
+
+
+def results(where: Path) -> list[object]:
+    """What a run leaves, to the last bit (but for the memory it took, and where it lies)."""
+    folder = run_folder(where)
+    files = [(folder / name).read_bytes() for name in ("checkpoint.safetensors", "checkpoint", "checkpoint.json")]
+    return [json.loads((folder / "metrics.json").read_text())["test"], *files]
 
 
 def losses(*texts: str) -> list[str]:

@@ -132,8 +132,8 @@ def train_step(job: Job, batch: Batch, lr: float, due: bool = False) -> tuple[fl
             dist.all_reduce(gradient)
     # A sum is finite only if every term is, and takes no memory of its own.
     numbers = torch.stack([loss, *(gradient.sum().float() for gradient in gradients)])
-    asks = job.interrupts.received > 0, due
-    told = job.accelerator.reduce(torch.stack([loss.float(), *torch.tensor(asks).float().to(job.device)]))
+    asks = torch.tensor([job.interrupts.received > 0, due]).float()
+    told = job.accelerator.reduce(torch.stack([loss.float(), *asks.to(job.device, non_blocking=True)]))
     wrong = ~torch.isfinite(numbers).all()
     value, stop, save_now, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
     good = not skip and math.isfinite(value)

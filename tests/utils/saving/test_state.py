@@ -1,4 +1,4 @@
-"""The state file: what goes in comes out to the last bit, and no damage goes unseen."""
+"""The state file: what goes in comes out to the last bit, no damage goes unseen; files are written whole."""
 
 import errno
 import os
@@ -13,14 +13,14 @@ from bitsandbytes.optim import AdamW8bit
 
 import utils.saving.state
 from layers.errors import InputError, RunError, StorageError
-from utils.saving.state import Progress, Saver, compare, find_state, resume_command, state_files
+from utils.saving.files import write_atomic, write_json, write_text
+from utils.saving.folder import FolderLock, move_aside
+from utils.saving.state import Progress, Saver, compare, find_state, state_files
 
 IDENTITY = {"--seed": 1, "the data's number of rows": 10, "the data's columns": ["a", "ü"]}
 
 
 class Run:
-    """A model that trains, and its saver."""
-
     def __init__(self, folder: Path, seed: int = 0, optimizer: str = "adam"):
         torch.manual_seed(seed)
         # 8-bit moments are for tensors of 4096 values or more.
@@ -55,7 +55,6 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run with two states."""
     made = Run(tmp_path)
     made.step_and_save(), made.step_and_save()
     return made
@@ -78,13 +77,6 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(tmp_path: Path, optimizer
     assert (tmp_path / "parts" / "state.2.pt").read_bytes() == (tmp_path / "whole" / "state.2.pt").read_bytes()
 
 
-def test_only_the_newest_two_are_kept(run: Run) -> None:
-    folder = run.saver.folder
-    resumed = Run(folder, seed=1).resume()
-    resumed.step_and_save(), resumed.step_and_save()
-    assert [p.name for p in state_files(folder)] == ["state.4.pt", "state.3.pt"]
-
-
 @pytest.mark.parametrize("kind", ["cut", "flip"])
 def test_a_damaged_state_is_named_and_the_one_before_it_used(run: Run, kind: str) -> None:
     newest, before = state_files(run.saver.folder)
@@ -104,6 +96,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run: Run, kind: str
     resumed = Run(run.saver.folder).resume()
     resumed.step_and_save()  # the damaged one goes before the good one
     assert [path.name for path in state_files(run.saver.folder)] == ["state.3.pt", before.name]
+    resumed.step_and_save()  # the newest two are kept
+    assert [path.name for path in state_files(run.saver.folder)] == ["state.4.pt", "state.3.pt"]
 
 
 def test_a_full_disk_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +116,15 @@ def test_a_full_disk_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert Run(folder, seed=8).resume().progress.iteration == 3
 
 
-def test_what_differs_is_named(run: Run) -> None:
+def test_another_runs_and_an_earlier_versions_states_are_one_line(run: Run, tmp_path: Path) -> None:
     state, _ = find_state(run.saver.folder)
     compare(state, IDENTITY)
     line = "--resume: got --seed 2; the data's columns None, expected --seed 1; the data's columns .*, with which .* saved"
     with pytest.raises(InputError, match=line) as error:
         compare(state, IDENTITY | {"--seed": 2, "the data's columns": None})
     assert "rows" not in str(error.value)
-
-
-def test_a_state_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "state.3.safetensors").touch()
+    state["path"].rename(tmp_path / "state.3.safetensors")
+    next(iter(state_files(tmp_path))).unlink()
     with pytest.raises(InputError, match="--resume: got .*state.3.safetensors, a state of an earlier version, .*False"):
         find_state(tmp_path)
 
@@ -159,11 +151,32 @@ def test_each_process_has_its_own_generator(run: Run) -> None:
     assert len(set(found)) == 3 and [draws(rank) for rank in (0, 1, 2)] == found
 
 
-def test_the_line_to_resume_works_from_any_folder(tmp_path: Path, monkeypatch) -> None:
-    folder = tmp_path / "time llm"
+def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"ü": 1})
+    before = path.read_bytes()
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match=r"a.json cannot be written: the disk of .* is full \(.* free\)$"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(StorageError, match="b cannot be written in .*a.json .Not a directory.$"):
+        write_text(path / "b", "")
+    with pytest.raises(StorageError, match="has vanished"):
+        write_text(tmp_path / "none" / "b", "")
+
+
+def test_an_earlier_folder_takes_the_next_free_number_and_unfinished_files_go(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "run.1").mkdir()
+    (tmp_path / "run.2").symlink_to("nowhere")
     folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.orig_argv", ["python", "run_main.py", "--des", "two words"])
-    line = resume_command(Namespace(is_training=1, resume=False))
-    assert line == f"cd '{folder}' && python run_main.py --des 'two words' --resume"
-    assert resume_command(Namespace(is_training=0, resume=False)).endswith("--des 'two words'")
+    (folder / "checkpoint").write_text("old")
+    assert move_aside(folder).name == "run.3"
+    assert (tmp_path / "run.3/checkpoint").read_text() == "old" and not folder.exists()
+    (tmp_path / "run.3" / ".state.1.pt.1.partial").write_text("half")
+    FolderLock(tmp_path / "run.3").release()
+    assert set(os.listdir(tmp_path / "run.3")) == {".lock", "checkpoint"}

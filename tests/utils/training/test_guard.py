@@ -1,34 +1,40 @@
-"""Numbers that go wrong and memory that runs out, on real runs with a tiny backbone."""
+"""Numbers that go wrong, number types with their loss scale, and memory that runs out, on real runs with a tiny backbone."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+import utils.training.train
 from layers.errors import RunError
-from tests.live import Lab
+from tests.small_run import figures, run_folder, train
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
+from utils.saving.state import FIRST_SCALE
 from utils.setup import setup
 from utils.training.evaluate import score
+from utils.training.precision import choose_precision
 from utils.training.session import Job
-from utils.training.train import Clock, train, train_epoch
+from utils.training.train import Clock, train_epoch
+from utils.training.train import train as fit
 
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"), rows=300)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture
-def begin(lab: Lab, tmp_path: Path):
-    """`begin(*flags, where="a")`: a run that is set up to train, its folder in `where`."""
+def begin(small, tmp_path: Path):
+    """`begin(where, scale, **flags)`: a run that is set up to train, its folder in `where`; `scale`: of an fp16 run's loss.
+
+    The tiny model's gradients are large: with the first scale of a run, its first step overflows.
+    """
     jobs: list[Job] = []
 
-    def begun(*flags: object, where: str = "runs") -> Job:
-        words = lab.argv(tmp_path / where, "--num_workers", 0, "--save_steps", 0, *flags)
+    def begun(where: str = "runs", scale: float = 2.0**12, **flags: object) -> Job:
+        words = small(**{"checkpoints": tmp_path / where, "save_steps": 0, "batch_size": 8} | flags)
         jobs.append(setup(parse_flags(words), 0, Interrupts()))
+        jobs[-1].training.progress.loss_scale = scale
         return jobs[-1]
 
     yield begun
@@ -37,82 +43,55 @@ def begin(lab: Lab, tmp_path: Path):
 
 
 def epoch(job: Job) -> float:
-    """Train an epoch with dropout that starts at the same numbers in each job."""
     torch.manual_seed(0)
     return train_epoch(job, Clock(job))
 
 
-def logged(job: Job) -> list[str]:
-    return (job.folder / "train.log").read_text(encoding="utf-8").splitlines()
+def logged(job: Job) -> str:
+    return (job.folder / "train.log").read_text(encoding="utf-8")
 
 
 def break_targets(job: Job, iterations: set[int], value: float) -> None:
-    """Let the loader's batches of these iterations (from 1) carry a wrong value in column b of window 2."""
+    """Let the loader's batches of these iterations (from 1) carry a wrong value in column "flow" of window 2."""
     collate, count = job.loaders["train"].collate_fn, iter(range(1, 1000))
 
     def broken(items):
         batch = collate(items)
         if next(count) in iterations:
-            batch.y[2 * 2 + 1, 3] = value
+            batch.y[2 * 3 + 1, 3] = value
         return batch
 
     job.loaders["train"].collate_fn = broken
 
 
-def weights(job: Job) -> list[torch.Tensor]:
-    state = job.training.optimizer.state_dict()["state"]
-    return [t.clone() for t in job.model.state_dict().values()] + [
-        t.clone() for held in state.values() for t in held.values()
-    ]
+def assert_same(one: Job, two: Job) -> None:
+    held = []
+    for job in (one, two):
+        moments = [value for of in job.training.optimizer.state_dict()["state"].values() for value in of.values()]
+        held.append([*job.model.state_dict().values(), *moments])
+    assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_step_with_wrong_numbers_is_skipped_and_counted(begin, value: float) -> None:
-    job = begin("--max_iters", 2)
+    job, first = begin(max_iters=2), begin("one", max_iters=1)
     break_targets(job, {2}, value)
-    first = begin("--max_iters", 1, where="one")
-    loss, alone = epoch(job), epoch(first)
-    assert loss == alone and job.training.progress.skipped == 1  # the mean is of the steps that count
-    assert all(torch.equal(a, b) for a, b in zip(weights(job), weights(first), strict=True))
-    assert any("epoch 1, iteration 2: the loss is" in line and "1 in a row" in line for line in logged(job))
+    assert epoch(job) == epoch(first)  # the mean is of the steps that count
+    assert_same(job, first)
+    assert job.training.progress.skipped == 1
+    assert "epoch 1, iteration 2: the loss is" in logged(job) and "1 in a row" in logged(job)
 
 
 def test_more_than_ten_in_a_row_end_the_run_and_are_named(begin) -> None:
-    job = begin()
+    job = begin(batch_size=6, train_epochs=2)  # 16 steps an epoch
     break_targets(job, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the dry run
     job.loaders["train"].batch_sampler.set_epoch(1)
     batches = list(job.loaders["train"].batch_sampler)
     with pytest.raises(RunError, match="11 steps in a row had no finite loss") as error:
-        train(job)
+        fit(job)
     date = str(pd.Timestamp("2020-01-01") + pd.Timedelta(hours=batches[13][2]))
-    assert f"the windows that start at {date}, columns b; " in str(error.value)
+    assert f"the windows that start at {date}, columns flow; " in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_an_infinite_gradient_is_skipped_too(begin) -> None:
-    job = begin("--max_iters", 2)
-    bias = job.model.output_projection.linear.bias
-    calls = iter(range(100))
-    bias.register_hook(lambda gradient: gradient * (float("inf") if next(calls) == 1 else 1))
-    epoch(job)
-    assert torch.isfinite(bias).all() and any("a gradient is NaN or infinite" in line for line in logged(job))
-
-
-def test_constant_channels_gaps_and_huge_values_train_without_nan(lab: Lab, begin) -> None:
-    table = pd.read_csv(lab.csv)
-    table["constant"] = 5.0
-    table["late"] = [0.0] * 250 + [1e30] * 50  # constant where it is fitted, then huge
-    table["spike"] = [1e18 if row == 100 else 0.0 for row in range(300)]
-    table.drop(index=range(40, 80)).to_csv(lab.folder / "odd.csv", index=False)
-    with pytest.raises(ValueError, match="column 'late': got 1e.30 in deviations of the training rows, too large"):
-        begin("--data_path", "odd.csv")
-    table["late"] /= 1e13
-    table.drop(index=range(40, 80)).to_csv(lab.folder / "odd.csv", index=False)
-    job = begin("--data_path", "odd.csv")
-    loss = epoch(job)
-    assert loss == loss and job.training.progress.skipped == 0
-    assert all(torch.isfinite(tensor).all() for tensor in weights(job))
-    assert score(job, "test").mse < float("inf")
 
 
 def short_of_memory(job: Job, limit: int) -> list[int]:
@@ -131,51 +110,108 @@ def short_of_memory(job: Job, limit: int) -> list[int]:
 
 
 def test_a_step_without_memory_is_repeated_in_smaller_parts(begin) -> None:
-    job = begin("--max_iters", 3)
-    given = begin("--max_iters", 3, "--max_sequences", 4, where="given")
+    job, given = begin(max_iters=3), begin("given", max_iters=3, max_sequences=6)
     tried = short_of_memory(job, 7)
     assert epoch(job) == epoch(given)
-    assert tried[:3] == [16, 8, 4] and set(tried[2:]) == {4} and job.step_limit.sequences == 4
-    assert all(torch.equal(a, b) for a, b in zip(weights(job), weights(given), strict=True))
-    assert [line for line in logged(job) if "out of memory" in line] == [
-        "CUDA out of memory with 16 sequences at once: going on with at most 8 (--max_sequences 8 starts that way), "
-        "or fewer where these do not fit"
-    ]
+    assert tried[:3] == [24, 12, 6] and set(tried[2:]) == {6} and job.step_limit.sequences == 6
+    assert_same(job, given)
+    told = "CUDA out of memory with 24 sequences at once: going on with at most 12 (--max_sequences 12 starts that way)"
+    assert logged(job).count("out of memory") == 1 and told in logged(job)
     assert score(job, "val").mse == pytest.approx(score(given, "val").mse, rel=1e-6)
 
 
-def test_when_not_even_one_sequence_fits_the_line_says_what_to_change(begin) -> None:
-    job = begin("--llm_layers", 2)
-    short_of_memory(job, 0)
-    with pytest.raises(RunError, match="CUDA out of memory with one sequence at a time; change, in order of effect: ") as e:
-        epoch(job)
-    flags = [word for word in str(e.value).split() if word.startswith("--")]
-    assert set(flags) >= {"--prototypes", "--optimizer", "--llm_layers", "--load_in_4bit"}
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("models.TimeLLM.Model.forward", "with one sequence at a time; change, in order of effect: --"),
+        ("utils.training.optimizer.BlockAdam.step", "in the optimizer's step; change, in order of effect: --"),
+        ("models.TimeLLM.Model.prototype_kv", "in an evaluation; change, in order of effect: --"),
+        ("utils.setup.Backbone", "in loading the model; change --load_in_4bit or "),
+        ("utils.setup.ForecastModel.to", "in loading the model; change --load_in_4bit or "),
+    ],
+)
+def test_no_memory_where_no_smaller_parts_help_is_one_line(begin, monkeypatch, place: str, told: str) -> None:
+    def no_memory(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
-
-def no_memory(*_args: object, **_kwargs: object) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-ADVICE = "; change, in order of effect: --"
-
-
-def test_no_memory_for_the_optimizers_moments_is_one_line(begin, monkeypatch) -> None:
-    job = begin()
-    monkeypatch.setattr(job.training.optimizer, "step", no_memory)
-    with pytest.raises(RunError, match=f"^CUDA out of memory in the optimizer's step{ADVICE}"):
-        epoch(job)
-
-
-def test_no_memory_for_an_evaluations_prototypes_is_one_line(begin, monkeypatch) -> None:
-    job = begin()
-    monkeypatch.setattr(job.model, "prototype_kv", no_memory)
-    with pytest.raises(RunError, match=f"^CUDA out of memory in an evaluation{ADVICE}"):
-        score(job, "val")
-
-
-@pytest.mark.parametrize("place", ["utils.setup.Backbone", "utils.setup.ForecastModel.to"])
-def test_no_memory_for_the_model_is_one_line(begin, monkeypatch, place: str) -> None:
     monkeypatch.setattr(place, no_memory)
-    with pytest.raises(RunError, match="^CUDA out of memory in loading the model; change --load_in_4bit or "):
-        begin()
+    with pytest.raises(RunError, match=f"^CUDA out of memory {told}"):
+        job = begin()
+        if "prototype_kv" in place:
+            score(job, "val")
+        epoch(job)
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "has_bf16", "autocast", "held", "note"),
+    [
+        ("cuda", {}, True, BF16, BF16, ""),
+        ("cuda", {}, False, FP16, FP16, "Numbers: fp16 with loss scaling (this GPU has no bf16)"),
+        ("cuda", {"load_in_4bit": True}, False, FP16, FP16, "Numbers: fp16 with loss scaling (this GPU has no bf16)"),
+        ("cuda", {"amp_dtype": "bf16"}, False, BF16, BF16, ""),
+        ("cuda", {"amp_dtype": "fp16"}, True, FP16, FP16, "Numbers: fp16 with loss scaling"),
+        ("cuda", {"amp_dtype": "fp32"}, True, None, FP32, "Numbers: fp32"),
+        ("cpu", {}, False, None, FP32, ""),
+        ("cpu", {"use_amp": True}, False, BF16, FP32, ""),
+        ("cpu", {"load_in_4bit": True}, False, None, BF16, ""),
+        ("cpu", {"load_in_4bit": True, "use_amp": True}, False, BF16, BF16, ""),
+        ("cpu", {"amp_dtype": "bf16"}, False, BF16, FP32, "Numbers: bf16"),
+        ("cpu", {"amp_dtype": "fp16", "use_amp": True}, False, FP16, FP16, "Numbers: fp16 with loss scaling"),
+        ("cpu", {"amp_dtype": "fp32", "use_amp": True}, False, None, FP32, "Numbers: fp32"),
+        ("cpu", {"amp_dtype": "fp32", "load_in_4bit": True}, False, None, FP32, ""),
+    ],
+)
+def test_choice(monkeypatch, device: str, flags: dict, has_bf16: bool, autocast, held, note: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
+    args = Namespace(**{"amp_dtype": "auto", "use_amp": False, "load_in_4bit": False} | flags)
+    chosen = choose_precision(args, torch.device(device))
+    assert (chosen.autocast_dtype, chosen.weights_dtype, chosen.note) == (autocast, held, note)
+    assert chosen.is_scaled == (autocast == FP16)
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_a_run_in_fp16_is_about_one_in_float32(begin, path: str) -> None:
+    """Losses, an evaluation, and the gradients' means, out of which the scale is taken again."""
+    found, moments = [], []
+    for dtype in ("fp32", "fp16"):
+        job = begin(dtype, amp_dtype=dtype, fast_path=path, features="S", batch_size=4, max_iters=4, log_every=1, dropout=0)
+        epoch(job)
+        losses = [float(line.split("loss: ")[1]) for line in logged(job).splitlines() if "iters:" in line]
+        found.append([*losses, score(job, "val").mse])
+        moments.append(job.training.optimizer.state[job.model.output_projection.linear.bias]["exp_avg"])
+    assert len(found[1]) == 5 and found[1] == pytest.approx(found[0], rel=0.02) and found[0] != found[1]
+    assert (moments[1] - moments[0]).norm() < 0.05 * moments[0].norm()
+
+
+def test_a_checkpoint_is_tested_whatever_it_was_trained_in(small, capsys) -> None:
+    """Number types are the machine's: a checkpoint of a small GPU is used on a larger one, or on the CPU."""
+    words = small(amp_dtype="fp16", max_iters=2, load_in_4bit=True, batch_size=4, features="S")
+    mse = float(figures(train(words, capsys))[0])
+    test = ["--is_training", "0", "--checkpoint", str(run_folder(words)), "--device", "cpu", "--amp_dtype"]
+    for dtype in ("auto", "fp16"):
+        assert float(figures(train([*test, dtype], capsys))[0]) == pytest.approx(mse, rel=0.02)
+
+
+def overflow(job: Job, steps: set[int]) -> None:
+    """Let a gradient of these steps (from 1) be infinite."""
+    calls = iter(range(1, 1000))
+    bias = job.model.output_projection.linear.bias
+    bias.register_hook(lambda gradient: gradient * (float("inf") if next(calls) in steps else 1))
+
+
+def test_skips_end_the_run_once_the_scale_is_one(begin) -> None:
+    job = begin(scale=FIRST_SCALE, amp_dtype="fp16", train_epochs=2, batch_size=4)
+    overflow(job, set(range(1, 100)))
+    with pytest.raises(RunError, match="17 steps in a row had no finite loss or gradient"):
+        fit(job)  # 16 halvings, and one step that was not scaled
+    assert job.training.progress.loss_scale == 1
+
+
+def test_the_scale_doubles_after_good_steps(begin, monkeypatch) -> None:
+    monkeypatch.setattr(utils.training.train, "GOOD_STEPS", 3)
+    job, seen = begin(scale=4.0, amp_dtype="fp16", max_iters=13, batch_size=6), []
+    overflow(job, {5, 9, 10, 11, 12, 13})
+    due = job.training.saver.due  # asked in each step, before its change of the scale
+    monkeypatch.setattr(job.training.saver, "due", lambda at, ahead: seen.append(at.loss_scale) or due(at, ahead))
+    epoch(job)
+    assert [*seen[1:], job.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]

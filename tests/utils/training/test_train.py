@@ -1,63 +1,51 @@
-"""The training loop as a user sees it: its lines, its losses, what it keeps and how it ends."""
+"""The training loop as a user sees it: its lines, its losses, what it keeps and how it ends; dry run and evaluation."""
 
 import itertools
 import json
-import os
 import re
-import signal
 from argparse import Namespace
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
-import utils.run
 import utils.training.train
 from data_provider.sampler import EpochBatches
 from layers.backbone import Backbone, find_backbone
-from layers.errors import InputError
 from models.TimeLLM import Model
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, command_line, figures, run_folder, train, write_csv
 from utils.flags import parse_flags
-from utils.saving.interrupt import Interrupted, Interrupts
+from utils.saving.checkpoint import shapes_of
+from utils.saving.interrupt import Interrupts
+from utils.setup import setup
 from utils.training.evaluate import score
 
-LOSS = r"\d+\.\d{4}"
 # cli.md's lines of one epoch of 11 iterations with --log_every 4
-ITERATIONS = [
-    r"\titers: {n}, epoch: {e} \| loss: \d+\.\d{{7}}",
-    r"\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s",
-]
-EPOCH = [
-    *(line.replace("{n}", n) for n in ("4", "8") for line in ITERATIONS),
-    r"Epoch: {e} cost time: \d+\.\d",
-    rf"Epoch: {{e}} \| Train Loss: {LOSS.replace('{4}', '{{4}}')} Vali Loss: {LOSS.replace('{4}', '{{4}}')} "
-    rf"Test Loss: {LOSS.replace('{4}', '{{4}}')} MAE Loss: {LOSS.replace('{4}', '{{4}}')}",
-    r"(GPU )?Memory: \d+\.\dGB.*",
-    r"EarlyStopping counter: {worse} out of {patience}",
-]
-SAVED = r"Validation loss decreased \((inf|\d+\.\d{6}) --> \d+\.\d{6}\). Saving model ..."
-
-
-def epoch_lines(epoch: int, worse: int, patience: int) -> list[str]:
-    lines = [line.format(e=epoch, worse=worse, patience=patience) for line in EPOCH]
-    return lines if worse else [*lines, SAVED]
+EPOCH = r"""\titers: 4, epoch: {e} \| loss: \d+\.\d{{7}}
+\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s
+\titers: 8, epoch: {e} \| loss: \d+\.\d{{7}}
+\tspeed: \d+\.\d{{4}}s/iter; left time: \d+\.\d{{4}}s
+Epoch: {e} cost time: \d+\.\d
+Epoch: {e} \| Train Loss: \d+\.\d{{4}} Vali Loss: \d+\.\d{{4}} Test Loss: \d+\.\d{{4}} MAE Loss: \d+\.\d{{4}}
+(GPU )?Memory: \d+\.\dGB.*
+EarlyStopping counter: {worse} out of 2"""
+SAVED = r"Validation loss decreased \(inf --> \d+\.\d{6}\). Saving model ..."
+DRY_RUN = (
+    r"Dry run: \d+\.\d{4}s/iter; about \d+ s an epoch with its evaluations, \d+ s in all; "
+    r"memory \d+\.\dGB at the peak, of \d+\.\dGB"
+)
 
 
 def assert_lines(lines: list[str], patterns: list[str]) -> None:
     for line, pattern in zip(lines, patterns, strict=False):
         assert re.fullmatch(pattern, line), f"{line!r} is not {pattern}"
     assert len(lines) == len(patterns), lines[len(patterns) :] or patterns[len(lines) :]
-
-
-def without_times(lines: list[str]) -> list[str]:
-    return [line for line in lines if not re.search("speed:|cost time:|Memory:", line)]
 
 
 def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> None:
@@ -72,32 +60,29 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     monkeypatch.setattr(utils.training.train, "learning_rate", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
-    own_file = [
-        r".*series\.csv: 320 rows .*",
-        "3 channels: .*",
-        "rows: train 224, .*",
-        "prompt: The data hold .*",
-        "No prediction intervals of 95 %: .*",
-    ]
-    head = ["Using device: cpu", *own_file, "Trained values: .*; fast path", "train 185", "val 25", "test 57"]
+    head = [
+        "Using device: cpu", r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*",
+        "prompt: The data hold .*", "No prediction intervals of 95 %: .*", "Trained values: .*; fast path",
+        "train 185", "val 25", "test 57",
+    ]  # fmt: skip
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
-    trial = r"Dry run: \d+\.\d{4}s/iter; .*"
+    first, second, third = (EPOCH.format(e=epoch, worse=epoch - 1).split("\n") for epoch in (1, 2, 3))
     tail = [
         "Early stopping",
         f"Checkpoints saved at: {re.escape(str(folder))}",
         r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}",
         "Prediction intervals: 80 %: .*",
     ]
-    assert_lines(lines, [*head, saving, trial] + epoch_lines(1, 0, 2) + epoch_lines(2, 1, 2) + epoch_lines(3, 2, 2) + tail)
+    assert_lines(lines, [*head, saving, DRY_RUN, *first, SAVED, *second, *third, *tail])
     assert (folder / "train.log").read_text().splitlines() == lines
 
     summaries = [line for line in lines if "Vali Loss" in line]
-    first, *later = [float(re.search(r"Vali Loss: (\S+)", line)[1]) for line in summaries]
-    assert all(loss > 2 * first for loss in later)
+    best, *later = [float(re.search(r"Vali Loss: (\S+)", line)[1]) for line in summaries]
+    assert all(loss > 2 * best for loss in later)  # an equal one is no improvement either
     mse, mae = figures(lines)
     assert f"Test Loss: {float(mse):.4f} MAE Loss: {float(mae):.4f}" in summaries[0]
     record = json.loads((folder / "checkpoint.json").read_text())
-    assert record["epoch"] == 1 and f"{record['vali_loss']:.4f}" == f"{first:.4f}"
+    assert record["epoch"] == 1 and f"{record['vali_loss']:.4f}" == f"{best:.4f}"
     assert f"{record['test_loss']:.7f}" == mse
 
     # and again from the checkpoint, by itself
@@ -111,77 +96,56 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     assert f"{metrics['test']['mse']:.7f}" == mse and f"{metrics['test']['mae']:.7f}" == mae
 
 
-def test_no_better_validation_loss_stops_the_run(argv, capsys) -> None:
-    """At a rate below what float32 resolves nothing changes, so nothing gets better."""
-    lines = train(argv(learning_rate=1e-30, train_epochs=9, patience=3), capsys)
-    counters = [line for line in lines if line.startswith("EarlyStopping")]
-    assert counters == [f"EarlyStopping counter: {n} out of 3" for n in (0, 1, 2, 3)]
-    assert "Early stopping" in lines and sum("Saving model" in line for line in lines) == 1
-
-
-def test_all_epochs_run_while_it_gets_better(argv, capsys) -> None:
-    lines = train(argv(train_epochs=3, patience=1), capsys)
-    counters = [line.split()[2] for line in lines if line.startswith("EarlyStopping")]
-    assert counters == ["0", "0", "0"] and "Early stopping" not in lines
-    losses = [float(re.search(r"Vali Loss: (\S+)", line)[1]) for line in lines if "Vali Loss" in line]
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_two_runs_are_bit_identical_and_another_seed_is_not(argv, capsys, tmp_path: Path) -> None:
+def test_a_seed_decides_all_and_workers_nothing(small, capsys, tmp_path: Path) -> None:
     outcomes = []
-    for name, flags in (("a", {}), ("b", {}), ("c", {"seed": 7}), ("workers", {"num_workers": 2})):
-        words = argv(train_epochs=2, max_iters=4, checkpoints=tmp_path / name, **flags)
-        lines = [line.replace(str(tmp_path / name), "") for line in without_times(train(words, capsys))]
-        outcomes.append((lines, load_file(run_folder(words) / "checkpoint.safetensors"), words))
-    (
-        (lines, tensors, words),
-        (same_lines, same, same_words),
-        (other_lines, other, _),
-        (w_lines, w_tensors, _),
-    ) = outcomes
-    assert lines == same_lines == w_lines
-    assert all(tensors[name].numpy().tobytes() == same[name].numpy().tobytes() for name in TRAINED)
-    assert all(torch.equal(tensors[name], w_tensors[name]) for name in TRAINED)
-    assert other_lines != lines and not any(torch.equal(tensors[name], other[name]) for name in TRAINED)
-    # to the byte, but for the folder that the record names
-    files = [(run_folder(w) / "checkpoint.safetensors").read_bytes() for w in (words, same_words)]
-    assert files[0].replace(str(tmp_path / "a").encode(), b"") == files[1].replace(str(tmp_path / "b").encode(), b"")
+    for name, flags in (("a", {}), ("workers", {"num_workers": 2}), ("c", {"seed": 7})):
+        words = small(train_epochs=2, max_iters=4, checkpoints=tmp_path / name, **flags)
+        lines = [line.replace(str(tmp_path / name), "") for line in train(words, capsys)]
+        lines = [line for line in lines if not re.search("speed:|cost time:|Memory:", line)]
+        outcomes.append((lines, load_file(run_folder(words) / "checkpoint.safetensors")))
+    (lines, tensors), (same_lines, same), (other_lines, other) = outcomes
+    assert lines == same_lines != other_lines
+    assert all(torch.equal(tensors[name], same[name]) for name in TRAINED)
+    assert not any(torch.equal(tensors[name], other[name]) for name in TRAINED)
 
 
-def test_dropout_is_on_in_training(argv, capsys, tmp_path: Path) -> None:
-    losses = []
-    for rate in (0.0, 0.5):
-        lines = train(argv(dropout=rate, checkpoints=tmp_path / str(rate), learning_rate=1e-30), capsys)
-        losses.append(float(re.search(r"Train Loss: (\S+)", " ".join(lines))[1]))
-    assert abs(losses[0] - losses[1]) > 0.01  # the same weights and windows
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("adamw8bit", bitsandbytes.optim.AdamW8bit)],
+)
+def test_a_run_is_the_plain_loop(argv, backbones, capsys, tmp_path: Path, name: str, optimizer) -> None:
+    """Two epochs of three steps in ten lines of PyTorch: the same losses, and the same tensors in the checkpoint.
 
-
-def test_last_short_training_batch_is_dropped_and_evaluation_drops_nothing(argv, capsys) -> None:
-    lines = train(argv(batch_size=50, log_every=1, eval_batch_size=50), capsys)  # 185 windows
-    assert sum(line.startswith("\titers:") for line in lines) == 3
-    assert "test 57" in lines
-
-
-def test_first_loss_is_that_of_the_first_batch(argv, backbones, capsys, tmp_path: Path) -> None:
-    """The first printed loss by hand: the file's windows, the seed's weights and dropout; then the mean of all."""
-    words = argv(log_every=1, max_sequences=0)
+    The file's windows, the seed's weights and dropout, autograd's gradients, the library's optimizer, a rate that halves.
+    """
+    words = argv(train_epochs=2, max_iters=3, log_every=1, max_sequences=0, learning_rate=0.004, optimizer=name, plots=0)
     lines = train(words, capsys)
-    losses = [float(re.search(r"loss: (\S+)", line)[1]) for line in lines if line.startswith("\titers:")]
-    assert len(losses) == 185 // 16
+    found = [float(re.search(r"loss: (\S+)", line)[1]) for line in lines if line.startswith("\titers:")]
 
     values = pd.read_csv(tmp_path / "series.csv")[list(COLUMNS)].to_numpy()
     values = ((values - values[:224].mean(0)) / values[:224].std(0)).astype(np.float32)
-    order = EpochBatches(185, 16, seed=2021, shuffle=True, drop_last=True)
-    order.set_epoch(1)
-    windows = np.stack([values[start : start + SEQ_LEN + PRED_LEN] for start in next(iter(order))])  # (B, T + H, N)
+    order = EpochBatches(185, 16, seed=2021, shuffle=True)
+    assert len(list(order)) == 11  # the last 9 windows are dropped
     record = json.loads((run_folder(words) / "checkpoint.json").read_text())
+    assert record["epoch"] == 2  # else the checkpoint is of another step
     set_seed(2021)
     model = Model(Namespace(**record["flags"]), Backbone(find_backbone("QWEN", str(backbones["qwen2"])), 1)).train()
-    with torch.no_grad():
-        forecast = model(torch.from_numpy(windows[:, :SEQ_LEN])).numpy()  # (B, H, N)
-    assert losses[0] == pytest.approx(np.square(forecast - windows[:, SEQ_LEN:]).mean(), abs=2e-6)
-
-    assert f"Train Loss: {np.mean(losses):.4f}" in " ".join(lines)
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    plain, losses = optimizer(model.parameters(), lr=0.004), []
+    for epoch in (1, 2):
+        order.set_epoch(epoch)
+        plain.param_groups[0]["lr"] = 0.004 / epoch
+        for starts in itertools.islice(order, 3):
+            windows = torch.from_numpy(np.stack([values[s : s + SEQ_LEN + PRED_LEN] for s in starts]))  # (B, T + H, N)
+            loss = torch.nn.functional.mse_loss(model(windows[:, :SEQ_LEN]), windows[:, SEQ_LEN:])
+            loss.backward()
+            plain.step(), plain.zero_grad()
+            losses.append(loss.item())
+    assert found == pytest.approx(losses, rel=1e-4, abs=2e-6) and found[0] == pytest.approx(losses[0], abs=2e-6)
+    assert [f"Train Loss: {np.mean(found[i : i + 3]):.4f}" in " ".join(lines) for i in (0, 3)] == [True, True]
+    saved = load_file(run_folder(words) / "checkpoint.safetensors")
+    for key, tensor in model.state_dict().items():
+        assert (saved[key] - tensor).norm() <= 0.01 * (tensor - start[key]).norm(), key
 
 
 @pytest.mark.parametrize(
@@ -200,85 +164,82 @@ def test_left_time_counts_iterations_and_evaluations(argv, capsys, monkeypatch, 
         timed: windows in the first epoch's evaluation, which says how long one takes.
     """
     monkeypatch.setattr(utils.training.train, "time", Namespace(perf_counter=itertools.count().__next__))
-    lines = train(argv(train_epochs=2, test_every=every), capsys)
+    lines = train(argv(train_epochs=2, test_every=every, plots=0, model="DLinear", llm_model_path=None), capsys)
     found = [line.strip() for line in lines if "left time" in line]
     guess = 0.7 * 0.25 / 16  # a window's evaluation over its training step, in batches of 16
     left = [18 * 0.25 + to_come * guess, 14 * 0.25 + to_come * guess, 7 * 0.25 + then / timed, 3 * 0.25 + then / timed]
     assert found == [f"speed: 0.2500s/iter; left time: {seconds:.4f}s" for seconds in left]
 
 
-def test_schedule_reaches_the_optimizer(argv, capsys, monkeypatch) -> None:
-    """type1: the rate that Adam steps with is --learning_rate itself, halved in the second epoch."""
-    used = []
-    adam = torch.optim.Adam.step
-
-    def step(self, *args, **kwargs):
-        used.extend({group["lr"] for group in self.param_groups})
-        return adam(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-    train(argv(train_epochs=2, max_iters=3, learning_rate=0.004), capsys)
-    assert used == [0.004] * 3 + [0.002] * 3
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamw8bit"])
-def test_first_update_is_the_optimizers(argv, capsys, tmp_path: Path, optimizer: str) -> None:
-    """Adam's first step moves every weight with a gradient by the learning rate; AdamW decays as well."""
-    start = argv(max_iters=1, learning_rate=1e-30, checkpoints=tmp_path / "start", optimizer="adam")
-    moved = argv(max_iters=1, learning_rate=1e-2, checkpoints=tmp_path / "moved", optimizer=optimizer)
-    before, after = (load_file(run_folder(w) / "checkpoint.safetensors") for w in (start, moved) if train(w, capsys))
-    name = "output_projection.linear.weight"
-    kept = before[name] * (1 - 1e-2 * 1e-2) if optimizer.startswith("adamw") else before[name]
-    torch.testing.assert_close((after[name] - kept).abs(), torch.full_like(kept, 1e-2), rtol=1e-3, atol=1e-5)
-
-
-def test_eight_bit_states_go_through_a_resume(argv, capsys, monkeypatch, tmp_path: Path) -> None:
-    """Stopped in the evaluation behind an epoch that --max_iters ended early; then the same to the end."""
-    words = argv(max_iters=3, train_epochs=2, optimizer="adamw8bit", prototypes="direct", resume=True)
-    whole = argv(max_iters=3, train_epochs=2, optimizer="adamw8bit", prototypes="direct", checkpoints=tmp_path / "whole")
-    expected = train(whole, capsys)
-
-    def interrupted(job, split, consume):
-        states = {s["state1"].dtype for s in job.training.optimizer.state.values() if s["state1"].numel() >= 4096}
-        assert states == {torch.uint8}
-        os.kill(os.getpid(), signal.SIGTERM)
-        return score(job, split, consume)
-
-    with monkeypatch.context() as patch, Interrupts() as interrupts, pytest.raises(Interrupted):
-        patch.setattr(utils.training.train, "score", interrupted)
-        utils.run.main(parse_flags(words), interrupts)
-    found = train(words, capsys)
-    assert any("Resuming from" in line and "iteration 3" in line for line in found)
-    assert figures(found) == figures(expected)
-
-
-def test_mixed_precision_on_the_cpu(argv, capsys, tmp_path: Path) -> None:
-    """A checkpoint is tested with the precision of its training; another is refused."""
-    full = train(argv(max_iters=4), capsys)
-    words = argv(max_iters=4, use_amp=True, checkpoints=tmp_path / "mixed")
-    again = ["--is_training", "0", "--checkpoint", str(run_folder(words))]
-    AcceleratorState._reset_state(True)
-    try:
-        mixed = train(words, capsys)
-        assert figures(train(again, capsys)) == figures(mixed)
-    finally:
-        AcceleratorState._reset_state(True)
-    assert figures(mixed) != figures(full)
-    assert float(figures(mixed)[0]) == pytest.approx(float(figures(full)[0]), rel=0.05)
-    with pytest.raises(InputError, match="--use_amp: got False, expected True, with which .* was trained"):
-        train([*again, "--use_amp", "False"], capsys)
-
-
 def test_learns_a_clean_cycle(backbones, capsys, tmp_path: Path) -> None:
-    """From the level of a mean forecast (1.0) down, on a series that is nearly all daily cycle."""
-    write_csv(tmp_path / "series.csv", rows=1200)
-    words = command_line(
-        tmp_path,
-        backbones["qwen2"],
-        seq_len=48,
-        train_epochs=1,
-        learning_rate=3e-3,
-        lradj="constant",
-        features="S",
-    )
-    assert float(figures(train(words, capsys))[0]) < 0.5
+    """From the level of a mean forecast (1.0) down, on a series that is nearly all daily cycle; each epoch is better."""
+    write_csv(tmp_path / "series.csv", rows=600)
+    flags = {"train_epochs": 3, "patience": 1, "learning_rate": 3e-3, "features": "S", "plots": 0}
+    lines = train(command_line(tmp_path, backbones["qwen2"], seq_len=48, **flags), capsys)
+    assert [line.split()[2] for line in lines if line.startswith("EarlyStopping")] == ["0", "0", "0"]
+    assert "Early stopping" not in lines and float(figures(lines)[0]) < 0.5
+
+
+def dry_runs(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("Dry run:")]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"model": "PatchTST", "llm_model_path": None, "num_workers": 1}],
+    ids=["vocab", "batch norm, workers"],
+)
+def test_a_run_is_the_same_with_and_without(small, capsys, monkeypatch, tmp_path, flags) -> None:
+    """Generators, loader, buffers and gradients are as they were: the states of both runs have the same bytes."""
+    words = small(train_epochs=4, checkpoints=tmp_path / "with", **flags)
+    lines = train(words, capsys)
+    (line,) = dry_runs(lines)
+    assert re.fullmatch(DRY_RUN, line)
+    assert lines.index(line) < next(n for n, text in enumerate(lines) if "iters:" in text)
+
+    monkeypatch.setattr(utils.training.train, "dry_run", lambda *_: None)
+    bare = small(train_epochs=4, checkpoints=tmp_path / "without", **flags)
+    other = train(bare, capsys)
+    same = [[x for x in y if not re.search("speed:|cost time:|Memory:|Dry run:|saved at", x)] for y in (lines, other)]
+    assert not dry_runs(other) and same[0] == same[1]
+    one, two = ((run_folder(w) / "state.4.pt").read_bytes() for w in (words, bare))
+    assert one == two
+
+
+def test_short_and_resumed_runs_have_none(small, capsys) -> None:
+    """18 steps; and of 24 the last 6, after a run of 18."""
+    flags = {"model": "DLinear", "llm_model_path": None, "max_iters": 6}
+    assert not dry_runs(train(small(train_epochs=3, **flags), capsys))
+    resumed = train(small(train_epochs=4, resume=True, **flags), capsys)
+    assert any(line.startswith("Resuming from") for line in resumed) and not dry_runs(resumed)
+    assert dry_runs(train(small(train_epochs=4, model_id="whole", **flags), capsys))
+
+
+@pytest.mark.parametrize("features", ["M", "S", "MS"])
+def test_errors_against_numpy_whatever_the_batch(argv, capsys, tmp_path: Path, features: str) -> None:
+    """The test windows from the file by hand: 70/10/20, the training rows' scale. MS: all columns are read, one counts."""
+    words = argv(features=features, max_iters=4, plots=0)
+    mse = float(figures(train(words, capsys))[0])
+    columns = ["OT"] if features == "S" else list(COLUMNS)
+    assert json.loads((run_folder(words) / "checkpoint.json").read_text())["columns"] == columns
+    values = pd.read_csv(tmp_path / "series.csv")[columns].to_numpy()
+    values = (values - values[:224].mean(0)) / values[:224].std(0)
+    starts, target = range(256, 313), slice(-1 if features == "MS" else 0, None)  # 57 windows: none is dropped
+    truth = np.stack([values[i : i + PRED_LEN, target] for i in starts])
+    inputs = np.stack([values[i - SEQ_LEN : i, target] for i in starts])
+
+    for size in (1, 5, 100) if features == "M" else (16,):
+        job = setup(parse_flags([*words, "--is_training", "0", "--eval_batch_size", str(size)]), 0, Interrupts())
+        job.model.load_state_dict(job.checkpoint.tensors(shapes_of(job.model)))
+        seen, forecasts = [], []
+
+        def consume(batch, forecast, seen=seen, forecasts=forecasts):
+            for kept, rows in ((seen, batch.x), (forecasts, forecast)):
+                kept.append(rows.view(len(batch.index), -1, rows.shape[1]).mT.numpy())
+
+        scores = score(job, "test", consume)
+        np.testing.assert_allclose(np.concatenate(seen), inputs, rtol=1e-5, atol=1e-5)
+        error = np.concatenate(forecasts) - truth
+        assert scores.mse == pytest.approx(np.square(error).mean(), rel=1e-5)
+        assert scores.mae == pytest.approx(np.abs(error).mean(), rel=1e-5)
+        assert mse == pytest.approx(scores.mse, rel=1e-6, abs=1e-7)
