@@ -104,6 +104,6 @@ class WindowCollate:
         )
 
 
+# `[B, rows, N]` -> `[B*N, rows]`, contiguous: the layout in memory decides the order of sums.
 def _sequences(windows: torch.Tensor) -> torch.Tensor:
-    """`[B, rows, N]` -> `[B*N, rows]`, contiguous: the layout in memory decides the order of sums."""
     return windows.transpose(1, 2).flatten(0, 1).contiguous()

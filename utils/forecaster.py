@@ -260,8 +260,8 @@ class Forecaster:
         figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
         return file or figure
 
+    # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
-        """The series of a frame by name, on the training's scale, each of at least `rows` rows."""
         job, found = self.job, {}
         for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
             check_rows(table, job.args.seq_len, self._step)
@@ -271,8 +271,8 @@ class Forecaster:
             found[name] = on_the_trainings_scale(table, job.checkpoint, job.args)  # type: ignore[arg-type]
         return found
 
+    # Those of the checkpoint that are asked for.
     def _intervals(self, asked: Levels) -> Intervals | None:
-        """Those of the checkpoint that are asked for."""
         held = self.job.intervals
         if isinstance(asked, str) and asked == "auto":
             return held

@@ -107,8 +107,8 @@ class TestPass:
             history = self._own_units(x[place : place + 1])[0]
             self.windows[index[place]] = Window(dates, history, shown.pop("true"), shown.pop("pred"), shown)
 
+    # Standardised `[B, N, rows]` -> `[B, rows, N]`.
     def _own_units(self, values: torch.Tensor) -> np.ndarray:
-        """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
         return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
 
     def headline(self, scores: Scores) -> str:

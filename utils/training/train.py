@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from data_provider.batches import Batch
+from layers.errors import RunError
 from models.base import ForecastModel
-from utils.errors import RunError
 from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
 from utils.results.test_pass import TestPass, open_pass
@@ -20,8 +20,8 @@ from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.optimizer import learning_rate
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Autocast
-from utils.training.schedule import learning_rate
 from utils.training.session import Job
 
 TestFound = tuple[TestPass, Scores]
@@ -306,8 +306,8 @@ def save(job: Job) -> None:
         job.training.saver.save(progress)
 
 
+# Where memory runs out while saving, one line says what the run can resume from.
 def _explained(job: Job) -> AbstractContextManager[None]:
-    """Where memory runs out while saving, one line says what the run can resume from."""
     return explain_out_of_memory("saving", lambda: f"{advice(job.args, job.model)}; {job.training.saver.kept()}")
 
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.dates import date2num
 
+from layers.errors import StorageError
 from tests.small_run import run_folder, train, write_csv
-from utils.errors import StorageError
 from utils.results.plots import draw_losses, forecast_figure, panels_of
 
 LOSSES = [{"epoch": i + 1, "train_loss": 1.0, "vali_loss": v, "test_loss": 1.0} for i, v in enumerate([np.nan, 2, 1])]

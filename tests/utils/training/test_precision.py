@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import utils.training.train
+from layers.errors import RunError
 from tests.small_run import run_folder, train
-from utils.errors import RunError
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import FIRST_SCALE, find_state
