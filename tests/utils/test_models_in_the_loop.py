@@ -15,15 +15,7 @@ import utils.run
 from data_provider.batches import Batch, WindowCollate
 from data_provider.timestamps import time_marks
 from models.Autoformer import Model as Autoformer
-from tests.small_run import (
-    COLUMNS,
-    PRED_LEN,
-    SEQ_LEN,
-    figures,
-    refusal,
-    run_folder,
-    train,
-)
+from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train
 from utils.flags import parse_flags
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import OFFSETS
@@ -49,14 +41,17 @@ class StopAt(Interrupts):
     """A signal that has come by the time that the run looks for one once more than `looks` times."""
 
     def __init__(self, looks: int):
-        self.looks = looks
+        self._looks = looks
         super().__init__()
 
-    def __getattribute__(self, name: str) -> object:
-        if name != "received":
-            return super().__getattribute__(name)
-        self.looks -= 1
-        return signal.SIGTERM if self.looks < 0 else 0
+    @property
+    def received(self) -> int:
+        self._looks -= 1
+        return signal.SIGTERM if self._looks < 0 else 0
+
+    @received.setter
+    def received(self, number: int) -> None:
+        pass  # none has come when the run begins
 
 
 def scores(folder: Path) -> dict[str, float]:
