@@ -24,12 +24,11 @@ SEQ_LEN, PRED_LEN = 32, 8
 
 def write_csv(path: Path, rows: int = ROWS, columns: tuple[str, ...] = COLUMNS, seed: int = 0) -> Path:
     """A seeded file of daily cycles and noise, the columns on different scales."""
-    rng = np.random.default_rng(seed)
-    hour = np.arange(rows)
+    rng, hour = np.random.default_rng(seed), np.arange(rows)
     table = {"date": pd.date_range("2020-01-01", periods=rows, freq="h").strftime("%Y-%m-%d %H:%M:%S")}
     for i, name in enumerate(columns):
         wave = np.sin(2 * np.pi * (hour + 5 * i) / 24) + 0.2 * rng.standard_normal(rows)
-        table[name] = (10.0**i * wave + i).round(4)
+        table[name] = (10.0 ** (i % 8) * wave + i).round(4)
     pd.DataFrame(table).to_csv(path, index=False)
     return path
 
@@ -57,13 +56,11 @@ def command_line(folder: Path, backbone: Path, **flags: object) -> list[str]:
 
 
 def run_folder(argv: list[str], repeat: int = 0) -> Path:
-    """Where the run of a command line leaves its files."""
     args = parse_flags(argv)
     return Path(args.checkpoints) / run_name(args, repeat)
 
 
 def train(argv: list[str], capsys) -> list[str]:
-    """Run a command line in this process; the lines that it printed on stdout."""
     from utils.run import main
 
     capsys.readouterr()
@@ -72,20 +69,17 @@ def train(argv: list[str], capsys) -> list[str]:
 
 
 def launched(argv: list[str], processes: int = 2, program: str = "run_main.py") -> list[str]:
-    """The command line with which torchrun starts another in a group of processes; of one process, itself."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(torchrun if processes > 1 else []), program, *argv]
 
 
 def run_in_group(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """What a command line of several processes prints, each with one thread."""
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
 def train_in_two_processes(argv: list[str]) -> list[str]:
-    """Run a command line in a group of two processes; the lines on stdout."""
     run = run_in_group(launched(argv))
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
@@ -108,7 +102,6 @@ def refusal(argv: list[str], capsys) -> str:
 
 
 def figures(lines: list[str]) -> tuple[str, str]:
-    """MSE and MAE of the final test, as printed."""
     return next(match.groups() for line in reversed(lines) if (match := re.match(r"Test MSE: (\S+) MAE: (\S+)$", line)))
 
 
@@ -120,7 +113,6 @@ def small_model(folder: Path, backbone, **flags: object) -> Model:
 
 
 def defaults(**flags: object) -> Namespace:
-    """The flags' defaults, but for these: what a model is made of without a command line."""
     return Namespace(**{flag.name: flag.default for flag in FLAGS} | flags)
 
 
@@ -142,9 +134,8 @@ def make_batch(model: Model, x: torch.Tensor, seed: int = 0) -> Batch:
 
 
 def random_windows(windows: int = 3, seq_len: int = SEQ_LEN, channels: int = 2, seed: int = 0) -> torch.Tensor:
-    """Windows `[B, T, N]` whose prompts differ in length: some values have few digits, some many."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(windows, seq_len, channels, generator=generator).cumsum(1)
-    x[0, :, 0] = 0.0  # the shortest prompt there is
+    """Windows `[B, T, N]` whose prompts differ in length: the first is the shortest there is, some have many digits."""
+    x = torch.randn(windows, seq_len, channels, generator=torch.Generator().manual_seed(seed)).cumsum(1)
+    x[0, :, 0] = 0.0
     x[-1] *= 1e-3
     return x

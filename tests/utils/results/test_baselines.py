@@ -9,6 +9,7 @@ from data_provider import data_loader
 from data_provider.data_loader import load_series
 from data_provider.timestamps import infer_step
 from tests.realdata import real_data
+from utils.results import baselines as module
 from utils.results.baselines import PENALTIES, baselines, doubts, fit_ridge, ridge_forecast, season_length
 
 
@@ -17,13 +18,12 @@ def frame():
     """Three hourly columns of a day's rhythm with noise, 600 rows."""
     random, hours = np.random.default_rng(0), np.arange(600)[:, None]
     values = np.sin(2 * np.pi * hours / 24 + np.arange(3)) * [1, 5, 2] + random.standard_normal((600, 3)) * 0.3
-    frame = pd.DataFrame(values, columns=["a", "OT", "c"])
-    frame.insert(0, "date", pd.date_range("2020-01-01", periods=600, freq="h"))
-    return frame
+    days = pd.date_range("2020-01-01", periods=600, freq="h", name="date")
+    return pd.DataFrame(values, index=days, columns=["a", "OT", "c"])
 
 
 def small(folder, frame, **flags):
-    frame.to_csv(folder / "own.csv", index=False)
+    frame.to_csv(folder / "own.csv")
     return load_series("custom", folder, "own.csv", **{"seq_len": 30, "label_len": 0, "pred_len": 5} | flags)
 
 
@@ -44,17 +44,15 @@ def stacked(windows, columns=(0, 1, 2)):
 )
 def test_rows_by_hand(tmp_path, frame, flags, columns, places):
     series = small(tmp_path, frame, **flags)
-    rows = {row["name"]: row for row in baselines(series)}
     x, y = stacked(series.windows("test"), columns)
-    assert list(rows) == ["last value", *(["last season"] if places else []), "ridge"]
-    assert rows["last value"]["mse"] == pytest.approx(np.mean((x[:, -1:] - y) ** 2))
-    assert rows["last value"]["mae"] == pytest.approx(np.mean(abs(x[:, -1:] - y)))
     weights, _ = fit_ridge(series.windows("train"), series.windows("val"))
-    assert rows["ridge"]["mse"] == pytest.approx(np.mean((ridge_forecast(x, weights) - y) ** 2))
-    if places:
-        assert rows["last season"]["mse"] == pytest.approx(np.mean((x[:, list(places)] - y) ** 2))
-        assert rows["ridge"]["mse"] < rows["last season"]["mse"] < rows["last value"]["mse"]
-        assert rows["last season"]["title"] == "repeat the last 24 h"
+    forecasts = {"last value": x[:, -1:], "ridge": ridge_forecast(x, weights)}
+    forecasts |= {"last season": x[:, list(places)]} if places else {}
+    rows = {row["name"]: row for row in baselines(series)}
+    assert rows.keys() == forecasts.keys()
+    for name, forecast in forecasts.items():
+        found = rows[name]["mse"], rows[name]["mae"]
+        assert found == pytest.approx((np.mean((forecast - y) ** 2), np.mean(abs(forecast - y))))
 
 
 def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
@@ -65,18 +63,16 @@ def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
     for flag in ("train", "val"):
         x, y = stacked(series.windows(flag))
         mean, deviation = x.mean(axis=1, keepdims=True), np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
-        found[flag] = (x - mean) / deviation, (y - mean) / deviation, deviation[:, 0], x, mean
-    z, target, weight, *_ = found["train"]
-    z_val, target_val, weight_val, x_val, mean_val = found["val"]
-    scores = []
-    for candidate in PENALTIES:
-        ridge = Ridge(alpha=candidate * weight.sum(), fit_intercept=False, solver="svd").fit(z, target, sample_weight=weight)
-        scores.append(np.average((ridge.predict(z_val) - target_val) ** 2, axis=0, weights=weight_val**2).mean())
-        if candidate == penalty:
-            np.testing.assert_allclose(weights, ridge.coef_.T, atol=1e-7)
-            expected = ridge.predict(z_val) * weight_val[:, None] + mean_val
-            np.testing.assert_allclose(ridge_forecast(x_val, weights), expected, atol=1e-7)
-    assert PENALTIES[int(np.argmin(scores))] == penalty
+        found[flag] = (x - mean) / deviation, (y - mean) / deviation, deviation[:, 0]
+    z, target, weight = found["train"]
+    z_val, target_val, weight_val = found["val"]  # x and its mean are those of the last split, val
+    fits = [Ridge(alpha=each * weight.sum(), fit_intercept=False, solver="svd").fit(z, target, sample_weight=weight)
+            for each in PENALTIES]  # fmt: skip
+    errors = [np.average(np.square(fit.predict(z_val) - target_val).mean(axis=1), weights=weight_val**2) for fit in fits]
+    best = int(np.argmin(errors))
+    assert PENALTIES[best] == penalty
+    np.testing.assert_allclose(weights, fits[best].coef_.T, atol=1e-7)
+    np.testing.assert_allclose(ridge_forecast(x, weights), fits[best].predict(z_val) * deviation + mean, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +81,29 @@ def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
 def test_what_speaks_against_a_map(tmp_path, frame, kind, largest, worse):
     """Of noise the window's mean is the best forecast, a map of zeros; of a random walk it is the last value."""
     steps = np.random.default_rng(7).standard_normal((600, 3))
-    values = {"waves": frame[["a", "OT", "c"]], "noise": steps, "walk": steps.cumsum(axis=0)}[kind]
-    own = pd.DataFrame(np.asarray(values), columns=["a", "OT", "c"]).assign(date=frame["date"])
-    series = small(tmp_path, own[["date", "a", "OT", "c"]], percent=100 if kind == "waves" else 10)
+    values = {"waves": frame.to_numpy(), "noise": steps, "walk": steps.cumsum(axis=0)}[kind]
+    own = pd.DataFrame(values, frame.index, frame.columns)
+    series = small(tmp_path, own, percent=100 if kind == "waves" else 10)
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
-    said = doubts(weights, penalty, series.windows("val"))
     x, y = stacked(series.windows("val"))
     errors = [np.mean((forecast - y) ** 2) for forecast in (ridge_forecast(x, weights), x[:, -1:])]
     assert (penalty == PENALTIES[-1], errors[0] > errors[1]) == (largest, worse)
+    said = doubts(weights, penalty, series.windows("val"))
     assert ("its penalty is the largest that is tried, 100" in said) == largest
     assert (f"validation MSE is {errors[0]:.4f}, that of the last value {errors[1]:.4f}" in said) == worse
     assert bool(said) == (largest or worse)
+
+
+def test_very_many_sequences_are_fitted_to_every_kth_window(tmp_path, frame, monkeypatch) -> None:
+    series = small(tmp_path, frame)
+    train = series.windows("train")
+    monkeypatch.setattr(module, "MOST_FITTED", 3 * 50)
+    every = -(-len(train) // 50)
+    assert every == module.fitted_every(train) == 8
+    x, y = (rows.reshape(-1, 3, rows.shape[-1])[::every].reshape(-1, rows.shape[-1]) for rows in stacked(train))
+    for found, expected in zip(zip(*train.sequences(every), strict=True), (x, y), strict=True):
+        np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-6)
+    assert baselines(series)[-1]["detail"].endswith(f", fitted to one training window in {every}")
 
 
 @pytest.mark.parametrize(
