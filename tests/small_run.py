@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from data_provider.batches import Batch, WindowCollate
-from models.base import ForecastModel
 from models.TimeLLM import Model
 from tests.realdata import ROOT
 from utils.flags import FLAGS, parse_flags, run_name
@@ -114,15 +113,6 @@ def small_model(folder: Path, backbone, **flags: object) -> Model:
 
 def defaults(**flags: object) -> Namespace:
     return Namespace(**{flag.name: flag.default for flag in FLAGS} | flags)
-
-
-def assert_channels_are_apart(model: ForecastModel, seq_len: int, pred_len: int, dtype: torch.dtype = torch.float32) -> None:
-    """Five channels at once are forecast as five windows of one channel are."""
-    x = torch.randn(2, seq_len, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    together = model(x)
-    assert model.channel_independent and together.shape == (2, pred_len, 5)
-    alone = model(x.transpose(1, 2).reshape(10, seq_len, 1))  # channels as a batch
-    torch.testing.assert_close(alone.view(2, 5, pred_len).transpose(1, 2), together)
 
 
 def make_batch(model: Model, x: torch.Tensor, seed: int = 0) -> Batch:

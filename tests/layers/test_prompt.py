@@ -1,5 +1,6 @@
 """The prompt: its exact text, its figures, its tokens."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layers.errors import InputError
 from layers.norm import instance_norm
-from layers.prompt import PromptEncoder, PromptTemplate, describe_series, top_lags, top_peaks
+from layers.prompt import PromptEncoder, PromptTemplate, describe_series, top_peaks
 
 TEMPLATE = PromptTemplate("Hourly load of a town.", seq_len=8, pred_len=24)
 # As model.md has it; the lags by hand: correlations 9.25 at 0, 3.55 at 3 and 5, 2.0 at 2 and 6.
@@ -37,79 +38,15 @@ def random_series(count: int, steps: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, steps)).cumsum(1).astype(np.float32)
 
 
-def test_exact_text() -> None:
-    (statistics,) = describe_series(SERIES[None], TEMPLATE)
-    assert TEMPLATE.prompt_prefix() + statistics == TEXT
-    assert TEMPLATE.prompt_prefix().endswith("Input statistics:") and "\n" not in TEXT
-
-
-def test_a_level_series_is_not_upward() -> None:
-    (text,) = describe_series(np.zeros((1, 32), dtype=np.float32), TEMPLATE)
-    assert text == (
-        " min value 0.0, max value 0.0, median value 0.0, the trend of input is downward, "
-        "top 5 lags are : [0, 1, 2, 3, 4]<|<end_prompt>|>"
-    )
-
-
-@pytest.mark.parametrize("steps", [5, 31, 96, 512])
-def test_figures_against_torch(steps: int) -> None:
-    z = random_series(20, steps)
-    for series, text in zip(torch.from_numpy(z), describe_series(z, TEMPLATE), strict=True):
-        low, high, median, trend, *_ = NUMBERS.fullmatch(text).groups()
-        # printed as Python prints the float32 value converted to float, not a digit less or more
-        assert low == str(series.min().item()) and high == str(series.max().item())
-        assert median == str(torch.median(series).item())
-        assert trend == ("upward" if series[-1] - series[0] > 0 else "downward")
-
-
-@pytest.mark.parametrize("steps", [5, 12, 31, 96])
-def test_lags_against_a_sum_written_out(steps: int) -> None:
-    z = random_series(10, steps, seed=1)
-    for series, lags in zip(z.astype(np.float64), top_lags(z), strict=True):
-        correlation = [sum(series[i] * series[(i + lag) % steps] for i in range(steps)) for lag in range(steps)]
-        assert len(set(lags)) == 5
-        np.testing.assert_allclose([correlation[lag] for lag in lags], sorted(correlation)[:-6:-1], rtol=1e-9)
-        for first, second in zip(lags, lags[1:], strict=False):
-            if first + second == steps:  # equal by symmetry: rounding must not order them
-                assert first < second
-
-
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "bert", "joining"])
 def test_ids_are_those_of_the_whole_text(backbones, family: str) -> None:
     tokenizer = joining_tokenizer() if family == "joining" else tokenizer_of(backbones, family)
     encoder = PromptEncoder(tokenizer, TEMPLATE, max_tokens=2048)
-    # BERT closes every text with a token of its own; the joining tokenizer does not split the text at the opening's end.
+    # BERT closes every text with a token of its own; the joining tokenizer does not split the text at the prefix's end.
     assert bool(encoder.prefix_ids) == (family not in ("bert", "joining"))
     texts = describe_series(np.concatenate([SERIES[None], random_series(20, 8) * 1e-4]), TEMPLATE)
     for text, ids in zip(texts, encoder.encode(texts), strict=True):
         assert encoder.prefix_ids + ids == tokenizer(TEMPLATE.prompt_prefix() + text)["input_ids"]
-
-
-def joining_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters, and one token that reaches over the end of the opening: ": min"."""
-    letters = sorted({chr(code) for code in range(32, 127)})
-    parts = [": ", ": m", ": mi", ": min"]
-    merges = [(":", " "), (": ", "m"), (": m", "i"), (": mi", "n")]
-    vocabulary = {token: i for i, token in enumerate(letters + parts)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
-
-
-@pytest.mark.parametrize(("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)])
-def test_the_description_is_cut_and_never_the_statistics(backbones, family: str, limit: int) -> None:
-    tokenizer = tokenizer_of(backbones, family)
-    template = PromptTemplate(LONG, seq_len=512, pred_len=96)
-    encoder = PromptEncoder(tokenizer, template, max_tokens=limit)
-    kept = encoder.template.description
-    assert kept and LONG.startswith(kept) and len(kept) < len(LONG)
-    z = np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5])
-    lengths = []
-    for text, ids in zip(describe_series(z, template), encoder.encode(describe_series(z, template)), strict=True):
-        whole = encoder.prefix_ids + ids
-        cut = PromptTemplate(kept, 512, 96).prompt_prefix() + text
-        assert tokenizer.decode(whole, skip_special_tokens=True) == cut
-        lengths.append(len(whole))
-    most = min(limit, 2048)  # model.md: at most 2048 prompt tokens
-    assert most - 40 < max(lengths) <= most  # no more is cut than has to be
 
 
 def test_no_room_for_the_statistics(backbones) -> None:
@@ -130,23 +67,6 @@ def test_peaks_against_every_lag(steps: int) -> None:
         peaks = [lag for lag in inner if c[lag] > c[lag - 1] and c[lag] >= c[lag + 1] and c[lag] > 0]
         assert lags == sorted(peaks, key=lambda lag: -c[lag])[:5]
     assert steps < 32 or len({len(lags) for lags in found}) > 1
-
-
-def test_a_day_and_a_week_are_peaks_and_a_constant_has_none() -> None:
-    hour = np.arange(672)  # four weeks: both go on where the circle closes
-    assert top_peaks(np.sin(2 * np.pi * hour[None, :512] / 24))[0][0] == 24
-    day = np.sin(2 * np.pi * hour / 24)
-    assert top_peaks(day[None])[0][0] == 24
-    both = day + 0.8 * np.sin(2 * np.pi * hour / 168)
-    assert top_peaks(both[None])[0][0] == 168 and 24 in top_peaks(both[None], count=20)[0]
-    for period in (7, 12, 24, 48):  # all multiples are as high, and the shortest comes first
-        repeated = np.tile(np.random.default_rng(period).standard_normal(period), 12).astype(np.float32)
-        lags = top_peaks(repeated[None])[0]
-        assert lags[:3] == [period, 2 * period, 3 * period]
-    assert top_peaks(np.stack([day, both])) == [top_peaks(day[None])[0], top_peaks(both[None])[0]]
-    for value in (0.0, 0.1, -7.77, 1e4):
-        z, _, _ = instance_norm(torch.full((1, 512), value))
-        assert top_peaks(z.numpy()) == [[]]
 
 
 def test_the_prompt_names_peaks_or_says_that_there_are_none(backbones) -> None:
@@ -177,19 +97,71 @@ def test_no_prompt_is_longer_than_the_longest(backbones, family: str, lags: str,
         assert max(lengths) <= encoder.longest, (max(lengths), encoder.longest)
 
 
-def test_no_number_has_more_tokens_than_the_samples_where_exponents_are_one_token() -> None:
-    """A number of the kind "-0.000123..." has as many characters as "-1.23...e-05", which a vocabulary may shorten."""
-    tokenizer = letters_with(["e-", "e-0"], [("e", "-"), ("e-", "0")])
-    template = PromptTemplate("words", 96, 24)
-    encoder = PromptEncoder(tokenizer, template, max_tokens=2048)
-    value = float(np.float32(-0.00012345868162810802))  # as long as a float32 gets without an exponent
-    assert len(str(value)) == 23, value
-    text = template.statistics(value, value, value, False, [95, 94, 93, 92, 91])
-    assert len(tokenizer(template.prompt_prefix() + text)["input_ids"]) <= encoder.longest
-
-
 def letters_with(parts: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
     """Letters, and some longer tokens."""
     letters = sorted({chr(code) for code in range(32, 127)})
     vocabulary = {token: i for i, token in enumerate(letters + parts)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=merges)))
+
+
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, and one token that reaches over the end of the prefix: ": min"."""
+    return letters_with([": ", ": m", ": mi", ": min"], [(":", " "), (": ", "m"), (": m", "i"), (": mi", "n")])
+
+
+def test_a_period_and_its_multiples_are_peaks_and_a_constant_has_none() -> None:
+    for period in (7, 12, 24, 48):  # all multiples are as high, and the shortest comes first
+        repeated = np.tile(np.random.default_rng(period).standard_normal(period), 12).astype(np.float32)
+        assert top_peaks(repeated[None])[0][:3] == [period, 2 * period, 3 * period]
+    for value in (0.0, 0.1, -7.77, 1e4):
+        assert top_peaks(instance_norm(torch.full((1, 512), value))[0].numpy()) == [[]]
+
+
+def test_exact_text() -> None:
+    texts = describe_series(np.stack([SERIES, np.zeros_like(SERIES)]), TEMPLATE)
+    assert TEMPLATE.prompt_prefix() + texts[0] == TEXT and TEMPLATE.prompt_prefix().endswith("Input statistics:")
+    assert texts[1] == (
+        " min value 0.0, max value 0.0, median value 0.0, the trend of input is downward, "
+        "top 5 lags are : [0, 1, 2, 3, 4]<|<end_prompt>|>"
+    )
+
+
+@pytest.mark.parametrize("steps", [5, 12, 31, 96])
+def test_statistics_against_torch_and_lags_against_a_sum_written_out(steps: int) -> None:
+    z = random_series(20, steps)
+    for series, text in zip(torch.from_numpy(z), describe_series(z, TEMPLATE), strict=True):
+        low, high, median, trend, *named = NUMBERS.fullmatch(text).groups()
+        # printed as Python prints the float32 value converted to float, not a digit less or more
+        assert [low, high, median] == [str(value.item()) for value in (series.min(), series.max(), series.median())]
+        assert trend == ("upward" if series[-1] > series[0] else "downward")
+        lags, values = [int(lag) for lag in named], series.double().tolist()
+        correlation = [sum(values[i] * values[(i + lag) % steps] for i in range(steps)) for lag in range(steps)]
+        assert len(set(lags)) == 5
+        np.testing.assert_allclose([correlation[lag] for lag in lags], sorted(correlation)[:-6:-1], rtol=1e-9)
+        # equal by symmetry: rounding must not order them
+        assert all(first < second for first, second in itertools.pairwise(lags) if first + second == steps)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 512 - 64), ("gpt2", 1024 - 64), ("qwen2", 2048), ("qwen2", 10**9)])
+def test_the_description_is_cut_and_never_the_statistics(backbones, family: str, limit: int) -> None:
+    tokenizer, template = tokenizer_of(backbones, family), PromptTemplate(LONG, seq_len=512, pred_len=96)
+    encoder = PromptEncoder(tokenizer, template, max_tokens=limit)
+    kept, lengths = encoder.template.description, []
+    assert kept and LONG.startswith(kept) and len(kept) < len(LONG)
+    texts = describe_series(np.concatenate([random_series(20, 512), random_series(20, 512) * 1e-5]), template)
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        whole = encoder.prefix_ids + ids
+        cut = PromptTemplate(kept, 512, 96).prompt_prefix() + text
+        assert tokenizer.decode(whole, skip_special_tokens=True) == cut
+        lengths.append(len(whole))
+    most = min(limit, 2048)  # model.md: at most 2048 prompt tokens
+    assert most - 40 < max(lengths) <= most  # no more is cut than has to be
+
+
+def test_no_number_has_more_tokens_than_the_samples_where_exponents_are_one_token() -> None:
+    """A number of the kind "-0.000123..." has as many characters as "-1.23...e-05", which a vocabulary may shorten."""
+    tokenizer = letters_with(["e-", "e-0"], [("e", "-"), ("e-", "0")])
+    template = PromptTemplate("words", 96, 24)
+    value = float(np.float32(-0.00012345868162810802))  # as long as a float32 gets without an exponent
+    text = template.prompt_prefix() + template.statistics(value, value, value, False, [95, 94, 93, 92, 91])
+    assert len(str(value)) == 23 and len(tokenizer(text)["input_ids"]) <= PromptEncoder(tokenizer, template, 2048).longest

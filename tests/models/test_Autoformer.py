@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from data_provider.timestamps import time_marks
 from layers.autoformer import CALENDAR, AutoCorrelation, CalendarEmbedding, SeasonalNorm
 from layers.errors import InputError
-from models.Autoformer import Model, mark_count
+from models.Autoformer import Model
 from tests.small_run import defaults
 
 T, LABEL, H, N, KERNEL = 20, 8, 6, 3, 5
@@ -112,29 +112,6 @@ def test_forecast_against_the_equations() -> None:
         assert torch.equal(model(x, history, ignored, ahead), model(x, history, None, ahead))
 
 
-def test_a_channel_sees_the_others_and_a_window_does_not() -> None:
-    model = random_model().eval()
-    x, history, ahead = batch()
-    before = model(x, history, None, ahead)
-    other = x.clone()
-    other[0, :, 1] = other[0, :, 1].flip(0) * 2
-    after = model(other, history, None, ahead)
-    assert not Model.channel_independent and before.shape == (3, H, N)
-    assert (after[0, :, 0] - before[0, :, 0]).abs().max() > 1e-3
-    torch.testing.assert_close(after[1:], before[1:])
-
-
-@pytest.mark.parametrize("embed", ["timeF", "fixed"])
-@pytest.mark.parametrize(("freq", "scaled", "fields"), [("h", 4, 4), ("15min", 5, 5), ("d", 3, 4), ("m", 1, 4), ("s", 6, 5)])
-def test_time_features_are_those_of_the_data(freq: str, embed: str, scaled: int, fields: int) -> None:
-    count = scaled if embed == "timeF" else fields
-    assert mark_count(freq, embed) == count
-    with torch.device("meta"):
-        model = Model(configs(freq=freq, embed=embed))
-        out = model(torch.empty(2, T, N), torch.empty(2, T, count), None, torch.empty(2, LABEL + H, count))
-    assert out.shape == (2, H, N)
-
-
 def test_calendar_tables_hold_every_date_there_is() -> None:
     marks = time_marks(pd.date_range("2019-12-31", "2021-01-02", freq="min"), "t", "fixed")
     assert (marks.min(axis=0) >= 0).all() and (marks.max(axis=0) < CALENDAR).all()
@@ -150,25 +127,10 @@ def test_calendar_tables_hold_every_date_there_is() -> None:
     torch.testing.assert_close(fixed.tables[-60:], torch.where(column % 2 == 0, angle.sin(), angle.cos()))
 
 
-def test_missing_marks_are_named() -> None:
-    x, history, _ = batch()
+def test_what_it_cannot_use_is_named() -> None:
     with pytest.raises(ValueError, match="time marks: got None"):
-        random_model()(x)
-    with pytest.raises(ValueError, match="time marks: got None"):
-        random_model()(x, history)
-    assert random_model(embed="none")(x).shape == (3, H, N)
-
-
-def test_flags_it_cannot_use_are_named() -> None:
-    with pytest.raises(InputError, match="--activation: got 'tanh', expected one of gelu, relu"):
-        Model(configs(activation="tanh"))
-    with pytest.raises(InputError, match="--freq: got None"):
-        Model(configs(freq=None))
-
-
-def test_nothing_is_read_back_from_the_device_in_training() -> None:
-    """Tensors on the meta device have no values: to ask for one is an error."""
-    model = Model(configs()).to("meta").train()
-    marks = torch.empty(2, T, 4, device="meta"), torch.empty(2, LABEL + H, 4, device="meta")
-    model(torch.empty(2, T, N, device="meta"), marks[0], None, marks[1]).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+        random_model()(batch()[0])
+    tanh = "--activation: got 'tanh', expected one of gelu, relu"
+    for flags, line in (({"activation": "tanh"}, tanh), ({"freq": None}, "--freq: got None")):
+        with pytest.raises(InputError, match=line):
+            Model(configs(**flags))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.DLinear import Model
-from tests.small_run import assert_channels_are_apart, defaults
+from tests.small_run import defaults
 
 
 def configs(**flags: object) -> Namespace:
@@ -36,7 +36,3 @@ def test_the_forecast_is_an_affine_map_of_the_window(kernel: int) -> None:
     x = np.random.default_rng(0).normal(3, 5, (2, 24, 3))
     expected = np.einsum("ht,btn->bhn", M, x) + c[None, :, None]
     np.testing.assert_allclose(model(torch.from_numpy(x)).detach().numpy(), expected, atol=1e-10)
-
-
-def test_a_channel_does_not_see_the_others() -> None:
-    assert_channels_are_apart(Model(configs()), 24, 8)

@@ -5,9 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import layers.fast.attention as attention
-from layers.fast import cross_attention
 from layers.fast.attention import BlockedAttention, DropoutAttention
-from layers.reprogramming import attend
 
 M, N, L, HEADS, KV = 5, 4, 6, 4, 2
 
@@ -61,15 +59,3 @@ def test_dropout_attention_against_its_own_mask(dtype: torch.dtype, close: float
     ours, theirs = (torch.autograd.grad((y * weight).sum(), operands) for y in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=close, atol=close * b.abs().max().item())
-
-
-@pytest.mark.parametrize("rate", [0.0, 1e-9], ids=["evaluation", "training"])
-def test_cross_attention_is_the_plain_formula(rate: float) -> None:
-    """At a rate at which nothing is dropped the training's kernel must agree with the formula too."""
-    torch.manual_seed(6)
-    operands = [torch.randn(1, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (20, 7, 7)]
-    found, expected = cross_attention(*operands, rate), attend(*operands, 0.0)
-    torch.testing.assert_close(found, expected)
-    weight = torch.randn_like(found)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), operands) for y in (found, expected))
-    torch.testing.assert_close(ours, theirs)

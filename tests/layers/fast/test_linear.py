@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import layers.fast.linear as linear
-from layers.fast.linear import FrozenLinear, prepack_weights
+from layers.fast.linear import FrozenLinear
 
 
 def test_a_frozen_layer_keeps_no_input() -> None:
@@ -35,26 +35,3 @@ def test_frozen_layer_from_both_sides(prepacked: bool, bias: bool) -> None:
     torch.testing.assert_close(frozen(rows), layer(rows))
     layer.weight.copy_(torch.randn(24, 40))
     torch.testing.assert_close(frozen.times(rows[:, :24], transposed=True), rows[:, :24] @ layer.weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_number_types_keep_no_layouts(dtype: torch.dtype) -> None:
-    layer = nn.Linear(40, 24, bias=False, dtype=dtype).requires_grad_(False)
-    frozen, x = FrozenLinear(layer), torch.randn(9, 40, dtype=dtype)
-    frozen.prepacked = True
-    torch.testing.assert_close(frozen(x), layer(x))
-    assert not frozen._layouts
-
-
-def test_only_small_models_keep_layouts(monkeypatch) -> None:
-    """What counts is all linear layers of the model, those included that have no frozen form in it."""
-    plain = nn.Linear(8, 8).requires_grad_(False)
-    model = nn.Sequential(FrozenLinear(nn.Linear(8, 8).requires_grad_(False)), plain)
-    size = 2 * 64 * 4
-    for limit, small in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(linear, "PACKED_BYTES", limit)
-        prepack_weights(model)
-        model[0]._layouts.clear()
-        model[0](torch.randn(5, 8))
-        assert model[0].prepacked == small
-        assert bool(model[0]._layouts) == bool(small and linear.REORDER)
