@@ -77,7 +77,7 @@ def summary(folder: Path) -> pd.DataFrame:
     if not runs:
         got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
         raise input_error(folder, got, "a folder with the runs' folders")
-    untried = {flag.name for flag in FLAGS if not flag.role.tried}
+    untried = {flag.name for flag in FLAGS if "unlisted" in flag.roles}
     flags = dict.fromkeys(name for run in runs for name in run if name not in {*untried, *FIGURES, "run"})
     differing = [name for name in flags if len({json.dumps(run[name]) for run in runs if name in run}) > 1]
     known = [name for name in FIGURES if name not in M4_ERRORS or any(name in run for run in runs)]
