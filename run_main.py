@@ -8,8 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from layers.errors import InputError
-from utils.errors import RunError
+from layers.errors import InputError, RunError
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupted, Interrupts
 

@@ -42,14 +42,16 @@ class Batch:
         """Micro-batches of at most `size` sequences (0: one of all); whole windows are not split."""
         if self.windows is not None or not 0 < size < len(self):
             return [self]
-        fields = {"x": self.x, "y": self.y, "x_mask": self.x_mask, "y_mask": self.y_mask}
         return [
             replace(
                 self,
-                prompts=None if self.prompts is None else self.prompts.rows(start, start + size),
-                **{name: t if t is None else t[start : start + size] for name, t in fields.items()},
+                x=self.x[some],
+                y=self.y[some],
+                prompts=None if self.prompts is None else self.prompts.rows(some.start, some.stop),
+                x_mask=None if self.x_mask is None else self.x_mask[some],
+                y_mask=None if self.y_mask is None else self.y_mask[some],
             )
-            for start in range(0, len(self), size)
+            for some in (slice(start, start + size) for start in range(0, len(self), size))
         ]
 
     def to(self, device: torch.device) -> "Batch":
@@ -63,10 +65,15 @@ class Batch:
         return replace(self._map(torch.Tensor.pin_memory), prompts=prompts)
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        windows = self.windows and Windows(*map(move, self.windows[:3]), self.windows.channels)
-        masks = {"x_mask": self.x_mask, "y_mask": self.y_mask}
-        moved = {name: mask if mask is None else move(mask) for name, mask in masks.items()}
-        return replace(self, x=move(self.x), y=move(self.y), windows=windows, **moved)
+        w = self.windows
+        return replace(
+            self,
+            x=move(self.x),
+            y=move(self.y),
+            windows=None if w is None else Windows(move(w.x), move(w.x_mark), move(w.y_mark), w.channels),
+            x_mask=None if self.x_mask is None else move(self.x_mask),
+            y_mask=None if self.y_mask is None else move(self.y_mask),
+        )
 
 
 class WindowCollate:
@@ -104,6 +111,6 @@ class WindowCollate:
         )
 
 
+# `[B, rows, N]` -> `[B*N, rows]`, contiguous: the layout in memory decides the order of sums.
 def _sequences(windows: torch.Tensor) -> torch.Tensor:
-    """`[B, rows, N]` -> `[B*N, rows]`, contiguous: the layout in memory decides the order of sums."""
     return windows.transpose(1, 2).flatten(0, 1).contiguous()

@@ -286,11 +286,10 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
     )
 
 
+# The columns that are read, the target (the one given, else OT, else the last), and the columns' values.
+#
+# With M the target is a name that nothing looks up.
 def _choose(table: Table, features: str, target: str | None) -> tuple[list[str], str, np.ndarray]:
-    """The columns that are read, the target (the one given, else OT, else the last), and the columns' values.
-
-    With M the target is a name that nothing looks up.
-    """
     if target is None:
         target = "OT" if "OT" in table.columns else table.columns[-1]
     if features != "M" and target not in table.columns:

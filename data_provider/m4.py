@@ -147,8 +147,8 @@ class M4Windows(Dataset):
         """The numbers of the series that `sequences` has something of."""
         return [n for n in range(len(self)) if self._moves(self._whole(n)[:, : self.seq_len]).any()]
 
+    # The windows `[cuts, T + H]` of a series that are whole.
     def _whole(self, number: int) -> np.ndarray:
-        """The windows `[cuts, T + H]` of a series that are whole."""
         values, length = self.series[number], self.seq_len + self.pred_len
         if len(values) < length:
             return np.empty((0, length))

@@ -79,8 +79,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise input_error(path, f"no regular table ({found})", "the same number of cells in every row") from None
 
 
+# The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file.
 def _parse(path: Path, encoding: str) -> pd.DataFrame:
-    """The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file."""
     with path.open(encoding=encoding, newline="") as file:
         blank = not file.readline().strip()
         file.seek(0)

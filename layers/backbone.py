@@ -386,9 +386,8 @@ class Backbone:
         return (kept * layers + once) * self.embeddings.element_size()
 
 
+# A decoder layer under activation checkpointing. (transformers' own switch asks for train mode.)
 class _Recomputed(nn.Module):
-    """A decoder layer under activation checkpointing. (transformers' own switch asks for train mode.)"""
-
     def forward(self, *args, **kwargs):
         # Nothing random happens in a frozen layer, so no generator's state has to be kept.
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -404,8 +403,8 @@ def _config(info: BackboneInfo, layers: int) -> Any:
     return config
 
 
+# Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back.
 def _move(model: PreTrainedModel, device: torch.device, embeddings_on_host: bool) -> None:
-    """Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back."""
     layer: Any = model.get_input_embeddings()
     words, where = layer.weight, layer.weight.device
     if embeddings_on_host:
@@ -416,10 +415,10 @@ def _move(model: PreTrainedModel, device: torch.device, embeddings_on_host: bool
         layer.to(where)  # what it has besides
 
 
+# The architecture, with weights as its authors' training would have begun.
 def _draw(
     info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, embeddings_on_host: bool
 ) -> PreTrainedModel:
-    """The architecture, with weights as its authors' training would have begun."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(info.family.options)
@@ -474,14 +473,13 @@ def _load(
     return model
 
 
+# Settings of transformers while it loads a model.
+#
+# It would report the layers left out as unexpected; what is missing is checked by `_load`. And a model whose parts
+# are on several devices it would leave to accelerate, whose hooks would copy the embeddings to the GPU for each
+# look-up, and drop them again: `Backbone.token_embeddings` brings the ids to the embeddings instead.
 @contextmanager
 def _transformers_settings() -> Iterator[None]:
-    """Settings of transformers while it loads a model.
-
-    It would report the layers left out as unexpected; what is missing is checked by `_load`. And a model whose parts
-    are on several devices it would leave to accelerate, whose hooks would copy the embeddings to the GPU for each
-    look-up, and drop them again: `Backbone.token_embeddings` brings the ids to the embeddings instead.
-    """
     module: Any = transformers.modeling_utils
     dispatch, verbosity = module.accelerate_dispatch, transformers.logging.get_verbosity()
     module.accelerate_dispatch = lambda *_: None

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the one form that its message has."""
+"""The errors that end a run with one line: what a user can mend (exit code 2), and what ended a run that had started (1)."""
 
 from collections.abc import Sequence
 
@@ -29,3 +29,19 @@ def input_error(what: object, got: object, expected: object, hint: str = "") -> 
     line = f"{what}: got {got}, expected {expected}" + (f"; {hint}" if hint else "")
     # Names of flags, files and columns may hold a line break.
     return InputError("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message is one line that says what is kept and what to do."""
+
+
+class StorageError(RunError):
+    """A file could not be written; what lay there before is what it was.
+
+    Attributes:
+        errno: the operating system's number for the reason.
+    """
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno

@@ -55,9 +55,8 @@ class HalfMLP(nn.Module):
 # two there is but a product with a matrix, so both leave it out: the gradient needs no larger range than it has.
 
 
+# silu(gate) * up, shrunk; keeps the two inputs alone.
 class _ShrunkGate(torch.autograd.Function):
-    """silu(gate) * up, shrunk; keeps the two inputs alone."""
-
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(gate, up)
@@ -73,9 +72,8 @@ class _ShrunkGate(torch.autograd.Function):
         return into_gate.half(), F.silu(wide).mul_(gradient).half()
 
 
+# What a product with shrunken rows stands for, float32.
 class _Grown(torch.autograd.Function):
-    """What a product with shrunken rows stands for, float32."""
-
     @staticmethod
     def forward(ctx, product: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         return product.float().mul_(size)

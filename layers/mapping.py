@@ -69,9 +69,8 @@ class MappingLayer(nn.Module):
             yield from _gradient_blocks(self.weight, self._embeddings[0], self.gradient_factor)
 
 
+# W·E `[K, D]`, whose backward pass leaves the gradient of the product with the layer, where that is factored.
 class _Mapped(torch.autograd.Function):
-    """W·E `[K, D]`, whose backward pass leaves the gradient of the product with the layer, where that is factored."""
-
     @staticmethod
     def forward(ctx, weight: torch.Tensor, embeddings: torch.Tensor, layer: MappingLayer) -> torch.Tensor:
         ctx.layer, ctx.embeddings = layer, embeddings
@@ -90,8 +89,8 @@ class _Mapped(torch.autograd.Function):
         return whole, None, None
 
 
+# W·E `[K, D]` on `device`, multiplied in E's type, in W's type.
 def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """W·E `[K, D]` on `device`, multiplied in E's type, in W's type."""
     # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are as exact as W.
     size = _block_size(weight, device)
     out = torch.zeros(weight.shape[1], embeddings.shape[1], dtype=weight.dtype, device=device)
@@ -100,8 +99,8 @@ def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.devi
     return out
 
 
+# Words and their rows of E·Gᵀ, multiplied in E's type, in W's type.
 def _gradient_blocks(weight: torch.Tensor, E: torch.Tensor, G: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Words and their rows of E·Gᵀ, multiplied in E's type, in W's type."""
     scale = None
     if E.dtype == torch.float16:  # whose range a gradient may leave
         G, scale = shrink(G)  # (K, D), (K, 1)
@@ -113,14 +112,14 @@ def _gradient_blocks(weight: torch.Tensor, E: torch.Tensor, G: torch.Tensor) -> 
         yield words, block if scale is None else block.mul_(scale.t())
 
 
+# Words of a block: some rows of `weight` `[V, K]`, where the processor's vectors and the GPU's tiles are full.
 def _block_size(weight: torch.Tensor, device: torch.device) -> int:
-    """Words of a block: some rows of `weight` `[V, K]`, where the processor's vectors and the GPU's tiles are full."""
     words = (CPU_BLOCK_BYTES if device.type == "cpu" else BLOCK_BYTES) // (weight.shape[1] * weight.element_size())
     return max(128, words // 128 * 128)
 
 
+# a `[m, k]` times b `[k, n]`, where b is and in its type; on a GPU the float32 sums that half precision has there.
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a `[m, k]` times b `[k, n]`, where b is and in its type; on a GPU the float32 sums that half precision has there."""
     a = a.to(b.device, b.dtype)
     if b.device.type == "cuda" and b.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)

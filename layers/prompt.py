@@ -80,8 +80,8 @@ class PromptTemplate:
         )
 
 
+# Circular autocorrelation irfft(|rfft(z)|^2) of `[N, T]`, the same for l and T - l to the last bit.
 def _autocorrelation(z: np.ndarray) -> np.ndarray:
-    """Circular autocorrelation irfft(|rfft(z)|^2) of `[N, T]`, the same for l and T - l to the last bit."""
     T = z.shape[-1]
     spectrum = np.fft.rfft(z.astype(np.float64), axis=-1)  # (N, T//2 + 1)
     correlation = np.fft.irfft(np.abs(spectrum) ** 2, n=T, axis=-1)  # (N, T)
@@ -183,8 +183,8 @@ class PromptEncoder:
         # verbose=False: the tokenizer would warn about lengths that `_fit` has dealt with.
         return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
 
+    # Statistics that stand for all others: ordinary, whole, tiny and as long as they can get.
     def _samples(self, template: PromptTemplate) -> list[str]:
-        """Statistics that stand for all others: ordinary, whole, tiny and as long as they can get."""
         T = template.seq_len
         # No float32 prints longer than the first two; rounded, none longer than the largest that a normalised series has.
         largest = -0.98765432109876543 * 10 ** len(str(math.isqrt(T)))
@@ -193,9 +193,8 @@ class PromptEncoder:
         lags = [max(T - 1 - i, 0) for i in range(TOP_LAGS)]
         return [template.statistics(*v, upward, lags) for v in values for upward in (False, True)]
 
+    # Cut words off the description's end until the longest prompt has at most `limit` tokens.
     def _fit(self, template: PromptTemplate, limit: int) -> PromptTemplate:
-        """Cut words off the description's end until the longest prompt has at most `limit` tokens."""
-
         def tokens(words: list[str]) -> int:
             cut = replace(template, description=" ".join(words))
             return max(map(len, self._ids([cut.prompt_prefix() + text for text in self._samples(cut)], special=True)))

@@ -62,6 +62,6 @@ class ReprogrammingLayer(nn.Module):
         mixed = self.attend(queries, keys, values, ATTENTION_DROPOUT if self.training else 0.0)  # (1, h, M*L, f)
         return self.out_projection(mixed.transpose(1, 2).reshape(M, L, -1))
 
+    # `[rows, h*f]` -> `[1, h, rows, f]`.
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows, h*f]` -> `[1, h, rows, f]`."""
         return x.view(1, x.shape[0], self.n_heads, -1).transpose(1, 2)

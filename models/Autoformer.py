@@ -129,8 +129,8 @@ def mark_count(freq: str | None, embed: str) -> int:
     return time_marks(pd.DatetimeIndex(["2000-01-01"]), freq, embed).shape[1]
 
 
+# Two maps of each step on its own; without bias, as in the authors' program.
 def _feed_forward(d_model: int, d_ff: int, dropout: float, activation: str) -> nn.Sequential:
-    """Two maps of each step on its own; without bias, as in the authors' program."""
     return nn.Sequential(
         nn.Linear(d_model, d_ff, bias=False), ACTIVATIONS[activation](), nn.Dropout(dropout),
         nn.Linear(d_ff, d_model, bias=False), nn.Dropout(dropout),

@@ -180,18 +180,18 @@ class Model(ForecastModel):
             return self._run_substitute
         return FastPath(self.backbone) if self.fast_path else self.backbone.plain
 
+    # As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place.
     def _run_substitute(
         self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
     ) -> torch.Tensor:
-        """As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place."""
         assert self.substitute is not None
         first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(len(ids), -1)
         embedded = self.backbone.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
         slot = torch.arange(embedded.shape[1], device=embedded.device)
         return self.substitute(embedded, slot < len(prompt_prefix) + length[:, None], patches)
 
+    # Move the language model along (`.to`, `.cuda`), but leave its number types alone.
     def _apply(self, fn, recurse=True):
-        """Move the language model along (`.to`, `.cuda`), but leave its number types alone."""
         super()._apply(fn, recurse)
         device = self.output_projection.linear.bias.device
         if isinstance(self.backbone, Backbone) and device != self.backbone.device:

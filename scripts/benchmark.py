@@ -34,11 +34,10 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: E402
 
 from data_provider.batches import Batch  # noqa: E402
-from layers.errors import InputError  # noqa: E402
+from layers.errors import InputError, RunError  # noqa: E402
 from layers.fast.linear import product  # noqa: E402
 from layers.reprogramming import attend  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
-from utils.errors import RunError  # noqa: E402
 from utils.flags import FlagParser, parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402

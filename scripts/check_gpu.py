@@ -26,9 +26,12 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from layers.errors import InputError, input_error  # noqa: E402
+from layers.errors import (  # noqa: E402
+    InputError,
+    RunError,  # noqa: E402
+    input_error,
+)
 from scripts.benchmark import GIB, machine, timed  # noqa: E402
-from utils.errors import RunError  # noqa: E402
 from utils.flags import FlagParser, parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402

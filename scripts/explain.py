@@ -24,10 +24,13 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from layers.errors import InputError, input_error  # noqa: E402
+from layers.errors import (  # noqa: E402
+    InputError,
+    RunError,  # noqa: E402
+    input_error,
+)
 from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
-from utils.errors import RunError  # noqa: E402
 from utils.flags import FlagParser, parse_flags  # noqa: E402
 from utils.results.interpret import attention, nearest_words, read_windows, try_prompts  # noqa: E402
 from utils.results.plots import FORECAST, HISTORY, TRUTH, dress, fonts, glyphs  # noqa: E402

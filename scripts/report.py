@@ -11,8 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from layers.errors import InputError  # noqa: E402
-from utils.errors import StorageError  # noqa: E402
+from layers.errors import (
+    InputError,  # noqa: E402
+    StorageError,  # noqa: E402
+)
 from utils.results.report import report  # noqa: E402
 
 

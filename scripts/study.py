@@ -26,8 +26,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
 
-from layers.errors import InputError, input_error  # noqa: E402
-from utils.errors import StorageError  # noqa: E402
+from layers.errors import (  # noqa: E402
+    InputError,
+    StorageError,  # noqa: E402
+    input_error,
+)
 from utils.flags import FlagParser  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.study.cells import (  # noqa: E402

@@ -21,8 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from data_provider.splits import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
-from layers.errors import InputError, input_error  # noqa: E402
-from utils.errors import StorageError  # noqa: E402
+from layers.errors import (  # noqa: E402
+    InputError,
+    StorageError,  # noqa: E402
+    input_error,
+)
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
 from utils.saving.files import write_text  # noqa: E402

@@ -22,7 +22,7 @@ FLOORS = [
     "utils.training.session", "utils.training.reduction", "utils.training.step", "utils.training.precision",
     "utils.results.journal",
     "utils.results.predictions", "utils.results.interval_metrics", "utils.results.metrics", "utils.results.log",
-    "utils.training.schedule", "utils.saving.folder", "utils.validate", "utils.saving.saver", "utils.saving.checkpoint",
+    "utils.training.optimizer", "utils.saving.folder", "utils.validate", "utils.saving.saver", "utils.saving.checkpoint",
     "utils.intervals", "utils.saving.state", "utils.saving.shares", "utils.saving.asks",
     "utils.flags", "utils.processes.group", "utils.processes.watch", "utils.saving.interrupt",
     "utils.flags",

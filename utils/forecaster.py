@@ -205,7 +205,7 @@ class Forecaster:
         collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
         batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
-        scores = score(replace(job, loaders={"test": loader}), "test", consume)  # type: ignore[arg-type]
+        scores = score(replace(job, loaders={"test": loader}), "test", consume)
         return {
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
@@ -260,8 +260,8 @@ class Forecaster:
         figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
         return file or figure
 
+    # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
-        """The series of a frame by name, on the training's scale, each of at least `rows` rows."""
         job, found = self.job, {}
         for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
             check_rows(table, job.args.seq_len, self._step)
@@ -271,8 +271,8 @@ class Forecaster:
             found[name] = on_the_trainings_scale(table, job.checkpoint, job.args)  # type: ignore[arg-type]
         return found
 
+    # Those of the checkpoint that are asked for.
     def _intervals(self, asked: Levels) -> Intervals | None:
-        """Those of the checkpoint that are asked for."""
         held = self.job.intervals
         if isinstance(asked, str) and asked == "auto":
             return held
@@ -283,9 +283,9 @@ class Forecaster:
         if not levels:
             return None
         wrong = [level for level in levels if held is None or not 0 < level < 100 or not held.has([level])]
-        if not wrong:
+        if held is not None and not wrong:
             return held.only(levels)
-        file = self.job.checkpoint.file
+        file = self.job.checkpoint.file if self.job.checkpoint else "the run"
         had = f"those that it has, {' '.join(map(name_of, held.levels))}" if held else "none, for it has none"
         hint = f"calibrate them without training: python run_main.py --is_training 0 --checkpoint {file} --intervals "
         raise input_error("intervals", f"{name_of(wrong[0])} of {file}", had, hint + " ".join(map(name_of, levels)))

@@ -1,21 +1,18 @@
 """A run: set up, then fitted, tested, and asked to predict."""
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import torch
 
 from data_provider.splits import M4
-from utils.errors import RunError
+from layers.errors import RunError
 from utils.flags import run_name
 from utils.forecaster import Forecaster
 from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
-from utils.results.log import RunLog
 from utils.results.metrics import line_of
 from utils.results.test_pass import open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
@@ -39,29 +36,41 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
     """
     forecasts: list[pd.DataFrame] = []  # of the repeats
     for repeat in range(args.itr):
-        device = _run(args, repeat, interrupts or Interrupts(), forecasts)
+        job = setup(args, repeat, interrupts or Interrupts())
+        try:
+            run(job, repeat, forecasts)
+        except RunError as error:
+            job.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
+            raise
+        job.close()
+        device = job.device
+        del job
         free_memory(device)  # the next repeat loads its model into the memory of this one's
     return 0
 
 
-def _run(args: Namespace, repeat: int, interrupts: Interrupts, forecasts: list[pd.DataFrame]) -> torch.device:
-    """One repeat, which adds its forecast to those of the repeats before; the device that it ran on."""
-    job = setup(args, repeat, interrupts)
+def run(job: Job, repeat: int, forecasts: list[pd.DataFrame]) -> None:
+    """One repeat, which adds its forecast to those of the repeats before; after the last one comes their mean."""
+    args = job.args
+    found = fit(job) if args.is_training else None
+    if args.is_training or not args.do_predict:
+        test(job, found)
+    if args.do_predict:
+        forecasts.append(predict(job))
     # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
     own = job.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint
-    ensemble = own and args.itr > 1 and repeat == args.itr - 1 and args.data != M4
-    with _noted(job.log):
-        found = fit(job) if args.is_training else None
-        if args.is_training or not args.do_predict:
-            test(job, found)
-            if ensemble:
-                test_mean(job)
-        if args.do_predict:
-            forecasts.append(predict(job))
-            if ensemble:
-                predict_mean(job, forecasts)
-    job.close()
-    return job.device
+    if not own or args.itr == 1 or repeat < args.itr - 1 or args.data == M4:
+        return
+    repeats = [Path(args.checkpoints) / run_name(args, number) for number in range(args.itr)]
+    folder = Path(args.checkpoints) / run_name(args, "mean")
+    if args.is_training or not args.do_predict:
+        means = score_mean(job, repeats, folder)
+        if means:
+            draw(job, *means)
+    if args.do_predict:
+        mean = mean_forecast(forecasts, job.series, args.seq_len, mean_intervals(job, repeats))
+        job.log(f"Mean of {len(repeats)} repeats:")
+        leave_forecast(replace(job, folder=folder), mean)
 
 
 def fit(job: Job) -> TestFound | None:
@@ -74,14 +83,12 @@ def fit(job: Job) -> TestFound | None:
         Interrupted, RunError: see `train`.
     """
     args, progress = job.args, job.training.progress
-    found = None
-    if not progress.finished(args.train_epochs, args.patience):
-        found = train(job)
-        if args.plots and job.accelerator.is_main_process:
-            from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
+    found = None if progress.finished(args.train_epochs, args.patience) else train(job)
+    if args.plots and job.accelerator.is_main_process:
+        from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
-            losses = {"loss": args.loss} if args.data == M4 else {}
-            draw_losses(job.folder, progress.history, **losses)
+        losses = {"loss": args.loss} if args.data == M4 else {}
+        draw_losses(job.folder, progress.history, **losses)
     job.log(f"Checkpoints saved at: {job.folder}")
     job.accelerator.wait_for_everyone()
     load_checkpoint(job)
@@ -101,9 +108,17 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
         Interrupted: a signal has come; nothing is lost.
     """
     checkpoint = load_checkpoint(job)
-    if found is None:
+    if found is not None:
+        results, scores = found
+    else:
         checkpoint = calibrate(job, checkpoint)
-    results, scores = found or _test_pass(job, checkpoint)
+        results = open_pass(job)
+        try:
+            scores = score(job, "test", results.consume)
+        except Interrupted as signal:
+            job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
+            job.log(f"To resume: {resume_command(job.args)}")
+            raise
     job.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = job.record["backbone"].get("note")
@@ -113,21 +128,16 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]} | model)
     if "intervals" in metrics:
         job.log(line_of(metrics["intervals"]))
-    if job.args.plots and job.accelerator.is_main_process:
-        from utils.results.plots import draw_test
-
-        draw_test(results, metrics)
+    draw(job, results, metrics)
     return scores
 
 
-def test_mean(job: Job) -> None:
-    """Score the mean of the forecasts of all repeats, of which `job` is the last; what it leaves has its own folder."""
-    repeats, folder = _folders(job)
-    found = score_mean(job, repeats, folder)
-    if found and job.args.plots and job.accelerator.is_main_process:
-        from utils.results.plots import draw_test
+def draw(job: Job, results: Any, metrics: dict[str, Any]) -> None:
+    """The pictures of a test, unless `--plots 0`."""
+    if job.args.plots and job.accelerator.is_main_process:
+        from utils.results.plots import draw_test  # only now: matplotlib takes a second to load
 
-        draw_test(*found)
+        draw_test(results, metrics)
 
 
 def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
@@ -165,23 +175,6 @@ def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _test_pass(job: Job, checkpoint: Checkpoint) -> TestFound:
-    results = open_pass(job)
-    try:
-        return results, score(job, "test", results.consume)
-    except Interrupted as signal:
-        job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
-        job.log(f"To resume: {resume_command(job.args)}")
-        raise
-
-
-def _folders(job: Job) -> tuple[list[Path], Path]:
-    """Those of the repeats, and that of their mean."""
-    args = job.args
-    repeats = [Path(args.checkpoints) / run_name(args, repeat) for repeat in range(args.itr)]
-    return repeats, Path(args.checkpoints) / run_name(args, "mean")
-
-
 def predict(job: Job) -> pd.DataFrame:
     """Forecast what follows the last row of the data, and write it.
 
@@ -194,22 +187,3 @@ def predict(job: Job) -> pd.DataFrame:
     (forecast,) = Forecaster(job).forecast([job.series], job.args.predict_steps, job.intervals)
     leave_forecast(job, forecast)
     return forecast
-
-
-def predict_mean(job: Job, forecasts: list[pd.DataFrame]) -> None:
-    """Write the mean of the repeats' forecasts, of which `job` made the last; it has its own folder and bands."""
-    repeats, folder = _folders(job)
-    intervals = mean_intervals(job, repeats)
-    forecast = mean_forecast(forecasts, job.series, job.args.seq_len, intervals)
-    job.log(f"Mean of {len(repeats)} repeats:")
-    leave_forecast(replace(job, folder=folder), forecast)
-
-
-@contextmanager
-def _noted(log: RunLog) -> Iterator[None]:
-    """Append a RunError to the log's file: the entry prints it, but the terminal may be gone."""
-    try:
-        yield
-    except RunError as error:
-        log.note(f"error: {error}")
-        raise

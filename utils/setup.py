@@ -58,8 +58,7 @@ class Plan:
         if self.args.llm_ablation != "random":
             return None
         held = self.checkpoint.backbone.get("random_seed") if self.checkpoint else None
-        usable = type(held) is int and 0 <= held < 2**32  # the checkpoint may be anyone's
-        return held if usable else (self.args.seed + repeat) % 2**32
+        return (self.args.seed + repeat) % 2**32 if held is None else held
 
     @property
     def splits(self) -> list[tuple[str, SplitSeries]]:
@@ -84,7 +83,10 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
     """
     plan = make_plan(args, repeat)
     record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat), plan.pretrain)
-    start = _claim_folder(plan, record)
+    start = None
+    if plan.args.is_training and isinstance(plan.series, SplitSeries):
+        ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
+        start = open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
     job = make_job(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
         job.training = begin(job, start)
@@ -101,6 +103,14 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
     """
     model = _load_model(plan, repeat, log)
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
+    loaders: dict[str, Any] = {}
+    rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
+    for split, series in plan.splits:
+        data, loaders[split] = batch_loader(
+            plan.args, split, series, model.prompts, rank, world, plan.args.seed + repeat,
+            pin=plan.device.type == "cuda", whole=not model.channel_independent,
+        )  # fmt: skip
+        log(f"{split} {len(data)}")
     return Job(
         args=plan.args,
         folder=plan.folder,
@@ -110,7 +120,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
         precision=plan.precision,
         model=model,
         series=plan.series,
-        loaders=_loaders(plan, model, repeat, log),
+        loaders=loaders,
         record=record,
         interrupts=interrupts,
         step_limit=Limit(at_once),
@@ -120,6 +130,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
         intervals=plan.intervals.kept,
         notes=plan.notes,
         pretrain=plan.pretrain,
+        sequences_per_step=plan.args.batch_size * len((plan.pretrain or plan.series).forecast_columns),
     )
 
 
@@ -168,7 +179,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
 def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
     """The process's accelerator, in the group of processes that its launcher has started, and the device of the run.
 
-    Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded ForecastModel alone.
+    Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded Forecaster alone.
 
     Raises:
         InputError: fewer GPUs than processes on this machine.
@@ -230,16 +241,8 @@ def describe_run(
     return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
 
 
-def _claim_folder(plan: Plan, record: dict[str, Any]) -> Start | None:
-    """The folder of a run that trains, locked, and what it finds there; None for one that does not."""
-    if not (plan.args.is_training and isinstance(plan.series, SplitSeries)):
-        return None
-    ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
-    return open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
-
-
+# The run's log, with its first lines.
 def _open_log(plan: Plan) -> RunLog:
-    """The run's log, with its first lines."""
     args, series = plan.args, plan.series
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -298,25 +301,6 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     return model
 
 
-def _loaders(plan: Plan, model: ForecastModel, repeat: int, log: RunLog) -> dict[str, Any]:
-    """The loaders of the splits that the run goes through."""
-    loaders, accelerator = {}, plan.accelerator
-    for split, series in plan.splits:
-        data, loaders[split] = batch_loader(
-            plan.args,
-            split,
-            series,
-            model.prompts,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            seed=plan.args.seed + repeat,
-            pin=plan.device.type == "cuda",
-            whole=not model.channel_independent,
-        )
-        log(f"{split} {len(data)}")
-    return loaders
-
-
 def begin(job: Job, start: Start) -> Training:
     """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
 
@@ -342,20 +326,14 @@ def begin(job: Job, start: Start) -> Training:
             job.evaluation_limit.sequences = progress.evaluation_sequences
     else:
         if model.linear_map is not None:
-            _fit_linear_map(job, model.linear_map)
+            began = time.perf_counter()
+            (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
+            weights, penalty = fit_ridge(train, val)
+            model.linear_map.detach().copy_(torch.from_numpy(weights))
+            log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
+            if against := doubts(weights, penalty, val):
+                without = ", --skip none does without it" if model.uses_llm else ""
+                log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
-        part_random(accelerator.process_index)
+        part_random(accelerator.process_index, args.seed)
     return Training(optimizer, saver, progress, journal, start.lock)
-
-
-def _fit_linear_map(job: Job, linear_map: torch.Tensor) -> None:
-    """Ridge regression into the model's map `[T, H]`."""
-    began = time.perf_counter()
-    (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
-    weights, penalty = fit_ridge(train, val)
-    with torch.no_grad():
-        linear_map.copy_(torch.from_numpy(weights))
-    job.log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
-    if against := doubts(weights, penalty, val):
-        without = ", --skip none does without it" if job.model.uses_llm else ""
-        job.log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")

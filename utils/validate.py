@@ -8,11 +8,11 @@ import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from data_provider.data_loader import Series, SplitSeries
+from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.splits import M4
 from data_provider.timestamps import frequency, gaps_in
@@ -116,7 +116,7 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
     if not model.channel_independent and args.freq is None:
         args.freq = frequency(series.step)  # tells how many time marks there are
     asked = args.prompt_domain and not args.checkpoint  # with a checkpoint the flag may be the training's
-    if isinstance(series, SplitSeries) and args.data == "custom" and not (args.prompt_text or asked or bank_file(args)):
+    if isinstance(series, FileSeries) and args.data == "custom" and not (args.prompt_text or asked or bank_file(args)):
         args.prompt_text = checkpoint.prompt_text if checkpoint is not None and same_data else None
         if not args.prompt_text:
             # From float32 values, as ever: states of earlier runs hold the text that these make.
@@ -279,9 +279,9 @@ def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | Non
     return IntervalPlan(levels, kept.only(levels), [])
 
 
-def overview(args: Namespace, series: Series, pretrain: SplitSeries | None) -> list[str]:
+def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[str]:
     """Lines that say what was read: generated data, what trains in a transfer, missing rows, and all of a custom file."""
-    sets = [each for each in (series, pretrain) if each is not None]
+    sets: list[Any] = [each for each in (series, pretrain) if each is not None]
     lines = [
         f"SYNTHETIC DATA: {each.path} was generated, not measured; results on it say nothing about real series"
         for each in sets
@@ -290,8 +290,8 @@ def overview(args: Namespace, series: Series, pretrain: SplitSeries | None) -> l
     if pretrain is not None:
         trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")
-    custom = args.data == "custom" and isinstance(series, SplitSeries)
-    if isinstance(series, SplitSeries) and custom:
+    custom = args.data == "custom" and isinstance(series, FileSeries)
+    if isinstance(series, FileSeries) and custom:
         dates, splits = series.dates, series.splits
         forecast = "all columns are forecast" if args.features == "M" else f"{series.target} is forecast"
         lines += [

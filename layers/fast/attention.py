@@ -99,21 +99,21 @@ class BlockedAttention(torch.autograd.Function):
         return into_query, into_key, into_value, None, None, None, None
 
 
+# Slices of sequences whose scores together take about `SCORE_BYTES`.
 def _sequence_blocks(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
-    """Slices of sequences whose scores together take about `SCORE_BYTES`."""
     M, kv, rows, _ = query.shape
     step = max(1, SCORE_BYTES // (kv * rows * key.shape[2] * query.element_size()))
     for first in range(0, M, step):
         yield slice(first, min(first + step, M))
 
 
+# Sequences and key-value heads in one axis, as a view.
 def _pairs(x: torch.Tensor) -> torch.Tensor:
-    """Sequences and key-value heads in one axis, as a view."""
     return x.view(-1, *x.shape[2:]) if x.is_contiguous() else x.flatten(0, 1)
 
 
+# softmax(scale * q·k + mask) of a block, `[pairs, g*n, S]`.
 def _weights(query, key, mask, scale: float, rows: slice) -> torch.Tensor:
-    """softmax(scale * q·k + mask) of a block, `[pairs, g*n, S]`."""
     query, key = query[rows], key[rows]
     scores = query.new_empty(*query.shape[:3], key.shape[2])
     scores.copy_(mask[rows] if len(mask) > 1 else mask)
@@ -182,8 +182,8 @@ class DropoutAttention(torch.autograd.Function):
         return dq.mul_(ctx.scale), dk, dv, None
 
 
+# Head numbers and row slices that cover the queries `[h, R, f]`.
 def _query_blocks(q: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Head numbers and row slices that cover the queries `[h, R, f]`."""
     for head in range(q.shape[0]):
         for start in range(0, q.shape[1], QUERY_BLOCK):
             yield head, slice(start, start + QUERY_BLOCK)
@@ -194,8 +194,8 @@ def _softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
+# Zero the weights that are not kept: their bits and those of the mask (five times faster than a fill).
 def _drop(weights: torch.Tensor, kept: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Zero the weights that are not kept: their bits and those of the mask (five times faster than a fill)."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
     torch.bitwise_and(weights.view(bits), kept.to(bits), out=out.view(bits))
     return out

@@ -61,14 +61,14 @@ class LeanRMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
+# The norm, keeping its input alone.
 class _RMSNorm(torch.autograd.Function):
-    """The norm, keeping its input alone."""
-
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        with torch.autocast(x.device.type, enabled=False):  # which would give float32
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -100,9 +100,8 @@ class LeanMLP(nn.Module):
         return down(_GatedSiLU.apply(gate(x), up(x)))
 
 
+# silu(gate) * up, keeping the two inputs alone.
 class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, keeping the two inputs alone."""
-
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
@@ -118,9 +117,8 @@ def _gated_silu_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.
     return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
+# The whole block, on the CPU a few rows at a time, keeping x·Gᵀ and x·Uᵀ.
 class _DenseMLP(torch.autograd.Function):
-    """The whole block, on the CPU a few rows at a time, keeping x·Gᵀ and x·Uᵀ."""
-
     @staticmethod
     def forward(ctx, x: torch.Tensor, G: FrozenLinear, U: FrozenLinear, D: FrozenLinear) -> torch.Tensor:
         kept: list[torch.Tensor] = []
@@ -144,8 +142,8 @@ class _DenseMLP(torch.autograd.Function):
         return _join(out).view(gradient.shape), None, None, None
 
 
+# `[..., D]` in blocks of rows `[R, D]`; on other devices than the CPU, in one.
 def _row_blocks(x: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[..., D]` in blocks of rows `[R, D]`; on other devices than the CPU, in one."""
     x = x.flatten(0, -2)
     rows = max(FEWEST_ROWS, CACHED_BYTES // (G.shape[0] * G.element_size()))
     return x.chunk(max(1, round(len(x) / rows))) if x.device.type == "cpu" else (x,)
@@ -199,9 +197,8 @@ class LeanAttention(nn.Module):
         return own.o_proj(mixed.flatten(2)), None
 
 
+# Rotary position embedding, and the order that attention reads: `[M, n, h, e]` -> `[M, h, n, e]`.
 class _Rotate(torch.autograd.Function):
-    """Rotary position embedding, and the order that attention reads: `[M, n, h, e]` -> `[M, h, n, e]`."""
-
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """cos, sin: `[M or 1, n, e]`, whose halves along the last axis are equal. The result is contiguous."""

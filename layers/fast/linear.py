@@ -73,9 +73,8 @@ class FrozenLinear(nn.Module):
         return ONEDNN(x, self._layouts[transposed], bias, "none", [], "")
 
 
+# A frozen layer with the gradient of x; the weight has none, so x itself is not kept.
 class _FrozenProduct(torch.autograd.Function):
-    """A frozen layer with the gradient of x; the weight has none, so x itself is not kept."""
-
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
         ctx.layer = layer

@@ -69,8 +69,8 @@ class FastPath:
         positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
         return self._run(patches.to(self._stream_dtype), mask, positions).to(patches.dtype)
 
+    # Run prompt tokens `[M, n]` from slot `start` on as far as their last keys and values, which the cache keeps.
     def _store(self, ids: torch.Tensor, start: int, device: torch.device) -> None:
-        """Run prompt tokens `[M, n]` from slot `start` on as far as their last keys and values, which the cache keeps."""
         places = start + torch.arange(ids.shape[1], device=device)  # (n)
         # Padding comes last, so causality alone hides it from the real tokens.
         visible = torch.arange(start + ids.shape[1], device=device) <= places[:, None]  # (n, start + n)
@@ -78,8 +78,8 @@ class FastPath:
         with contextlib.suppress(PrefixStored):
             self._run(self._token_embeddings(ids), mask, places[None])
 
+    # Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache.
     def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache."""
         return self.model(
             inputs_embeds=inputs,
             attention_mask=mask,
@@ -133,9 +133,8 @@ class PrefixCache(DynamicCache):
         return keys_values
 
 
+# One layer's buffers: keys and values `[M, kv, slots, e]`, and the prompt prefix's `[1, kv, P0, e]`.
 class _Layer:
-    """One layer's buffers: keys and values `[M, kv, slots, e]`, and the prompt prefix's `[1, kv, P0, e]`."""
-
     def __init__(self):
         self.prompt_prefix: tuple[torch.Tensor, torch.Tensor] | None = None
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -160,9 +159,8 @@ class _Layer:
                     buffer[:, :, : prompt_prefix.shape[2]] = prompt_prefix
 
 
+# Write new keys (or values) behind the frozen ones and return all: `[M, kv, start + n, e]`.
 class _Append(torch.autograd.Function):
-    """Write new keys (or values) behind the frozen ones and return all: `[M, kv, start + n, e]`."""
-
     @staticmethod
     def forward(ctx, new: torch.Tensor, buffer: list[torch.Tensor], start: int) -> torch.Tensor:
         ctx.start = start

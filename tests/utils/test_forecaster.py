@@ -157,8 +157,8 @@ def test_loaded_once_it_forecasts_many_times(trained, frame, capsys, monkeypatch
     forecaster = Forecaster.load(run, device="cpu")
     assert torch.equal(torch.rand(2), expected)  # the caller's own draws go on
     made = []
-    shared = forecaster.job.model.shared
-    monkeypatch.setattr(forecaster.job.model, "shared", lambda: made.append(1) or shared())
+    shared = forecaster.job.model.prototype_kv
+    monkeypatch.setattr(forecaster.job.model, "prototype_kv", lambda: made.append(1) or shared())
     first, later = forecaster.predict(frame.iloc[:-1]), forecaster.predict(frame)
     assert len(made) == 1 and forecaster.predict(frame.iloc[:-1]).equals(first) and not later.equals(first)
     forecaster.evaluate(frame.iloc[-60:])

@@ -86,10 +86,10 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
     return next((round(span / length) for span in spans if 2 * length <= span), 1)
 
 
+# A row of the comparison; memory holds the errors of one channel.
 def _row(
     name: str, title: str, detail: str, series: FileSeries, levels: tuple[float, ...], began: float, forecast: Forecast
 ) -> dict[str, Any]:
-    """A row of the comparison; memory holds the errors of one channel."""
     kept, columns, val, intervals = series.forecast_slice, series.forecast_columns, series.windows("val"), None
     if levels:
         offsets = []
@@ -124,11 +124,10 @@ def fitted_every(windows: Windows) -> int:
     return -(-windows.sequence_count // MOST_FITTED)
 
 
+# All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
+#
+# Each sequence is weighted by its deviation to the `power`. Of very many, see `fitted_every`.
 def _moments(windows: Windows, power: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
-
-    Each sequence is weighted by its deviation to the `power`. Of very many, see `fitted_every`.
-    """
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
     for x, y in windows.sequences(fitted_every(windows)):
         z, mean, deviation = (v.numpy() for v in instance_norm(torch.from_numpy(x)))

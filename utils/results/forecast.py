@@ -154,7 +154,7 @@ def mean_forecast(
     kept = series.forecast_slice
     own = np.mean([forecast[series.forecast_columns].to_numpy() for forecast in forecasts], axis=0)
     values = (own - series.mean[kept]) / series.deviation[kept]
-    return forecast_frame(series, forecasts[0]["date"], values, series.values[-seq_len:, kept], intervals)
+    return forecast_frame(series, pd.DatetimeIndex(forecasts[0]["date"]), values, series.values[-seq_len:, kept], intervals)
 
 
 def band_columns(columns: Sequence[str], levels: Sequence[float]) -> list[str]:
@@ -254,8 +254,8 @@ def write_forecast(folder: Path, forecast: pd.DataFrame, origin: pd.Timestamp, a
     return lines
 
 
+# The text of forecasts.csv with one more forecast; as it is where it has this forecast already.
 def _with_forecast(path: Path, history: str, forecast: str, origin: str) -> str:
-    """The text of forecasts.csv with one more forecast; as it is where it has this forecast already."""
     header, *rows = (f"{origin},{line}\n" for line in forecast.splitlines())
     header = ORIGIN + header.removeprefix(origin)
     history = history or header
@@ -276,8 +276,8 @@ def _with_forecast(path: Path, history: str, forecast: str, origin: str) -> str:
     return history
 
 
+# The text of a file; empty where there is none.
 def _text(path: Path) -> str:
-    """The text of a file; empty where there is none."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:

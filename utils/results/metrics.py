@@ -133,8 +133,8 @@ class Metrics:
         return found | {"intervals": made}
 
 
+# The errors of sums `[5, n]`, each over `count` elements, by their names in metrics.json.
 def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
-    """The errors of sums `[5, n]`, each over `count` elements, by their names in metrics.json."""
     squares, absolutes, relative, far, symmetric = sums
     return {
         "mse": (squares / count).tolist(),

@@ -184,8 +184,8 @@ def _pages(folder: Path, kind: str, count: int) -> Iterator[tuple[Path, slice]]:
         yield folder / PLOTS / name, slice(rows[0], rows[-1] + 1)
 
 
+# Panels in rows that have a name each; `heads` stand above the first one.
 def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: Sequence[str] = ()) -> Figure:
-    """Panels in rows that have a name each; `heads` stand above the first one."""
     with _figure(path, 5.2 * len(heads) or 11, len(grid)) as figure:
         places = figure.subplots(len(grid), len(grid[0]), squeeze=False)
         apart = any(row[0].forecast.index[0] != grid[0][0].forecast.index[0] for row in grid)
@@ -206,8 +206,8 @@ def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: 
     return figure
 
 
+# History, bands, truth and forecast of a panel. Bands that are only widened are lighter, behind a dotted line.
 def _paint(axes: Axes, panel: Panel) -> None:
-    """History, bands, truth and forecast of a panel. Bands that are only widened are lighter, behind a dotted line."""
     last = panel.history[-1:]  # joins the lines, and the bands open from it
     if len(last):
         axes.plot(panel.history.index, panel.history, color=HISTORY, label="history")
@@ -251,9 +251,9 @@ def _lines(path: Path, count: int, title: str, xlabel: str, ylabel: str) -> Iter
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
 
+# A figure of `panels` rows, written to `path` at the end of the `with`.
 @contextmanager
 def _figure(path: Path | None, width: float, panels: int) -> Iterator[Figure]:
-    """A figure of `panels` rows, written to `path` at the end of the `with`."""
     with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
         yield figure

@@ -60,8 +60,8 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
+# A JSON file that has a `part`.
 def _read(path: Path, part: str) -> dict[str, Any]:
-    """A JSON file that has a `part`."""
     expected = "the folder of a run that was trained and tested (run_main.py prints it at its end)"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -72,8 +72,8 @@ def _read(path: Path, part: str) -> dict[str, Any]:
         raise input_error(path, f"a file without {part!r} ({error!r})", "what training and testing a run write") from None
 
 
+# A line a forecast, best first: title, errors, and how good its prediction intervals were.
 def _table(rows: list[dict], levels: list[str]) -> str:
-    """A line a forecast, best first: title, errors, and how good its prediction intervals were."""
     cells = []
     for row in sorted(rows, key=lambda row: row["mse"]):
         line = {"": row["title"], "MSE": f"{row['mse']:.4f}", "MAE": f"{row['mae']:.4f}"}

@@ -95,6 +95,7 @@ class TestPass:
             return
         values = {"pred": pred, "true": true}
         for level in self.levels:
+            assert self.job.intervals is not None  # they have these levels
             for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
                 values[side + name_of(level)] = pred + deviation * torch.from_numpy(offsets).to(pred.device)
         own = {name: self._own_units(rows) for name, rows in values.items()}
@@ -107,8 +108,8 @@ class TestPass:
             history = self._own_units(x[place : place + 1])[0]
             self.windows[index[place]] = Window(dates, history, shown.pop("true"), shown.pop("pred"), shown)
 
+    # Standardised `[B, N, rows]` -> `[B, rows, N]`.
     def _own_units(self, values: torch.Tensor) -> np.ndarray:
-        """Standardised `[B, N, rows]` -> `[B, rows, N]`."""
         return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
 
     def headline(self, scores: Scores) -> str:
@@ -185,7 +186,7 @@ class M4Pass:
         if any(len(values) >= series.seq_len + 2 * H for values in series.known):
             weights, _ = fit_ridge(*series.windows_for_a_map())
             windows = series.windows("test")
-            items = [windows[number] for number in range(len(series.ids))]
+            items: list[Any] = [windows[number] for number in range(len(series.ids))]
             x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
             z, mean, deviation = instance_norm(x, mask)
             made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from layers.errors import input_error
-from utils.errors import StorageError
+from layers.errors import StorageError, input_error
 
 TENSORS, LEGACY, RECORD = "checkpoint.safetensors", "checkpoint", "checkpoint.json"
 OFFSETS = "intervals.offsets"  # the tensor of the prediction intervals in TENSORS

@@ -115,8 +115,8 @@ def open_folder(
     return start
 
 
+# The line that says when states are saved; InputError where two of them and the checkpoints do not fit.
 def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
-    """The line that says when states are saved; InputError where two of them and the checkpoints do not fit."""
     state, checkpoint = state_bytes(args.optimizer, trained_values), 4 * trained_values
     copies = 2 + args.torch_checkpoint
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]

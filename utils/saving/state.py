@@ -3,7 +3,7 @@
 `state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
 tensors, the optimizer's, and the random generators of every process. The newest two are kept: a new one is safe on the
 disk before the oldest goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
-rate (utils/training/schedule.py).
+rate (utils/training/optimizer.py).
 """
 
 import copy
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -27,8 +28,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
-from layers.errors import input_error
-from utils.errors import RunError, StorageError
+from layers.errors import RunError, StorageError, input_error
 from utils.flags import resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
@@ -179,10 +179,11 @@ def save_state(folder: Path, packed: dict[str, Any], before: Path | None) -> Pat
     return path
 
 
-def part_random(rank: int) -> None:
+def part_random(rank: int, seed: int) -> None:
     """Let a process whose generators are as the first one's draw other numbers: each drops out of its own windows."""
     if rank > 0:
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank)  # of the GPU, too
+        drawn = np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(drawn >> np.uint64(1)))  # of the GPU, too
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -235,9 +236,9 @@ class Saver:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         has_own = rank < len(saved["random"])  # else there were fewer processes than now
         set_random_state(saved["random"][rank if has_own else 0], device)
-        if not has_own:
-            part_random(rank)
         progress = Progress(**saved["progress"])
+        if not has_own:
+            part_random(rank, self.args.seed + progress.epoch)
         self.last, self.saved_step = saved["path"], (progress.epoch, progress.iteration)
         finished = progress.finished(self.args.train_epochs, self.args.patience)
         lost = progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file()
@@ -252,12 +253,12 @@ class Saver:
             log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
         return progress
 
-    def due(self, progress: Progress) -> bool:
-        """Whether it is time for a state; the processes of a group must agree on the answer."""
+    def due(self, progress: Progress, ahead: int = 0) -> bool:
+        """Whether it is time for a state, `ahead` iterations from now; the processes of a group must agree on the answer."""
         every = self.args.save_steps
         if every is None:
             return time.monotonic() - self.saved_at >= SECONDS
-        return every > 0 and progress.iteration % every == 0
+        return every > 0 and (progress.iteration + ahead) % every == 0
 
     def save(self, progress: Progress) -> None:
         """Save the state, unless it is saved already. All processes of a group take part, and the first one writes.

@@ -57,14 +57,14 @@ def mase(forecast: torch.Tensor, part: Batch, season: int) -> torch.Tensor:
     return _mean(_ratio((forecast - part.y).abs(), scale[:, None].expand_as(forecast)), part)
 
 
+# error / size, 0 where the size is 0; no gradient comes of that.
 def _ratio(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """error / size, 0 where the size is 0; no gradient comes of that."""
     there = size > 0
     return torch.where(there, error, 0.0) / torch.where(there, size, 1.0)
 
 
+# The mean over sequences of each one's mean over the values that exist, `[M, H]` -> `[]`.
 def _mean(errors: torch.Tensor, part: Batch) -> torch.Tensor:
-    """The mean over sequences of each one's mean over the values that exist, `[M, H]` -> `[]`."""
     if part.y_mask is None:
         return errors.mean()
     return ((errors * part.y_mask).sum(dim=1) / part.y_mask.sum(dim=1).clamp(min=1)).mean()

@@ -10,13 +10,13 @@ from typing import TypeVar
 import psutil
 import torch
 
+from layers.errors import RunError
 from layers.mapping import BLOCK_BYTES
 from layers.prompt import MAX_PROMPT_TOKENS
 from layers.reprogramming import ATTENTION_DROPOUT
 from models import model_class
 from models.base import ForecastModel
 from models.TimeLLM import PROTOTYPES, Model, layers_of
-from utils.errors import RunError
 from utils.saving.files import size_text
 from utils.saving.state import random_state, set_random_state
 from utils.training.session import Job, Limit

@@ -72,17 +72,8 @@ class Job:
     intervals: Intervals | None = None  # of the tensors that the model has, once they are calibrated
     notes: list[str] = field(default_factory=list)  # to be said with a forecast
     pretrain: SplitSeries | None = None
-    _training: Training | None = None
-
-    @property
-    def training(self) -> Training:
-        """The optimizer and all that goes with it; only a run with --is_training 1 has it."""
-        assert self._training is not None, "this run does not train"
-        return self._training
-
-    @training.setter
-    def training(self, training: Training) -> None:
-        self._training = training
+    sequences_per_step: int = 0  # of a training step, in all processes
+    training: Training = field(init=False)  # of a run with --is_training 1 alone
 
     @property
     def windows(self) -> Any:
@@ -103,9 +94,8 @@ class Job:
 
     def close(self) -> None:
         """Close the run's files, and give its folder back to other runs."""
-        if self._training is None:
-            return
-        if self._training.journal is not None:
-            self._training.journal.close()
-        if self._training.lock is not None:
-            self._training.lock.release()
+        if self.args.is_training:
+            if self.training.journal is not None:
+                self.training.journal.close()
+            if self.training.lock is not None:
+                self.training.lock.release()

@@ -9,22 +9,22 @@ import torch
 import torch.distributed as dist
 
 from data_provider.batches import Batch
+from layers.errors import RunError
 from models.base import ForecastModel
-from utils.errors import RunError
 from utils.results.bands import Calibration
 from utils.results.log import memory_line, peak_memory_gib, progress_bar
-from utils.results.test_pass import TestPass, open_pass
+from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
 from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.optimizer import learning_rate
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Autocast
-from utils.training.schedule import learning_rate
 from utils.training.session import Job
 
-TestFound = tuple[TestPass, Scores]
+TestFound = tuple[TestPass | M4Pass, Scores]
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
@@ -95,7 +95,7 @@ def train_epoch(job: Job, clock: "Clock") -> float:
         for batch in itertools.islice(loader, total - progress.iteration):
             step = (progress.epoch - 1) * total + progress.iteration
             lr = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
-            loss, stop, due = train_step(job, batch.to(job.device), lr)
+            loss, stop, due = train_step(job, batch.to(job.device), lr, job.training.saver.due(progress, ahead=1))
             clock.steps += 1
             if journal:
                 journal.step(progress.epoch, progress.iteration, loss, lr)
@@ -109,10 +109,13 @@ def train_epoch(job: Job, clock: "Clock") -> float:
     return progress.loss_sum / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:
+def train_step(job: Job, batch: Batch, lr: float, due: bool = False) -> tuple[float, bool, bool]:
     """One step: forward, loss, backward, and the optimizer's step unless a number is NaN or infinite.
 
     In a group of processes each has its share of the batch, and the gradients are added up.
+
+    Args:
+        due: whether this process wants the state saved after the step.
 
     Returns:
         The loss of the whole batch; whether any process was asked to stop; whether any wants the state saved.
@@ -129,10 +132,10 @@ def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:
             dist.all_reduce(gradient)
     # A sum is finite only if every term is, and takes no memory of its own.
     numbers = torch.stack([loss, *(gradient.sum().float() for gradient in gradients)])
-    asks = job.interrupts.received > 0, job.training.saver.due(progress)
+    asks = job.interrupts.received > 0, due
     told = job.accelerator.reduce(torch.stack([loss.float(), *torch.tensor(asks).float().to(job.device)]))
     wrong = ~torch.isfinite(numbers).all()
-    value, stop, due, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
+    value, stop, save_now, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
     good = not skip and math.isfinite(value)
     if good:
         for group in optimizer.param_groups:
@@ -152,7 +155,7 @@ def train_step(job: Job, batch: Batch, lr: float) -> tuple[float, bool, bool]:
         factor = 0.5 if not good else 1.0 if progress.good_steps else 2.0
         progress.loss_scale = min(max(progress.loss_scale * factor, 1.0), LARGEST_SCALE)
     model.zero_grad(set_to_none=True)  # no gradient lies in memory while the run saves or evaluates
-    return value, stop > 0, due > 0
+    return value, stop > 0, save_now > 0
 
 
 def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
@@ -162,11 +165,10 @@ def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
     Raises:
         RunError: not even one sequence fits into the GPU's memory.
     """
-    total = job.args.batch_size * len(job.trained_series.forecast_columns)  # of all processes
     scale = job.training.progress.loss_scale if job.precision.is_scaled else 1.0
 
     def work(size: int) -> torch.Tensor:
-        return forward_backward(job.model, batch, job.precision, size, scale, loss_of(job.args), total)
+        return forward_backward(job.model, batch, job.precision, size, scale, loss_of(job.args), job.sequences_per_step)
 
     return halve_on_out_of_memory(job, job.step_limit, len(batch), work)
 
@@ -249,7 +251,7 @@ def validate(job: Job) -> Scores:
     return vali
 
 
-def test_epoch(job: Job, improved: bool) -> tuple[TestPass | None, Scores | None]:
+def test_epoch(job: Job, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
     """Score the test split where `--test_every` has it; of the best epoch so far, keep all that a test leaves."""
     every = job.args.test_every
     if not every or job.training.progress.epoch % every:
@@ -306,8 +308,8 @@ def save(job: Job) -> None:
         job.training.saver.save(progress)
 
 
+# Where memory runs out while saving, one line says what the run can resume from.
 def _explained(job: Job) -> AbstractContextManager[None]:
-    """Where memory runs out while saving, one line says what the run can resume from."""
     return explain_out_of_memory("saving", lambda: f"{advice(job.args, job.model)}; {job.training.saver.kept()}")
 
 

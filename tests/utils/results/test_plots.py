@@ -8,8 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.dates import date2num
 
+from layers.errors import StorageError
 from tests.small_run import command_line, run_folder, train, write_csv
-from utils.errors import StorageError
 from utils.results.forecast import bands_of
 from utils.results.plots import draw_losses, forecast_figure, panels_of
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from layers.errors import InputError
+from layers.errors import InputError, StorageError
 from tests.realdata import ROOT
-from utils.errors import StorageError
 from utils.saving.files import write_atomic, write_json, write_text
 from utils.saving.folder import FolderLock, move_aside, open_folder
 

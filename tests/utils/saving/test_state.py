@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 
 import utils.saving.state
-from layers.errors import InputError
-from utils.errors import RunError, StorageError
+from layers.errors import InputError, RunError, StorageError
 from utils.saving.state import Progress, Saver, compare, find_state, resume_command, state_files
 
 IDENTITY = {"--seed": 1, "the data's number of rows": 10, "the data's columns": ["a", "ü"]}

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
+from layers.errors import RunError
 from tests.live import Lab
-from utils.errors import RunError
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.setup import setup
@@ -169,7 +169,7 @@ def test_no_memory_for_the_optimizers_moments_is_one_line(begin, monkeypatch) ->
 
 def test_no_memory_for_an_evaluations_prototypes_is_one_line(begin, monkeypatch) -> None:
     job = begin()
-    monkeypatch.setattr(job.model, "shared", no_memory)
+    monkeypatch.setattr(job.model, "prototype_kv", no_memory)
     with pytest.raises(RunError, match=f"^CUDA out of memory in an evaluation{ADVICE}"):
         score(job, "val")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import utils.training.train
+from layers.errors import RunError
 from tests.small_run import run_folder, train
-from utils.errors import RunError
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import FIRST_SCALE, find_state
@@ -178,7 +178,9 @@ def test_the_scale_doubles_after_good_steps(begin, monkeypatch) -> None:
     job, seen = begin(scale=4.0, max_iters=13, batch_size=8), []
     overflow(job, {5, 9, 10, 11, 12, 13})
     due = job.training.saver.due  # asked in each step, before its change of the scale
-    monkeypatch.setattr(job.training.saver, "due", lambda progress: seen.append(progress.loss_scale) or due(progress))
+    monkeypatch.setattr(
+        job.training.saver, "due", lambda progress, **at: seen.append(progress.loss_scale) or due(progress, **at)
+    )
     epoch(job)
     assert [*seen[1:], job.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]
 

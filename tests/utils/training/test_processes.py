@@ -167,7 +167,7 @@ def test_an_error_of_one_process_ends_all_and_is_told(words, tmp_path: Path) -> 
     program = tmp_path / "program.py"
     program.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.errors import RunError\nimport utils.run\n"
+        "from layers.errors import RunError\nimport utils.run\n"
         "def fail(job): raise RunError('the disk is gone')\n"
         "if os.environ['RANK'] == '1':\n    utils.run.fit = fail\n"
         "from run_main import main\nsys.exit(main(sys.argv[1:], 'program.py'))\n"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.training.schedule import learning_rate
+from utils.training.optimizer import learning_rate
 
 
 def rates(schedule: str, steps: int = 5, epochs: int = 6, base: float = 2e-3, pct_start: float = 0.2) -> list[float]:
