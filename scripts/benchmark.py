@@ -25,8 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
@@ -34,14 +33,17 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: E402
 
 from data_provider.batches import Batch  # noqa: E402
-from layers.errors import InputError, RunError  # noqa: E402
+from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.fast.linear import product  # noqa: E402
 from layers.reprogramming import attend  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
-from utils.flags import FlagParser, parse_flags  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
+from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
+from utils.study.cells import processor  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.session import Job  # noqa: E402
 from utils.training.train import train_step  # noqa: E402
@@ -51,69 +53,62 @@ from utils.validate import nvidia_driver  # noqa: E402
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = ("plain", "plain_sdpa", "fast")
 GIB = 2**30
+COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
+ARGUMENTS = {
+    "--preset": dict(choices=list(PRESETS), default="small", help="shape of the random backbone"),
+    "--layers": dict(type=int, default=6, help="of the language model (6)"),
+    "--tokenizer": dict(type=Path, help="tokenizer folder for the random backbone"),
+    "--backbone": dict(type=Path, help="an existing folder instead of a random backbone"),
+    "--windows": dict(type=int, default=4, help="of a batch (4)"),
+    "--channels": dict(type=int, default=7, help="of a window (7)"),
+    "--variants": dict(nargs="+", choices=VARIANTS, default=VARIANTS),
+    "--rounds": dict(type=int, default=5, help="steps that the median is of (5)"),
+    "--eval_batches": dict(type=int, default=4, help="batches of one evaluation (4)"),
+    "--prototypes": dict(default="vocab", help="vocab or direct, of the fast variant alone"),
+    "--prompt_decimals": dict(help="of the fast variant alone"),
+    "--loader": dict(action="store_true", help="also what part of a step waits for the loader"),
+    "--json": dict(type=Path, metavar="FILE", help="write the results there, too"),
+    "--variant": dict(choices=VARIANTS, help=argparse.SUPPRESS),
+}
 
 
 def main(argv: list[str]) -> int:
     """Measure each variant in a process of its own, and print a table; return the exit code."""
-    parser = FlagParser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="small", help="shape of the random backbone")
-    parser.add_argument("--layers", type=int, default=6, help="of the language model (6)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder for the random backbone")
-    parser.add_argument("--backbone", type=Path, help="an existing folder instead of a random backbone")
-    parser.add_argument("--windows", type=int, default=4, help="of a batch (4)")
-    parser.add_argument("--channels", type=int, default=7, help="of a window (7)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--rounds", type=int, default=5, help="steps that the median is of (5)")
-    parser.add_argument("--eval_batches", type=int, default=4, help="batches of one evaluation (4)")
-    parser.add_argument("--prototypes", default="vocab", help="vocab or direct, of the fast variant alone")
-    parser.add_argument("--prompt_decimals", help="of the fast variant alone")
-    parser.add_argument("--loader", action="store_true", help="also what part of a step waits for the loader")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser = script_parser("benchmark.py", __doc__, ARGUMENTS)
     args, run_flags = parser.parse_known_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            if args.variant:
-                print(json.dumps(measure(args, run_flags, Path(scratch))))
-                return 0
-            folder = args.backbone or make_backbone(
-                Path(scratch) / "backbone", args.preset, args.layers, tokenizer=args.tokenizer
-            )
-            found: dict[str, Any] = {}
-            for name in args.variants:
-                command = [sys.executable, __file__, *argv, "--backbone", str(folder), "--variant", name]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode:  # it has said why
-                    return done.returncode
-                found[name] = json.loads(done.stdout.splitlines()[-1])
-    except (InputError, RunError) as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    show(found)
-    if args.json:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        about = {"command": " ".join(sys.argv), "machine": machine(device)}
-        args.json.write_text(json.dumps(about | found, indent=2) + "\n", encoding="utf-8")
-    return 0
 
-
-def show(found: dict[str, Any]) -> None:
-    """Print the variants' figures, and how they compare."""
-    seen = next(iter(found.values()))
-    print(
-        "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}".format(**seen)
-    )
-    columns = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
-    table = pd.DataFrame(found).T.reindex(columns=columns).dropna(axis=1, how="all")
-    table = table.astype({"at_once": int})
-    print(table.to_string(float_format="{:.3f}".format))
-    if fast := found.get("fast"):
-        ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
-        print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
-        print(
-            f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s; "
-            f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
+    def work(scratch: str) -> int:
+        if args.variant:
+            print(json.dumps(measure(args, run_flags, Path(scratch))))
+            return 0
+        folder = args.backbone or make_backbone(
+            Path(scratch) / "backbone", args.preset, args.layers, tokenizer=args.tokenizer
         )
+        found: dict[str, Any] = {}
+        for name in args.variants:
+            command = [sys.executable, __file__, *argv, "--backbone", str(folder), "--variant", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:  # it has said why
+                return done.returncode
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+        seen = next(iter(found.values()))
+        said = "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}"
+        print(said.format(**seen))
+        table = pd.DataFrame(found).T.reindex(columns=COLUMNS).dropna(axis=1, how="all").astype({"at_once": int})
+        print(table.to_string(float_format="{:.3f}".format))
+        if fast := found.get("fast"):
+            ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
+            print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
+            work_done = f"{fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s"
+            share = f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
+            print(f"\nfloor {fast['floor_s']:.3f} s = {work_done}; {share}")
+        if args.json:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            write_json(args.json, {"command": " ".join(sys.argv), "machine": machine(device)} | found)
+        return 0
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return exit_code(parser.prog, lambda: work(scratch))
 
 
 def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> dict[str, Any]:
@@ -171,8 +166,8 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
 
 
 def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Job:
-    """The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are."""
-    described = (REPO / "dataset" / "prompt_bank" / "ETT.txt").read_text(encoding="utf-8").strip()
+    # The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are.
+    described = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     words = (
         "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data custom "
         f"--data_path walks.csv --features M --seq_len 512 --d_model 32 --d_ff 32 --n_heads 8 --batch_size {args.windows} "
@@ -200,7 +195,7 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> J
 
 
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
-    """Seconds that `work(*args)` takes, until the device has done it."""
+    # Seconds that `work(*args)` takes, until the device has done it.
     began = time.perf_counter()
     work(*args)
     if device.type == "cuda":
@@ -209,7 +204,7 @@ def timed(device: torch.device, work: Callable, *args: Any) -> float:
 
 
 def step_flops(job: Job, batch: Batch) -> int:
-    """Operations of one step, as torch counts them: two for a multiplication with its addition."""
+    # Operations of one step, as torch counts them: two for a multiplication with its addition.
     missing: dict[Any, Callable] = {  # in torch's own table
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
@@ -222,14 +217,14 @@ def step_flops(job: Job, batch: Batch) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product."""
+    # Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product.
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(device, multiply, a, b) for _ in range(5) for multiply in (torch.mm, product))
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Names and versions of what a run runs on."""
+    # Names and versions of what a run runs on.
     found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -239,11 +234,7 @@ def machine(device: torch.device) -> dict[str, str]:
             f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
         )
     else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else platform.processor() or "CPU"
-        found["card"] = f"none in use; {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
     packages = ("torch", "transformers", "accelerate", "bitsandbytes")
     found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))

@@ -10,7 +10,6 @@ pasted into an issue. On a machine without a GPU it is about the processor and i
 """
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -19,50 +18,43 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from layers.errors import (  # noqa: E402
-    InputError,
-    RunError,  # noqa: E402
-    input_error,
-)
+from layers.errors import input_error  # noqa: E402
 from scripts.benchmark import GIB, machine, timed  # noqa: E402
-from utils.flags import FlagParser, parse_flags  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
+from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice  # noqa: E402
 from utils.training.train import save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATION_BATCHES = 2, 6, 3
+ARGUMENTS = {"--json": dict(metavar="FILE", type=Path, help="write the figures there, too")}
 
 
 def main(argv: list[str]) -> int:
-    """Measure and print the report; return the exit code, 2 for what the user can mend."""
-    parser = FlagParser(
-        prog="check_gpu.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
+    parser = script_parser("check_gpu.py", __doc__, ARGUMENTS)
     mine, words = parser.parse_known_args(argv)
     args = parse_flags(words, parser.prog)
-    try:
+
+    def work() -> None:
         if args.model != "TimeLLM":
             raise input_error("--model", args.model, "TimeLLM, whose memory on a GPU is the question")
         with tempfile.TemporaryDirectory(prefix="check_gpu.") as folder:
             figures = {"flags": shlex.join(words)} | measure(args, folder)
         print("\n".join(["", "```", *report(figures), "```"]))
         if mine.json:
-            mine.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except (InputError, RunError, OSError) as error:
-        print(f"check_gpu.py: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
-    return 0
+            write_json(mine.json, figures)
+
+    return exit_code(parser.prog, work)
 
 
 def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -81,7 +73,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     peaks: dict[str, tuple[float, float]] = {}
 
     def note_peaks(phase: str) -> None:
-        """GiB allocated and reserved at the peak since the last call; of the computer's memory the largest so far, twice."""
+        # GiB allocated and reserved at the peak since the last call; of the computer's memory the largest so far, twice.
         peaks[phase] = (peak_memory_gib(device),) * 2
         if device.type == "cuda":
             peaks[phase] = peaks[phase][0], torch.cuda.max_memory_reserved(device) / GIB
@@ -92,7 +84,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         batches, losses, times = iter(train), [], []
 
         def step() -> None:
-            """The next batch's, with the wait for the loader."""
+            # With the wait for the loader.
             losses.append(train_step(job, next(batches).to(device), args.learning_rate)[0])
 
         for _ in range(min(WARM_UP + STEPS, job.steps_per_epoch)):
@@ -136,7 +128,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> list[str]:
-    """The lines to paste."""
+    # The lines to paste.
     run = timedelta(seconds=round(figures["s_run"]))
     lines = figures["machine"] | {
         "flags": figures["flags"],

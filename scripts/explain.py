@@ -7,9 +7,9 @@ It leaves explain.png and explain.json in the run's folder and changes nothing e
 (--device cpu, --data ETTh1 --root_path DIR, ...) may follow; those left out are what they were in the run's training.
 """
 
-import argparse
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,27 +20,31 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from layers.errors import (  # noqa: E402
-    InputError,
-    RunError,  # noqa: E402
-    input_error,
-)
+from layers.errors import input_error  # noqa: E402
 from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
-from utils.flags import FlagParser, parse_flags  # noqa: E402
+from utils.flags import parse_flags  # noqa: E402
 from utils.results.interpret import attention, nearest_words, read_windows, try_prompts  # noqa: E402
 from utils.results.plots import FORECAST, HISTORY, TRUTH, dress, fonts, glyphs  # noqa: E402
 from utils.saving.files import write_atomic, write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
 from utils.training.session import Job  # noqa: E402
 
 SHOWN = 12  # prototypes in a heat map
+ARGUMENTS = {
+    "run": dict(type=Path, help="the run's folder, which run_main.py prints at its end"),
+    "--window": dict(metavar="DATE", help="test window whose forecast begins then (default: the middle one)"),
+    "--channel": dict(metavar="NAME", help="column to look at (default: the target)"),
+    "--windows": dict(type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)"),
+    "--description": dict(metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)"),
+    "--out": dict(type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)"),
+}
 # For a run whose own description is the only one in the prompt bank.
 OTHER = (
     "The Weather data hold 21 meteorological readings of a station in Germany, taken every 10 minutes over one year: air "
@@ -49,23 +53,16 @@ OTHER = (
 
 
 def main(argv: list[str]) -> int:
-    """Explain the run; return the exit code."""
-    parser = FlagParser(prog="explain.py", description=str(__doc__).split("\n\n")[0], allow_abbrev=False,
-                        epilog="All other flags, after these, are those of run_main.py.")  # fmt: skip
-    parser.add_argument("run", type=Path, help="the run's folder, which run_main.py prints at its end")
-    parser.add_argument("--window", metavar="DATE", help="test window whose forecast begins then (default: the middle one)")
-    parser.add_argument("--channel", metavar="NAME", help="column to look at (default: the target)")
-    parser.add_argument("--windows", type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)")
-    parser.add_argument("--description", metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)")
+    parser = script_parser("explain.py", str(__doc__).split("\n\n")[0], ARGUMENTS,
+                           epilog="All other flags, after these, are those of run_main.py.")  # fmt: skip
     args, others = parser.parse_known_args(argv)
     flags = parse_flags([*others, "--is_training", "0", "--checkpoint", str(args.run)], parser.prog)
-    try:
+
+    def work() -> None:
         if flags.model != "TimeLLM" or flags.data == "m4" or flags.do_predict:
             got = f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict)
-            raise input_error(
-                str(args.run), got, "a run of TimeLLM on a file of rows with dates, to look at its test windows"
-            )
+            expected = "a run of TimeLLM on a file of rows with dates, to look at its test windows"
+            raise input_error(args.run, got, expected)
         if args.windows < 2:
             raise input_error("--windows", args.windows, "a whole number of at least 2")
         with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
@@ -73,13 +70,11 @@ def main(argv: list[str]) -> int:
             job = setup(flags, 0, Interrupts())
             checkpoint = load_checkpoint(job)
         explain(args, job, args.out or results_folder(job.args, checkpoint.file.parent, checkpoint, job.series))
-    except (InputError, RunError) as error:
-        print(f"explain.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+
+    return exit_code(parser.prog, work)
 
 
-def explain(args: argparse.Namespace, job: Job, folder: Path) -> None:
+def explain(args: Namespace, job: Job, folder: Path) -> None:
     """Print what there is to see in a run, and write explain.png and explain.json into a folder.
 
     Raises:
@@ -88,7 +83,17 @@ def explain(args: argparse.Namespace, job: Job, folder: Path) -> None:
     """
     model, series = cast(Model, job.model), job.windows
     data, columns, T = series.windows("test"), series.forecast_columns, series.seq_len
-    number = find_window(data.dates[T : T + len(data)], args.window)
+    starts, number = data.dates[T : T + len(data)], (len(data) - 1) // 2
+    if args.window is not None:  # the window whose forecast begins at this date, or last before it
+        try:
+            at = pd.Timestamp(args.window)
+            inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
+        except (ValueError, TypeError):
+            inside = False
+        if not inside:
+            expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
+            raise input_error("--window", args.window, expected)
+        number = int(starts.searchsorted(at, side="right")) - 1
     name = args.channel or (series.target if series.target in columns else columns[-1])
     if name not in columns:
         raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
@@ -153,25 +158,6 @@ def explain(args: argparse.Namespace, job: Job, folder: Path) -> None:
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
     write_json(folder / "explain.json", found)
     print(f"Figures saved at: {folder / 'explain.json'}")
-
-
-def find_window(starts: pd.DatetimeIndex, date: str | None) -> int:
-    """The number of the test window whose forecast begins at `date`, or last before it; None: the middle one.
-
-    Raises:
-        InputError: no date, or none within the test split.
-    """
-    if date is None:
-        return (len(starts) - 1) // 2
-    expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
-    try:
-        at = pd.Timestamp(date)
-        inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
-    except (ValueError, TypeError) as error:
-        raise input_error("--window", repr(date), expected) from error
-    if not inside:
-        raise input_error("--window", date, expected)
-    return int(starts.searchsorted(at, side="right")) - 1
 
 
 def paint(

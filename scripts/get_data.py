@@ -9,7 +9,6 @@ twelve files of the M4 competition, PATH is their folder. The last lines printed
 `data: PATH`, one for each name asked for.
 """
 
-import argparse
 import hashlib
 import http.client
 import os
@@ -17,11 +16,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402
 from utils.saving.files import write_atomic  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 
 # Name -> its files with their SHA-256, small ones first: where none comes, nobody waits for the large ones.
 FILES = {
@@ -47,6 +46,12 @@ FILES = {
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/{file}"
 M4_URL = "https://raw.githubusercontent.com/Mcompetitions/M4-methods/master/Dataset/{part}/{file}"
 TIMEOUT = 10  # seconds without an answer, or without a further byte
+ARGUMENTS = {
+    "--name": dict(nargs="+", choices=[*FILES, *MADE_UP, *WIDE], default=[name for name in FILES if name != "m4"],
+                   help="data sets (default: the four of ETT)"),
+    "--out": dict(type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)"),
+    "--offline": dict(action="store_true", help="do not try to download"),
+}  # fmt: skip
 
 
 def get(name: str, out: Path, offline: bool) -> Path:
@@ -90,7 +95,7 @@ def get(name: str, out: Path, offline: bool) -> Path:
 
 
 def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes | None:
-    """A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository."""
+    # A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository.
     url = ETT_URL.format(file=file)
     if name == "m4":
         url = M4_URL.format(file=file, part="Train" if "train" in file else "Test")
@@ -112,17 +117,15 @@ def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes
     return None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names, usual = [*FILES, *MADE_UP, *WIDE], [name for name in FILES if name != "m4"]
-    parser.add_argument("--name", nargs="+", choices=names, default=usual, help="data sets (default: the four of ETT)")
-    parser.add_argument("--out", type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)")
-    parser.add_argument("--offline", action="store_true", help="do not try to download")
-    options = parser.parse_args(arguments)
-    for path in [get(name, options.out, options.offline) for name in options.name]:
-        print(f"data: {path}")
+def main(argv: list[str] | None = None) -> int:
+    args = script_parser("get_data.py", __doc__, ARGUMENTS).parse_args(argv)
+
+    def work() -> None:
+        for path in [get(name, args.out, args.offline) for name in args.name]:
+            print(f"data: {path}")
+
+    return exit_code("get_data.py", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,14 +7,12 @@ The first gathers tested runs, one a pattern. The second scores a file of foreca
 id and its forecasts; the patterns are those whose files are there and whose series it has.
 """
 
-import argparse
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(REPO := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
 
@@ -23,6 +21,13 @@ from data_provider.splits import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, Errors, Methods, methods_of, naive2, table, warnings_of  # noqa: E402
 from utils.results.metrics import METRICS  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
+
+ARGUMENTS = {
+    "folders": dict(type=Path, nargs="*", help="the runs' folders, which run_m4.py prints at its end"),
+    "--forecast": dict(type=Path, help="score this file of forecasts instead"),
+    "--root_path": dict(type=Path, default=REPO / "dataset", help="folder of the organisers' files"),
+}
 
 
 def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:
@@ -80,20 +85,14 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; return the exit code."""
-    parser = argparse.ArgumentParser(prog="m4_scores.py", description=str(__doc__).splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="*", help="the runs' folders, which run_m4.py prints at its end")
-    parser.add_argument("--forecast", type=Path, help="score this file of forecasts instead")
-    parser.add_argument("--root_path", type=Path, default=REPO / "dataset", help="folder of the organisers' files")
-    args = parser.parse_args(argv)
-    try:
+    args = script_parser("m4_scores.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
+
+    def scores() -> None:
         if bool(args.folders) == bool(args.forecast):
             raise input_error("folders", "both or neither of folders and --forecast", "either")
         print(table(*(of_forecasts(args.forecast, args.root_path) if args.forecast else of_runs(args.folders))))
-    except InputError as error:
-        print(f"m4_scores.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code("m4_scores.py", scores)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 What loads a downloaded model loads it: for tests, and for speed and memory at a model's true shape.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,40 +15,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from layers.errors import InputError, input_error  # noqa: E402
+from data_provider.description import PROMPT_BANK  # noqa: E402
+from layers.errors import input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id)."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    layers: int
-    dtype: torch.dtype = torch.float32
-    vocab: int = 0
-
-
+# A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
 PRESETS = {
-    "tiny": Preset(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2),
-    "small": Preset(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6),
-    "qwen2.5-3b": Preset(2048, 11008, 16, 2, layers=36, dtype=torch.bfloat16, vocab=151936),
+    "tiny": SimpleNamespace(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2, dtype=torch.float32, vocab=0),
+    "small": SimpleNamespace(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6, dtype=torch.float32, vocab=0),
+    "qwen2.5-3b": SimpleNamespace(
+        hidden=2048, intermediate=11008, heads=16, kv_heads=2, layers=36, dtype=torch.bfloat16, vocab=151936
+    ),
 }
 
 
@@ -101,9 +92,9 @@ MAX_VOCAB = 4096
 
 
 def write_tokenizer(folder: Path, family: Family) -> None:
-    """Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers."""
+    # Train a byte-level BPE, split as Qwen2.5 does, on prompts with ETT's description and varied numbers.
     rng, texts = random.Random(0), []
-    description = (REPO / "dataset" / "prompt_bank" / "ETT.txt").read_text(encoding="utf-8").strip()
+    description = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     for window, horizon in ((96, 96), (336, 192), (512, 720)):
         template = PromptTemplate(description, seq_len=window, pred_len=horizon)
         for sign, upward in ((-1, True), (1, False)):
@@ -128,32 +119,8 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a fast tokenizer's two files unchanged. Raises InputError where `source` lacks one."""
-    for name in TOKENIZER_FILES:
-        if not (source / name).is_file():
-            raise input_error("--tokenizer", f"no {name} in {source}", "the folder of a fast tokenizer")
-        shutil.copyfile(source / name, folder / name)
-
-
-def build_config(preset: str, layers: int, family: str, tokenizer: transformers.PreTrainedTokenizerBase):
-    """The config of a model for a tokenizer. Raises InputError where the preset's vocabulary is smaller than its."""
-    shape, kind = PRESETS[preset], FAMILIES[family]
-    if shape.vocab and len(tokenizer) > shape.vocab:
-        raise input_error("--tokenizer", f"{len(tokenizer)} token ids", f"at most {shape.vocab}, which fit {preset}")
-    rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return kind.config(
-        architectures=[kind.model.__name__], dtype=shape.dtype,
-        initializer_range=INIT_STD, tie_word_embeddings=True,
-        hidden_size=shape.hidden, num_hidden_layers=layers, num_attention_heads=shape.heads,
-        max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(tokenizer),
-        **{kind.inner: shape.intermediate}, **(rotary if kind.rotary else {}), **special,
-    )  # fmt: skip
-
-
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Weights that depend on seed, name and shape only: a layer is the same in a model with more layers."""
+    # Weights that depend on seed, name and shape only: a layer is the same in a model with more layers.
     # Trained Qwen2 models have such biases; zeros would hide one that is not loaded.
     if len(shape) > 1 or re.search(r"\.[qkv]_proj\.bias$", name):
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -181,14 +148,26 @@ def make_backbone(
     try:
         if tokenizer is None:
             write_tokenizer(partial, kind)
-        else:
-            copy_tokenizer(Path(tokenizer), partial)
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            if not (Path(tokenizer) / name).is_file():
+                raise input_error("--tokenizer", f"no {name} in {tokenizer}", "the folder of a fast tokenizer")
+            shutil.copyfile(Path(tokenizer) / name, partial / name)
         try:
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
             got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
             raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
-        config = build_config(preset, layers or shape.layers, family, words)
+        if shape.vocab and len(words) > shape.vocab:
+            raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
+        rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}
+        config = kind.config(
+            architectures=[kind.model.__name__], dtype=shape.dtype,
+            initializer_range=INIT_STD, tie_word_embeddings=True,
+            hidden_size=shape.hidden, num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads,
+            max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(words),
+            **{kind.inner: shape.intermediate}, **rotary,
+            **{f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")},
+        )  # fmt: skip
         config.save_pretrained(partial)
         with torch.device("meta"):  # for names and shapes; tied tensors come once
             outline = kind.model(config)
@@ -203,26 +182,25 @@ def make_backbone(
     return out
 
 
+ARGUMENTS = {
+    "--preset": dict(required=True, choices=PRESETS),
+    "--out": dict(required=True, type=Path, metavar="DIR", help="new or empty folder"),
+    "--layers": dict(type=int, metavar="N", help="decoder layers (default: the preset's)"),
+    "--tokenizer": dict(type=Path, metavar="DIR", help="copy this folder's tokenizer"),
+    "--family": dict(default="qwen2", choices=FAMILIES),
+    "--seed": dict(type=int, default=0),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="make_backbone.py", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--preset", required=True, choices=PRESETS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new or empty folder")
-    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers (default: the preset's)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="copy this folder's tokenizer")
-    parser.add_argument("--family", default="qwen2", choices=FAMILIES)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
+    args = script_parser("make_backbone.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
+
+    def work() -> None:
         folder = make_backbone(args.out, args.preset, args.layers, args.family, args.tokenizer, args.seed)
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            error = input_error("--out", f"{args.out}, where no writing is ({error})", "a folder that can be written")
-        print(f"make_backbone.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
-    print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
-    return 0
+        print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
+        print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
+
+    return exit_code("make_backbone.py", work, args.out)
 
 
 if __name__ == "__main__":

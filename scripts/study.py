@@ -9,7 +9,6 @@ What stands after -- goes to every run, and wins over the file's [flags]. The sa
 stopped, and tries again what failed; a changed grid runs what has changed and keeps the rest. Nothing is ever deleted.
 """
 
-import argparse
 import fcntl
 import os
 import platform
@@ -23,16 +22,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))  # run as a script, only scripts/ is on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from layers.errors import (  # noqa: E402
-    InputError,
-    StorageError,  # noqa: E402
-    input_error,
-)
-from utils.flags import FlagParser  # noqa: E402
+from layers.errors import input_error  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 from utils.study.cells import (  # noqa: E402
     DONE,
     FAILED,
@@ -55,58 +49,61 @@ from utils.study.cells import (  # noqa: E402
 from utils.study.tables import write_results  # noqa: E402
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ARGUMENTS: dict[str, dict] = {
+    "file": dict(type=Path, nargs="?", metavar="GRID.toml", help="axes, flags and variants (see scripts/studies/)"),
+    "--grid": dict(action="append", default=[], metavar="FLAG=A,B", help="an axis: a flag and its values"),
+    "--out": dict(type=Path, required=True, metavar="FOLDER", help="the study's folder"),
+    "--reference": dict(metavar="VALUE", help="the value of an axis that the others are compared with"),
+    "--jobs": dict(type=int, default=0, metavar="N", help="cells that run at once (default: 1, or one a GPU)"),
+    "--gpus": dict(nargs="+", metavar="GPU", help="graphics cards of this machine, as nvidia-smi numbers them (0 1 2), or "
+                   "all: a cell has one; with more --jobs than cards they share them"),
+}  # fmt: skip
+MODES: dict[str, dict] = {  # at most one of them
+    "--list": dict(action="store_true", help="show the cells and how far they are; run nothing"),
+    "--table": dict(action="store_true", help="make tables and pictures of what is there; run nothing"),
+    "--cell": dict(metavar="N", help="run one cell, by its number or name in --list, beside others: what a task of a "
+                   "cluster does (docs/cluster.md); --table makes the tables then"),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    """Run the study; the exit code: 2 for what the user can mend, 1 where cells failed, 128 + n after signal n."""
+    # Run the study; the exit code: 2 for what the user can mend, 1 where cells failed, 128 + n after signal n.
     own, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    args = read_arguments(own)
-    try:
+    usage = "python scripts/study.py [GRID.toml] --out FOLDER [options] [-- flags for every run]"
+    parser = script_parser("study.py", __doc__, ARGUMENTS, usage=usage)
+    mode = parser.add_mutually_exclusive_group()
+    for name, words in MODES.items():
+        mode.add_argument(name, **words)
+    args = parser.parse_args(own)
+
+    def work() -> int:
+        if args.jobs < 0:
+            raise input_error("--jobs", args.jobs, "1 or more cells at once")
+        if args.cell is not None and (args.jobs or args.gpus):
+            raise input_error("--cell", "--jobs or --gpus beside it", "neither: one cell, on the card that its task has")
         args.gpus = read_gpus(args.gpus or [])
         study = read_study(args.out.resolve(), args.file, args.grid, flags, args.reference)
-        if args.list:
-            return list_cells(study)
-        if args.table:
-            show_results(study)
+        if args.list or args.table:
+            list_cells(study) if args.list else show_results(study)
             return 0
         handle = lock(study.folder, shared=args.cell is not None)
-        return run_cell(study, args.cell) if args.cell is not None else run_study(study, args, handle, argv)
-    except (InputError, StorageError) as error:
-        print(f"study.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        if args.cell is not None:
+            return run_cell(study, args.cell)
+        tell_start(study)
+        failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
+        done, again = show_results(study), shlex.join(["python", "scripts/study.py", *argv])
+        if failed:
+            rest = len(study.cells) - done
+            print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
+        if received:
+            print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
+        return 128 + received if received else bool(failed)
 
-
-def read_arguments(argv: list[str]) -> argparse.Namespace:
-    """The study's own words."""
-    parser = FlagParser(
-        prog="study.py", description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="python scripts/study.py [GRID.toml] --out FOLDER [options] [-- flags for every run]",
-    )  # fmt: skip
-    parser.add_argument(
-        "file", type=Path, nargs="?", metavar="GRID.toml", help="axes, flags and variants (see scripts/studies/)"
-    )
-    parser.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B", help="an axis: a flag and its values")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the study's folder")
-    parser.add_argument("--reference", metavar="VALUE", help="the value of an axis that the others are compared with")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="cells that run at once (default: 1, or one a GPU)")
-    parser.add_argument("--gpus", nargs="+", metavar="GPU", help="graphics cards of this machine, as nvidia-smi numbers "
-                        "them (0 1 2), or all: a cell has one; with more --jobs than cards they share them")  # fmt: skip
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--list", action="store_true", help="show the cells and how far they are; run nothing")
-    mode.add_argument("--table", action="store_true", help="make tables and pictures of what is there; run nothing")
-    mode.add_argument("--cell", metavar="N", help="run one cell, by its number or name in --list, beside others: what a "
-                      "task of a cluster does (docs/cluster.md); --table makes the tables then")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.jobs < 0 or (args.cell is not None and (args.jobs or args.gpus)):
-        expected = (
-            "1 or more cells at once" if args.jobs < 0 else "neither with --cell: one cell, on the card that its task has"
-        )
-        parser.error(str(input_error("--jobs, --gpus", " ".join(argv), expected)))
-    return args
+    return exit_code(parser.prog, work)
 
 
 def read_gpus(words: list[str]) -> list[str]:
-    """The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set."""
+    # The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set.
     names = [name for word in words for name in word.split(",")]
     if names == ["all"]:
         names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
@@ -218,20 +215,6 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
     return failed, received
 
 
-def run_study(study: Study, args: argparse.Namespace, handle: int, argv: list[str]) -> int:
-    """Run the cells that are not done and make the tables; the exit code."""
-    tell_start(study)
-    failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
-    done = show_results(study)
-    again = shlex.join(["python", "scripts/study.py", *argv])
-    if failed:
-        rest = len(study.cells) - done
-        print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
-    if received:
-        print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
-    return 128 + received if received else bool(failed)
-
-
 def run_cell(study: Study, chosen: str) -> int:
     """Become the run of one cell, whose signals and exit code are then this process's; 0 where it is done.
 
@@ -251,7 +234,7 @@ def run_cell(study: Study, chosen: str) -> int:
 
 
 def tell_start(study: Study) -> None:
-    """A line of what is to be done, and one of what lies there that the grid does not have."""
+    # A line of what is to be done, and one of what lies there that the grid does not have.
     states = Counter(measure(cell)["state"] for cell in study.cells)
     parts = ", ".join(f"{states[name]} {name}" for name in (DONE, HALF, FAILED, NEW) if states[name])
     print(f"{study.title}: {len(study.cells)} cells: {parts}; in {study.folder}", flush=True)
@@ -260,15 +243,14 @@ def tell_start(study: Study) -> None:
         print(f"{len(others)} cells of an earlier grid, left as they are and in no table: {', '.join(sorted(others))}")
 
 
-def list_cells(study: Study) -> int:
-    """Print the cells with their numbers, and how far they are."""
+def list_cells(study: Study) -> None:
+    # Print the cells with their numbers, and how far they are.
     tell_start(study)
     for number, cell in enumerate(study.cells):
         found = measure(cell)
         more = f"mse {found['mse']:.4f} mae {found['mae']:.4f}" if found["state"] == DONE else ""
         more = last_line(cell) if found["state"] == FAILED else more
         print(f"{number:4}  {found['state']:8}  {cell.name}  {more}".rstrip())
-    return 0
 
 
 def show_results(study: Study) -> int:
@@ -278,12 +260,11 @@ def show_results(study: Study) -> int:
         StorageError: a table cannot be written.
     """
     done = sum(measure(cell)["state"] == DONE for cell in study.cells)
-    if done:
-        written = write_results(study)
-        print(f"\n{(study.folder / 'results.txt').read_text(encoding='utf-8')}")
-        print(f"Written to {study.folder}: {', '.join(written)}")
-    else:
-        print("No cell is done, so there are no tables")
+    written = write_results(study) if done else []
+    shown = (study.folder / "results.txt").read_text(encoding="utf-8") if done else ""
+    print(
+        f"\n{shown}\nWritten to {study.folder}: {', '.join(written)}" if done else "No cell is done, so there are no tables"
+    )
     return done
 
 

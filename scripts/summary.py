@@ -8,7 +8,6 @@ errors, the time of training and the peak memory. What a run lacks (it still tra
 language model) is "-".
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -21,53 +20,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from data_provider.splits import M4  # noqa: E402
 from layers.ablation import make_substitute  # noqa: E402
-from layers.errors import (  # noqa: E402
-    InputError,
-    StorageError,  # noqa: E402
-    input_error,
-)
+from layers.errors import input_error  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
 from utils.saving.files import write_text  # noqa: E402
+from utils.script import exit_code, script_parser  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
-M4_ERRORS = [
-    "smape",
-    "mase",
-    "owa",
-]  # of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them
+# Of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them.
+M4_ERRORS = ["smape", "mase", "owa"]
 FIGURES = ["epochs", "best_epoch", "vali", "mse", "mae", *M4_ERRORS, "minutes", "memory_gib"]
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
+ARGUMENTS = {
+    "folder": dict(type=Path, nargs="?", default=Path("checkpoints"), help="folder of the runs' folders"),
+    "--sort": dict(default="mse", metavar="COLUMN", help="column to sort by (default: mse)"),
+    "--reverse": dict(action="store_true", help="largest first"),
+    "--csv": dict(type=Path, metavar="FILE", help="write the table to this file too"),
+}
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; return the exit code."""
-    parser = argparse.ArgumentParser(prog="summary.py", description=str(__doc__).splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), help="folder of the runs' folders")
-    parser.add_argument("--sort", default="mse", metavar="COLUMN", help="column to sort by (default: mse)")
-    parser.add_argument("--reverse", action="store_true", help="largest first")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
-    args = parser.parse_args(argv)
-    try:
-        table = summary(args.folder)
-        if args.sort not in table:
-            raise input_error("--sort", repr(args.sort), f"one of {', '.join(table)}")
-        numbers = pd.to_numeric(table[args.sort], errors="coerce")
-        order = table[args.sort].astype(str) if numbers.isna().all() else numbers
-        table = table.loc[order.sort_values(ascending=not args.reverse, kind="stable").index]
-        print(table.map(_cell).to_string(index=False))
-        if args.csv:
-            write_text(args.csv, table.to_csv(index=False, lineterminator="\n"))
-            print(f"Written: {args.csv}")
-    except (InputError, StorageError) as error:
-        print(f"summary.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    args = script_parser("summary.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
+    return exit_code("summary.py", lambda: show(summary(args.folder), args.sort, args.reverse, args.csv))
 
 
-def _cell(value: object) -> str:
-    text = "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= WIDEST or "/" in text else f"{text[: WIDEST - 9]}…{text[-8:]}"
+def show(table: pd.DataFrame, column: str, descending: bool, file: Path | None) -> None:
+    # Print the table of runs in the order of a column; write it, too, where a file is named.
+    if column not in table:
+        raise input_error("--sort", repr(column), f"one of {', '.join(table)}")
+    numbers = pd.to_numeric(table[column], errors="coerce")
+    order = table[column].astype(str) if numbers.isna().all() else numbers
+    table = table.loc[order.sort_values(ascending=not descending, kind="stable").index]
+
+    def cell(value: object) -> str:
+        text = "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return text if len(text) <= WIDEST or "/" in text else f"{text[: WIDEST - 9]}…{text[-8:]}"
+
+    print(table.map(cell).to_string(index=False))
+    if file:
+        write_text(file, table.to_csv(index=False, lineterminator="\n"))
+        print(f"Written: {file}")
 
 
 def summary(folder: Path) -> pd.DataFrame:
@@ -113,9 +105,7 @@ def read_runs(folder: Path) -> Iterator[dict]:
             run |= {"memory_gib": found.get("peak_memory_gib"), "run": str(metrics.parent.relative_to(folder))}
             history = pd.DataFrame(read_rows(metrics.parent / HISTORY)).apply(pd.to_numeric, errors="coerce")
             if own and "vali_loss" in history:
-                best = history[np.isfinite(history["vali_loss"])].nsmallest(
-                    1, "vali_loss"
-                )  # none: no epoch has a finite loss
+                best = history[np.isfinite(history["vali_loss"])].nsmallest(1, "vali_loss")  # empty: no finite loss
                 run |= {"epochs": len(history), "best_epoch": best["epoch"].max(), "vali": best["vali_loss"].max()}
                 run["minutes"] = history.filter(["seconds", "evaluation_seconds"]).sum().sum() / 60
                 run["memory_gib"] = history["peak_memory_gib"].max()
@@ -123,7 +113,7 @@ def read_runs(folder: Path) -> Iterator[dict]:
 
 
 def _read(path: Path) -> dict:
-    """A JSON file; an absent one is empty, and so is a damaged one, with a warning."""
+    # An absent file is empty, and so is a damaged one, with a warning.
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -302,7 +302,7 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
     for each in sets:
         gaps = gaps_in(each.dates, each.step) if each is pretrain or custom else []
         if gaps:
-            where = f" in {each.path}" if each is pretrain else ""
+            where = "" if custom and each is series else f" in {each.path}"
             count = "1 gap" if len(gaps) == 1 else f"{len(gaps)} gaps, the first"
             between = f"{count} between {gaps[0][0]} and {gaps[0][1]}"
             lines.append(f"WARNING: rows are missing{where}: {between}; windows go over it as if nothing were")

@@ -1,39 +1,16 @@
-"""Loaders made from flags, what they yield, and what becomes of their workers."""
+"""Loaders made from flags, and what they yield."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data_provider.data_factory import batch_loader, data_provider, series_flags, series_from_args
+from data_provider.data_factory import batch_loader, data_provider, series_from_args
 from data_provider.sampler import EpochBatches
 from data_provider.synthetic import write_synthetic
 from layers.errors import InputError
 from layers.prompt import PromptEncoder, PromptTemplate
-from tests.realdata import ROOT
-
-# A process that starts two loader workers, tells their ids, and waits.
-PARENT = """
-import sys, time, torch
-from data_provider.data_factory import make_loader
-from data_provider.sampler import EpochBatches
-
-class Numbers(torch.utils.data.Dataset):
-    def __len__(self): return 1000
-    def __getitem__(self, index): return index
-
-batches = iter(make_loader(Numbers(), EpochBatches(1000, 2, 0), 2))
-next(batches), next(batches)  # one of each worker: both have begun
-print(*(worker.pid for worker in batches._workers), flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +39,6 @@ def test_four_tensors_of_the_field_and_the_batch_that_models_take(flags, backbon
     ids, length = batch.prompts
     assert ids[2, : length[2]].tolist() == encoder.for_windows([batch_x[2, :, 6:]])[0]
     assert torch.cat([batch.index for batch in loader]).tolist() == list(range(len(data)))
-
-
-def test_the_flags_of_a_series_are_the_parameters_of_its_loading(flags):
-    with_others = Namespace(**vars(flags) | {"fill_missing": "linear", "learning_rate": 1e-3})
-    of_training = {"batch_size", "eval_batch_size", "num_workers", "seed", "learning_rate"}
-    assert series_flags(with_others) == {k: v for k, v in vars(with_others).items() if k not in of_training}
-    assert series_flags(Namespace(seq_len=8, model="TimeLLM")) == {"seq_len": 8}
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_batches_also_from_workers(flags):
@@ -118,34 +88,3 @@ def test_batches_that_the_data_cannot_fill(flags):
         data_provider(Namespace(**vars(flags) | {"batch_size": 9000}), "train")
     with pytest.raises(InputError, match="--batch_size: got 3, expected at least 4, a window of each step for each process"):
         batch_loader(Namespace(**vars(flags) | {"batch_size": 3}), "train", series_from_args(flags), world=4)
-
-
-def running(pid: int) -> bool:
-    """Whether the process lives (one that ended and waits to be collected does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_workers_die_with_a_killed_parent_and_ignore_ctrl_c():
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert all(running(pid) for pid in workers)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 15  # PyTorch's watchdog looks every 5 s
-    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(running(pid) for pid in workers)

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_provider.data_loader import load_series
 from layers.errors import InputError
-from run_main import main
-from tests.live import Lab
 
 START = pd.Timestamp("2021-01-01")
 NUMBERS = st.one_of(
@@ -88,17 +85,3 @@ def test_changed_tables(tmp_path: Path, content: bytes, features: str, target: s
 @example(content=b'"')
 def test_any_bytes(tmp_path: Path, content: bytes) -> None:
     check(tmp_path, content)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
-
-
-@settings(QUICK, max_examples=25)
-@given(content=tables())
-def test_the_program_answers_with_one_line(lab: Lab, capfd: pytest.CaptureFixture[str], content: bytes) -> None:
-    (lab.folder / "fuzz.csv").write_bytes(content)
-    code = main([*lab.argv(lab.folder / "runs"), "--data_path", "fuzz.csv"])
-    errors = capfd.readouterr().err
-    assert code == 2 and errors.startswith("run_main.py: error: ") and errors.count("\n") == 1, errors

@@ -9,8 +9,6 @@ import torch
 
 from data_provider.data_factory import batch_loader, epoch_batches
 from data_provider.m4 import load_m4, read_wide
-from data_provider.splits import PATTERNS, find_m4, m4_file
-from data_provider.synthetic import M4_SERIES, write_synthetic_m4
 from layers.errors import InputError
 from tests.m4_files import write_m4, write_wide
 from tests.small_run import defaults
@@ -73,19 +71,6 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path, lengths: tu
     write_wide(tmp_path / "Yearly-test.csv", {f"Y{n}": np.ones(length) for n, length in enumerate(lengths, 1)})
     with pytest.raises(InputError, match=message):
         load_m4(tmp_path, "Yearly", T, H, H)
-
-
-def test_files_are_looked_for_in_the_folder_and_in_m4(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("TIMELLM_DATA", raising=False)
-    write_m4(tmp_path / "a" / "m4", "Weekly", lengths=(80,))
-    for root in (tmp_path / "a", tmp_path / "a" / "m4"):
-        assert find_m4(root, "Weekly")[1] == tmp_path / "a" / "m4" / "Weekly-test.csv"
-    with pytest.raises(
-        InputError, match="--seasonal_patterns Hourly: got no Hourly-train.csv and Hourly-test.csv, expected"
-    ):
-        find_m4(tmp_path / "a", "Hourly")
-    monkeypatch.setenv("TIMELLM_DATA", str(tmp_path / "a"))
-    assert find_m4(tmp_path / "none", "Weekly")[0].is_file()
 
 
 def test_windows_are_cut_at_the_ends_and_at_random_before_what_is_held_out(tmp_path: Path) -> None:
@@ -151,17 +136,3 @@ def test_batches_have_masks_and_an_order_of_seed_and_epoch_alone(tmp_path: Path)
     assert sorted(number % 6 for batch in items(1, 1) for number in batch) == list(range(6))  # each series once an epoch
     shares = [items(2, 1, rank=rank, world=2) for rank in (0, 1)]
     assert [one + two for one, two in zip(*shares, strict=True)] == items(2, 1)
-
-
-def test_the_synthetic_set_says_what_it_is(tmp_path: Path) -> None:
-    write_synthetic_m4(tmp_path / "one")
-    write_synthetic_m4(tmp_path / "two")
-    for pattern, kind in PATTERNS.items():
-        series = load_m4(tmp_path / "one", pattern, 2 * kind.horizon, kind.horizon, kind.horizon)
-        assert series.synthetic and series.future.shape == (M4_SERIES, kind.horizon)
-        assert all((values > 0).all() for values in series.known) and len({len(values) for values in series.known}) > 5
-        name = m4_file(pattern, "train")
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert not yearly(tmp_path / "own").synthetic
-    with pytest.raises(InputError, match="got 2 series, all shorter, expected at least one of 8 values"):
-        yearly(tmp_path / "own", lengths=(7, 3))

@@ -84,17 +84,6 @@ def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, content, messa
     assert "\n" not in str(caught.value)
 
 
-def test_no_file_at_all(tmp_path) -> None:
-    with pytest.raises(InputError, match="got no such file, expected a CSV file"):
-        read_table(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="got an unreadable file .*, expected a CSV file"):
-        read_table(tmp_path)
-
-
-def test_gap_and_whole_row_twice_are_fine(tmp_path) -> None:
-    assert len(read(tmp_path, HEAD + "2020-01-01,1,2\n2020-03-01,1,2\n").dates) == 3
-
-
 @pytest.mark.parametrize(
     ("how", "column", "expected"),
     [

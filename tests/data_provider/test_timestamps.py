@@ -101,8 +101,3 @@ def test_marks_by_hand() -> None:
 )  # fmt: skip
 def test_frequency_names(freq, key) -> None:
     assert frequency_key(freq) == key
-
-
-def test_unknown_frequency() -> None:
-    with pytest.raises(InputError, match="--freq: got 'fortnight', expected one of s, t"):
-        frequency_key("fortnight")

@@ -59,7 +59,7 @@ def test_help_and_a_bad_flag(backbones, tmp_path: Path, capsys, words, code: int
 
 
 def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: Path) -> None:
-    words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 2 --num_workers 1 --device cpu"
+    words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 1 --num_workers 1 --device cpu"
     words += f" --seq_len 64 --pred_len 16 --eval_batches 1 --loader --variants plain fast --json {tmp_path / 'found.json'}"
     command = [sys.executable, "scripts/benchmark.py", *words.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -69,7 +69,6 @@ def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: P
     assert f"{plain['s_per_step'] / fast['s_per_step']:.2f}" in done.stdout.split("over fast:")[1]
     for variant in (plain, fast):
         assert variant["sequences"] == 6 and 0 < variant["batch_s"] < 1 and 0 <= variant["loader_share"] < 1
-        assert 0.05 < variant["peak_gib"] < 4 and variant["eval_s"] > 0 and variant["eval_alone_s"] > 0
     assert (plain["opening"], plain["statistics"]) == (fast["opening"], fast["statistics"]) and fast["opening"] > 50
     # By hand, of the largest parts: two products of six sequences with the layer's matrices for the patches, forward and
     # backward, and one for the statistics; the mapping layer and the prototypes' projections.
@@ -78,17 +77,6 @@ def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: P
     least = 2 * M * (2 * L * layer + fast["statistics"] * 2 * D * kv) + 4 * 1000 * V * D + 12 * 1000 * D * 8 * 32
     assert least < fast["flops"] < 1.3 * least
     assert fast["floor_s"] == pytest.approx(fast["flops"] / fast["flops_per_s"])
-
-
-def test_the_scripts_pass_their_flags_on(tmp_path: Path) -> None:
-    """TIMELLM_PROGRAM stands in for run_main.py, for every script that runs one."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 2.13.0 || echo "called $*"\n')
-    fake.chmod(0o755)
-    env = os.environ | {"PYTHON": str(fake), "TIMELLM_PROGRAM": "scripts/check_gpu.py"}
-    script = ["bash", str(ROOT / "scripts" / "TimeLLM_ETTh1_2.sh"), "--root_path", "x"]
-    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "called scripts/check_gpu.py --data ETTh1" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this GPU can be used")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layers.backbone import find_backbone
 from models.TimeLLM import Model
 from scripts.explain import main
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder
@@ -113,8 +112,8 @@ def test_errors_are_one_line(runs, tmp_path, capsys) -> None:
         ([str(runs["dlinear"])], r"\S+: got DLinear on custom, expected a run of TimeLLM"),
         ([vocab, "--window", "2019-05-01"], r"--window: got 2019-05-01, expected a date from 2020-01-11 16:00:00 to 2020-"),
         ([vocab, "--window", "2020-01-14 01:00"], r"--window: got 2020-01-14 01:00, expected a date from"),
-        ([vocab, "--window", "soon"], r"--window: got 'soon', expected a date from"),
-        ([vocab, "--window", "2020-01-12T00:00+01:00"], r"--window: got '2020-01-12T00:00\+01:00', expected a date from"),
+        ([vocab, "--window", "soon"], r"--window: got soon, expected a date from"),
+        ([vocab, "--window", "2020-01-12T00:00+01:00"], r"--window: got 2020-01-12T00:00\+01:00, expected a date from"),
         ([vocab, "--window", "nat"], r"--window: got nat, expected a date from"),
         ([vocab, "--channel", "heat"], r"--channel: got 'heat', expected one that is forecast: load, flow, OT"),
         ([str(runs["direct"]), "--channel", "OT"], r"--channel: got 'OT', expected one that is forecast: flow$"),
@@ -185,14 +184,6 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
         assert mixtures == pytest.approx(random.max(1).mean(), abs=0.02)
 
 
-def test_tokens_are_readable(backbones) -> None:
-    qwen = find_backbone("QWEN", str(backbones["qwen2"])).tokenizer
-    for text, shown in ((" forecast", " forecast"), ("\n", "\n"), ("ä", "Ã"), ("<|endoftext|>", "<|endoftext|>")):
-        assert interpret.readable(qwen, qwen(text)["input_ids"][0]) == shown
-    bert = find_backbone("BERT", str(backbones["bert"])).tokenizer
-    assert interpret.readable(bert, bert.convert_tokens_to_ids("[CLS]")) == "[CLS]"
-
-
 @pytest.mark.parametrize("fast_path", ["auto", "plain"])
 def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> None:
     for name in ("vocab", "direct", "bert"):
@@ -213,24 +204,3 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         assert trials.moves["nothing (rounding)"] < 1e-5 and trials.mse_change["as it is"] == 0
         # Each exchange reaches the forecast, of a random backbone that looks at its prompt.
         assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 6
-
-
-def test_exchanged_prompts_are_those_that_they_are_said_to_be(runs, tmp_path, monkeypatch) -> None:
-    job = opened(runs["vocab"], tmp_path)
-    model = cast(Model, job.model)
-    seen: list[tuple[list[int], list[list[int]]]] = []
-
-    def note(opening, ids, length, patches):
-        seen.append((opening, [row[:n].tolist() for row, n in zip(ids, length.tolist(), strict=True)]))
-        return patches
-
-    monkeypatch.setattr(model, "language_model", note)
-    encoder = model.prompts
-    interpret.try_prompts(job, WINDOWS, "Another one.")
-    (ours, own), rounding, left_out, shuffled, described, nudged = seen
-    assert rounding == (ours, own[::-1]) and nudged == (ours, own) and left_out == ([], [[]] * len(own))
-    windows, moved = ([ids[start : start + 3] for start in range(0, len(own), 3)] for ids in (own, shuffled[1]))
-    assert sorted(moved) == sorted(windows) and all(a != b for a, b in zip(moved, windows, strict=True))
-    text = model.backbone.tokenizer.decode(described[0])
-    assert "Dataset description: Another one.Task description" in text and described[1] == own
-    assert model.prompts is encoder

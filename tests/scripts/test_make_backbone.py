@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from layers.errors import InputError
-from scripts.make_backbone import FAMILIES, build_config, main, make_backbone
+from scripts.make_backbone import FAMILIES, main, make_backbone
 
 REPO = Path(__file__).resolve().parents[2]
 OPENING = (
@@ -79,12 +77,7 @@ def test_a_family_loads_and_tokenises_as_its_own_on_the_hub(
     tensors, shards = read_weights(folder), sorted(file.name for file in folder.glob("*.safetensors"))
     assert any(name.startswith(first_layer) for name in tensors) and len(shards) >= 2
     assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32
-        if len(tensor.shape) > 1 or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
-            assert 0.015 < tensor.std() < 0.025, name
-        else:
-            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
+    assert all(0.015 < tensor.std() < 0.025 for tensor in tensors.values() if len(tensor.shape) > 1)
 
 
 def test_prompt_is_as_long_as_with_qwens_tokenizer(folders: dict[str, Path]) -> None:
@@ -95,9 +88,7 @@ def test_prompt_is_as_long_as_with_qwens_tokenizer(folders: dict[str, Path]) -> 
 
 
 def test_the_seed_decides_every_byte_and_depth_adds_layers(folders: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(REPO / "scripts" / "make_backbone.py"), "--preset", "tiny", "--out", "again"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and str(tmp_path / "again") in done.stdout, done.stderr
+    assert main(["--preset", "tiny", "--out", str(tmp_path / "again")]) == 0
     first = {path.name: path.read_bytes() for path in folders["qwen2"].iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
     shallow, deep = read_weights(folders["qwen2"]), read_weights(make_backbone(tmp_path / "deep", layers=5))
@@ -119,15 +110,6 @@ def test_qwens_own_tokenizer_is_copied_and_has_a_row_for_each_token(tmp_path: Pa
     assert AutoTokenizer.from_pretrained(folder)("Hello world").input_ids == [9707, 1879]
     config = AutoConfig.from_pretrained(folder)
     assert (config.vocab_size, config.eos_token_id) == (151665, 151643)
-
-
-def test_three_billion_preset_has_qwens_shape(folders: dict[str, Path]) -> None:
-    config = build_config("qwen2.5-3b", 36, "qwen2", AutoTokenizer.from_pretrained(folders["qwen2"]))
-    with torch.device("meta"):
-        model = FAMILIES["qwen2"].model(config)
-    assert sum(p.numel() for p in model.parameters()) == 3_085_938_688  # on Qwen2.5-3B's model page: 3.09B
-    assert (config.dtype, config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (torch.bfloat16, 1e-6, 1e6)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.tie_word_embeddings) == (16, 2, True)
 
 
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path, capsys) -> None:

@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 
 from layers.errors import InputError
-from scripts.past_forecasts import main, read_forecasts, score_forecasts
+from scripts.past_forecasts import main, score_forecasts
 from tests.small_run import command_line, run_folder, train, write_csv
-from utils.results.forecast import bands_of
 
 DAYS = pd.date_range("2024-01-01", periods=8, freq="D")
 
@@ -50,16 +49,6 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     data = write_series(tmp_path, OT=[10.0])
     text = score_forecasts(tmp_path, data)
     assert "No row has come true yet" in text and cells(text, "all") == ["all", "0", "of", "6"]
-
-
-def test_columns_are_told_from_bands(tmp_path: Path) -> None:
-    path = tmp_path / "forecasts.csv"
-    path.write_text("origin,date,a,a_lo80,a_hi80\n2024-01-01,2024-01-02,1,2,3\n")
-    assert read_forecasts(path, ["a", "b"])[1] == ["a"]
-    assert read_forecasts(path, ["a", "a_lo80", "a_hi80"])[1] == ["a", "a_lo80", "a_hi80"]
-    path.write_text("origin,date,a,a_lo80,a_lo80_,a_hi80,a_lo80_lo80,a_lo80_hi80\n2024-01-01,2024-01-02,1,2,0,3,1,4\n")
-    frame, columns = read_forecasts(path, ["a", "a_lo80"])
-    assert columns == ["a", "a_lo80"] and bands_of(frame, columns)[80][0].tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
     projected = vectors.T @ xy
     candidates, errors = [], []
     for penalty in PENALTIES:
-        scale = np.where(none & (penalty == 0), np.inf, eigenvalues + penalty * total)
+        scale = np.where(none & (penalty * total == 0), np.inf, eigenvalues + penalty * total)
         candidates.append(vectors @ (projected / scale[:, None]))
         # |z w - y|^2 summed over validation, without the part that no w changes
         errors.append(np.sum(candidates[-1] * (val_xx @ candidates[-1] - 2 * val_xy)))

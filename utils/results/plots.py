@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.results.bands import name_of
 from utils.results.forecast import bands_of
-from utils.results.test_pass import SHOWN_WINDOWS, M4Pass, TestPass
+from utils.results.test_pass import SHOWN_WINDOWS, M4Pass
 from utils.saving.files import write_atomic, writing
 from utils.training.session import Job
 
@@ -43,12 +43,12 @@ class Panel(NamedTuple):
     truth: pd.Series | None = None  # [steps]
 
 
-def draw_test(results: TestPass, metrics: dict) -> None:
+def draw_test(results: Any, metrics: dict) -> None:
     """The pictures of a test pass, in its folder; of many channels some are chosen by their errors, and named in the log."""
     step, H = results.series.step_words, results.series.pred_len
     if isinstance(results, M4Pass):
         row, ids, ahead = [], results.series.ids, range(1, H + 1)
-        places = np.unique(np.linspace(0, len(ids) - 1, SHOWN_WINDOWS).round().astype(int))
+        places = np.unique(np.linspace(0, len(ids) - 1, SHOWN_WINDOWS).round().astype(int)).tolist()
         for place in places:
             history = pd.DataFrame({"": results.series.known[place]})
             history.index -= len(history) - 1

@@ -24,7 +24,7 @@ import pandas as pd
 from safetensors import safe_open
 
 from data_provider.splits import M4
-from layers.errors import InputError, input_error
+from layers.errors import input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
 from utils.saving.files import write_json
 
@@ -42,7 +42,7 @@ NEW, HALF, FAILED, DONE = "to do", "half way", "failed", "done"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study."""
+    # One run of a study.
 
     values: dict[str, str]  # axis -> value
     args: argparse.Namespace  # its flags, read and completed
@@ -54,7 +54,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """All cells of a grid, in the order in which they run."""
+    # All cells of a grid, in the order in which they run.
 
     folder: Path
     title: str
@@ -73,7 +73,16 @@ def read_study(
     """
     if not file and not axes:
         raise input_error("GRID.toml", "neither it nor --grid", "one of them")
-    where, held = str(file or "--grid"), _read_file(file) if file else {}
+    where = str(file or "--grid")
+    try:
+        held = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError) as error:
+        raise input_error(where, f"no readable TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
+    for name, value in held.items():
+        rows = value if isinstance(value, list) else []
+        if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
+            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
+            raise input_error(f"{where}: {name}", repr(value), expected)
     own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     rows = [_as_text(row) for row in held.get(VARIANT, [])]
     variants = {row.pop("name", ""): row for row in rows}
@@ -114,19 +123,6 @@ def read_study(
     return Study(folder, held.get("title") or (file.stem if file else "study"), read, reference, cells)
 
 
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        held = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise input_error(file, f"no readable TOML ({error})", "a grid file such as scripts/studies/example.toml") from None
-    for name, value in held.items():
-        rows = value if isinstance(value, list) else []
-        if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
-            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
-            raise input_error(f"{file}: {name}", repr(value), expected)
-    return held
-
-
 def _as_text(row: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in row.items()}
 
@@ -155,7 +151,10 @@ def _cell(
         with contextlib.redirect_stderr(said):
             args = parse_flags(line)
     except SystemExit:
-        raise InputError(f"{where}: {said.getvalue().strip().removeprefix('run_main.py: error: ')}") from None
+        flag, got, expected = re.split(
+            ": got |, expected ", said.getvalue().strip().removeprefix("run_main.py: error: "), maxsplit=2
+        )
+        raise input_error(f"{where}: {flag}", got, expected) from None
     if args.is_training != 1 or args.itr != 1:
         raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")
     # Values as the parser reads them: two ways to write a number are the same run.
@@ -240,10 +239,14 @@ def card_names() -> list[str]:
 
 def machine() -> str:
     """CPU, cores and torch's version, and the graphics cards where there are some."""
+    return ", ".join([processor(), f"{cores()} cores", *card_names(), f"torch {importlib.metadata.version('torch')}"])
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
-    name = models[0] if models else platform.processor() or platform.machine()
-    return ", ".join([name, f"{cores()} cores", *card_names(), f"torch {importlib.metadata.version('torch')}"])
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def cores() -> int:

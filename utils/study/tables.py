@@ -56,11 +56,12 @@ def write_results(study: Study) -> list[str]:
     tables = [table for section in sections for table in _tables_of(study, section)]
     facts = _facts(study, [found for group in groups.values() for _, found in group], sections)
     pictures = _draw(study, sections)
+    plain = [f"{head}\n\n{frame.rename_axis(None).to_string()}\n" for head, frame in tables]
     texts = {
         "results.csv": frame.to_csv(index=False, lineterminator="\n"),
         "results.md": _as_markdown(study, tables, facts, pictures),
         "results.tex": _as_latex(study.title, tables, facts),
-        "results.txt": _as_text(study.title, tables, facts),
+        "results.txt": "\n".join([study.title, "=" * len(study.title), "", *plain, *facts, ""]),
     }
     for name, text in texts.items():
         write_text(study.folder / name, text)
@@ -74,7 +75,7 @@ def _label_of(values: dict[str, str], otherwise: str) -> str:
 
 
 def _read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
-    """The figures of the cells of one data set and share, of the simple forecasts beside them, and of others."""
+    # The figures of the cells of one data set and share, of the simple forecasts beside them, and of others.
     rows: list[dict[str, Any]] = []
     simple: list[dict[str, Any]] = []
     for cell, found in group:
@@ -109,7 +110,7 @@ def _read_section(group: list[tuple[Cell, dict[str, Any]]]) -> Section:
 
 
 def _tables_of(study: Study, section: Section) -> list[Table]:
-    """Means ± deviations over seeds, the best marked *; prediction intervals where there are some; paired differences."""
+    # Means ± deviations over seeds, the best marked *; prediction intervals where there are some; paired differences.
     by_row = section.errors.groupby(level=["kind", "row"], sort=False)
     means, horizons = by_row.mean(), section.errors.columns.unique("horizon")
     columns, kinds = [(horizon, error) for horizon in horizons for error in ERRORS], means.index.get_level_values("kind")
@@ -151,7 +152,7 @@ def _tables_of(study: Study, section: Section) -> list[Table]:
 
 
 def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
-    """A row's mean difference from another over the seeds that both have, with Student's 95 % interval: a line a horizon."""
+    # A row's mean difference from another over the seeds that both have, with Student's 95 % interval: a line a horizon.
     runs, lines = section.errors.loc[[RUN]].droplevel("kind"), []
     if row == other or not {row, other} <= set(runs.index.unique("row")):
         return []
@@ -171,7 +172,7 @@ def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
 
 
 def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
-    """What stands below the tables: how much is done, where, on which windows, and what others did otherwise."""
+    # What stands below the tables: how much is done, where, on which windows, and what others did otherwise.
     spent = time_text(sum(result["seconds"] for result in found))
     facts = [
         f"{len(found)} of {len(study.cells)} cells done, {spent} of computing in all.",
@@ -187,11 +188,6 @@ def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -
     notes = pd.Series({name: note for section in sections for name, note in section.notes.items()}, dtype=str)
     by_note = notes.groupby(notes, sort=False)
     return facts + [f"Published, not measured here: {', '.join(held.index)}: {note}." for note, held in by_note]
-
-
-def _as_text(title: str, tables: list[Table], facts: list[str]) -> str:
-    parts = [f"{head}\n\n{frame.rename_axis(None).to_string()}\n" for head, frame in tables]
-    return "\n".join([title, "=" * len(title), "", *parts, *facts, ""])
 
 
 def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: list[str]) -> str:
