@@ -103,7 +103,7 @@ answer() {
 
 # found NAME: what a run says of itself, in one cell.
 found() {
-  grep -aE '^(Test MSE|GPU Memory|Memory|Trial|CUDA out of memory|Resuming from|Epoch: [0-9]+ cost)' "$work/$1.log" |
+  grep -aE '^(Test MSE|GPU Memory|Memory|Dry run|CUDA out of memory|Resuming from|Epoch: [0-9]+ cost)' "$work/$1.log" |
     tr '|' '/' | paste -sd ';' | sed 's/;/; /g'
 }
 

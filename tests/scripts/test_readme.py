@@ -17,8 +17,7 @@ PARTS = ("data_provider", "layers", "models", "utils", "scripts", "run_main.py")
 
 def commands(text: str) -> str:
     """All marked command blocks of a guide, as one script."""
-    section = text[text.index("## Forecast your own CSV") :]
-    return "\n".join(re.findall(r"<!-- commands -->\n```bash\n(.*?)```", section, re.DOTALL))
+    return "\n".join(re.findall(r"<!-- commands -->\n```bash\n(.*?)```", text, re.DOTALL))
 
 
 def write_days(path: Path, columns: list[str], rows: int, start: str) -> None:
@@ -95,8 +94,18 @@ def test_own_csv_section_runs_as_it_stands(repository):
     assert done.returncode == 0 and done.stdout == "" and (repository / "forecast.png").is_file(), done.stderr[-2000:]
 
 
-def test_both_guides_name_flags_that_exist():
+def test_both_guides_have_the_same_commands_flags_that_exist_and_pages_that_are_there():
     from utils.flags import build_parser
+
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")]
+    lines = [[line for line in commands(text).splitlines() if not line.startswith("#")] for text in texts]
+    assert lines[0] == lines[1] and any("run_main.py" in line for line in lines[0])
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for file in re.findall(r"`((?:utils|layers|models|data_provider|scripts|tests)/[\w/.]+\.\w+)`", text):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
 
     known = {option for action in build_parser()._actions for option in action.option_strings}
     for name in ("README.md", "README.zh-CN.md"):
