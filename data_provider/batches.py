@@ -60,7 +60,6 @@ class Batch:
         return replace(self._map(lambda t: t.to(device, non_blocking=True)), prompts=prompts)
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader, so that `to` need not wait."""
         prompts = None if self.prompts is None else self.prompts.pin_memory()
         return replace(self._map(torch.Tensor.pin_memory), prompts=prompts)
 

@@ -103,7 +103,6 @@ class Source:
 
     @property
     def forecast_columns(self) -> list[str]:
-        """The names of the columns that are forecast."""
         return self.columns[self.forecast_slice]
 
 

@@ -122,9 +122,9 @@ class M4Windows(Dataset):
         name = self.ids[index % len(self)]
         return name, name
 
+    # Windows that are whole on both sides.
     @property
     def sequence_count(self) -> int:
-        """Windows that are whole on both sides."""
         return sum(len(self._whole(number)) for number in range(len(self)))
 
     def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -138,13 +138,13 @@ class M4Windows(Dataset):
             chunk = (chunk[moves] - mean[moves]) / deviation[moves]
             yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
 
+    # The windows of the series with these numbers alone.
     def subset(self, chosen: Sequence[int]) -> "M4Windows":
-        """The windows of the series with these numbers alone."""
         ids, series = [self.ids[n] for n in chosen], [self.series[n] for n in chosen]
         return M4Windows(ids, series, [self.cuts[n] for n in chosen], self.lengths, self.drawn)
 
+    # The numbers of the series that `sequences` has something of.
     def moving(self) -> list[int]:
-        """The numbers of the series that `sequences` has something of."""
         return [n for n in range(len(self)) if self._moves(self._whole(n)[:, : self.seq_len]).any()]
 
     # The windows `[cuts, T + H]` of a series that are whole.
@@ -175,9 +175,9 @@ class M4Series(SplitSeries):
     known: list[np.ndarray]  # [S] of [values] float64, as the training file has them
     future: np.ndarray  # [S, H] float64, the test file
 
+    # The step between values for people.
     @property
     def step_words(self) -> str:
-        """The step between values for people."""
         return self.kind.step
 
     def as_record(self) -> dict[str, Any]:

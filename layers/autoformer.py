@@ -142,8 +142,8 @@ class CalendarEmbedding(nn.Module):
         else:
             self.register_buffer("tables", torch.cat([sinusoids(size, d_model) for size in sizes]), persistent=False)
 
+    # Whole numbers `[B, T, F]`, of any number type -> `[B, T, d]`.
     def forward(self, marks: torch.Tensor) -> torch.Tensor:
-        """Whole numbers `[B, T, F]`, of any number type -> `[B, T, d]`."""
         return F.embedding(marks.long() + self.starts, self.tables).sum(dim=2)
 
 

@@ -288,7 +288,6 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the layers are."""
         return next(p for p in self.model.parameters() if p is not self.embeddings).device
 
     @property
@@ -302,12 +301,10 @@ class Backbone:
 
     @property
     def inner_size(self) -> int:
-        """Width of the feed-forward block."""
         return getattr(self.model.config, "intermediate_size", None) or 4 * self.hidden_size
 
     @property
     def heads(self) -> int:
-        """Query heads of a layer."""
         return self.model.config.num_attention_heads
 
     @property

@@ -44,8 +44,8 @@ class HalfMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
+    # `[..., D]` -> float32 `[..., D]`.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` -> float32 `[..., D]`."""
         x = x.half()
         inner, size = _ShrunkGate.apply(self.gate_proj(x), self.up_proj(x))
         return _Grown.apply(self.down_proj(inner), size)

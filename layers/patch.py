@@ -17,8 +17,8 @@ class TokenEmbedding(nn.Module):
         self.tokenConv = nn.Conv1d(patch_len, d_model, kernel_size=3, padding=1, padding_mode="circular", bias=False)
         nn.init.kaiming_normal_(self.tokenConv.weight, mode="fan_in", nonlinearity="leaky_relu")
 
+    # `[M, L, P]` patches -> `[M, L, d]` tokens.
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`[M, L, P]` patches -> `[M, L, d]` tokens."""
         return self.tokenConv(patches.transpose(1, 2)).transpose(1, 2)
 
 
@@ -36,8 +36,8 @@ class PatchEmbedding(nn.Module):
         self.value_embedding = TokenEmbedding(patch_len, d_model)
         self.dropout = nn.Dropout(dropout)
 
+    # `[M, T]` normalised series -> `[M, L, d]` patch tokens.
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """`[M, T]` normalised series -> `[M, L, d]` patch tokens."""
         padded = torch.cat([z, z[:, -1:].expand(-1, self.stride)], dim=1)  # (M, T + S)
         patches = padded.unfold(1, self.patch_len, self.stride)  # (M, L, P), a view
         return self.dropout(self.value_embedding(patches))
@@ -51,6 +51,6 @@ class FlattenHead(nn.Module):
         self.linear = nn.Linear(d_ff * patches, pred_len)
         self.dropout = nn.Dropout(dropout)
 
+    # `[M, L, f]` hidden states -> `[M, H]` forecast on the normalised scale.
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[M, L, f]` hidden states -> `[M, H]` forecast on the normalised scale."""
         return self.dropout(self.linear(hidden.transpose(1, 2).flatten(1)))

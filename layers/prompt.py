@@ -28,15 +28,15 @@ class Prompts(NamedTuple):
     ids: torch.Tensor  # (M, n) token ids, right-padded
     length: torch.Tensor  # (M,) how many of them count
 
+    # Move the lengths; the ids go where the words are looked up.
     def to(self, device: torch.device) -> "Prompts":
-        """Move the lengths; the ids go where the words are looked up."""
         return Prompts(self.ids, self.length.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Prompts":
         return Prompts(self.ids.pin_memory(), self.length.pin_memory())
 
+    # The prompts of sequences `start` up to `stop`.
     def rows(self, start: int, stop: int) -> "Prompts":
-        """The prompts of sequences `start` up to `stop`."""
         return Prompts(self.ids[start:stop], self.length[start:stop])
 
 

@@ -87,8 +87,8 @@ class EncoderLayer(nn.Module):
         self.feed_forward = _feed_forward(d_model, d_ff, dropout, activation)
         self.dropout = nn.Dropout(dropout)
 
+    # `[B, T, d]` -> `[B, T, d]`.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, T, d]` -> `[B, T, d]`."""
         x, _ = decompose(x + self.dropout(self.attention(x, x)), self.kernel)
         x, _ = decompose(x + self.feed_forward(x), self.kernel)
         return x
@@ -107,8 +107,8 @@ class DecoderLayer(nn.Module):
         self.trend_projection = nn.Conv1d(d_model, channels, 3, padding=1, padding_mode="circular", bias=False)
         self.dropout = nn.Dropout(dropout)
 
+    # `[B, T', d]` and the encoder's output `[B, T, d]` -> season `[B, T', d]` and trend `[B, T', N]`.
     def forward(self, x: torch.Tensor, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, T', d]` and the encoder's output `[B, T, d]` -> season `[B, T', d]` and trend `[B, T', N]`."""
         x, first = decompose(x + self.dropout(self.self_attention(x, x)), self.kernel)
         x, second = decompose(x + self.dropout(self.cross_attention(x, encoded)), self.kernel)
         x, third = decompose(x + self.feed_forward(x), self.kernel)

@@ -22,7 +22,7 @@ class Model(ForecastModel):
         self.seasonal = nn.Linear(configs.seq_len, configs.pred_len)
         self.trend = nn.Linear(configs.seq_len, configs.pred_len)
 
+    # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
-        """M sequences -> forecasts `[M, H]`."""
         seasonal, trend = decompose(batch.x[:, :, None], self.kernel)  # (M, T, 1) each
         return self.seasonal(seasonal[..., 0]) + self.trend(trend[..., 0])

@@ -39,8 +39,8 @@ class Model(ForecastModel):
         )
         self.head = FlattenHead(configs.d_model, patches, configs.pred_len, dropout=0.0)
 
+    # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
-        """M sequences -> forecasts `[M, H]`."""
         z, mean, std = instance_norm(batch.x)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(self.patches(z))  # (M, L, d)
         hidden = self.encoder(self.dropout(tokens + self.position))  # (M, L, d)
@@ -73,8 +73,8 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = BatchNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
+    # `[M, L, d]` -> `[M, L, d]`.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[M, L, d]` -> `[M, L, d]`."""
         # A feature's mean and variance are those over all patches of all sequences.
         x = self.attention_norm((x + self.dropout(self.attention(x))).transpose(1, 2)).transpose(1, 2)
         return self.feed_forward_norm((x + self.dropout(self.feed_forward(x))).transpose(1, 2)).transpose(1, 2)

@@ -23,8 +23,8 @@ class Model(ForecastModel):
         super().__init__()
         self.linear_map = nn.Parameter(torch.zeros(configs.seq_len, configs.pred_len), requires_grad=False)
 
+    # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
-        """M sequences -> forecasts `[M, H]`."""
         assert self.linear_map is not None
         z, mean, std = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         return z @ self.linear_map * std + mean

@@ -69,7 +69,6 @@ class ForecastModel(nn.Module):
             yield self.mapping_layer.gradient_factor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
         super().zero_grad(set_to_none)
         if self.mapping_layer is not None:
             self.mapping_layer.gradient_factor = None

@@ -447,7 +447,6 @@ def refuse(args: argparse.Namespace, *rows: tuple[object, str, str]) -> None:
 
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that a checkpoint's record has."""
     return {flag.name: getattr(args, flag.name) for flag in FLAGS if flag.group != "output"}
 
 

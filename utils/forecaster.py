@@ -91,7 +91,6 @@ class Forecaster:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are forecast."""
         return self.job.series.forecast_columns
 
     @cached_property

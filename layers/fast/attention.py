@@ -38,8 +38,8 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, **
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, prefix_attention)
 
 
+# `[M, h, n, e]` -> `[M, kv, g*n, e]`.
 def group(query: torch.Tensor, kv: int) -> torch.Tensor:
-    """`[M, h, n, e]` -> `[M, kv, g*n, e]`."""
     M, h, n, e = query.shape
     return query.reshape(M, kv, h // kv * n, e)
 

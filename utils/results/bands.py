@@ -40,8 +40,8 @@ def ends(level: float) -> tuple[float, float]:
     return low, round(1 - low, 8)
 
 
+# Those of the levels' ends, and the deciles, in order.
 def probabilities(levels: Iterable[float]) -> tuple[float, ...]:
-    """Those of the levels' ends, and the deciles, in order."""
     return tuple(sorted({*DECILES, *(end for level in levels for end in ends(level))}))
 
 
@@ -93,18 +93,18 @@ class Intervals:
         """Whether the ends of these levels were calibrated: those asked for, and 20, 40, 60 and 80 %."""
         return all(level in (*self.levels, 20, 40, 60, 80) and self.windows >= fewest_windows(level) for level in levels)
 
+    # Offsets of the lower and the upper end, each `[N, H]`.
     def band(self, level: float) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets of the lower and the upper end, each `[N, H]`."""
         low, high = (self.offsets[probabilities(self.levels).index(end)] for end in ends(level))
         return low, high
 
+    # These levels, of which all `has` to be there.
     def only(self, levels: Iterable[float]) -> "Intervals":
-        """These levels, of which all `has` to be there."""
         levels, held = tuple(levels), probabilities(self.levels)
         return Intervals(levels, self.offsets[[held.index(end) for end in probabilities(levels)]], self.windows)
 
+    # Those of some channels.
     def of(self, places: Sequence[int]) -> "Intervals":
-        """Those of some channels."""
         return Intervals(self.levels, self.offsets[:, list(places)], self.windows)
 
 

@@ -118,7 +118,6 @@ class Journal:
             self.events.flush()
 
     def close(self) -> None:
-        """Close the events' file."""
         if self.events is not None:
             self.events.close()
 

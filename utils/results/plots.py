@@ -269,13 +269,13 @@ def fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in CJK if name in installed)]
 
 
+# The characters that the fonts in use can draw.
 @cache
 def glyphs() -> frozenset[int]:
-    """The characters that the fonts in use can draw."""
     paths = [font_manager.findfont(name) for name in fonts()]
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
 
+# A date without the time where that is midnight.
 def day_of(date: pd.Timestamp) -> str:
-    """A date without the time where that is midnight."""
     return f"{date:%Y-%m-%d}" if date == date.normalize() else f"{date:%Y-%m-%d %H:%M}"

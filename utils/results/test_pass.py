@@ -223,7 +223,6 @@ class M4Pass:
 
 
 def open_pass(job: Job) -> TestPass | M4Pass:
-    """The test pass of a job's data."""
     return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
 
 

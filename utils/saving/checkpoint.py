@@ -76,7 +76,6 @@ class Checkpoint:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The flags of the training, as far as the record has them."""
         return self.record.get("flags", {})
 
     @property
@@ -237,10 +236,8 @@ def write_torch(path: Path, value: object) -> None:
 
 
 def shapes_of(model: torch.nn.Module) -> Shapes:
-    """Name -> shape of every trained tensor."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def value_count(shapes: Shapes) -> int:
-    """Number of trained values."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -54,7 +54,6 @@ class FolderLock:
             partial.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the folder back."""
         os.close(self._handle)
 
 

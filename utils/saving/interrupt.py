@@ -48,16 +48,13 @@ class Interrupts:
             signal.signal(number, handler)
 
     def defer(self) -> None:
-        """From now on a first signal waits for `check`."""
         self._deferred = True
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
         if self.received:
             raise Interrupted(self.received)
 
     def between(self, items: Iterable) -> Iterator:
-        """The items, with a `check` before each."""
         for item in items:
             self.check()
             yield item

@@ -56,11 +56,9 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # a row an epoch
 
     def next_epoch(self) -> None:
-        """Stand before the first iteration of the next epoch."""
         self.epoch, self.iteration, self.skipped, self.loss_sum = self.epoch + 1, 0, 0, 0.0
 
     def finished(self, train_epochs: int, patience: int) -> bool:
-        """Whether epochs or patience are used up."""
         return self.epoch > train_epochs or self.epochs_without_improvement >= patience
 
 
@@ -94,13 +92,12 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
+# About how large a state is: the trained values, and two moments of each.
 def state_bytes(optimizer: str, trained_values: int) -> int:
-    """About how large a state is: the trained values, and two moments of each."""
     return trained_values * (4 + (2 if optimizer == "adamw8bit" else 8)) + 2**18
 
 
 def state_files(folder: Path) -> list[Path]:
-    """The folder's states, newest first."""
     return sorted(folder.glob("state.[0-9]*.pt"), key=lambda path: int(path.name.split(".")[1]), reverse=True)
 
 
@@ -298,8 +295,8 @@ class Saver:
             error.args = (f"{error}; {'free some room there, then ' if is_full else ''}{self.kept()}",)
             raise
 
+    # What a run that ends now can resume from.
     def kept(self) -> str:
-        """What a run that ends now can resume from."""
         if self.last is None:
             return "start anew: no state was saved before"
         return f"the same command with --resume resumes from {self.last.name}, which is kept"

@@ -212,13 +212,11 @@ def _interval_figures(found: dict[str, Any]) -> dict[str, float]:
 
 
 def last_line(cell: Cell) -> str:
-    """What a cell's log says last."""
     lines = (cell.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -243,14 +241,12 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """The CPU's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else []
     return models[0] if models else platform.processor() or platform.machine()
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

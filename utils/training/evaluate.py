@@ -10,7 +10,7 @@ from data_provider.batches import Batch
 from models.base import ForecastModel
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
-from utils.training.precision import Autocast
+from utils.training.precision import Precision
 from utils.training.session import Job
 
 Shared = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.base
@@ -70,7 +70,9 @@ def evaluate(
     return Scores(mse, absolute / elements, lost / sequences if sequences else mse)
 
 
-def forecast_in_parts(model: ForecastModel, precision: Autocast, batch: Batch, shared: Shared, size: int) -> torch.Tensor:
+def forecast_in_parts(
+    model: ForecastModel, precision: Precision | Accelerator, batch: Batch, shared: Shared, size: int
+) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of a batch, at most `size` of its sequences at once (0: all)."""
     with precision.autocast():
         return torch.cat([model(part, shared).float() for part in batch.split(size)])

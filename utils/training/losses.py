@@ -25,8 +25,8 @@ def loss_of(args: Namespace) -> Loss:
     return {"MSE": mean_squared, "SMAPE": smape, "MAPE": mape}[args.loss]
 
 
+# Mean of (f - y)^2.
 def mean_squared(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
-    """Mean of (f - y)^2."""
     if part.y_mask is None:
         return F.mse_loss(forecast, part.y)
     return _mean((forecast - part.y).square(), part)
@@ -40,8 +40,8 @@ def smape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     return 200 * _mean(_ratio((forecast - part.y).abs(), forecast.detach().abs() + part.y.abs()), part)
 
 
+# Mean of 100 |f - y| / |y|, an element with y = 0 as 0.
 def mape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
-    """Mean of 100 |f - y| / |y|, an element with y = 0 as 0."""
     return 100 * _mean(_ratio((forecast - part.y).abs(), part.y.abs()), part)
 
 

@@ -8,20 +8,12 @@ part of `Progress`, and `train_step` keeps it: torch's GradScaler does not see t
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GOOD_STEPS = 2000  # in a row, after which the scale doubles
 LARGEST_SCALE = 2.0**24
-
-
-class Autocast(Protocol):
-    """A `Precision`, or an accelerate.Accelerator."""
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,6 @@ class Precision:
     note: str = ""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, self.autocast_dtype)

@@ -75,20 +75,20 @@ class Job:
     sequences_per_step: int = 0  # of a training step, in all processes
     training: Training = field(init=False)  # of a run with --is_training 1 alone
 
+    # The series, cut into windows; a run that only forecasts has none.
     @property
     def windows(self) -> Any:
-        """The series, cut into windows; a run that only forecasts has none."""
         assert isinstance(self.series, SplitSeries), "this run only forecasts"
         return self.series
 
+    # The series whose training windows train.
     @property
     def trained_series(self) -> SplitSeries:
-        """The series whose training windows train."""
         return self.pretrain or self.windows
 
+    # Training steps of this process in an epoch.
     @property
     def steps_per_epoch(self) -> int:
-        """Training steps of this process in an epoch."""
         whole = self.loaders["train"].batch_sampler.batches_per_epoch  # type: ignore[union-attr]
         return min(whole, self.args.max_iters or whole)
 

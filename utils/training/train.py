@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from layers.errors import RunError
@@ -21,7 +22,7 @@ from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.optimizer import learning_rate
-from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Autocast
+from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
 from utils.training.session import Job
 
 TestFound = tuple[TestPass | M4Pass, Scores]
@@ -176,7 +177,7 @@ def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
 def forward_backward(
     model: ForecastModel,
     batch: Batch,
-    precision: Autocast,
+    precision: Precision | Accelerator,
     max_sequences: int = 0,
     scale: float = 1.0,
     loss: Loss = mean_squared,
@@ -323,7 +324,6 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin an interval."""
         self.since, self.steps = time.perf_counter(), 0
 
     def take(self, seconds: float, tested: bool) -> None:
@@ -331,7 +331,6 @@ class Clock:
         self.evaluation = seconds / (self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
-        """Speed and left time; starts the next interval."""
         speed = (time.perf_counter() - self.since) / self.steps
         self.restart()
         return f"speed: {speed:.4f}s/iter; left time: {self.left(speed):.4f}s"
