@@ -113,7 +113,7 @@ class Series(Source):
     dates: pd.DatetimeIndex  # [rows], of the whole file
     own: np.ndarray  # [rows, N] float64, in the columns' own units
     mean: np.ndarray  # [N] float64, of the training rows
-    deviation: np.ndarray  # [N] float64
+    std: np.ndarray  # [N] float64
     target: str | None  # the column that S and MS forecast, given or chosen
     filled: int = 0  # cells that were empty in the file
 
@@ -132,13 +132,13 @@ class Series(Source):
         """Standardised `[rows, N]`: in float64, then rounded to float32; a few rows at a time."""
         values = np.empty_like(self.own, dtype=np.float32)  # with the order in memory, which decides that of sums
         for rows in pieces(self.own):
-            values[rows] = (self.own[rows] - self.mean) / self.deviation
+            values[rows] = (self.own[rows] - self.mean) / self.std
         return values
 
     def to_own_units(self, standardised: np.ndarray) -> np.ndarray:
         """Values of the forecast columns `[..., N]` on the standardised scale -> float64 in their own units."""
         kept = self.forecast_slice
-        return standardised.astype(np.float64) * self.deviation[kept] + self.mean[kept]
+        return standardised.astype(np.float64) * self.std[kept] + self.mean[kept]
 
     def future_dates(self, n: int) -> pd.DatetimeIndex:
         """The n timestamps `[n]` that follow the last row.
@@ -202,7 +202,7 @@ class FileSeries(Series, SplitSeries):
             },
             "columns": self.columns,
             "target": self.target,
-            "scaler": {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()},
+            "scaler": {"mean": self.mean.tolist(), "deviation": self.std.tolist()},
         }
 
     def identity(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def load_series(
         columns=columns,
         own=own,
         mean=scaler.mean_,
-        deviation=scaler.scale_,
+        std=scaler.scale_,
         target=target,
         target_index=columns.index(target) if features == "MS" else None,
         synthetic=is_synthetic(table.path),
@@ -270,14 +270,14 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
         InputError: no such column.
     """
     columns, target, own = _choose(table, "S" if features == "MS" else features, target)
-    deviation = own.std(axis=0)
+    std = own.std(axis=0)
     return Series(
         path=table.path,
         dates=table.dates,
         columns=columns,
         own=own,
         mean=own.mean(axis=0),
-        deviation=np.where(deviation > 0, deviation, 1.0),
+        std=np.where(std > 0, std, 1.0),
         target=target,
         target_index=None,  # it is the only column that is left
         synthetic=is_synthetic(table.path),
@@ -298,10 +298,10 @@ def _choose(table: Table, features: str, target: str | None) -> tuple[list[str],
     return table.columns, target, table.values
 
 
-def check_size(path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> None:
+def check_size(path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Raise InputError for a value `[rows, N]`, scaled by `mean` and `deviation` `[N]`, too large to compute with."""
     for rows in pieces(own):
-        values = (own[rows] - mean) / deviation
+        values = (own[rows] - mean) / std
         large = np.argwhere(np.abs(values) > LARGEST_STANDARDISED)
         if large.size:
             row, column = large[0]

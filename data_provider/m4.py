@@ -134,8 +134,8 @@ class M4Windows(Dataset):
         for start in range(0, len(rows), CHUNK_SEQUENCES):
             chunk = np.stack(rows[start : start + CHUNK_SEQUENCES])
             x = chunk[:, : self.seq_len]
-            moves, mean, deviation = self._moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
-            chunk = (chunk[moves] - mean[moves]) / deviation[moves]
+            moves, mean, std = self._moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
+            chunk = (chunk[moves] - mean[moves]) / std[moves]
             yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
 
     # The windows of the series with these numbers alone.

@@ -44,8 +44,8 @@ from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import processor  # noqa: E402
+from utils.training.context import Context  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
-from utils.training.session import Job  # noqa: E402
 from utils.training.train import train_step  # noqa: E402
 from utils.validate import nvidia_driver  # noqa: E402
 
@@ -113,22 +113,22 @@ def main(argv: list[str]) -> int:
 
 def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> dict[str, Any]:
     """Seconds and memory of one variant: an evaluation, steps on one batch, an evaluation again."""
-    job, fast = open_run(args, run_flags, scratch), args.variant == "fast"
-    model, device = job.model, job.device
-    batch = next(iter(job.loaders["train"])).to(device)
+    context, fast = open_run(args, run_flags, scratch), args.variant == "fast"
+    model, device = context.model, context.device
+    batch = next(iter(context.loaders["train"])).to(device)
     # Published code makes the prototypes anew for each batch of an evaluation.
-    job.loaders["val"] = [batch] * (args.eval_batches if fast else 1)  # type: ignore[assignment]
+    context.loaders["val"] = [batch] * (args.eval_batches if fast else 1)  # type: ignore[assignment]
 
     def evaluation() -> float:
-        times = [timed(device, score, job, "val") for _ in range(1 if fast else args.eval_batches)]
+        times = [timed(device, score, context, "val") for _ in range(1 if fast else args.eval_batches)]
         return sum(times) / args.eval_batches
 
     evaluation()  # the first one makes caches
     alone, rates = evaluation(), [0.0]
-    times, lr = [], job.args.learning_rate
-    train_step(job, batch, lr)
+    times, lr = [], context.args.learning_rate
+    train_step(context, batch, lr)
     for _ in range(args.rounds):
-        times.append(timed(device, train_step, job, batch, lr))
+        times.append(timed(device, train_step, context, batch, lr))
         if fast:
             rates.append(matmul_rate(device, model.backbone.dtype))
     found: dict[str, Any] = {
@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         "eval_s": evaluation(),
         "eval_alone_s": alone,
         "sequences": len(batch),
-        "at_once": min(job.step_limit.sequences or len(batch), len(batch)),
+        "at_once": min(context.step_limit.sequences or len(batch), len(batch)),
         "opening": len(model.prefix_ids),
         "statistics": batch.prompts.ids.shape[1],
         "vocabulary": model.backbone.vocab_size,
@@ -145,27 +145,27 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
     if device.type == "cuda":  # what the GPU must have free for it
         found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
     if fast:
-        found |= {"flops": step_flops(job, batch), "flops_per_s": max(rates)}
+        found |= {"flops": step_flops(context, batch), "flops_per_s": max(rates)}
         found["floor_s"] = found["flops"] / found["flops_per_s"]
     if args.loader:
-        loader, waited = job.loaders["train"], 0.0
+        loader, waited = context.loaders["train"], 0.0
         began = time.process_time()
         loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
         found["batch_s"] = time.process_time() - began
         batches = iter(loader)
-        train_step(job, next(batches).to(device), lr)  # workers start
+        train_step(context, next(batches).to(device), lr)  # workers start
         began = time.perf_counter()
         for _ in range(args.rounds):
             asked = time.perf_counter()
             batch = next(batches).to(device)
             waited += time.perf_counter() - asked
-            timed(device, train_step, job, batch, lr)
+            timed(device, train_step, context, batch, lr)
         found["loader_share"] = waited / (time.perf_counter() - began)
-    job.close()
+    context.close()
     return found
 
 
-def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Job:
+def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Context:
     # The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are.
     described = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     words = (
@@ -186,12 +186,12 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> J
     walks = np.random.default_rng(0).standard_normal((rows, args.channels)).cumsum(axis=0).round(4)
     dated = pd.DataFrame(walks, index=pd.date_range("2020", periods=rows, freq="h", name="date"))
     dated.to_csv(scratch / "walks.csv")
-    job = setup(flags, 0, Interrupts())
+    context = setup(flags, 0, Interrupts())
     if args.variant != "fast":
-        job.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
+        context.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
     if args.variant == "plain":
-        job.model.reprogramming_layer.attend = attend
-    return job
+        context.model.reprogramming_layer.attend = attend
+    return context
 
 
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
@@ -203,7 +203,7 @@ def timed(device: torch.device, work: Callable, *args: Any) -> float:
     return time.perf_counter() - began
 
 
-def step_flops(job: Job, batch: Batch) -> int:
+def step_flops(context: Context, batch: Batch) -> int:
     # Operations of one step, as torch counts them: two for a multiplication with its addition.
     missing: dict[Any, Callable] = {  # in torch's own table
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -212,7 +212,7 @@ def step_flops(job: Job, batch: Batch) -> int:
     if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
         missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        train_step(job, batch, job.args.learning_rate)
+        train_step(context, batch, context.args.learning_rate)
     return counter.get_total_flops()
 
 

@@ -68,8 +68,8 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """
     short = dict(is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0)
     short |= dict(do_predict=False, predict_path=None, predict_steps=None, tensorboard=False)
-    job = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
-    device, train, val = job.device, job.loaders["train"], job.loaders["val"]
+    context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
+    device, train, val = context.device, context.loaders["train"], context.loaders["val"]
     peaks: dict[str, tuple[float, float]] = {}
 
     def note_peaks(phase: str) -> None:
@@ -85,41 +85,41 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
         def step() -> None:
             # With the wait for the loader.
-            losses.append(train_step(job, next(batches).to(device), args.learning_rate)[0])
+            losses.append(train_step(context, next(batches).to(device), args.learning_rate)[0])
 
-        for _ in range(min(WARM_UP + STEPS, job.steps_per_epoch)):
+        for _ in range(min(WARM_UP + STEPS, context.steps_per_epoch)):
             times.append(timed(device, step))
         note_peaks("steps")
-        saving = timed(device, save, job)
+        saving = timed(device, save, context)
         note_peaks("save")
-        job.loaders["val"] = list(islice(val, EVALUATION_BATCHES))  # type: ignore[assignment]
-        windows = sum(len(batch.index) for batch in job.loaders["val"])
-        per_window = timed(device, score, job, "val") / windows
+        context.loaders["val"] = list(islice(val, EVALUATION_BATCHES))  # type: ignore[assignment]
+        windows = sum(len(batch.index) for batch in context.loaders["val"])
+        per_window = timed(device, score, context, "val") / windows
         note_peaks("evaluation")
-        changes = advice(job.args, job.model)
+        changes = advice(context.args, context.model)
     finally:
-        job.close()
+        context.close()
     seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
-    evaluated = epochs * len(val.dataset) + tests * len(job.loaders["test"].dataset)
+    evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
     limit = psutil.virtual_memory().total
     if device.type == "cuda":
         share = torch.cuda.get_per_process_memory_fraction(device)
         limit = share * torch.cuda.get_device_properties(device).total_memory
-    sequences = len(job.series.forecast_columns) * args.batch_size
-    weights = "4 bit" if args.load_in_4bit else job.precision.weights_dtype
+    sequences = len(context.series.forecast_columns) * args.batch_size
+    weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
         "machine": machine(device),
-        "numbers": f"{job.precision.autocast_dtype or 'float32'}, frozen weights {weights}".replace("torch.", ""),
-        "path": job.model.path(),
+        "numbers": f"{context.precision.autocast_dtype or 'float32'}, frozen weights {weights}".replace("torch.", ""),
+        "path": context.model.path(),
         "sequences": sequences,
-        "at_once": min(job.step_limit.sequences or sequences, sequences),
+        "at_once": min(context.step_limit.sequences or sequences, sequences),
         "loss": float(np.mean(losses)),
-        "skipped": job.training.progress.skipped,
+        "skipped": context.training.progress.skipped,
         "s_per_step": seconds,
         "s_save": saving,
         "s_per_window": per_window,
-        "s_run": epochs * job.steps_per_epoch * seconds + evaluated * per_window,
+        "s_run": epochs * context.steps_per_epoch * seconds + evaluated * per_window,
         "epochs": epochs,
         "limit_gib": limit / GIB,
         "peaks_gib": peaks,

@@ -34,7 +34,7 @@ from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
-from utils.training.session import Job  # noqa: E402
+from utils.training.context import Context  # noqa: E402
 
 SHOWN = 12  # prototypes in a heat map
 ARGUMENTS = {
@@ -67,21 +67,21 @@ def main(argv: list[str]) -> int:
             raise input_error("--windows", args.windows, "a whole number of at least 2")
         with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
             flags.checkpoints = elsewhere
-            job = setup(flags, 0, Interrupts())
-            checkpoint = load_checkpoint(job)
-        explain(args, job, args.out or results_folder(job.args, checkpoint.file.parent, checkpoint, job.series))
+            context = setup(flags, 0, Interrupts())
+            checkpoint = load_checkpoint(context)
+        explain(args, context, args.out or results_folder(context.args, checkpoint.file.parent, checkpoint, context.series))
 
     return exit_code(parser.prog, work)
 
 
-def explain(args: Namespace, job: Job, folder: Path) -> None:
+def explain(args: Namespace, context: Context, folder: Path) -> None:
     """Print what there is to see in a run, and write explain.png and explain.json into a folder.
 
     Raises:
         InputError: no such window or channel.
         StorageError: a file cannot be written.
     """
-    model, series = cast(Model, job.model), job.windows
+    model, series = cast(Model, context.model), context.windows
     data, columns, T = series.windows("test"), series.forecast_columns, series.seq_len
     starts, number = data.dates[T : T + len(data)], (len(data) - 1) // 2
     if args.window is not None:  # the window whose forecast begins at this date, or last before it
@@ -108,7 +108,7 @@ def explain(args: Namespace, job: Job, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     if isinstance(model.reprogramming_layer, ReprogrammingLayer):
-        batch = read_windows(job, [number], model.prompts)
+        batch = read_windows(context, [number], model.prompts)
         with torch.inference_mode():
             pred = model.eval()(batch)
         weights = attention(model, batch.x[channel : channel + 1])  # (h, L, K)
@@ -133,7 +133,7 @@ def explain(args: Namespace, job: Job, folder: Path) -> None:
         found["attention"]["nearest_cosine_of_random_mixtures"] = mixtures
         lines = [series.to_own_units(values.t().cpu().numpy())[:, channel] for values in (batch.x, batch.y, pred.float())]
         with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
-            figure = paint(name, dates, lines, panels, job.args.patch_len, job.args.stride)
+            figure = paint(name, dates, lines, panels, context.args.patch_len, context.args.stride)
             write_atomic(folder / "explain.png", lambda path: figure.savefig(path, format="png", dpi=100))
         print(f"Picture saved at: {folder / 'explain.png'}")
     else:
@@ -147,7 +147,7 @@ def explain(args: Namespace, job: Job, folder: Path) -> None:
         bank = [" ".join(file.read_text(encoding="utf-8").split()) for file in sorted(PROMPT_BANK.glob("*.txt"))]
         # A description that did not fit was cut at its end.
         other = args.description or next((text for text in bank if not text.startswith(own)), OTHER)
-        trials = try_prompts(job, windows, other)
+        trials = try_prompts(context, windows, other)
         found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
         found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
         percent = "{:+.2%}".format

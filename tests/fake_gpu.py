@@ -278,9 +278,9 @@ class Bench:
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load
         utils.setup.find_device = lambda _args: (Accelerator(cpu=True), GPU)
-        self.job = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
-        self.job.loaders = {"train": self, "val": self}
-        saver = self.job.training.saver
+        self.context = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
+        self.context.loaders = {"train": self, "val": self}
+        saver = self.context.training.saver
         save = saver.save
         saver.save = lambda progress: self.save_peaks.append(gpu.peak_of(lambda: save(progress), answer=1.0))
 
@@ -290,18 +290,18 @@ class Bench:
         return Batch(torch.zeros(M, SEQ_LEN), torch.zeros(M, PRED_LEN), prompts)
 
     def layers(self) -> nn.ModuleList:
-        model = self.job.model
+        model = self.context.model
         owner: Any = model.language_model if model.fast_path else model.backbone
         lists = [module for module in owner.model.modules() if isinstance(module, nn.ModuleList)]
         return next(found for found in lists if len(found) == owner.model.config.num_hidden_layers)
 
     def train(self, steps: int, save: bool = False) -> None:
         self.batches = self.batches_per_epoch = steps
-        self.job.training.progress.next_epoch()
-        train.train_epoch(self.job, train.Clock(self.job))
+        self.context.training.progress.next_epoch()
+        train.train_epoch(self.context, train.Clock(self.context))
         self.gpu.watching = False
         if save:
-            train.save(self.job)
+            train.save(self.context)
 
     # What the program asks of a loader and of its sampler.
 
@@ -319,19 +319,19 @@ class Bench:
 
 def examine(bench: Bench) -> dict[str, Any]:
     """Steps, the last of them saved, an evaluation, and what is saved at an epoch's end; peaks in bytes."""
-    gpu, job = bench.gpu, bench.job
-    training = job.training
+    gpu, context = bench.gpu, bench.context
+    training = context.training
     kinds: set[str] = set()
     for layer in bench.layers():
         layer.register_forward_pre_hook(lambda _, inputs: kinds.add(str(inputs[0].dtype).removeprefix("torch.")))
     found: dict[str, Any] = {"step": gpu.peak_of(lambda: bench.train(STEPS, save=True)), "held": gpu.now}
     bench.batches = BATCHES
     gpu.emptied.clear()
-    gpu.peak_of(lambda: evaluate.score(job, "val"), answer=1.0)
+    gpu.peak_of(lambda: evaluate.score(context, "val"), answer=1.0)
     found["emptied"] = len(gpu.emptied)
     found["checkpoint"] = gpu.peak_of(lambda: training.saver.save_checkpoint({}), answer=1.0)
     training.progress.next_epoch()
-    train.save(job)
+    train.save(context)
     found |= {"state": max(bench.save_peaks), "states": len(bench.save_peaks)}
     return found | {"waits": gpu.waits, "stream": sorted(kinds)}
 
@@ -342,7 +342,7 @@ def run_out_of_memory(bench: Bench) -> dict[str, Any]:
     For each: the bytes beyond those before its passes, whenever the program gave idle memory back, and when it tried
     again; and for an evaluation, when it tried again.
     """
-    gpu, limits = bench.gpu, (bench.job.step_limit, bench.job.evaluation_limit)
+    gpu, limits = bench.gpu, (bench.context.step_limit, bench.context.evaluation_limit)
     begun: list[int] = []
     place: int | None = None
 
@@ -377,7 +377,7 @@ def run_out_of_memory(bench: Bench) -> dict[str, Any]:
         tries.append(attempt(lambda: bench.train(1)))
     place = 20
     gpu.answer, bench.batches = 1.0, 1
-    return {"tries": tries, "evaluation": attempt(lambda: evaluate.score(bench.job, "val"))["left"]}
+    return {"tries": tries, "evaluation": attempt(lambda: evaluate.score(bench.context, "val"))["left"]}
 
 
 def main(folder: Path, backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -33,9 +33,9 @@ from utils.results.log import RunLog
 from utils.results.metrics import Metrics
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import random_state, set_random_state
-from utils.setup import describe_run, load_checkpoint, make_job, make_plan
-from utils.training.evaluate import Shared, forecast_within_memory, score
-from utils.training.session import Job
+from utils.setup import describe_run, load_checkpoint, make_context, make_plan
+from utils.training.context import Context
+from utils.training.evaluate import PrototypeKV, forecast_within_memory, score
 
 AT_ONCE = 64  # sequences of one channel each that are forecast at a time
 Levels = Sequence[float] | str | None
@@ -48,12 +48,12 @@ class Forecaster:
         notes: lines that the command line would have printed: warnings, and why there are no prediction intervals.
     """
 
-    def __init__(self, job: Job):
-        """`job` has its checkpoint; see `load` for programs."""
-        self.job, self.notes = job, list(job.notes)
+    def __init__(self, context: Context):
+        """`context` has its checkpoint; see `load` for programs."""
+        self.context, self.notes = context, list(context.notes)
         # The step of the training in words, where its record has it.
-        self._step = job.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]
-        job.model.eval()
+        self._step = context.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]
+        context.model.eval()
 
     @classmethod
     def load(
@@ -82,22 +82,24 @@ class Forecaster:
         plan = make_plan(args, 0, in_program=True)
         log = RunLog(terminal=False)
         before = random_state(plan.device)
-        job = make_job(plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts())
+        context = make_context(
+            plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts()
+        )
         log.lines.clear()  # what a run says of itself in any case
-        load_checkpoint(job)
+        load_checkpoint(context)
         set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
-        job.notes += log.lines
-        return cls(job)
+        context.notes += log.lines
+        return cls(context)
 
     @property
     def columns(self) -> list[str]:
-        return self.job.series.forecast_columns
+        return self.context.series.forecast_columns
 
     @cached_property
-    def shared(self) -> Shared:
+    def prototype_kv(self) -> PrototypeKV:
         """What all forecasts share, such as the text prototypes: made by the first one, then kept."""
         with torch.inference_mode():
-            return self.job.model.prototype_kv()
+            return self.context.model.prototype_kv()
 
     def predict(
         self,
@@ -145,8 +147,8 @@ class Forecaster:
         Raises:
             InputError: steps that are no number of rows, or rows without a common step.
         """
-        job, args, S = self.job, self.job.args, len(histories)
-        T, H, whole = args.seq_len, args.pred_len, not job.model.channel_independent
+        context, args, S = self.context, self.context.args, len(histories)
+        T, H, whole = args.seq_len, args.pred_len, not context.model.channel_independent
         steps = H if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise input_error("steps", repr(steps), "a whole number of at least 1")
@@ -155,9 +157,9 @@ class Forecaster:
         if whole:  # it reads the calendar, too
             days = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
             each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in days]
-            marks = torch.from_numpy(np.stack(each)).to(job.device)  # (S, T + steps + H, F)
+            marks = torch.from_numpy(np.stack(each)).to(context.device)  # (S, T + steps + H, F)
         # Side by side, so that the sums of each series are those that it has alone.
-        rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(job.device)  # (T, S*N), and longer each time
+        rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (T, S*N), and longer each time
         for start in range(0, steps, H):  # where a forecast ends, the next goes on from it
             x, ahead = rows[-T:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, T, N)
             at_once = args.eval_batch_size if whole else S  # whole windows are not cut any smaller
@@ -167,7 +169,7 @@ class Forecaster:
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
-                ahead.append(forecast_within_memory(job, batch, self.shared, 0 if whole else AT_ONCE))  # (M, H)
+                ahead.append(forecast_within_memory(context, batch, self.prototype_kv, 0 if whole else AT_ONCE))  # (M, H)
             rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
         values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]
@@ -186,25 +188,25 @@ class Forecaster:
         Raises:
             InputError: see `predict`; a series shorter than seq_len + pred_len.
         """
-        job, args = self.job, self.job.args
+        context, args = self.context, self.context.args
         T, H, parts, starts = args.seq_len, args.pred_len, [], []
         for series in self._histories(frame, id_column, T + H).values():
             marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
             parts.append(WindowDataset(series.values, marks, series.dates, T, args.label_len, H))
             starts += [series.dates[T], series.dates[len(series.dates) - H]]
-        kept = job.series.forecast_slice
-        columns, mean, deviation = self.columns, job.series.mean[kept], job.series.deviation[kept]
-        metrics = Metrics(columns, mean, deviation, H, self._intervals(intervals), job.device)
+        kept = context.series.forecast_slice
+        columns, mean, std = self.columns, context.series.mean[kept], context.series.std[kept]
+        metrics = Metrics(columns, mean, std, H, self._intervals(intervals), context.device)
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
             pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
             metrics.add(pred, true, instance_norm(x)[2])
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
-        collate = WindowCollate(H, None, job.model.prompts, whole=not job.model.channel_independent)
+        collate = WindowCollate(H, None, context.model.prompts, whole=not context.model.channel_independent)
         batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
-        scores = score(replace(job, loaders={"test": loader}), "test", consume)
+        scores = score(replace(context, loaders={"test": loader}), "test", consume)
         return {
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
@@ -248,7 +250,7 @@ class Forecaster:
             raise input_error("forecast", f"a {type(forecast).__name__}", f"what predict has returned, with {needed}")
         else:
             found = {None: forecast} if id_column is None else dict(iter(forecast.groupby(id_column, sort=False)))
-        panels, H = [], self.job.args.pred_len
+        panels, H = [], self.context.args.pred_len
         for name, rows in found.items():
             known = histories.get(name)
             history = None if known is None else pd.DataFrame(known.own, known.dates, columns)
@@ -261,18 +263,18 @@ class Forecaster:
 
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
-        job, found = self.job, {}
-        for name, table in tables_of(frame, job.series.columns, id_column, job.args.fill_missing).items():
-            check_rows(table, job.args.seq_len, self._step)
+        context, found = self.context, {}
+        for name, table in tables_of(frame, context.series.columns, id_column, context.args.fill_missing).items():
+            check_rows(table, context.args.seq_len, self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
                 raise input_error(table.path, got, expected)
-            found[name] = on_the_trainings_scale(table, job.checkpoint, job.args)  # type: ignore[arg-type]
+            found[name] = on_the_trainings_scale(table, context.checkpoint, context.args)  # type: ignore[arg-type]
         return found
 
     # Those of the checkpoint that are asked for.
     def _intervals(self, asked: Levels) -> Intervals | None:
-        held = self.job.intervals
+        held = self.context.intervals
         if isinstance(asked, str) and asked == "auto":
             return held
         try:
@@ -284,7 +286,7 @@ class Forecaster:
         wrong = [level for level in levels if held is None or not 0 < level < 100 or not held.has([level])]
         if held is not None and not wrong:
             return held.only(levels)
-        file = self.job.checkpoint.file if self.job.checkpoint else "the run"
+        file = self.context.checkpoint.file if self.context.checkpoint else "the run"
         had = f"those that it has, {' '.join(map(name_of, held.levels))}" if held else "none, for it has none"
         hint = f"calibrate them without training: python run_main.py --is_training 0 --checkpoint {file} --intervals "
         raise input_error("intervals", f"{name_of(wrong[0])} of {file}", had, hint + " ".join(map(name_of, levels)))

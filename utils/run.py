@@ -20,9 +20,9 @@ from utils.saving.files import LEGACY
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.state import resume_command
 from utils.setup import load_checkpoint, setup
+from utils.training.context import Context
 from utils.training.evaluate import Scores, score
 from utils.training.memory import free_memory
-from utils.training.session import Job
 from utils.training.train import TestFound, train
 
 
@@ -36,44 +36,44 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
     """
     forecasts: list[pd.DataFrame] = []  # of the repeats
     for repeat in range(args.itr):
-        job = setup(args, repeat, interrupts or Interrupts())
+        context = setup(args, repeat, interrupts or Interrupts())
         try:
-            run(job, repeat, forecasts)
+            run(context, repeat, forecasts)
         except RunError as error:
-            job.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
+            context.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
             raise
-        job.close()
-        device = job.device
-        del job
+        context.close()
+        device = context.device
+        del context
         free_memory(device)  # the next repeat loads its model into the memory of this one's
     return 0
 
 
-def run(job: Job, repeat: int, forecasts: list[pd.DataFrame]) -> None:
+def run(context: Context, repeat: int, forecasts: list[pd.DataFrame]) -> None:
     """One repeat, which adds its forecast to those of the repeats before; after the last one comes their mean."""
-    args = job.args
-    found = fit(job) if args.is_training else None
+    args = context.args
+    found = fit(context) if args.is_training else None
     if args.is_training or not args.do_predict:
-        test(job, found)
+        test(context, found)
     if args.do_predict:
-        forecasts.append(predict(job))
+        forecasts.append(predict(context))
     # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
-    own = job.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint
+    own = context.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint
     if not own or args.itr == 1 or repeat < args.itr - 1 or args.data == M4:
         return
     repeats = [Path(args.checkpoints) / run_name(args, number) for number in range(args.itr)]
     folder = Path(args.checkpoints) / run_name(args, "mean")
     if args.is_training or not args.do_predict:
-        means = score_mean(job, repeats, folder)
+        means = score_mean(context, repeats, folder)
         if means:
-            draw(job, *means)
+            draw(context, *means)
     if args.do_predict:
-        mean = mean_forecast(forecasts, job.series, args.seq_len, mean_intervals(job, repeats))
-        job.log(f"Mean of {len(repeats)} repeats:")
-        leave_forecast(replace(job, folder=folder), mean)
+        mean = mean_forecast(forecasts, context.series, args.seq_len, mean_intervals(context, repeats))
+        context.log(f"Mean of {len(repeats)} repeats:")
+        leave_forecast(replace(context, folder=folder), mean)
 
 
-def fit(job: Job) -> TestFound | None:
+def fit(context: Context) -> TestFound | None:
     """Train, unless the run is finished already; the best weights lie in the run's folder then.
 
     Returns:
@@ -82,23 +82,23 @@ def fit(job: Job) -> TestFound | None:
     Raises:
         Interrupted, RunError: see `train`.
     """
-    args, progress = job.args, job.training.progress
-    found = None if progress.finished(args.train_epochs, args.patience) else train(job)
-    if args.plots and job.accelerator.is_main_process:
+    args, progress = context.args, context.training.progress
+    found = None if progress.finished(args.train_epochs, args.patience) else train(context)
+    if args.plots and context.accelerator.is_main_process:
         from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
         losses = {"loss": args.loss} if args.data == M4 else {}
-        draw_losses(job.folder, progress.history, **losses)
-    job.log(f"Checkpoints saved at: {job.folder}")
-    job.accelerator.wait_for_everyone()
-    load_checkpoint(job)
-    if args.torch_checkpoint and job.accelerator.is_main_process:
-        with job.training.saver.explained():
-            write_torch(job.folder / LEGACY, {name: tensor.cpu() for name, tensor in job.model.state_dict().items()})
+        draw_losses(context.folder, progress.history, **losses)
+    context.log(f"Checkpoints saved at: {context.folder}")
+    context.accelerator.wait_for_everyone()
+    load_checkpoint(context)
+    if args.torch_checkpoint and context.accelerator.is_main_process:
+        with context.training.saver.explained():
+            write_torch(context.folder / LEGACY, {name: tensor.cpu() for name, tensor in context.model.state_dict().items()})
     return found
 
 
-def test(job: Job, found: TestFound | None = None) -> Scores:
+def test(context: Context, found: TestFound | None = None) -> Scores:
     """Score the checkpoint on the test split; print the figures and keep them, with pictures.
 
     Args:
@@ -107,83 +107,85 @@ def test(job: Job, found: TestFound | None = None) -> Scores:
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
-    checkpoint = load_checkpoint(job)
+    checkpoint = load_checkpoint(context)
     if found is not None:
         results, scores = found
     else:
-        checkpoint = calibrate(job, checkpoint)
-        results = open_pass(job)
+        checkpoint = calibrate(context, checkpoint)
+        results = open_pass(context)
         try:
-            scores = score(job, "test", results.consume)
+            scores = score(context, "test", results.consume)
         except Interrupted as signal:
-            job.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
-            job.log(f"To resume: {resume_command(job.args)}")
+            context.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
+            context.log(f"To resume: {resume_command(context.args)}")
             raise
-    job.log(results.headline(scores))
+    context.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
-    note = job.record["backbone"].get("note")
-    model = {"model": job.args.model} | ({"language_model": note} if note else {})
-    if "pretrain" in checkpoint.record or not checkpoint.trained_on(job.series, job.args.fill_missing):
+    note = context.record["backbone"].get("note")
+    model = {"model": context.args.model} | ({"language_model": note} if note else {})
+    if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args.fill_missing):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
-    metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": job.record["data"]} | model)
+    metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
     if "intervals" in metrics:
-        job.log(line_of(metrics["intervals"]))
-    draw(job, results, metrics)
+        context.log(line_of(metrics["intervals"]))
+    draw(context, results, metrics)
     return scores
 
 
-def draw(job: Job, results: Any, metrics: dict[str, Any]) -> None:
+def draw(context: Context, results: Any, metrics: dict[str, Any]) -> None:
     """The pictures of a test, unless `--plots 0`."""
-    if job.args.plots and job.accelerator.is_main_process:
+    if context.args.plots and context.accelerator.is_main_process:
         from utils.results.plots import draw_test  # only now: matplotlib takes a second to load
 
         draw_test(results, metrics)
 
 
-def calibrate(job: Job, checkpoint: Checkpoint) -> Checkpoint:
-    """Give the job its prediction intervals, unless it has them: one pass over the validation windows.
+def calibrate(context: Context, checkpoint: Checkpoint) -> Checkpoint:
+    """Give the run its prediction intervals, unless it has them: one pass over the validation windows.
 
     A checkpoint of these data keeps them. Returns it as it is then.
 
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
-    kept = job.args.itr == 1 or not job.args.is_training or (job.folder / KEPT).is_file()  # for the repeats' mean
-    if not job.levels or (job.intervals is not None and job.intervals.has(job.levels) and kept):
+    kept = (
+        context.args.itr == 1 or not context.args.is_training or (context.folder / KEPT).is_file()
+    )  # for the repeats' mean
+    if not context.levels or (context.intervals is not None and context.intervals.has(context.levels) and kept):
         return checkpoint
-    held = checkpoint.intervals if checkpoint.belongs_to(job.series, job.args.fill_missing) else None
-    levels = tuple(sorted({*job.levels, *(held.levels if held else ())}))  # what it had is not taken from it
-    with Calibration(job, levels) as calibration:
-        score(job, "val", calibration.consume)
+    held = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args.fill_missing) else None
+    levels = tuple(sorted({*context.levels, *(held.levels if held else ())}))  # what it had is not taken from it
+    with Calibration(context, levels) as calibration:
+        score(context, "val", calibration.consume)
         calibration.end()
-    found = job.intervals
+    found = context.intervals
     if found is None:
         return checkpoint
-    job.intervals = found.only(job.levels)
-    named = " and ".join(f"{name_of(level)} %" for level in job.levels)
-    job.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
-    if not checkpoint.belongs_to(job.series, job.args.fill_missing):
+    context.intervals = found.only(context.levels)
+    named = " and ".join(f"{name_of(level)} %" for level in context.levels)
+    context.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
+    if not checkpoint.belongs_to(context.series, context.args.fill_missing):
         return checkpoint
-    if job.accelerator.is_main_process:
+    if context.accelerator.is_main_process:
         now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile
         if now != checkpoint:
-            job.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
+            context.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
         else:
             checkpoint = add_intervals(checkpoint, found)
-            job.log(f"They are kept in {checkpoint.file}, which has {' '.join(map(name_of, found.levels))} now")
-    job.accelerator.wait_for_everyone()
+            context.log(f"They are kept in {checkpoint.file}, which has {' '.join(map(name_of, found.levels))} now")
+    context.accelerator.wait_for_everyone()
     return checkpoint
 
 
-def predict(job: Job) -> pd.DataFrame:
+def predict(context: Context) -> pd.DataFrame:
     """Forecast what follows the last row of the data, and write it.
 
     Raises:
         InputError: `--append`, and the history cannot take the forecast.
     """
-    load_checkpoint(job)
-    for note in job.notes:
-        job.log(note)
-    (forecast,) = Forecaster(job).forecast([job.series], job.args.predict_steps, job.intervals)
-    leave_forecast(job, forecast)
+    load_checkpoint(context)
+    for note in context.notes:
+        context.log(note)
+    (forecast,) = Forecaster(context).forecast([context.series], context.args.predict_steps, context.intervals)
+    leave_forecast(context, forecast)
     return forecast

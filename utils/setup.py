@@ -30,10 +30,10 @@ from utils.saving.files import writing
 from utils.saving.folder import Start, open_folder, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
+from utils.training.context import Context, Limit, Training
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
 from utils.training.optimizer import build_optimizer
 from utils.training.precision import Precision, choose_precision
-from utils.training.session import Job, Limit, Training
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plan:
         return [(split, series.get(split, self.series)) for split in SPLITS[first:]]
 
 
-def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
+def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
     """Make all that a run needs; from here on its flags are final.
 
     Args:
@@ -87,15 +87,15 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Job:
     if plan.args.is_training and isinstance(plan.series, SplitSeries):
         ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
         start = open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
-    job = make_job(plan, repeat, record, _open_log(plan), interrupts)
+    context = make_context(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
-        job.training = begin(job, start)
+        context.training = start_or_resume(context, start)
     if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
         interrupts.defer()
-    return job
+    return context
 
 
-def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, interrupts: Interrupts) -> Job:
+def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, interrupts: Interrupts) -> Context:
     """Load the model of a plan, with untrained weights, and all that does not belong to training.
 
     Raises:
@@ -111,7 +111,7 @@ def make_job(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, inter
             pin=plan.device.type == "cuda", whole=not model.channel_independent,
         )  # fmt: skip
         log(f"{split} {len(data)}")
-    return Job(
+    return Context(
         args=plan.args,
         folder=plan.folder,
         log=log,
@@ -198,26 +198,26 @@ def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
     return accelerator, device
 
 
-def load_checkpoint(job: Job) -> Checkpoint:
+def load_checkpoint(context: Context) -> Checkpoint:
     """Give the model the tensors to test or forecast with, unless it has them.
 
     Raises:
         InputError: see `Checkpoint`.
     """
-    checkpoint = job.checkpoint or Checkpoint.open(job.folder)  # the latter is what a training has just left
-    if job.has_checkpoint:
+    checkpoint = context.checkpoint or Checkpoint.open(context.folder)  # the latter is what a training has just left
+    if context.has_checkpoint:
         return checkpoint
-    tensors, trained = checkpoint.tensors(shapes_of(job.model)), checkpoint.backbone
-    if trained.get("fingerprint") not in (None, job.record["backbone"].get("fingerprint")):
-        job.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
-    if trained.get("load_in_4bit") not in (None, job.args.load_in_4bit):
+    tensors, trained = checkpoint.tensors(shapes_of(context.model)), checkpoint.backbone
+    if trained.get("fingerprint") not in (None, context.record["backbone"].get("fingerprint")):
+        context.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
+    if trained.get("load_in_4bit") not in (None, context.args.load_in_4bit):
         four_bit = trained["load_in_4bit"]
-        job.log(f"WARNING: --load_in_4bit: got {job.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
-    job.model.load_state_dict(tensors)
-    job.checkpoint, job.has_checkpoint = checkpoint, True
-    if job.args.is_training:  # of the best epoch, and of a run that was finished before
-        held = checkpoint.intervals if job.levels else None
-        job.intervals = held.only(job.levels) if held and held.has(job.levels) else None
+        context.log(f"WARNING: --load_in_4bit: got {context.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
+    context.model.load_state_dict(tensors)
+    context.checkpoint, context.has_checkpoint = checkpoint, True
+    if context.args.is_training:  # of the best epoch, and of a run that was finished before
+        held = checkpoint.intervals if context.levels else None
+        context.intervals = held.only(context.levels) if held and held.has(context.levels) else None
     return checkpoint
 
 
@@ -301,33 +301,33 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     return model
 
 
-def begin(job: Job, start: Start) -> Training:
-    """What a job needs to train, brought to where it begins: the state found in its folder, or the first iteration.
+def start_or_resume(context: Context, start: Start) -> Training:
+    """What a run needs to train, brought to where it begins: the state found in its folder, or the first iteration.
 
     Raises:
         InputError: it is finished, but its checkpoint is gone.
         RunError: no memory for the state.
     """
-    args, model, log, accelerator = job.args, job.model, job.log, job.accelerator
+    args, model, log, accelerator = context.args, context.model, context.log, context.accelerator
     optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
     journal = None
     if accelerator.is_main_process:
-        events = tensorboard_writer(job.folder, log) if args.tensorboard else None
-        journal = Journal(job.folder, job.steps_per_epoch, events)
+        events = tensorboard_writer(context.folder, log) if args.tensorboard else None
+        journal = Journal(context.folder, context.steps_per_epoch, events)
     for line in start.lines:
         log(line)
-    saver = Saver(job.folder, args, model, optimizer, accelerator, job.device, start.identity, job.record)
+    saver = Saver(context.folder, args, model, optimizer, accelerator, context.device, start.identity, context.record)
     progress = Progress()
     if start.state is not None:
         with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
             progress = saver.resume(start.state, log)
         if args.max_sequences is None:  # else what is free today would decide
-            job.step_limit.sequences = progress.max_sequences
-            job.evaluation_limit.sequences = progress.evaluation_sequences
+            context.step_limit.sequences = progress.max_sequences
+            context.evaluation_limit.sequences = progress.evaluation_sequences
     else:
         if model.linear_map is not None:
             began = time.perf_counter()
-            (train, _), (_, val) = job.trained_series.windows_for_a_map(), job.windows.windows_for_a_map()
+            (train, _), (_, val) = context.trained_series.windows_for_a_map(), context.windows.windows_for_a_map()
             weights, penalty = fit_ridge(train, val)
             model.linear_map.detach().copy_(torch.from_numpy(weights))
             log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")

@@ -49,7 +49,7 @@ def test_etth1_is_split_by_its_borders_and_scaled_by_its_training_rows(etth1) ->
     values = pd.read_csv(etth1).iloc[:, 1:].to_numpy()
     scaler = StandardScaler().fit(values[:8640])  # of all training rows, also with --percent
     np.testing.assert_array_equal(series.mean, scaler.mean_)
-    np.testing.assert_array_equal(series.deviation, scaler.scale_)
+    np.testing.assert_array_equal(series.std, scaler.scale_)
     np.testing.assert_array_equal(series.values, scaler.transform(values).astype(np.float32))
     assert series.synthetic
 
@@ -77,7 +77,7 @@ def test_windows_by_hand(own, features, columns, forecast) -> None:
         for index in (0, count - 1):
             item, start = windows[index], first[flag] + index
             for name, rows in (("x", np.arange(start, start + 8)), ("y", np.arange(start + 5, start + 12))):
-                raw = item[name].numpy().astype(np.float64) * series.deviation + series.mean
+                raw = item[name].numpy().astype(np.float64) * series.std + series.mean
                 np.testing.assert_allclose(raw, rows[:, None] + of, atol=1e-3)
             assert item["index"] == index and item["x_mark"].shape == (8, 4) and item["y_mark"].shape == (7, 4)
             assert windows.window_dates(index) == (series.dates[start], series.dates[start + 8])
@@ -95,7 +95,7 @@ def test_a_file_that_no_training_saw_has_its_own_scale(own) -> None:
     whole, single = own_scale(table, "M", None), own_scale(table, "MS", None)
     assert whole.forecast_columns == ["a", "b", "OT"] and single.forecast_columns == single.columns == ["OT"]
     assert whole.mean.tolist() == [4, 1024.5, 2024.5] and whole.values[:, 0].tolist() == [0] * 50
-    np.testing.assert_allclose(single.deviation, np.arange(50).std(), rtol=1e-12)
+    np.testing.assert_allclose(single.std, np.arange(50).std(), rtol=1e-12)
     without = own(50, change=lambda frame: frame.drop(columns="OT"), target=None)
     assert own_scale(read_table(without.path), "S", None).columns == ["b"] == [without.target]  # without OT the last one
 

@@ -56,12 +56,12 @@ def forecast(model: Model, series: torch.Tensor) -> torch.Tensor:
     P, S = model.patch_len, model.stride
     tokens, scales = [], []
     for x in series:
-        mean, deviation = x.mean(), (x.var(unbiased=False) + 1e-5).sqrt()
-        z = [*((x - mean) / deviation).tolist()]
+        mean, std = x.mean(), (x.var(unbiased=False) + 1e-5).sqrt()
+        z = [*((x - mean) / std).tolist()]
         z += [z[-1]] * S
         patches = torch.tensor([z[start : start + P] for start in range(0, len(z) - P + 1, S)], dtype=torch.float64)
         tokens.append(patches @ model.patch_embedding.weight.T + model.patch_embedding.bias + model.position)
-        scales.append((mean, deviation))
+        scales.append((mean, std))
     hidden = torch.stack(tokens)  # (M, L, d)
     for layer in model.encoder:
         assert isinstance(layer, EncoderLayer)
@@ -72,7 +72,7 @@ def forecast(model: Model, series: torch.Tensor) -> torch.Tensor:
         hidden = batch_norm(layer.feed_forward_norm, hidden + inner)
     flat = torch.stack([h.T.reshape(-1) for h in hidden])  # (M, d*L), feature by feature
     out = flat @ model.head.linear.weight.T + model.head.linear.bias
-    return torch.stack([row * deviation + mean for row, (mean, deviation) in zip(out, scales, strict=True)])
+    return torch.stack([row * std + mean for row, (mean, std) in zip(out, scales, strict=True)])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

@@ -77,13 +77,13 @@ def test_the_skip_is_a_linear_map_of_the_normalised_window(backbones, tmp_path: 
     names = set(model.state_dict()) - set(without.state_dict())
     assert names == {"linear_map"} and ("linear_map" in dict(model.named_parameters())) == (skip == "linear")
     x = random_windows(3)
-    z, mean, deviation = instance_norm(x.mT)
+    z, mean, std = instance_norm(x.mT)
     with torch.no_grad():
         torch.testing.assert_close(model(x), mean.mT.expand(-1, 8, -1))  # head and map are zero
         model.linear_map.copy_(torch.randn(SEQ_LEN, 8, generator=torch.Generator().manual_seed(0)))
         for key, tensor in without.output_projection.state_dict().items():
             model.output_projection.state_dict()[key].copy_(tensor)
-        expected = without(x) + (z @ model.linear_map * deviation).mT
+        expected = without(x) + (z @ model.linear_map * std).mT
         torch.testing.assert_close(model(x), expected)
 
 

@@ -20,7 +20,7 @@ from utils.results import interpret
 from utils.run import main as run
 from utils.saving.interrupt import Interrupts
 from utils.setup import load_checkpoint, setup
-from utils.training.session import Job
+from utils.training.context import Context
 
 QUIET = {"plots": 0, "save_predictions": 0, "torch_checkpoint": 0, "test_every": 0}
 WINDOWS = [0, 20, 40, 56]
@@ -30,12 +30,12 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def opened(run: Path, tmp_path: Path, *words: str) -> Job:
+def opened(run: Path, tmp_path: Path, *words: str) -> Context:
     """The run, set up and loaded as the script does."""
     flags = parse_flags(["--is_training", "0", "--checkpoint", str(run), "--checkpoints", str(tmp_path), *words])
-    job = setup(flags, 0, Interrupts())
-    load_checkpoint(job)
-    return job
+    context = setup(flags, 0, Interrupts())
+    load_checkpoint(context)
+    return context
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def test_errors_are_one_line(runs, tmp_path, capsys) -> None:
 
 def test_attention_is_a_softmax_over_the_prototypes(runs, tmp_path) -> None:
     for name in ("vocab", "direct", "bert"):
-        job = opened(runs[name], tmp_path)
-        model = cast(Model, job.model)
-        x = interpret.read_windows(job, [3], None).x[:1]  # (1, T)
+        context = opened(runs[name], tmp_path)
+        model = cast(Model, context.model)
+        x = interpret.read_windows(context, [3], None).x[:1]  # (1, T)
         weights = interpret.attention(model, x)
         state = {key: value.double() for key, value in load_file(runs[name] / "checkpoint.safetensors").items()}
         prototypes = state.get("prototypes")
@@ -187,14 +187,14 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
 @pytest.mark.parametrize("fast_path", ["auto", "plain"])
 def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> None:
     for name in ("vocab", "direct", "bert"):
-        job = opened(runs[name], tmp_path, "--fast_path", fast_path)
-        model = cast(Model, job.model)
+        context = opened(runs[name], tmp_path, "--fast_path", fast_path)
+        model = cast(Model, context.model)
         assert model.fast_path == (fast_path == "auto" and name != "bert")
-        trials = interpret.try_prompts(job, WINDOWS, "Another one.").set_index("changed")
+        trials = interpret.try_prompts(context, WINDOWS, "Another one.").set_index("changed")
         flags = parse_flags(["--is_training", "0", "--checkpoint", str(runs[name]), "--use_prompt", "0"])
         without = Model(flags, model.backbone).eval()
         without.load_state_dict(model.state_dict())
-        batch = interpret.read_windows(job, WINDOWS, model.prompts)
+        batch = interpret.read_windows(context, WINDOWS, model.prompts)
         with torch.inference_mode():
             as_is, expected = model(batch).double(), without(replace(batch, prompts=None)).double()
         move = (expected - as_is).square().mean().sqrt() / as_is.var(1, correction=0).mean().sqrt()

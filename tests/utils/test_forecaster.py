@@ -127,8 +127,8 @@ def test_loaded_once_it_forecasts_many_times(trained, frame, capsys, monkeypatch
     before = torch.get_rng_state()
     forecaster = Forecaster.load(run, device="cpu")
     assert torch.equal(torch.get_rng_state(), before)  # the caller's own draws go on
-    made_once = forecaster.job.model.prototype_kv
-    monkeypatch.setattr(forecaster.job.model, "prototype_kv", lambda: made.append(1) or made_once())
+    made_once = forecaster.context.model.prototype_kv
+    monkeypatch.setattr(forecaster.context.model, "prototype_kv", lambda: made.append(1) or made_once())
     first, later = forecaster.predict(frame.iloc[:-1]), forecaster.predict(frame)
     assert len(made) == 1 and forecaster.predict(frame.iloc[:-1]).equals(first) and not later.equals(first)
     assert capsys.readouterr() == ("", "")

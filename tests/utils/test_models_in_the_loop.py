@@ -197,12 +197,12 @@ def test_autoformer_reads_the_step_off_a_file_and_goes_on_from_another(small, ca
 
     model = Autoformer(Namespace(**record["flags"])).eval()
     model.load_state_dict(load_file(folder / "checkpoint.safetensors"), strict=False)  # beside them, the intervals
-    mean, deviation = (np.array(record["scaler"][name]) for name in ("mean", "deviation"))
-    rows = torch.from_numpy(((table[list(COLUMNS)].to_numpy() - mean) / deviation).astype(np.float32))
+    mean, std = (np.array(record["scaler"][name]) for name in ("mean", "deviation"))
+    rows = torch.from_numpy(((table[list(COLUMNS)].to_numpy() - mean) / std).astype(np.float32))
     marks = torch.from_numpy(time_marks(dates, "t", "timeF"))
     with torch.no_grad():
         for end in range(len(table), len(table) + 20, PRED_LEN):
             ahead = marks[None, end - 8 : end + PRED_LEN]
             rows = torch.cat([rows, model(rows[None, -SEQ_LEN:], marks[None, end - SEQ_LEN : end], None, ahead)[0]])
-    expected = rows[len(table) :][:20].numpy() * deviation + mean
+    expected = rows[len(table) :][:20].numpy() * std + mean
     np.testing.assert_allclose(found[list(COLUMNS)], expected, rtol=1e-4, atol=1e-4)

@@ -23,8 +23,8 @@ from data_provider.batches import Batch
 from layers.norm import EPSILON, instance_norm
 from utils.saving.files import PARTIAL, writing
 
-if TYPE_CHECKING:
-    from utils.training.session import Job
+if TYPE_CHECKING:  # it holds such intervals itself
+    from utils.training.context import Context
 
 LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
 DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
@@ -55,7 +55,7 @@ def name_of(level: float) -> str:
     return f"{level:g}"
 
 
-def deviations(x: np.ndarray) -> np.ndarray:
+def stds(x: np.ndarray) -> np.ndarray:
     """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it."""
     return np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON)
 
@@ -147,22 +147,22 @@ class Calibration(AbstractContextManager):
     the pass ends.
 
     Args:
-        levels: per cent; none: the job's.
+        levels: per cent; none: the run's.
 
     Raises:
         StorageError: the file system refused.
     """
 
-    def __init__(self, job: "Job", levels: tuple[float, ...] = ()):
-        series = job.windows
-        self.job, self.levels, self.path = job, levels or job.levels, job.folder / f".{KEPT}{PARTIAL}"
-        if job.accelerator.is_main_process:
+    def __init__(self, context: "Context", levels: tuple[float, ...] = ()):
+        series = context.windows
+        self.context, self.levels, self.path = context, levels or context.levels, context.folder / f".{KEPT}{PARTIAL}"
+        if context.accelerator.is_main_process:
             shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
-            make_array(self.path, shape, job.folder / KEPT)
-        job.accelerator.wait_for_everyone()
+            make_array(self.path, shape, context.folder / KEPT)
+        context.accelerator.wait_for_everyone()
 
     def __exit__(self, *error: object) -> None:
-        if self.job.accelerator.is_main_process:
+        if self.context.accelerator.is_main_process:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
@@ -174,14 +174,14 @@ class Calibration(AbstractContextManager):
         held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
 
     def end(self) -> None:
-        """Give the job the intervals that the pass comes to; the errors of repeats (`--itr`) stay in the run's folder."""
-        job = self.job
-        job.accelerator.wait_for_everyone()  # all have written their windows
-        job.intervals = intervals_of([self.path], self.levels)
-        job.accelerator.wait_for_everyone()
-        if job.args.itr > 1 and job.accelerator.is_main_process:
+        """Give the run the intervals that the pass comes to; the errors of repeats (`--itr`) stay in the run's folder."""
+        context = self.context
+        context.accelerator.wait_for_everyone()  # all have written their windows
+        context.intervals = intervals_of([self.path], self.levels)
+        context.accelerator.wait_for_everyone()
+        if context.args.itr > 1 and context.accelerator.is_main_process:
             with writing(self.path):
-                self.path.replace(job.folder / KEPT)
+                self.path.replace(context.folder / KEPT)
 
 
 def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
@@ -195,7 +195,7 @@ def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
     return Intervals(levels, np.concatenate(rows, axis=1), W)
 
 
-def mean_intervals(job: "Job", repeats: Sequence[Path]) -> Intervals | None:
+def mean_intervals(context: "Context", repeats: Sequence[Path]) -> Intervals | None:
     """Those of the mean of the repeats' forecasts, whose errors are the mean of theirs; None where one has not left them."""
     files = [folder / KEPT for folder in repeats]
-    return intervals_of(files, job.levels) if job.levels and all(file.is_file() for file in files) else None
+    return intervals_of(files, context.levels) if context.levels and all(file.is_file() for file in files) else None

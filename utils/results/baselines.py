@@ -15,7 +15,7 @@ import torch
 from data_provider.data_loader import FileSeries, WindowDataset
 from data_provider.m4 import M4Windows
 from layers.norm import instance_norm
-from utils.results.bands import Intervals, deviations, probabilities, quantiles
+from utils.results.bands import Intervals, probabilities, quantiles, stds
 from utils.results.metrics import Metrics
 
 LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
@@ -96,12 +96,12 @@ def _row(
         for place in range(len(series.columns))[kept]:
             channel = copy.copy(val)
             channel.target_index = place
-            errors = [((y - forecast(x)) / deviations(x)).astype(np.float32) for x, y in channel.sequences()]
+            errors = [((y - forecast(x)) / stds(x)).astype(np.float32) for x, y in channel.sequences()]
             offsets.append(quantiles(np.concatenate(errors), probabilities(levels)))
         intervals = Intervals(levels, np.stack(offsets, axis=1), len(val))
-    metrics = Metrics(columns, series.mean[kept], series.deviation[kept], series.pred_len, intervals)
+    metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals)
     for x, y in series.windows("test").sequences():
-        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, deviations(x))))
+        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, stds(x))))
     found = metrics.result()
     mse, mae = (found["standardised"]["all"][error] for error in ("mse", "mae"))
     brief = found.get("intervals")
@@ -114,8 +114,8 @@ def _row(
 
 def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Forecast `[M, H]` from `[M, T]` with a map `[T, H]` of normalised windows."""
-    z, mean, deviation = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
-    return z @ weights * deviation + mean
+    z, mean, std = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
+    return z @ weights * std + mean
 
 
 def fitted_every(windows: Windows) -> int:
@@ -130,10 +130,10 @@ def fitted_every(windows: Windows) -> int:
 def _moments(windows: Windows, power: int) -> tuple[np.ndarray, np.ndarray, float]:
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
     for x, y in windows.sequences(fitted_every(windows)):
-        z, mean, deviation = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
-        weighted = z * deviation**power  # (m, T)
-        xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / deviation)
-        total += float((deviation**power).sum())
+        z, mean, std = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
+        weighted = z * std**power  # (m, T)
+        xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / std)
+        total += float((std**power).sum())
     return xx, xy, total
 
 

@@ -22,10 +22,10 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
 from data_provider.timestamps import gaps_in
 from layers.errors import input_error, listed
-from utils.results.bands import Intervals, continued, deviations, name_of
+from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import write_text, writing
-from utils.training.session import Job
+from utils.training.context import Context
 
 FORECAST, HISTORY = "forecast.csv", "forecasts.csv"
 ORIGIN = "origin"  # first column of forecasts.csv: the last date that was known
@@ -98,25 +98,25 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     Raises:
         InputError: the table lacks one of them, or has values too large to compute with.
     """
-    names, mean, deviation = checkpoint.scaler()
+    names, mean, std = checkpoint.scaler()
     target = checkpoint.record.get("target") or args.target
     if args.features == "MS":
         if target not in names:
             raise input_error("--target", repr(target), f"one of the training's columns: {listed(names)}")
         place = names.index(target)
-        names, mean, deviation = [target], mean[[place]], deviation[[place]]
+        names, mean, std = [target], mean[[place]], std[[place]]
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
     own = table.values[:, [table.columns.index(name) for name in names]]
-    check_size(table.path, names, own, mean, deviation)
+    check_size(table.path, names, own, mean, std)
     return Series(
         path=table.path,
         dates=table.dates,
         columns=names,
         own=own,
         mean=mean,
-        deviation=deviation,
+        std=std,
         target=target,
         target_index=None,  # where there is one, it is the only column
         synthetic=is_synthetic(table.path),
@@ -137,7 +137,7 @@ def forecast_frame(
     """
     columns, levels = series.forecast_columns, () if intervals is None else intervals.levels
     parts = {"date": dates} | dict(zip(columns, series.to_own_units(values).T, strict=True))
-    unit = deviations(window.T)  # (N, 1)
+    unit = stds(window.T)  # (N, 1)
     ends = [
         series.to_own_units(values + (unit * continued(offsets, len(values))).T).T  # (N, steps)
         for level in levels
@@ -153,7 +153,7 @@ def mean_forecast(
     """The mean of several models' forecasts of one series, with prediction intervals of its own."""
     kept = series.forecast_slice
     own = np.mean([forecast[series.forecast_columns].to_numpy() for forecast in forecasts], axis=0)
-    values = (own - series.mean[kept]) / series.deviation[kept]
+    values = (own - series.mean[kept]) / series.std[kept]
     return forecast_frame(series, pd.DatetimeIndex(forecasts[0]["date"]), values, series.values[-seq_len:, kept], intervals)
 
 
@@ -184,14 +184,14 @@ def bands_of(forecast: pd.DataFrame, columns: Sequence[str]) -> dict[float, tupl
     return bands
 
 
-def leave_forecast(job: Job, forecast: pd.DataFrame) -> None:
-    """Write a forecast of the job's series, and its picture, to the job's folder, and say so.
+def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
+    """Write a forecast of the run's series, and its picture, to the run's folder, and say so.
 
     Raises:
         InputError: `--append`, and the history has another forecast from the same row, or other columns.
         StorageError: the file system refused.
     """
-    args, log, series = job.args, job.log, job.series
+    args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
     log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {series.step_words}")
     if rows > horizon:
@@ -203,16 +203,16 @@ def leave_forecast(job: Job, forecast: pd.DataFrame) -> None:
         if bands_of(forecast, series.forecast_columns):
             first = f"row {horizon + 1}, {forecast['date'][horizon]}"
             log(f"Prediction intervals: from {first}, on they are not calibrated, only widened")
-    if job.accelerator.is_main_process:
-        with writing(job.folder / FORECAST):
-            job.folder.mkdir(parents=True, exist_ok=True)
-        for line in write_forecast(job.folder, forecast, series.dates[-1], args.append):
+    if context.accelerator.is_main_process:
+        with writing(context.folder / FORECAST):
+            context.folder.mkdir(parents=True, exist_ok=True)
+        for line in write_forecast(context.folder, forecast, series.dates[-1], args.append):
             log(line)
         if args.plots:
             from utils.results.plots import draw_forecast  # only now: matplotlib takes a second to load
 
-            draw_forecast(job, forecast)
-    log(f"Forecast saved at: {job.folder / FORECAST}")
+            draw_forecast(context, forecast)
+    log(f"Forecast saved at: {context.folder / FORECAST}")
 
 
 def write_forecast(folder: Path, forecast: pd.DataFrame, origin: pd.Timestamp, append: bool = False) -> list[str]:

@@ -16,8 +16,8 @@ from layers.norm import instance_norm
 from layers.prompt import PromptEncoder, Prompts
 from layers.reprogramming import ReprogrammingLayer
 from models.TimeLLM import Model
+from utils.training.context import Context
 from utils.training.evaluate import forecast_within_memory
-from utils.training.session import Job
 
 NEAREST = 5  # words of a prototype
 BLOCK = 2**13  # words at once
@@ -26,11 +26,11 @@ SEQUENCES = 64  # run at once at most
 NUDGE = 0.01  # standard deviations of a window by which its last value is moved, for scale
 
 
-def read_windows(job: Job, windows: list[int], encoder: PromptEncoder | None) -> Batch:
-    """Test windows on the job's device, with the prompts that `encoder` writes."""
-    data, series = job.windows.windows("test"), job.windows
+def read_windows(context: Context, windows: list[int], encoder: PromptEncoder | None) -> Batch:
+    """Test windows on the run's device, with the prompts that `encoder` writes."""
+    data, series = context.windows.windows("test"), context.windows
     collate = WindowCollate(series.pred_len, series.target_index, encoder)
-    return collate([data[number] for number in windows]).to(job.device)
+    return collate([data[number] for number in windows]).to(context.device)
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def readable(tokenizer: Any, word: int) -> str:
 
 
 @torch.inference_mode()
-def try_prompts(job: Job, windows: list[int], description: str) -> pd.DataFrame:
+def try_prompts(context: Context, windows: list[int], description: str) -> pd.DataFrame:
     """Forecasts of two or more test windows with their prompts, and with others.
 
     Args:
@@ -90,16 +90,16 @@ def try_prompts(job: Job, windows: list[int], description: str) -> pd.DataFrame:
         along the horizon (NaN where that is 0, as with one row ahead), "mse" against the truth, standardised,
         "mse_change" relative to that of the prompts as they are.
     """
-    model, B = cast(Model, job.model.eval()), len(windows)
+    model, B = cast(Model, context.model.eval()), len(windows)
     ours = cast(PromptEncoder, model.prompts)
     # At most as long as the run's own, so that it fits where that did.
     other = PromptEncoder(ours.tokenizer, replace(ours.template, description=description), ours.longest)
-    batch, shared = read_windows(job, windows, ours), model.prototype_kv()
+    batch, shared = read_windows(context, windows, ours), model.prototype_kv()
 
     def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
         model.prompts = encoder  # its opening is every prompt's
         try:
-            return forecast_within_memory(job, replace(batch, x=x, prompts=prompts), shared, SEQUENCES).double()
+            return forecast_within_memory(context, replace(batch, x=x, prompts=prompts), shared, SEQUENCES).double()
         finally:
             model.prompts = ours
 
@@ -117,7 +117,7 @@ def try_prompts(job: Job, windows: list[int], description: str) -> pd.DataFrame:
         "nothing (rounding)": forecast(ours, exchanged(places.flatten().flip(0)), batch.x.flip(0)).flip(0),
         "prompt left out": forecast(None, None),
         "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
-        "another data set's description": forecast(other, read_windows(job, windows, other).prompts),
+        "another data set's description": forecast(other, read_windows(context, windows, other).prompts),
         f"last value moved by {100 * NUDGE:g} % of the deviation": forecast(ours, batch.prompts, nudged),
     }
     before = forecasts["as it is"]

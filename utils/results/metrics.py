@@ -43,7 +43,7 @@ class Metrics:
         self,
         columns: list[str],
         mean: np.ndarray,
-        deviation: np.ndarray,
+        std: np.ndarray,
         pred_len: int,
         intervals: Intervals | None = None,
         device: torch.device | str = "cpu",
@@ -51,15 +51,13 @@ class Metrics:
         self.columns, self.intervals = columns, intervals
         self.probabilities = probabilities(intervals.levels) if intervals else ()
         self.offsets = torch.from_numpy(intervals.offsets).to(device) if intervals else None  # (Q, N, H)
-        self.mean, self.deviation = (
-            torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, deviation)
-        )
+        self.mean, self.std = (torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, std))
         # The windows, squares, absolutes; on both scales relative errors, how many of these, symmetric errors; |y| in own
         # units; for each quantile its loss; for each level the truths inside and the widths.
         rows = 10 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
         self.sums = torch.zeros(rows, len(columns), pred_len, dtype=torch.float64, device=device)
 
-    def add(self, forecast: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor) -> None:
+    def add(self, forecast: torch.Tensor, truth: torch.Tensor, std: torch.Tensor) -> None:
         """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
 
         def total(values: torch.Tensor) -> torch.Tensor:
@@ -68,7 +66,7 @@ class Metrics:
         B, N, H = forecast.shape
         step = max(1, AT_ONCE // (B * H))  # channels, so that the memory does not grow with their number
         for part in (slice(start, start + step) for start in range(0, N, step)):
-            p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.deviation[part]
+            p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.std[part]
             error, own_y = (p - y).abs(), y * spread + mean
             sums = [torch.full_like(p[0], B), total(error.square()), total(error)]
             for distance, a, b, unit in ((error, p, y, 1), (error * spread, p * spread + mean, own_y, spread)):
@@ -78,7 +76,7 @@ class Metrics:
                 sums += B - total(near), total((2 * distance).div_(both).masked_fill_(both == 0, 0))
             sums.append(total(own_y.abs()))
             if self.intervals is not None and self.offsets is not None:
-                offsets, unit = self.offsets[:, part], deviation[:, part].float()
+                offsets, unit = self.offsets[:, part], std[:, part].float()
                 error = truth[:, part].float() - forecast[:, part].float()
                 all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
                 for probability, offset in zip(self.probabilities, offsets, strict=True):
@@ -95,7 +93,7 @@ class Metrics:
         whose widths are standardised where nothing else is said."""
         sums, (_, N, H) = self.sums.cpu().numpy(), self.sums.shape
         windows, squares, absolutes = sums[0, 0, 0], sums[1], sums[2]
-        size, rest, deviation = sums[9], sums[10:], self.deviation.cpu().numpy()  # (N, 1)
+        size, rest, std = sums[9], sums[10:], self.std.cpu().numpy()  # (N, 1)
 
         def by_column(figures: dict[str, list]) -> dict[str, dict]:
             return {column: {name: values[n] for name, values in figures.items()} for n, column in enumerate(self.columns)}
@@ -104,7 +102,7 @@ class Metrics:
             return float(losses.sum() / sizes.sum()) if sizes.sum() > 0 else None
 
         found: dict[str, Any] = {}
-        for scale, unit, others in (("standardised", 1, sums[3:6]), ("own_units", deviation, sums[6:9])):
+        for scale, unit, others in (("standardised", 1, sums[3:6]), ("own_units", std, sums[6:9])):
             part = np.stack([squares * unit**2, absolutes * unit, *others])
             of_all = _figures(part.sum(axis=(1, 2))[:, None], windows * N * H)
             found[scale] = {
@@ -117,7 +115,7 @@ class Metrics:
         pinball, bands = np.split(rest, [len(self.probabilities)])
         levels = {}
         for level, coverage, width in zip(self.intervals.levels, bands[::2] / windows, bands[1::2] / windows, strict=True):
-            channels = {"coverage": coverage, "width": width, "width_own_units": width * deviation}
+            channels = {"coverage": coverage, "width": width, "width_own_units": width * std}
             levels[name_of(level)] = {
                 "coverage": float(coverage.mean()),
                 "width": float(width.mean()),
@@ -127,7 +125,7 @@ class Metrics:
         means = zip(self.probabilities, pinball.mean(axis=(1, 2)) / windows, strict=True)
         losses = {name_of(probability): float(mean) for probability, mean in means if np.isfinite(mean)}
         made = {"calibration_windows": self.intervals.windows, "levels": levels, "pinball": losses, "wql": None}
-        loss = 2 * pinball[[self.probabilities.index(decile) for decile in DECILES]].mean(axis=0) * deviation  # (N, H)
+        loss = 2 * pinball[[self.probabilities.index(decile) for decile in DECILES]].mean(axis=0) * std  # (N, H)
         if np.isfinite(loss).all():  # else the windows were too few for the deciles
             made |= {"wql": ratio(loss, size), "wql_channels": dict(zip(self.columns, map(ratio, loss, size), strict=True))}
         return found | {"intervals": made}

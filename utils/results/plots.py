@@ -19,7 +19,7 @@ from utils.results.bands import name_of
 from utils.results.forecast import bands_of
 from utils.results.test_pass import SHOWN_WINDOWS, M4Pass
 from utils.saving.files import write_atomic, writing
-from utils.training.session import Job
+from utils.training.context import Context
 
 PLOTS = "plots"  # the folder in the run's folder
 PANELS = 7  # channels on a page
@@ -60,7 +60,7 @@ def draw_test(results: Any, metrics: dict) -> None:
     scale, columns = metrics["standardised"], results.columns
     places, note = choose(columns, [scale["channels"][name]["mse"] for name in columns])
     if note:
-        results.job.log(f"Pictures of test windows: {note}: {', '.join(columns[place] for place in places)}")
+        results.context.log(f"Pictures of test windows: {note}: {', '.join(columns[place] for place in places)}")
     windows, panels = [results.windows[number] for number in sorted(results.windows)], []
     for window in windows:
         history = pd.DataFrame(window.history, window.dates[:-H], columns)
@@ -103,17 +103,17 @@ def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardise
             axes.axvline(best, color="black", linestyle=":", linewidth=1, label=f"kept: epoch {best}")
 
 
-def draw_forecast(job: Job, forecast: pd.DataFrame) -> None:
-    """The pictures of a forecast behind its history, in the job's folder; of many columns some, named in the log."""
-    series = job.series
+def draw_forecast(context: Context, forecast: pd.DataFrame) -> None:
+    """The pictures of a forecast behind its history, in the run's folder; of many columns some, named in the log."""
+    series = context.series
     columns = series.forecast_columns
     places, note = choose(columns)
     if note:
-        job.log(f"Pictures of the forecast: {note}: {', '.join(columns[place] for place in places)}")
+        context.log(f"Pictures of the forecast: {note}: {', '.join(columns[place] for place in places)}")
     history = pd.DataFrame(series.own[:, series.forecast_slice], series.dates, columns)
     bands = bands_of(forecast, columns)
-    panels = panels_of(history, forecast.set_index("date")[columns], bands, job.args.pred_len)
-    for path, part in _pages(job.folder, "forecast", len(places)):
+    panels = panels_of(history, forecast.set_index("date")[columns], bands, context.args.pred_len)
+    for path, part in _pages(context.folder, "forecast", len(places)):
         forecast_figure([panels[place] for place in places[part]], series.step_words, path, note)
 
 

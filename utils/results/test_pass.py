@@ -25,8 +25,8 @@ from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, methods_of, naive2, 
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.files import RECORD, TENSORS, free_bytes, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
+from utils.training.context import Context
 from utils.training.evaluate import Scores, evaluate
-from utils.training.session import Job
 
 PREDICTIONS = "predictions.npz"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
@@ -58,46 +58,46 @@ class TestPass:
 
     __test__ = False  # no pytest class
 
-    def __init__(self, job: Job):
-        self.job, self.series, self.folder = job, job.windows, job.folder
+    def __init__(self, context: Context):
+        self.context, self.series, self.folder = context, context.windows, context.folder
         self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
         kept, shape = self.series.forecast_slice, (len(self.data), self.series.pred_len, len(self.columns))
-        self.mean, self.deviation = self.series.mean[kept], self.series.deviation[kept]
-        self.metrics = Metrics(self.columns, self.mean, self.deviation, shape[1], job.intervals, job.device)
+        self.mean, self.std = self.series.mean[kept], self.series.std[kept]
+        self.metrics = Metrics(self.columns, self.mean, self.std, shape[1], context.intervals, context.device)
         self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
         self.windows: dict[int, Window] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(job.args.save_predictions)
-        self.levels = levels = job.intervals.levels if job.intervals else ()
+        self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(context.args.save_predictions)
+        self.levels = levels = context.intervals.levels if context.intervals else ()
         size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
         free = free_bytes(self.folder)  # 0: that cannot be told
         # Of several processes, one alone must not leave it out.
-        short = job.accelerator.reduce(torch.tensor(float(0 < free < size), device=job.device)) > 0
+        short = context.accelerator.reduce(torch.tensor(float(0 < free < size), device=context.device)) > 0
         if self.saves_predictions and short:
             self.saves_predictions = False
-            job.log(
+            context.log(
                 f"WARNING: {PREDICTIONS} is left out: it takes {size_text(size)} on the disk, {size_text(free)} are free"
                 " (--save_predictions 0 does without it)"
             )
-        if self.saves_predictions and job.accelerator.is_main_process:
+        if self.saves_predictions and context.accelerator.is_main_process:
             shutil.rmtree(self.parts, ignore_errors=True)
             for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
                 make_array(self.parts / f"{name}.npy", shape, self.folder / PREDICTIONS)
-        job.accelerator.wait_for_everyone()
+        context.accelerator.wait_for_everyone()
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
         index = batch.index.tolist()
         pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
-        deviation = instance_norm(x)[2]  # (B, N, 1)
-        self.metrics.add(pred, true, deviation)
+        std = instance_norm(x)[2]  # (B, N, 1)
+        self.metrics.add(pred, true, std)
         if not self.saves_predictions and not self.shown.intersection(index):
             return
         values = {"pred": pred, "true": true}
         for level in self.levels:
-            assert self.job.intervals is not None  # they have these levels
-            for side, offsets in zip(("lo", "hi"), self.job.intervals.band(level), strict=True):
-                values[side + name_of(level)] = pred + deviation * torch.from_numpy(offsets).to(pred.device)
+            assert self.context.intervals is not None  # they have these levels
+            for side, offsets in zip(("lo", "hi"), self.context.intervals.band(level), strict=True):
+                values[side + name_of(level)] = pred + std * torch.from_numpy(offsets).to(pred.device)
         own = {name: self._own_units(rows) for name, rows in values.items()}
         if self.saves_predictions:
             for name, rows in own.items():  # a batch's windows are neighbours
@@ -121,26 +121,26 @@ class TestPass:
         Args:
             figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
         """
-        job = self.job
-        self.metrics.sums = job.accelerator.reduce(self.metrics.sums)
-        job.accelerator.wait_for_everyone()  # all have written their windows
-        if not job.accelerator.is_main_process:
+        context = self.context
+        self.metrics.sums = context.accelerator.reduce(self.metrics.sums)
+        context.accelerator.wait_for_everyone()  # all have written their windows
+        if not context.accelerator.is_main_process:
             return figures
         starts = self.data.dates[self.series.seq_len :][: len(self.data)]
         found = figures | {
-            "peak_memory_gib": peak_memory_gib(job.device),  # before the baselines take theirs
+            "peak_memory_gib": peak_memory_gib(context.device),  # before the baselines take theirs
             "windows": len(self.data),
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
-            "flags": series_flags(job.args),  # on what data the test was made
+            "flags": series_flags(context.args),  # on what data the test was made
             **self.metrics.result(),
-            "baselines": measured(self.series, job.levels if job.intervals else ()),
+            "baselines": measured(self.series, context.levels if context.intervals else ()),
         }
         write_json(self.folder / METRICS, found)
         small = {
             "start": starts.tz_localize(None).to_numpy().astype("datetime64[ns]"),
             "columns": np.array(self.columns),
             "mean": self.mean,
-            "deviation": self.deviation,
+            "deviation": self.std,
         }
 
         def pack(path: Path) -> None:
@@ -160,11 +160,11 @@ class TestPass:
 class M4Pass:
     """As `TestPass`, for the competition's series: it leaves `<Pattern>_forecast.csv` and metrics.json."""
 
-    def __init__(self, job: Job):
-        assert isinstance(job.series, M4Series)
-        self.job, self.series, self.folder = job, job.series, job.folder
+    def __init__(self, context: Context):
+        assert isinstance(context.series, M4Series)
+        self.context, self.series, self.folder = context, context.series, context.folder
         shape = len(self.series.ids), self.series.pred_len
-        self.made = torch.zeros(shape, dtype=torch.float64, device=job.device)  # zero where another process forecasts
+        self.made = torch.zeros(shape, dtype=torch.float64, device=context.device)  # zero where another process forecasts
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         self.made[batch.index.to(self.made.device)] = forecast.double()
@@ -172,7 +172,7 @@ class M4Pass:
     @cached_property
     def forecasts(self) -> np.ndarray:
         # (S, H), those of all processes
-        return self.job.accelerator.reduce(self.made).cpu().numpy()
+        return self.context.accelerator.reduce(self.made).cpu().numpy()
 
     @cached_property
     def errors(self) -> dict[str, Errors]:
@@ -188,8 +188,8 @@ class M4Pass:
             windows = series.windows("test")
             items: list[Any] = [windows[number] for number in range(len(series.ids))]
             x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
-            z, mean, deviation = instance_norm(x, mask)
-            made[RIDGE] = (z @ torch.from_numpy(weights) * deviation + mean).numpy()
+            z, mean, std = instance_norm(x, mask)
+            made[RIDGE] = (z @ torch.from_numpy(weights) * std + mean).numpy()
         return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
 
     def headline(self, scores: Scores) -> str:
@@ -198,15 +198,15 @@ class M4Pass:
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
-        job, series, errors = self.job, self.series, self.errors
-        if not job.accelerator.is_main_process:
+        context, series, errors = self.context, self.series, self.errors
+        if not context.accelerator.is_main_process:
             return figures
         found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
         metrics = figures | {
             "test": figures["test"] | found.pop(MODEL),
-            "peak_memory_gib": peak_memory_gib(job.device),
+            "peak_memory_gib": peak_memory_gib(context.device),
             "windows": len(series.ids),
-            "flags": series_flags(job.args) | {"seasonal_patterns": series.pattern},
+            "flags": series_flags(context.args) | {"seasonal_patterns": series.pattern},
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
             "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
         }
@@ -215,68 +215,68 @@ class M4Pass:
         frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
         file = self.folder / f"{series.pattern}_forecast.csv"
         write_atomic(file, frame.to_csv)
-        job.log(f"Forecasts of {len(series.ids)} series: {file}")
+        context.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
         for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
-            job.log(line)
+            context.log(line)
         return metrics
 
 
-def open_pass(job: Job) -> TestPass | M4Pass:
-    return M4Pass(job) if isinstance(job.series, M4Series) else TestPass(job)
+def open_pass(context: Context) -> TestPass | M4Pass:
+    return M4Pass(context) if isinstance(context.series, M4Series) else TestPass(context)
 
 
-def score_mean(job: Job, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:
+def score_mean(context: Context, repeats: list[Path], folder: Path) -> tuple[TestPass, dict] | None:
     """Score the mean of the repeats' test forecasts (`--itr`); leaves in `folder` what a test leaves in a run's.
 
     Args:
-        job: of the last repeat, tested. Of a group of processes each scores its share.
+        context: of the last repeat, tested. Of a group of processes each scores its share.
         repeats: the runs' folders.
 
     Returns:
         The pass and its metrics; None where a repeat has left no predictions of these test windows.
     """
-    accelerator = job.accelerator
+    accelerator = context.accelerator
     accelerator.wait_for_everyone()  # the last predictions.npz is whole
     try:
-        readers = [_reader(place, job) for place in repeats]
+        readers = [_reader(place, context) for place in repeats]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        job.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
+        context.log(f"No mean of the {len(repeats)} repeats' forecasts: not all have left theirs ({error})")
         return None
     if accelerator.is_main_process:
-        record = json.loads(json.dumps(job.record | {"repeats": [place.name for place in repeats]}))
+        record = json.loads(json.dumps(context.record | {"repeats": [place.name for place in repeats]}))
         earlier = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else record
         if earlier["flags"] != record["flags"]:
-            job.log(f"An earlier mean is now in: {move_aside(folder)}")
+            context.log(f"An earlier mean is now in: {move_aside(folder)}")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record)
     accelerator.wait_for_everyone()
-    job = replace(job, folder=folder, intervals=mean_intervals(job, repeats))
-    results = TestPass(job)
+    context = replace(context, folder=folder, intervals=mean_intervals(context, repeats))
+    results = TestPass(context)
     rank, world = accelerator.process_index, accelerator.num_processes
-    _, loader = batch_loader(job.args, "test", job.windows, rank=rank, world=world)
+    _, loader = batch_loader(context.args, "test", context.windows, rank=rank, world=world)
 
     def forecast(batch: Batch, shared: object) -> torch.Tensor:
         first, last = int(batch.index[0]), int(batch.index[-1])  # a batch's windows are neighbours
         own = np.mean([read(first, last + 1) for read in readers], axis=0)  # (B, H, N)
-        standardised = torch.from_numpy((own - results.mean) / results.deviation)
-        return standardised.transpose(1, 2).flatten(0, 1).float().to(job.device)
+        standardised = torch.from_numpy((own - results.mean) / results.std)
+        return standardised.transpose(1, 2).flatten(0, 1).float().to(context.device)
 
-    scores = evaluate(job.model, loader, accelerator, forecast, results.consume, device=job.device)
+    scores = evaluate(context.model, loader, accelerator, forecast, results.consume, device=context.device)
     test = {"mse": scores.mse, "mae": scores.mae}
-    figures = {"test": test, "repeats": len(repeats), "data": job.record["data"], "model": job.args.model}
+    figures = {"test": test, "repeats": len(repeats), "data": context.record["data"], "model": context.args.model}
     metrics = results.finish(figures)
-    job.log(f"Mean of {len(repeats)} repeats: {results.headline(scores)}; saved at: {folder}")
+    context.log(f"Mean of {len(repeats)} repeats: {results.headline(scores)}; saved at: {folder}")
     return results, metrics
 
 
-def _reader(folder: Path, job: Job) -> Callable[[int, int], np.ndarray]:
+def _reader(folder: Path, context: Context) -> Callable[[int, int], np.ndarray]:
     """Reads windows from one number to another, `[B, H, N]` float64, of the test forecasts that a run has left.
 
     Raises:
         OSError, ValueError, KeyError, BadZipFile: none, not of these windows, or older than the checkpoint.
     """
-    path, series = folder / PREDICTIONS, job.windows
+    path, series = folder / PREDICTIONS, context.windows
     # Its members are stored as they are, so a place in one is a place in the file.
     file = zipfile.ZipFile(path).open("pred.npy")
     np.lib.format.read_magic(file)

@@ -9,13 +9,13 @@ import torch
 from data_provider.batches import Batch
 from utils.results.log import peak_memory_gib
 from utils.saving.state import random_state, set_random_state
+from utils.training.context import Context
 from utils.training.memory import OPTIMIZER_BYTES
-from utils.training.session import Job
 
 FEWEST_STEPS = 20  # a shorter run is over before its dry run would be worth it
 
 
-def dry_run(job: Job, gradients: Callable[[Batch], torch.Tensor], left: Callable[[float], float]) -> None:
+def dry_run(context: Context, gradients: Callable[[Batch], torch.Tensor], left: Callable[[float], float]) -> None:
     """Run the first batch forward and backward, twice, and log what the run will take; no step is made.
 
     A run that resumes has none, and neither has a very short one. Random generators, buffers and the loader are afterwards
@@ -28,31 +28,33 @@ def dry_run(job: Job, gradients: Callable[[Batch], torch.Tensor], left: Callable
     Raises:
         RunError: not even one sequence fits.
     """
-    progress, epochs, model = job.training.progress, job.args.train_epochs, job.model
-    if (progress.epoch, progress.iteration) != (1, 0) or epochs * job.steps_per_epoch < FEWEST_STEPS:
+    progress, epochs, model = context.training.progress, context.args.train_epochs, context.model
+    if (progress.epoch, progress.iteration) != (1, 0) or epochs * context.steps_per_epoch < FEWEST_STEPS:
         return
-    before = random_state(job.device)
+    before = random_state(context.device)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a batch normalisation's
     model.train()
     # The batch is made beside the loader: no worker starts, and the loader draws nothing.
-    loader = job.loaders["train"]
+    loader = context.loaders["train"]
     loader.batch_sampler.set_epoch(1)  # type: ignore[union-attr]
     first = next(iter(loader.batch_sampler))  # type: ignore[arg-type]
-    batch = loader.collate_fn([loader.dataset[index] for index in first]).to(job.device)
+    batch = loader.collate_fn([loader.dataset[index] for index in first]).to(context.device)
     for _ in range(2):  # the first one also makes caches and loads kernels
-        began = now(job.device)
+        began = now(context.device)
         gradients(batch)
         model.zero_grad(set_to_none=True)
-        seconds = now(job.device) - began
+        seconds = now(context.device) - began
     for buffer, held in buffers:
         buffer.copy_(held)
-    set_random_state(before, job.device)
-    moments = sum(p.numel() for p in model.parameters()) * OPTIMIZER_BYTES[job.args.optimizer]  # the first step makes them
-    kind = "GPU memory" if job.device.type == "cuda" else "memory"
-    job.log(
+    set_random_state(before, context.device)
+    moments = (
+        sum(p.numel() for p in model.parameters()) * OPTIMIZER_BYTES[context.args.optimizer]
+    )  # the first step makes them
+    kind = "GPU memory" if context.device.type == "cuda" else "memory"
+    context.log(
         f"Dry run: {seconds:.4f}s/iter; about {duration(left(seconds) / epochs)} an epoch with its evaluations, "
-        f"{duration(left(seconds))} in all; {kind} {peak_memory_gib(job.device) + moments / 2**30:.1f}GB at the peak, "
-        f"of {memory_limit(job.device) / 2**30:.1f}GB"
+        f"{duration(left(seconds))} in all; {kind} {peak_memory_gib(context.device) + moments / 2**30:.1f}GB at the peak, "
+        f"of {memory_limit(context.device) / 2**30:.1f}GB"
     )
 
 

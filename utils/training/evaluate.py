@@ -8,13 +8,13 @@ from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from models.base import ForecastModel
+from utils.training.context import Context
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.precision import Precision
-from utils.training.session import Job
 
-Shared = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.base
-Forecast = Callable[[Batch, Shared], torch.Tensor]  # -> [M, H] float32
+PrototypeKV = tuple[torch.Tensor, ...]  # keys and values that all sequences of a pass share, see models.base
+Forecast = Callable[[Batch, PrototypeKV], torch.Tensor]  # -> [M, H] float32
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def evaluate(
         torch.cuda.empty_cache()
     training = model.training
     model.eval()
-    shared = model.prototype_kv()  # once for the whole evaluation
+    prototype_kv = model.prototype_kv()  # once for the whole evaluation
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        forecasts = forecast(batch, shared)  # (M, H)
+        forecasts = forecast(batch, prototype_kv)  # (M, H)
         error, mask = (forecasts - batch.y).double(), batch.y_mask
         count = torch.full_like(totals[2], error.numel())
         if mask is not None:
@@ -71,35 +71,37 @@ def evaluate(
 
 
 def forecast_in_parts(
-    model: ForecastModel, precision: Precision | Accelerator, batch: Batch, shared: Shared, size: int
+    model: ForecastModel, precision: Precision | Accelerator, batch: Batch, prototype_kv: PrototypeKV, size: int
 ) -> torch.Tensor:
     """Forecasts `[M, H]` float32 of a batch, at most `size` of its sequences at once (0: all)."""
     with precision.autocast():
-        return torch.cat([model(part, shared).float() for part in batch.split(size)])
+        return torch.cat([model(part, prototype_kv).float() for part in batch.split(size)])
 
 
-def forecast_within_memory(job: Job, batch: Batch, shared: Shared, most: int = 0) -> torch.Tensor:
-    """As `forecast_in_parts`, with as many at once as `job.evaluation_limit` says, and at most `most` (0: no limit)."""
+def forecast_within_memory(context: Context, batch: Batch, prototype_kv: PrototypeKV, most: int = 0) -> torch.Tensor:
+    """As `forecast_in_parts`, with as many at once as `context.evaluation_limit` says, and at most `most` (0: no limit)."""
 
     def work(size: int) -> torch.Tensor:
         size = min(size or most, most) if most else size
-        return forecast_in_parts(job.model, job.precision, batch, shared, size)
+        return forecast_in_parts(context.model, context.precision, batch, prototype_kv, size)
 
-    return halve_on_out_of_memory(job, job.evaluation_limit, min(len(batch), most or len(batch)), work)
+    return halve_on_out_of_memory(context, context.evaluation_limit, min(len(batch), most or len(batch)), work)
 
 
-def score(job: Job, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:
+def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:
     """Score "train", "val" or "test".
 
     Raises:
         Interrupted: a signal has come between two batches (of a group of processes the next training step tells all).
         RunError: not even one sequence fits into the GPU's memory.
     """
-    loader = job.loaders[split]
-    batches = loader if job.accelerator.num_processes > 1 else job.interrupts.between(loader)
+    loader = context.loaders[split]
+    batches = loader if context.accelerator.num_processes > 1 else context.interrupts.between(loader)
 
-    def forecast(batch: Batch, shared: Shared) -> torch.Tensor:
-        return forecast_within_memory(job, batch, shared)
+    def forecast(batch: Batch, prototype_kv: PrototypeKV) -> torch.Tensor:
+        return forecast_within_memory(context, batch, prototype_kv)
 
-    with explain_out_of_memory("an evaluation", lambda: advice(job.args, job.model)):
-        return evaluate(job.model, batches, job.accelerator, forecast, consume, loss_of(job.args), job.device)
+    with explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):
+        return evaluate(
+            context.model, batches, context.accelerator, forecast, consume, loss_of(context.args), context.device
+        )

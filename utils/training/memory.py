@@ -19,7 +19,7 @@ from models.base import ForecastModel
 from models.TimeLLM import PROTOTYPES, Model, layers_of
 from utils.saving.files import size_text
 from utils.saving.state import random_state, set_random_state
-from utils.training.session import Job, Limit
+from utils.training.context import Context, Limit
 
 # PyTorch before 2.5 has only the second name.
 OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
@@ -77,7 +77,7 @@ def cap_memory(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), index)
 
 
-def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callable[[int], Result]) -> Result:
+def halve_on_out_of_memory(context: Context, limit: Limit, sequences: int, work: Callable[[int], Result]) -> Result:
     """`work(limit.sequences)`; where CUDA has no memory for it, again with half of them.
 
     The random generators go back to where they were, so the step is repeated with the same numbers.
@@ -89,10 +89,10 @@ def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callabl
     Raises:
         RunError: not even one sequence fits.
     """
-    if job.model.whole_batches:
-        with explain_out_of_memory("a batch, which this model takes whole", lambda: advice(job.args, job.model)):
+    if context.model.whole_batches:
+        with explain_out_of_memory("a batch, which this model takes whole", lambda: advice(context.args, context.model)):
             return work(0)
-    before = random_state(job.device)
+    before = random_state(context.device)
     while True:
         try:
             return work(limit.sequences)
@@ -101,13 +101,15 @@ def halve_on_out_of_memory(job: Job, limit: Limit, sequences: int, work: Callabl
                 raise
             tried = min(limit.sequences or sequences, sequences)
             if tried == 1:
-                raise RunError(f"CUDA out of memory with one sequence at a time; {advice(job.args, job.model)}") from None
+                raise RunError(
+                    f"CUDA out of memory with one sequence at a time; {advice(context.args, context.model)}"
+                ) from None
         limit.sequences = tried // 2
-        job.model.zero_grad(set_to_none=True)
-        free_memory(job.device)
-        set_random_state(before, job.device)
+        context.model.zero_grad(set_to_none=True)
+        free_memory(context.device)
+        set_random_state(before, context.device)
         if not limit.was_short:
-            job.log(
+            context.log(
                 f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
                 f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
             )

@@ -17,20 +17,20 @@ from utils.results.log import memory_line, peak_memory_gib, progress_bar
 from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
+from utils.training.context import Context
 from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.optimizer import learning_rate
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
-from utils.training.session import Job
 
 TestFound = tuple[TestPass | M4Pass, Scores]
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
 
-def train(job: Job) -> TestFound | None:
+def train(context: Context) -> TestFound | None:
     """Train until the epochs or the patience are used up; the best checkpoint lies in the run's folder.
 
     Returns:
@@ -40,77 +40,81 @@ def train(job: Job) -> TestFound | None:
         Interrupted: a signal has come; the state is saved.
         RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
     """
-    args, progress, journal = job.args, job.training.progress, job.training.journal
-    clock = Clock(job)
+    args, progress, journal = context.args, context.training.progress, context.training.journal
+    clock = Clock(context)
     best_test: TestFound | None = None
     if journal:
         journal.start(progress.epoch, progress.iteration)
-    if job.model.is_trained:
-        dry_run(job, lambda batch: leave_gradients(job, batch), clock.left)
+    if context.model.is_trained:
+        dry_run(context, lambda batch: leave_gradients(context, batch), clock.left)
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
-            if job.model.is_trained:
-                train_loss = train_epoch(job, clock)
+            if context.model.is_trained:
+                train_loss = train_epoch(context, clock)
             else:  # fitted in closed form before
-                progress.iteration, train_loss = job.steps_per_epoch, score(job, "train").loss
+                progress.iteration, train_loss = context.steps_per_epoch, score(context, "train").loss
             seconds = time.perf_counter() - began
-            job.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
+            context.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            with job.training.saver.explained():  # validation and test write to the disk
-                vali = validate(job)
-                results, test = test_epoch(job, improved=vali.loss < progress.best_vali_loss)
+            with context.training.saver.explained():  # validation and test write to the disk
+                vali = validate(context)
+                results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss)
             if results and test:
                 best_test = results, test
             elif vali.loss < progress.best_vali_loss:
                 best_test = None
             evaluation = time.perf_counter() - began
             clock.take(evaluation, tested=test is not None)
-            end_epoch(job, train_loss, vali, test)
+            end_epoch(context, train_loss, vali, test)
             if journal:
                 costs = {"seconds": seconds, "evaluation_seconds": evaluation,
-                         "peak_memory_gib": peak_memory_gib(job.device)}  # fmt: skip
+                         "peak_memory_gib": peak_memory_gib(context.device)}  # fmt: skip
                 journal.epoch(progress.history, costs)
-            save_if_asked(job, bool(job.interrupts.received), job.training.saver.due(progress))
+            save_if_asked(context, bool(context.interrupts.received), context.training.saver.due(progress))
     except Interrupted as signal:
-        save(job)
-        job.log(f"{signal}: the state of epoch {progress.epoch}, iteration {progress.iteration} is saved in {job.folder}")
-        job.log(f"To resume: {resume_command(args)}")
+        save(context)
+        context.log(
+            f"{signal}: the state of epoch {progress.epoch}, iteration {progress.iteration} is saved in {context.folder}"
+        )
+        context.log(f"To resume: {resume_command(args)}")
         raise
     if progress.epochs_without_improvement >= args.patience:
-        job.log("Early stopping")
+        context.log("Early stopping")
     if progress.best_vali_loss == float("inf"):
         raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
     return best_test
 
 
-def train_epoch(job: Job, clock: "Clock") -> float:
+def train_epoch(context: Context, clock: "Clock") -> float:
     """Run the rest of the epoch that the run is in; return its mean training loss."""
-    args, progress, journal = job.args, job.training.progress, job.training.journal
-    loader, total = job.loaders["train"], job.steps_per_epoch
+    args, progress, journal = context.args, context.training.progress, context.training.journal
+    loader, total = context.loaders["train"], context.steps_per_epoch
     loader.batch_sampler.set_epoch(progress.epoch, skip=progress.iteration)  # type: ignore[union-attr]
-    job.model.train()
+    context.model.train()
     clock.restart()
     with progress_bar(total, progress.iteration) as bar:
         # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
         for batch in itertools.islice(loader, total - progress.iteration):
             step = (progress.epoch - 1) * total + progress.iteration
             lr = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
-            loss, stop, due = train_step(job, batch.to(job.device), lr, job.training.saver.due(progress, ahead=1))
+            loss, stop, due = train_step(
+                context, batch.to(context.device), lr, context.training.saver.due(progress, ahead=1)
+            )
             clock.steps += 1
             if journal:
                 journal.step(progress.epoch, progress.iteration, loss, lr)
             bar.update()
             if progress.iteration % args.log_every == 0:
-                job.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss:.7f}")
-                job.log(f"\t{clock.line()}")
+                context.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss:.7f}")
+                context.log(f"\t{clock.line()}")
                 if journal:
                     journal.flush()
-            save_if_asked(job, stop, due)
+            save_if_asked(context, stop, due)
     return progress.loss_sum / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def train_step(job: Job, batch: Batch, lr: float, due: bool = False) -> tuple[float, bool, bool]:
+def train_step(context: Context, batch: Batch, lr: float, due: bool = False) -> tuple[float, bool, bool]:
     """One step: forward, loss, backward, and the optimizer's step unless a number is NaN or infinite.
 
     In a group of processes each has its share of the batch, and the gradients are added up.
@@ -124,34 +128,34 @@ def train_step(job: Job, batch: Batch, lr: float, due: bool = False) -> tuple[fl
     Raises:
         RunError: not even one sequence fits into the GPU's memory, or too many steps in a row were skipped.
     """
-    model, optimizer, progress = job.model, job.training.optimizer, job.training.progress
-    loss = leave_gradients(job, batch)
+    model, optimizer, progress = context.model, context.training.optimizer, context.training.progress
+    loss = leave_gradients(context, batch)
     progress.iteration += 1
     gradients = list(model.gradients())
-    if job.accelerator.num_processes > 1:
+    if context.accelerator.num_processes > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)
     # A sum is finite only if every term is, and takes no memory of its own.
     numbers = torch.stack([loss, *(gradient.sum().float() for gradient in gradients)])
-    asks = torch.tensor([job.interrupts.received > 0, due]).float()
-    told = job.accelerator.reduce(torch.stack([loss.float(), *asks.to(job.device, non_blocking=True)]))
+    asks = torch.tensor([context.interrupts.received > 0, due]).float()
+    told = context.accelerator.reduce(torch.stack([loss.float(), *asks.to(context.device, non_blocking=True)]))
     wrong = ~torch.isfinite(numbers).all()
     value, stop, save_now, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
     good = not skip and math.isfinite(value)
     if good:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if job.precision.is_scaled:
+        if context.precision.is_scaled:
             for gradient in gradients:
                 gradient.div_(progress.loss_scale)
         # The first step makes the optimizer's moments, which are larger than the trained values.
-        with explain_out_of_memory("the optimizer's step", lambda: advice(job.args, model)):
+        with explain_out_of_memory("the optimizer's step", lambda: advice(context.args, model)):
             optimizer.step()
         progress.loss_sum += value
         progress.skipped_in_a_row = 0
     else:
-        skip_step(job, batch, value)
-    if job.precision.is_scaled:  # halved at each skip, doubled after enough good steps
+        skip_step(context, batch, value)
+    if context.precision.is_scaled:  # halved at each skip, doubled after enough good steps
         progress.good_steps = (progress.good_steps + 1) % GOOD_STEPS if good else 0
         factor = 0.5 if not good else 1.0 if progress.good_steps else 2.0
         progress.loss_scale = min(max(progress.loss_scale * factor, 1.0), LARGEST_SCALE)
@@ -159,19 +163,21 @@ def train_step(job: Job, batch: Batch, lr: float, due: bool = False) -> tuple[fl
     return value, stop > 0, save_now > 0
 
 
-def leave_gradients(job: Job, batch: Batch) -> torch.Tensor:
+def leave_gradients(context: Context, batch: Batch) -> torch.Tensor:
     """Leave the gradients of this process's sequences in the model, in parts that fit into memory; return its part of the
     loss.
 
     Raises:
         RunError: not even one sequence fits into the GPU's memory.
     """
-    scale = job.training.progress.loss_scale if job.precision.is_scaled else 1.0
+    scale = context.training.progress.loss_scale if context.precision.is_scaled else 1.0
 
     def work(size: int) -> torch.Tensor:
-        return forward_backward(job.model, batch, job.precision, size, scale, loss_of(job.args), job.sequences_per_step)
+        return forward_backward(
+            context.model, batch, context.precision, size, scale, loss_of(context.args), context.sequences_per_step
+        )
 
-    return halve_on_out_of_memory(job, job.step_limit, len(batch), work)
+    return halve_on_out_of_memory(context, context.step_limit, len(batch), work)
 
 
 def forward_backward(
@@ -193,8 +199,8 @@ def forward_backward(
         total: sequences of the whole batch, where this is one process's share; loss and gradients are then its part.
     """
     with precision.autocast():
-        shared = model.prototype_kv()
-    leaves = tuple(tensor.detach().requires_grad_() for tensor in shared)
+        prototype_kv = model.prototype_kv()
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in prototype_kv)
     found = torch.zeros((), device=batch.x.device)
     for part in batch.split(max_sequences):
         with precision.autocast():
@@ -202,34 +208,34 @@ def forward_backward(
         share = loss(forecast.float(), part) * (len(part) / (total or len(batch)))
         (share * scale).backward()
         found += share.detach()
-    if shared:
-        torch.autograd.backward(shared, [leaf.grad for leaf in leaves])
+    if prototype_kv:
+        torch.autograd.backward(prototype_kv, [leaf.grad for leaf in leaves])
     return found
 
 
 @torch.no_grad()
-def skip_step(job: Job, batch: Batch, loss: float) -> None:
+def skip_step(context: Context, batch: Batch, loss: float) -> None:
     """Count a step without finite numbers, and say so.
 
     Raises:
         RunError: too many in a row; it names the windows of the last batch, and the columns that go wrong.
     """
-    progress = job.training.progress
+    progress = context.training.progress
     progress.skipped += 1
     progress.skipped_in_a_row += 1
     what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is NaN or infinite"
-    scaled = f"; the loss was scaled by {progress.loss_scale:.0f}" if job.precision.is_scaled else ""
-    job.log(
+    scaled = f"; the loss was scaled by {progress.loss_scale:.0f}" if context.precision.is_scaled else ""
+    context.log(
         f"WARNING: epoch {progress.epoch}, iteration {progress.iteration}: {what}; the step is skipped "
         f"({progress.skipped} in this epoch, {progress.skipped_in_a_row} in a row){scaled}"
     )
     # While the loss scale comes down, the next step may be a good one.
-    if progress.skipped_in_a_row <= MAX_SKIPS or (job.precision.is_scaled and progress.loss_scale > 1):
+    if progress.skipped_in_a_row <= MAX_SKIPS or (context.precision.is_scaled and progress.loss_scale > 1):
         return
-    data, columns = job.loaders["train"].dataset, job.trained_series.forecast_columns
-    with job.precision.autocast():
-        shared = job.model.prototype_kv()
-    forecast = forecast_in_parts(job.model, job.precision, batch, shared, max(job.step_limit.sequences, 1))
+    data, columns = context.loaders["train"].dataset, context.trained_series.forecast_columns
+    with context.precision.autocast():
+        prototype_kv = context.model.prototype_kv()
+    forecast = forecast_in_parts(context.model, context.precision, batch, prototype_kv, max(context.step_limit.sequences, 1))
     bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
     bad = bad if bad.any() else torch.ones_like(bad)
     windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
@@ -237,89 +243,89 @@ def skip_step(job: Job, batch: Batch, loss: float) -> None:
     listed = (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for names in (windows, wrong))
     raise RunError(
         "{} steps in a row had no finite loss or gradient; the last is of the windows that start at {}, columns {}; "
-        "try a lower --learning_rate; {}".format(progress.skipped_in_a_row, *listed, job.training.saver.kept())
+        "try a lower --learning_rate; {}".format(progress.skipped_in_a_row, *listed, context.training.saver.kept())
     )
 
 
-def validate(job: Job) -> Scores:
-    """Score the validation split; the errors of the best epoch so far become the job's prediction intervals."""
-    if not job.levels:
-        return score(job, "val")
-    with Calibration(job) as calibration:
-        vali = score(job, "val", calibration.consume)
-        if vali.loss < job.training.progress.best_vali_loss:
+def validate(context: Context) -> Scores:
+    """Score the validation split; the errors of the best epoch so far become the run's prediction intervals."""
+    if not context.levels:
+        return score(context, "val")
+    with Calibration(context) as calibration:
+        vali = score(context, "val", calibration.consume)
+        if vali.loss < context.training.progress.best_vali_loss:
             calibration.end()
     return vali
 
 
-def test_epoch(job: Job, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
+def test_epoch(context: Context, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
     """Score the test split where `--test_every` has it; of the best epoch so far, keep all that a test leaves."""
-    every = job.args.test_every
-    if not every or job.training.progress.epoch % every:
+    every = context.args.test_every
+    if not every or context.training.progress.epoch % every:
         return None, None
-    results = open_pass(job) if improved else None
-    return results, score(job, "test", results.consume if results else None)
+    results = open_pass(context) if improved else None
+    return results, score(context, "test", results.consume if results else None)
 
 
-def end_epoch(job: Job, train_loss: float, vali: Scores, test: Scores | None) -> None:
+def end_epoch(context: Context, train_loss: float, vali: Scores, test: Scores | None) -> None:
     """Print the epoch's line; keep its checkpoint if it is the best so far; save the state.
 
     The checkpoint comes before the state that knows of it: a run that ends between the two resumes from an earlier state
     and writes the same checkpoint once more.
     """
-    progress, patience = job.training.progress, job.args.patience
+    progress, patience = context.training.progress, context.args.patience
     tested = f" Test Loss: {test.loss:.4f} MAE Loss: {test.mae:.4f}" if test else ""
-    job.log(f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.loss:.4f}{tested}")
-    job.log(memory_line(job.device))
+    context.log(f"Epoch: {progress.epoch} | Train Loss: {train_loss:.4f} Vali Loss: {vali.loss:.4f}{tested}")
+    context.log(memory_line(context.device))
     progress.history.append(
         {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.loss,
          "test_loss": test.loss if test else None, "test_mae": test.mae if test else None}
     )  # fmt: skip
     improved = vali.loss < progress.best_vali_loss
     progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
-    job.log(f"EarlyStopping counter: {progress.epochs_without_improvement} out of {patience}")
+    context.log(f"EarlyStopping counter: {progress.epochs_without_improvement} out of {patience}")
     if improved:
-        job.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.loss:.6f}). Saving model ...")
+        context.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.loss:.6f}). Saving model ...")
         progress.best_vali_loss = vali.loss
-        with _explained(job):
-            job.training.saver.save_checkpoint(progress.history[-1], job.intervals)
+        with _explained(context):
+            context.training.saver.save_checkpoint(progress.history[-1], context.intervals)
     progress.next_epoch()
-    save(job)
+    save(context)
 
 
-def save_if_asked(job: Job, stop: bool, due: bool) -> None:
+def save_if_asked(context: Context, stop: bool, due: bool) -> None:
     """Save the state if it is due.
 
     Raises:
         Interrupted: a signal has come to this process or another of the group.
     """
     if stop:
-        received = torch.tensor([job.interrupts.received], device=job.device)
-        raise Interrupted(int(job.accelerator.gather(received).max()))
+        received = torch.tensor([context.interrupts.received], device=context.device)
+        raise Interrupted(int(context.accelerator.gather(received).max()))
     if due:
-        save(job)
+        save(context)
 
 
-def save(job: Job) -> None:
+def save(context: Context) -> None:
     """Save the state of the run as it stands between two iterations."""
-    progress = job.training.progress
-    progress.max_sequences = job.step_limit.sequences
-    progress.evaluation_sequences = job.evaluation_limit.sequences
-    with _explained(job):
-        job.training.saver.save(progress)
+    progress = context.training.progress
+    progress.max_sequences = context.step_limit.sequences
+    progress.evaluation_sequences = context.evaluation_limit.sequences
+    with _explained(context):
+        context.training.saver.save(progress)
 
 
 # Where memory runs out while saving, one line says what the run can resume from.
-def _explained(job: Job) -> AbstractContextManager[None]:
-    return explain_out_of_memory("saving", lambda: f"{advice(job.args, job.model)}; {job.training.saver.kept()}")
+def _explained(context: Context) -> AbstractContextManager[None]:
+    return explain_out_of_memory("saving", lambda: f"{advice(context.args, context.model)}; {context.training.saver.kept()}")
 
 
 class Clock:
     """Speed of the steps since the last line, and the time that the whole run still takes."""
 
-    def __init__(self, job: Job):
-        self.job = job
-        self.windows = {split: len(job.windows.windows(split)) for split in ("val", "test")}
+    def __init__(self, context: Context):
+        self.context = context
+        self.windows = {split: len(context.windows.windows(split)) for split in ("val", "test")}
         self.evaluation: float | None = None  # seconds a window, once an evaluation has been timed
         self.restart()
 
@@ -337,9 +343,9 @@ class Clock:
 
     def left(self, speed: float) -> float:
         """Seconds that the whole run still takes at `speed` seconds an iteration, evaluations included."""
-        args, progress = self.job.args, self.job.training.progress
+        args, progress = self.context.args, self.context.training.progress
         epochs = range(progress.epoch, args.train_epochs + 1)
-        steps = len(epochs) * self.job.steps_per_epoch - progress.iteration
+        steps = len(epochs) * self.context.steps_per_epoch - progress.iteration
         tests = sum(1 for epoch in epochs if args.test_every and epoch % args.test_every == 0)
         tests += args.test_every != 1  # the best epoch is tested at the end, unless all were
         windows = len(epochs) * self.windows["val"] + tests * self.windows["test"]

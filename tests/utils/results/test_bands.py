@@ -55,12 +55,12 @@ def test_coverage_of_exchangeable_errors_is_what_was_promised(level: float) -> N
 
 def errors_by_hand(words: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
     """Errors of the checkpoint's forecasts `[W, N, H]` and deviations of the histories `[W, N, 1]`, window by window."""
-    job = utils.run.setup(parse_flags([*words, "--is_training", "0", "--do_predict", "0"]), 0, utils.run.Interrupts())
-    utils.run.load_checkpoint(job)
-    items = list(job.windows.windows(split))
+    context = utils.run.setup(parse_flags([*words, "--is_training", "0", "--do_predict", "0"]), 0, utils.run.Interrupts())
+    utils.run.load_checkpoint(context)
+    items = list(context.windows.windows(split))
     x, y = (torch.stack([item[name] for item in items]).transpose(1, 2) for name in ("x", "y"))  # (W, N, rows)
     with torch.inference_mode():
-        forecast = job.model.eval()(Batch(x.flatten(0, 1), y.flatten(0, 1))).view(len(items), N, -1)
+        forecast = context.model.eval()(Batch(x.flatten(0, 1), y.flatten(0, 1))).view(len(items), N, -1)
     return (y[..., -PRED_LEN:] - forecast).numpy(), np.sqrt(x.numpy().var(axis=2, keepdims=True) + 1e-5)
 
 

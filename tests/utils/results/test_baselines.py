@@ -62,8 +62,8 @@ def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
     found = {}
     for flag in ("train", "val"):
         x, y = stacked(series.windows(flag))
-        mean, deviation = x.mean(axis=1, keepdims=True), np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
-        found[flag] = (x - mean) / deviation, (y - mean) / deviation, deviation[:, 0]
+        mean, std = x.mean(axis=1, keepdims=True), np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+        found[flag] = (x - mean) / std, (y - mean) / std, std[:, 0]
     z, target, weight = found["train"]
     z_val, target_val, weight_val = found["val"]  # x and its mean are those of the last split, val
     fits = [Ridge(alpha=each * weight.sum(), fit_intercept=False, solver="svd").fit(z, target, sample_weight=weight)
@@ -72,7 +72,7 @@ def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
     best = int(np.argmin(errors))
     assert PENALTIES[best] == penalty
     np.testing.assert_allclose(weights, fits[best].coef_.T, atol=1e-7)
-    np.testing.assert_allclose(ridge_forecast(x, weights), fits[best].predict(z_val) * deviation + mean, atol=1e-7)
+    np.testing.assert_allclose(ridge_forecast(x, weights), fits[best].predict(z_val) * std + mean, atol=1e-7)
 
 
 @pytest.mark.parametrize(

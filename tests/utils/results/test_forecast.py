@@ -52,15 +52,15 @@ def by_hand(folder: Path, run: Path, file: str, steps: int) -> np.ndarray:
     """The rows `[steps, N]` that follow a file: the scaler of the 168 training rows, the model on the last T rows,
     again on the last T with its own forecast behind them, and back."""
     training, known = (pd.read_csv(folder / name)[COLUMNS].to_numpy() for name in ("own.csv", file))
-    mean, deviation = training[:168].mean(axis=0), training[:168].std(axis=0)
+    mean, std = training[:168].mean(axis=0), training[:168].std(axis=0)
     model = Model(Namespace(**read_record(run)["flags"])).eval()
     model.load_state_dict(load_file(run / "checkpoint.safetensors"), strict=False)  # beside them, the intervals
-    rows = torch.from_numpy(((known - mean) / deviation).astype(np.float32))
+    rows = torch.from_numpy(((known - mean) / std).astype(np.float32))
     with torch.inference_mode():
         while len(rows) < len(known) + steps:
             x = rows[-T:].t()  # (N, T)
             rows = torch.cat([rows, model(Batch(x, x[:, :0])).t()])
-    return rows[len(known) : len(known) + steps].double().numpy() * deviation + mean
+    return rows[len(known) : len(known) + steps].double().numpy() * std + mean
 
 
 def test_forecast_is_prediction_times_deviation_plus_mean(trained):

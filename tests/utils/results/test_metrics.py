@@ -46,9 +46,9 @@ def test_figures_are_those_of_numpy_for_any_batch_size(monkeypatch, size, at_onc
     for start in range(0, W, size):
         metrics.add(*(torch.from_numpy(v[start : start + size]) for v in (pred, true, units)))
     found = metrics.result()
-    for scale, mean, deviation in (("standardised", np.zeros(N), np.ones(N)), ("own_units", MEAN, DEVIATION)):
-        p, y = (v * deviation[:, None] + mean[:, None] for v in (pred, true))
-        unit = np.broadcast_to(deviation[:, None], p.shape)
+    for scale, mean, std in (("standardised", np.zeros(N), np.ones(N)), ("own_units", MEAN, DEVIATION)):
+        p, y = (v * std[:, None] + mean[:, None] for v in (pred, true))
+        unit = np.broadcast_to(std[:, None], p.shape)
         assert found[scale]["all"] == pytest.approx(by_hand(p, y, unit))
         for channel, name in enumerate(COLUMNS):
             assert found[scale]["channels"][name] == pytest.approx(by_hand(p[:, channel], y[:, channel], unit[:, channel]))
@@ -77,13 +77,13 @@ def test_memory_does_not_grow_with_the_predictions(tmp_path):
     frame.insert(0, "date", pd.date_range("2020-01-01", periods=1700, freq="h", tz="UTC"))
     frame.to_csv(tmp_path / "wide.csv", index=False)
     series = load_series("custom", tmp_path, "wide.csv", seq_len=16, label_len=0, pred_len=100)
-    job = SimpleNamespace(
+    context = SimpleNamespace(
         windows=series, folder=tmp_path / "run", intervals=None, levels=(), device=torch.device("cpu"), log=print,
         accelerator=Accelerator(cpu=True), args=Namespace(save_predictions=1, num_workers=0, eval_batch_size=8, seed=0),
     )  # fmt: skip
-    results, windows = TestPass(job), len(series.windows("test"))
+    results, windows = TestPass(context), len(series.windows("test"))
     tracemalloc.start()
-    for batch in batch_loader(job.args, "test", series)[1]:
+    for batch in batch_loader(context.args, "test", series)[1]:
         results.consume(batch, batch.y + 1)
     assert tracemalloc.get_traced_memory()[1] < 4 * windows * 100 * 100 / 2  # half of one of the arrays
     tracemalloc.stop()

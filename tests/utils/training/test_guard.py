@@ -14,9 +14,9 @@ from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import FIRST_SCALE
 from utils.setup import setup
+from utils.training.context import Context
 from utils.training.evaluate import score
 from utils.training.precision import choose_precision
-from utils.training.session import Job
 from utils.training.train import Clock, train_epoch
 from utils.training.train import train as fit
 
@@ -29,31 +29,31 @@ def begin(small, tmp_path: Path):
 
     The tiny model's gradients are large: with the first scale of a run, its first step overflows.
     """
-    jobs: list[Job] = []
+    contexts: list[Context] = []
 
-    def begun(where: str = "runs", scale: float = 2.0**12, **flags: object) -> Job:
+    def begun(where: str = "runs", scale: float = 2.0**12, **flags: object) -> Context:
         words = small(**{"checkpoints": tmp_path / where, "save_steps": 0, "batch_size": 8} | flags)
-        jobs.append(setup(parse_flags(words), 0, Interrupts()))
-        jobs[-1].training.progress.loss_scale = scale
-        return jobs[-1]
+        contexts.append(setup(parse_flags(words), 0, Interrupts()))
+        contexts[-1].training.progress.loss_scale = scale
+        return contexts[-1]
 
     yield begun
-    for job in jobs:
-        job.close()
+    for context in contexts:
+        context.close()
 
 
-def epoch(job: Job) -> float:
+def epoch(context: Context) -> float:
     torch.manual_seed(0)
-    return train_epoch(job, Clock(job))
+    return train_epoch(context, Clock(context))
 
 
-def logged(job: Job) -> str:
-    return (job.folder / "train.log").read_text(encoding="utf-8")
+def logged(context: Context) -> str:
+    return (context.folder / "train.log").read_text(encoding="utf-8")
 
 
-def break_targets(job: Job, iterations: set[int], value: float) -> None:
+def break_targets(context: Context, iterations: set[int], value: float) -> None:
     """Let the loader's batches of these iterations (from 1) carry a wrong value in column "flow" of window 2."""
-    collate, count = job.loaders["train"].collate_fn, iter(range(1, 1000))
+    collate, count = context.loaders["train"].collate_fn, iter(range(1, 1000))
 
     def broken(items):
         batch = collate(items)
@@ -61,42 +61,42 @@ def break_targets(job: Job, iterations: set[int], value: float) -> None:
             batch.y[2 * 3 + 1, 3] = value
         return batch
 
-    job.loaders["train"].collate_fn = broken
+    context.loaders["train"].collate_fn = broken
 
 
-def assert_same(one: Job, two: Job) -> None:
+def assert_same(one: Context, two: Context) -> None:
     held = []
-    for job in (one, two):
-        moments = [value for of in job.training.optimizer.state_dict()["state"].values() for value in of.values()]
-        held.append([*job.model.state_dict().values(), *moments])
+    for context in (one, two):
+        moments = [value for of in context.training.optimizer.state_dict()["state"].values() for value in of.values()]
+        held.append([*context.model.state_dict().values(), *moments])
     assert all(torch.equal(a, b) for a, b in zip(*held, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_step_with_wrong_numbers_is_skipped_and_counted(begin, value: float) -> None:
-    job, first = begin(max_iters=2), begin("one", max_iters=1)
-    break_targets(job, {2}, value)
-    assert epoch(job) == epoch(first)  # the mean is of the steps that count
-    assert_same(job, first)
-    assert job.training.progress.skipped == 1
-    assert "epoch 1, iteration 2: the loss is" in logged(job) and "1 in a row" in logged(job)
+    context, first = begin(max_iters=2), begin("one", max_iters=1)
+    break_targets(context, {2}, value)
+    assert epoch(context) == epoch(first)  # the mean is of the steps that count
+    assert_same(context, first)
+    assert context.training.progress.skipped == 1
+    assert "epoch 1, iteration 2: the loss is" in logged(context) and "1 in a row" in logged(context)
 
 
 def test_more_than_ten_in_a_row_end_the_run_and_are_named(begin) -> None:
-    job = begin(batch_size=6, train_epochs=2)  # 16 steps an epoch
-    break_targets(job, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the dry run
-    job.loaders["train"].batch_sampler.set_epoch(1)
-    batches = list(job.loaders["train"].batch_sampler)
+    context = begin(batch_size=6, train_epochs=2)  # 16 steps an epoch
+    break_targets(context, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the dry run
+    context.loaders["train"].batch_sampler.set_epoch(1)
+    batches = list(context.loaders["train"].batch_sampler)
     with pytest.raises(RunError, match="11 steps in a row had no finite loss") as error:
-        fit(job)
+        fit(context)
     date = str(pd.Timestamp("2020-01-01") + pd.Timedelta(hours=batches[13][2]))
     assert f"the windows that start at {date}, columns flow; " in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def short_of_memory(job: Job, limit: int) -> list[int]:
+def short_of_memory(context: Context, limit: int) -> list[int]:
     """Let the model run out of memory above `limit` sequences, as CUDA does; returns what was tried."""
-    forward, tried = job.model.forward, []
+    forward, tried = context.model.forward, []
 
     def short(batch, *rest):
         tried.append(len(batch))
@@ -105,19 +105,19 @@ def short_of_memory(job: Job, limit: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return out
 
-    job.model.forward = short
+    context.model.forward = short
     return tried
 
 
 def test_a_step_without_memory_is_repeated_in_smaller_parts(begin) -> None:
-    job, given = begin(max_iters=3), begin("given", max_iters=3, max_sequences=6)
-    tried = short_of_memory(job, 7)
-    assert epoch(job) == epoch(given)
-    assert tried[:3] == [24, 12, 6] and set(tried[2:]) == {6} and job.step_limit.sequences == 6
-    assert_same(job, given)
+    context, given = begin(max_iters=3), begin("given", max_iters=3, max_sequences=6)
+    tried = short_of_memory(context, 7)
+    assert epoch(context) == epoch(given)
+    assert tried[:3] == [24, 12, 6] and set(tried[2:]) == {6} and context.step_limit.sequences == 6
+    assert_same(context, given)
     told = "CUDA out of memory with 24 sequences at once: going on with at most 12 (--max_sequences 12 starts that way)"
-    assert logged(job).count("out of memory") == 1 and told in logged(job)
-    assert score(job, "val").mse == pytest.approx(score(given, "val").mse, rel=1e-6)
+    assert logged(context).count("out of memory") == 1 and told in logged(context)
+    assert score(context, "val").mse == pytest.approx(score(given, "val").mse, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_no_memory_where_no_smaller_parts_help_is_one_line(begin, monkeypatch, p
 
     monkeypatch.setattr(place, no_memory)
     with pytest.raises(RunError, match=f"^CUDA out of memory {told}"):
-        job = begin()
+        context = begin()
         if "prototype_kv" in place:
-            score(job, "val")
-        epoch(job)
+            score(context, "val")
+        epoch(context)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,13 @@ def test_a_run_in_fp16_is_about_one_in_float32(begin, path: str) -> None:
     """Losses, an evaluation, and the gradients' means, out of which the scale is taken again."""
     found, moments = [], []
     for dtype in ("fp32", "fp16"):
-        job = begin(dtype, amp_dtype=dtype, fast_path=path, features="S", batch_size=4, max_iters=4, log_every=1, dropout=0)
-        epoch(job)
-        losses = [float(line.split("loss: ")[1]) for line in logged(job).splitlines() if "iters:" in line]
-        found.append([*losses, score(job, "val").mse])
-        moments.append(job.training.optimizer.state[job.model.output_projection.linear.bias]["exp_avg"])
+        context = begin(
+            dtype, amp_dtype=dtype, fast_path=path, features="S", batch_size=4, max_iters=4, log_every=1, dropout=0
+        )
+        epoch(context)
+        losses = [float(line.split("loss: ")[1]) for line in logged(context).splitlines() if "iters:" in line]
+        found.append([*losses, score(context, "val").mse])
+        moments.append(context.training.optimizer.state[context.model.output_projection.linear.bias]["exp_avg"])
     assert len(found[1]) == 5 and found[1] == pytest.approx(found[0], rel=0.02) and found[0] != found[1]
     assert (moments[1] - moments[0]).norm() < 0.05 * moments[0].norm()
 
@@ -192,26 +194,26 @@ def test_a_checkpoint_is_tested_whatever_it_was_trained_in(small, capsys) -> Non
         assert float(figures(train([*test, dtype], capsys))[0]) == pytest.approx(mse, rel=0.02)
 
 
-def overflow(job: Job, steps: set[int]) -> None:
+def overflow(context: Context, steps: set[int]) -> None:
     """Let a gradient of these steps (from 1) be infinite."""
     calls = iter(range(1, 1000))
-    bias = job.model.output_projection.linear.bias
+    bias = context.model.output_projection.linear.bias
     bias.register_hook(lambda gradient: gradient * (float("inf") if next(calls) in steps else 1))
 
 
 def test_skips_end_the_run_once_the_scale_is_one(begin) -> None:
-    job = begin(scale=FIRST_SCALE, amp_dtype="fp16", train_epochs=2, batch_size=4)
-    overflow(job, set(range(1, 100)))
+    context = begin(scale=FIRST_SCALE, amp_dtype="fp16", train_epochs=2, batch_size=4)
+    overflow(context, set(range(1, 100)))
     with pytest.raises(RunError, match="17 steps in a row had no finite loss or gradient"):
-        fit(job)  # 16 halvings, and one step that was not scaled
-    assert job.training.progress.loss_scale == 1
+        fit(context)  # 16 halvings, and one step that was not scaled
+    assert context.training.progress.loss_scale == 1
 
 
 def test_the_scale_doubles_after_good_steps(begin, monkeypatch) -> None:
     monkeypatch.setattr(utils.training.train, "GOOD_STEPS", 3)
-    job, seen = begin(scale=4.0, amp_dtype="fp16", max_iters=13, batch_size=6), []
-    overflow(job, {5, 9, 10, 11, 12, 13})
-    due = job.training.saver.due  # asked in each step, before its change of the scale
-    monkeypatch.setattr(job.training.saver, "due", lambda at, ahead: seen.append(at.loss_scale) or due(at, ahead))
-    epoch(job)
-    assert [*seen[1:], job.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]
+    context, seen = begin(scale=4.0, amp_dtype="fp16", max_iters=13, batch_size=6), []
+    overflow(context, {5, 9, 10, 11, 12, 13})
+    due = context.training.saver.due  # asked in each step, before its change of the scale
+    monkeypatch.setattr(context.training.saver, "due", lambda at, ahead: seen.append(at.loss_scale) or due(at, ahead))
+    epoch(context)
+    assert [*seen[1:], context.training.progress.loss_scale] == [4, 4, 8, 8, 4, 4, 4, 8, 4, 2, 1, 1, 1]

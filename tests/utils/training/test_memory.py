@@ -16,8 +16,8 @@ from tests.conftest import NAMES
 from tests.small_run import command_line, make_batch, random_windows, small_model, train
 from utils.flags import parse_flags
 from utils.setup import setup
+from utils.training.context import Context
 from utils.training.memory import advice
-from utils.training.session import Job
 
 SEQ_LEN = 128
 
@@ -111,13 +111,13 @@ def test_advice_is_ordered_by_what_it_saves(load, tmp_path: Path, flags: dict, s
 def test_a_repeats_model_is_gone_before_the_next_is_loaded(small, capsys, monkeypatch) -> None:
     watched: list[weakref.ref] = []
 
-    def watch(*args: Any) -> Job:
+    def watch(*args: Any) -> Context:
         assert [ref() for ref in watched if ref() is not None] == []
-        job = setup(*args)
-        held = job, job.training, job.training.optimizer, job.training.saver, job.loaders["train"]
-        watched.extend(map(weakref.ref, (*held, *job.model.modules(), *job.model.parameters())))
-        watched.extend(map(weakref.ref, (job.model.backbone, *job.model.backbone.model.parameters())))
-        return job
+        context = setup(*args)
+        held = context, context.training, context.training.optimizer, context.training.saver, context.loaders["train"]
+        watched.extend(map(weakref.ref, (*held, *context.model.modules(), *context.model.parameters())))
+        watched.extend(map(weakref.ref, (context.model.backbone, *context.model.backbone.model.parameters())))
+        return context
 
     monkeypatch.setattr("utils.run.setup", watch)
     train(small(itr=2, max_iters=2, do_predict=True), capsys)

@@ -229,15 +229,15 @@ def test_errors_against_numpy_whatever_the_batch(argv, capsys, tmp_path: Path, f
     inputs = np.stack([values[i - SEQ_LEN : i, target] for i in starts])
 
     for size in (1, 5, 100) if features == "M" else (16,):
-        job = setup(parse_flags([*words, "--is_training", "0", "--eval_batch_size", str(size)]), 0, Interrupts())
-        job.model.load_state_dict(job.checkpoint.tensors(shapes_of(job.model)))
+        context = setup(parse_flags([*words, "--is_training", "0", "--eval_batch_size", str(size)]), 0, Interrupts())
+        context.model.load_state_dict(context.checkpoint.tensors(shapes_of(context.model)))
         seen, forecasts = [], []
 
         def consume(batch, forecast, seen=seen, forecasts=forecasts):
             for kept, rows in ((seen, batch.x), (forecasts, forecast)):
                 kept.append(rows.view(len(batch.index), -1, rows.shape[1]).mT.numpy())
 
-        scores = score(job, "test", consume)
+        scores = score(context, "test", consume)
         np.testing.assert_allclose(np.concatenate(seen), inputs, rtol=1e-5, atol=1e-5)
         error = np.concatenate(forecasts) - truth
         assert scores.mse == pytest.approx(np.square(error).mean(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""A job: a run that is set up. The verbs fit, test and predict work on it."""
+"""The context of a run that is set up; the verbs fit, test and predict work on it."""
 
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Limit:
 
 
 @dataclass
-class Job:
+class Context:
     """A run that is set up; its flags are complete and final.
 
     Attributes:
