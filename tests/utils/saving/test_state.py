@@ -27,7 +27,7 @@ class Run:
         self.model = torch.nn.Sequential(torch.nn.Linear(64, 80), torch.nn.Dropout(0.5), torch.nn.Linear(80, 64))
         kinds = {"adam": lambda values: torch.optim.Adam(values, lr=0.1, fused=True), "adamw8bit": AdamW8bit}
         self.optimizer = kinds[optimizer](self.model.parameters())
-        args = Namespace(save_steps=1, train_epochs=9, patience=3, optimizer=optimizer)
+        args = Namespace(save_steps=1, seed=3, train_epochs=9, patience=3, optimizer=optimizer)
         cpu = torch.device("cpu")
         self.saver = Saver(folder, args, self.model, self.optimizer, Accelerator(cpu=True), cpu, IDENTITY, {})
         self.progress = Progress(loss_sum=1 / 3)
