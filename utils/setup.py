@@ -335,5 +335,5 @@ def start_or_resume(context: Context, start: Start) -> Training:
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
-        part_random(accelerator.process_index, args.seed)
+        part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     return Training(optimizer, saver, progress, journal, start.lock)

@@ -174,12 +174,17 @@ class Calibration(AbstractContextManager):
         held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
 
     def end(self) -> None:
-        """Give the run the intervals that the pass comes to; the errors of repeats (`--itr`) stay in the run's folder."""
+        """Give the run the intervals that the pass comes to, none where errors are no finite numbers; the errors of
+        repeats (`--itr`) stay in the run's folder."""
         context = self.context
         context.accelerator.wait_for_everyone()  # all have written their windows
-        context.intervals = intervals_of([self.path], self.levels)
+        found = intervals_of([self.path], self.levels)
+        finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
+        context.intervals = found if finite else None
+        if not finite:
+            context.log("No prediction intervals: errors of the validation windows are no finite numbers")
         context.accelerator.wait_for_everyone()
-        if context.args.itr > 1 and context.accelerator.is_main_process:
+        if finite and context.args.itr > 1 and context.accelerator.is_main_process:
             with writing(self.path):
                 self.path.replace(context.folder / KEPT)
 

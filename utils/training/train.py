@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
 from layers.errors import RunError
@@ -52,6 +53,8 @@ def train(context: Context) -> TestFound | None:
             began = time.perf_counter()
             if context.model.is_trained:
                 train_loss = train_epoch(context, clock)
+                if context.accelerator.num_processes > 1:  # which do not stop in the evaluation that follows
+                    save(context)
             else:  # fitted in closed form before
                 progress.iteration, train_loss = context.steps_per_epoch, score(context, "train").loss
             seconds = time.perf_counter() - began
@@ -71,7 +74,8 @@ def train(context: Context) -> TestFound | None:
                 costs = {"seconds": seconds, "evaluation_seconds": evaluation,
                          "peak_memory_gib": peak_memory_gib(context.device)}  # fmt: skip
                 journal.epoch(progress.history, costs)
-            save_if_asked(context, bool(context.interrupts.received), context.training.saver.due(progress))
+            received = torch.tensor(float(context.interrupts.received > 0), device=context.device)
+            save_if_asked(context, bool(context.accelerator.reduce(received) > 0), due=False)  # end_epoch has saved
     except Interrupted as signal:
         save(context)
         context.log(
@@ -232,14 +236,21 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
     # While the loss scale comes down, the next step may be a good one.
     if progress.skipped_in_a_row <= MAX_SKIPS or (context.precision.is_scaled and progress.loss_scale > 1):
         return
-    data, columns = context.loaders["train"].dataset, context.trained_series.forecast_columns
-    with context.precision.autocast():
-        prototype_kv = context.model.prototype_kv()
-    forecast = forecast_in_parts(context.model, context.precision, batch, prototype_kv, max(context.step_limit.sequences, 1))
+    data, columns, model = context.loaders["train"].dataset, context.trained_series.forecast_columns, context.model
+    model.zero_grad(set_to_none=True)
+    model.eval()  # each sequence by itself, without sums over the batch and over processes
+    with explain_out_of_memory("steps without finite numbers", lambda: advice(context.args, model)):
+        with context.precision.autocast():
+            prototype_kv = model.prototype_kv()
+        forecast = forecast_in_parts(model, context.precision, batch, prototype_kv, context.step_limit.sequences)
     bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
-    bad = bad if bad.any() else torch.ones_like(bad)
+    is_here, bad = bool(bad.any()), bad if bad.any() else torch.ones_like(bad)
     windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
     wrong = [name for name, column in zip(columns, bad.T, strict=True) if column.any()]
+    told = gather_object([(is_here, windows, wrong)])  # of all processes; some may have sound windows alone
+    told = [found for found in told if found[0]] or told
+    windows = [window for found in told for window in found[1]]
+    wrong = [name for name in columns if any(name in found[2] for found in told)]
     listed = (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for names in (windows, wrong))
     raise RunError(
         "{} steps in a row had no finite loss or gradient; the last is of the windows that start at {}, columns {}; "
