@@ -348,7 +348,11 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     required = REQUIRED if given.get("is_training") == 0 else [*REQUIRED, *REQUIRED_BY.get(prog, [])]
     missing = [f"--{name}" for name in required if name not in given]
     if missing and "checkpoint" in given and not held:
-        got = "no record of a training in it" if Path(given["checkpoint"]).exists() else "no such file or folder"
+        got = (
+            "no record of a training in it (a damaged file, the mean of repeats, or none of this program)"
+            if Path(given["checkpoint"]).exists()
+            else "no such file or folder"
+        )
         raise input_error(f"--checkpoint {given['checkpoint']}", got, "a run's folder or its checkpoint")
     if missing:
         others = f"missing too: {', '.join(missing[1:])}" if missing[1:] else ""
