@@ -20,7 +20,7 @@ from scripts.make_backbone import make_backbone
 from tests.models.test_TimeLLM import TRAINED
 from tests.small_run import COLUMNS, ROWS, command_line, figures, refusal, run_folder, train, write_csv
 from utils.flags import parse_flags, recorded
-from utils.results.log import RunLog
+from utils.results.log import Journal, RunLog
 
 
 def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:
@@ -127,3 +127,10 @@ def test_a_log_that_cannot_be_written_is_said_once_and_goes_on(tmp_path, capsys)
     for line in ("a", "b"):
         log(line)
     assert capsys.readouterr().out == f"a\nWARNING: {tmp_path} cannot be written (Is a directory)\nb\n"
+
+
+def test_a_resume_keeps_the_step_losses_up_to_where_it_begins(tmp_path: Path) -> None:
+    rows = ["epoch,iteration,loss,learning_rate", "1,1,0.5,0.1", "1,2,0.4,0.1", "1,3,0.3,0.1", "2,1,0.2,0.1"]
+    (tmp_path / "steps.csv").write_text("\n".join(rows) + "\n")
+    Journal(tmp_path, 3).start(1, 2)
+    assert (tmp_path / "steps.csv").read_text().splitlines() == rows[:3]
