@@ -125,10 +125,10 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
 
     evaluation()  # the first one makes caches
     alone, rates = evaluation(), [0.0]
-    times, lr = [], context.args.learning_rate
-    train_step(context, batch, lr)
+    times: list[float] = []
+    train_step(context, batch)
     for _ in range(args.rounds):
-        times.append(timed(device, train_step, context, batch, lr))
+        times.append(timed(device, train_step, context, batch))
         if fast:
             rates.append(matmul_rate(device, model.backbone.dtype))
     found: dict[str, Any] = {
@@ -153,13 +153,13 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
         found["batch_s"] = time.process_time() - began
         batches = iter(loader)
-        train_step(context, next(batches).to(device), lr)  # workers start
+        train_step(context, next(batches).to(device))  # workers start
         began = time.perf_counter()
         for _ in range(args.rounds):
             asked = time.perf_counter()
             batch = next(batches).to(device)
             waited += time.perf_counter() - asked
-            timed(device, train_step, context, batch, lr)
+            timed(device, train_step, context, batch)
         found["loader_share"] = waited / (time.perf_counter() - began)
     context.close()
     return found
@@ -212,7 +212,7 @@ def step_flops(context: Context, batch: Batch) -> int:
     if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
         missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        train_step(context, batch, context.args.learning_rate)
+        train_step(context, batch)
     return counter.get_total_flops()
 
 

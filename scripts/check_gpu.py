@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
         def step() -> None:
             # With the wait for the loader.
-            losses.append(train_step(context, next(batches).to(device), args.learning_rate)[0])
+            losses.append(train_step(context, next(batches).to(device))[0])
 
         for _ in range(min(WARM_UP + STEPS, context.steps_per_epoch)):
             times.append(timed(device, step))
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     if device.type == "cuda":
         share = torch.cuda.get_per_process_memory_fraction(device)
         limit = share * torch.cuda.get_device_properties(device).total_memory
-    sequences = len(context.series.forecast_columns) * args.batch_size
+    sequences = context.sequences_per_step
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
         "machine": machine(device),
