@@ -47,9 +47,9 @@ RUN = {given.script: given for given in PUBLISHED} | {"M4": next(g for g in PUBL
 def test_it_runs(given: FlagSet, backbones: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
     """All flags as published, but for what a test has: the language model and its size, the data's size, few iterations."""
     words = [
-        *given.text.split(), *RECIPE.get(given.script, []), "--root_path", tmp_path, "--checkpoints", tmp_path / "runs", "--enc_in", 1, "--device", "cpu",
-        "--num_workers", 0, "--llm_model_path", backbones["qwen2"], "--llm_layers", 1, "--max_iters", BATCHES,
-        "--train_epochs", 1, "--plots", 0, "--torch_checkpoint", 0,
+        *given.text.split(), *RECIPE.get(given.script, []), "--root_path", tmp_path, "--checkpoints", tmp_path / "runs",
+        "--enc_in", 1, "--device", "cpu", "--num_workers", 0, "--llm_model_path", backbones["qwen2"], "--llm_layers", 1,
+        "--max_iters", BATCHES, "--train_epochs", 1, "--plots", 0, "--torch_checkpoint", 0,
     ]  # fmt: skip
     words += ["--llm_dim", 128, "--load_in_4bit", "False"] if "--llm_dim" in words else []
     args = parse_flags(list(map(str, words)), given.program)
