@@ -35,7 +35,8 @@ def items(args: Namespace, series: SplitSeries, flag: str) -> Any:
     """The dataset of "train", "val" or "test": windows with all their channels, but in training by `--recipe published`
     those of one channel each."""
     dataset, channels = series.windows(flag), len(series.forecast_columns)
-    return ChannelItems(dataset, channels) if flag == "train" and args.recipe == "published" and channels > 1 else dataset
+    alone = flag == "train" and getattr(args, "recipe", "own") == "published" and channels > 1
+    return ChannelItems(dataset, channels) if alone else dataset
 
 
 def _four_tensors(items: list[dict]) -> tuple[torch.Tensor, ...]:
@@ -113,7 +114,7 @@ def epoch_batches(
     """
     train = flag == "train"
     size = args.batch_size if train else args.eval_batch_size
-    if train and args.recipe == "published":  # where --batch_size is each process's
+    if train and getattr(args, "recipe", "own") == "published":  # where --batch_size is each process's
         size *= world
     if train and len(dataset) < size:
         raise input_error("--batch_size", size, f"at most {len(dataset)}, for {len(dataset)} training windows")
