@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.common import get_handle
 
 from data_provider.splits import PATTERNS, m4_file
 
@@ -35,11 +36,11 @@ M4_LENGTHS = {
 def is_synthetic(path: str | Path) -> bool:
     """Whether a CSV was written by `write_synthetic`: by its name, or by its first row."""
     path = Path(path)
-    if path.name.endswith(SUFFIX) or not path.is_file():
-        return path.name.endswith(SUFFIX)
-    with path.open(encoding="latin-1") as file:
-        file.readline()
-        first = file.readline(1000).strip()
+    if SUFFIX in path.name or not path.is_file():
+        return SUFFIX in path.name
+    with get_handle(path, "r", encoding="latin-1", compression="infer") as opened:
+        opened.handle.readline()
+        first = str(opened.handle.readline(1000)).strip()
     return first.split(",")[1 : 1 + len(SIGNATURE)] == [str(value) for value in SIGNATURE]
 
 

@@ -4,13 +4,20 @@ Everything that can be wrong with either is found here, once, and named by file,
 program can trust a Table. Empty cells are an error too, or filled from the rows around them (`--fill_missing`).
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import codecs
+import re
+import zlib
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
+from pandas.io.common import get_handle
 
 from data_provider.timestamps import gaps_in, infer_step, read_timestamps, step_words
 from layers.errors import InputError, input_error, listed
@@ -18,97 +25,241 @@ from layers.errors import InputError, input_error, listed
 FIRST_ROW_LINE = 2  # line 1 of a file is the header
 FRAME = Path("frame")  # what a message calls a frame
 LARGEST = 1e150  # squares of more overflow float64
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+SAMPLE = 20  # lines by which the separator is found
+NAMELESS = re.compile(r"Unnamed: [\d.]+")  # what pandas calls a column without a name
+# How files of other kinds begin.
+OTHER_FILES = {
+    b"\x1f\x8b": "a gzip file whose name does not end in .gz",
+    b"PK\x03\x04": "an Excel workbook, or a zip file whose name does not end in .zip",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+}
+# Two common characters of GB 2312 in a row, which no words of western languages are in Latin-1.
+CHINESE = re.compile(rb"(?:[\xb0-\xd7][\xa1-\xfe]){2}")
+# A whole number without or with groups of thousands (1.234), to which decimals come behind a comma.
+GROUP = "[.' \u00a0\u202f]"
+WHOLE = rf"[+-]?(?:\d*|[1-9]\d{{0,2}}(?:{GROUP}\d{{3}})+)"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A whole file or frame: `values[i, j]` is column `columns[j]` at `dates[i]`."""
+    """A whole file or frame: `values[i, j]` is column `columns[j]` at `dates[i]`; `only` takes the columns that are used."""
 
     path: Path
     dates: pd.DatetimeIndex  # [rows], never decreasing
     columns: list[str]  # [N], a file's own order, without `date`
-    values: np.ndarray  # [rows, N] float64, finite
-    filled: int = 0  # cells that were empty
+    values: np.ndarray  # [rows, N] float64, finite; 0 in the columns of `wrong`
+    empty: dict[str, int] = field(default_factory=dict)  # cells of a column that were empty
+    wrong: dict[str, InputError] = field(default_factory=dict)  # columns that are no numbers, and what is wrong
+    read_as: str = ""  # what was found out about the file's format, for people
+
+    @property
+    def filled(self) -> int:
+        return sum(self.empty.values())
+
+    def only(self, names: Sequence[str]) -> "Table":
+        """The table of some of its columns.
+
+        Raises:
+            InputError: one of their cells is no finite number.
+        """
+        for name in names:
+            if name in self.wrong:
+                raise self.wrong[name]
+        values = self.values if names == self.columns else self.values[:, [self.columns.index(name) for name in names]]
+        return replace(self, columns=list(names), values=values, empty={name: self.empty.get(name, 0) for name in names})
 
 
-def read_table(path: str | Path, fill: str | None = None) -> Table:
-    """Read a CSV with a `date` column and numeric columns.
+def read_table(
+    path: str | Path,
+    fill_missing: str | None = None,
+    encoding: str | None = None,
+    date_column: str | None = None,
+    id_column: str | None = None,
+    drop_columns: Sequence[str] | None = None,
+) -> Table:
+    """Read a CSV with a column of timestamps and columns of numbers (parameters as the flags of the same names).
 
-    UTF-8 with or without a byte-order mark, any line ending. Bytes that are
-    not UTF-8 are taken as Latin-1, which reads any byte.
+    Commas, semicolons, tabs or bars separate the cells, with a decimal point or a decimal comma; .gz, .bz2, .xz, .zst and
+    .zip files are decompressed. A first column without a name is an index and left out, where it has whole numbers.
 
     Args:
-        fill: how empty cells are filled; None: they are an error.
+        fill_missing: how empty cells are filled; None: they are an error.
             "linear" draws a line, row by row, between the values before and after a gap (so a filled
             cell knows the value that follows it); at either end the nearest value is repeated.
             "ffill" repeats the last value before the gap; empty cells at the start stay an error.
+        encoding: None: UTF-8 with or without a byte-order mark, UTF-16 with one, GB 18030 where that makes Chinese words,
+            else Latin-1, which reads any byte.
+        date_column: None: `date`, in whatever case, else a first column without a name.
+        id_column: names the series of each row; they become columns, named "<series> <column>" where a row has several
+            numbers. None: a row has all series.
+        drop_columns: are not read.
 
     Raises:
-        InputError: no such file, nothing in it, no `date` column, a cell that
-            is no finite number, timestamps unreadable, out of order or
-            repeated. The line names the file, the row (line of the file,
-            header = 1) and the column.
+        InputError: no such file, nothing in it, no column of timestamps, or timestamps unreadable, out of order or
+            repeated. The line names the file, the row (line of the file, header = 1) and the column. Cells that are no
+            finite numbers raise when they are used, see `Table.only`.
     """
-    path, cells = Path(path), _read_csv(Path(path))
-    if "date" not in cells.columns:
-        raise input_error(path, f"the columns {list(cells.columns)}"[:1000], "a comma-separated file with a column 'date'")
-    columns = [name for name in cells.columns if name != "date"]
-    if not columns:
+    path = Path(path)
+    cells, separator, decimal, notes = _read_csv(path, encoding, [date_column, id_column])
+    cells, own_notes = _name_columns(path, cells, SEPARATORS[separator], date_column, drop_columns or [])
+    if len(cells.columns) < 2:
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if cells.empty:
         raise input_error(path, "only a header and no rows", "rows of numbers")
     dates = read_timestamps(cells["date"], str(path), FIRST_ROW_LINE)
-    lines = pd.RangeIndex(FIRST_ROW_LINE, FIRST_ROW_LINE + len(cells))
-    return _table(path, cells, columns, dates, lines, fill)
+    rows: pd.Index = pd.RangeIndex(FIRST_ROW_LINE, FIRST_ROW_LINE + len(cells))
+    if id_column is not None:
+        cells = _pivot(path, cells, dates, rows, id_column)
+        rows = dates = pd.DatetimeIndex(cells["date"], name=None)
+    columns = [name for name in cells.columns if name != "date"]
+    read_as = f"{path} was read as: {', '.join(notes + own_notes)}" if notes + own_notes else ""
+    return replace(_table(path, cells, columns, dates, rows, fill_missing, decimal), read_as=read_as)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+# The file's cells, separator and decimal sign, and notes for the user; row i of the frame is line i + FIRST_ROW_LINE of
+# the file. `texts` are columns that are no numbers.
+def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, list[str]]:
     try:
-        try:
-            return _parse(path, "utf-8-sig")
-        except UnicodeDecodeError:
-            return _parse(path, "latin-1")
+        for tried in _encodings(path) if encoding is None else [encoding]:
+            try:
+                cells, separator, decimal = _parse(path, tried, texts)
+            except UnicodeError:
+                continue
+            notes = [] if tried == "utf-8-sig" else [f"encoding {tried}"]
+            notes += [] if separator == "," else [f"{SEPARATORS[separator]}-separated"]
+            return cells, separator, decimal, notes + (["decimal commas"] if decimal == "," else [])
     except FileNotFoundError:
         raise input_error(path, "no such file", "a CSV file") from None
-    except OSError as error:
-        raise input_error(path, f"an unreadable file ({error.strerror})", "a CSV file") from None
+    except (OSError, EOFError, zlib.error, LZMAError, BadZipFile, ImportError) as error:
+        raise input_error(path, f"an unreadable file ({getattr(error, 'strerror', None) or error})", "a CSV file") from None
     except pd.errors.EmptyDataError:
         raise input_error(path, "an empty file", "a header line and rows of numbers") from None
-    except pd.errors.ParserError as error:
+    except ValueError as error:  # of the parser, or of a zip file that holds several files
+        if isinstance(error, InputError):
+            raise
         found = " ".join(str(error).split())
         raise input_error(path, f"no regular table ({found})", "the same number of cells in every row") from None
+    raise input_error(path, f"bytes that are not {tried}", "text", "--encoding names another encoding, such as gbk")
 
 
-# The file's cells; row i of the frame is line i + FIRST_ROW_LINE of the file.
-def _parse(path: Path, encoding: str) -> pd.DataFrame:
-    with path.open(encoding=encoding, newline="") as file:
-        blank = not file.readline().strip()
-        file.seek(0)
-        header = pd.read_csv(file, header=None, nrows=1, dtype=str).iloc[0]
-        if blank:
+# Those to try: the last one reads any byte.
+def _encodings(path: Path) -> Iterator[str]:
+    with get_handle(path, "rb", compression="infer", is_text=False) as opened:
+        start = opened.handle.read(4)
+    for first, kind in OTHER_FILES.items():
+        if start.startswith(first):
+            raise input_error(path, kind, "a CSV file")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield "utf-16"
+    yield "utf-8-sig"
+    with get_handle(path, "rb", compression="infer", is_text=False) as opened:
+        chinese = CHINESE.search(opened.handle.read())
+    yield from ["gb18030", "latin-1"] if chinese else ["latin-1"]
+
+
+def _parse(path: Path, encoding: str, texts: list[str | None]) -> tuple[pd.DataFrame, str, str]:
+    with get_handle(path, "r", encoding=encoding, compression="infer") as opened:
+        file: Any = opened.handle
+        lines = [re.sub('"[^"]*"', "", line) for line in islice(file, SAMPLE)]
+        if not "".join(lines).strip():
+            raise pd.errors.EmptyDataError
+        if not lines[0].strip():
             raise input_error(f"{path}: row 1", "an empty line", "the header")
-        if header.isna().any():
-            place = int(np.flatnonzero(header.isna())[0]) + 1
-            raise input_error(f"{path}: row 1, column {place}", "no name", "one for each column", "or remove the column")
-        file.seek(0)
-        # Blank lines stay, so that a row's place tells its line in the file.
-        cells = pd.read_csv(file, dtype={"date": str}, skip_blank_lines=False, low_memory=False)
+        counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
+        # The one that every line has as often, else the one that the header has most.
+        separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
+        decimal, again = ".", True
+        while again:
+            file.seek(0)
+            # Blank lines stay, so that a row's place tells its line in the file.
+            cells = pd.read_csv(
+                file, sep=separator, decimal=decimal, dtype=dict.fromkeys(["date", "Date", "DATE", *texts], str),
+                skip_blank_lines=False, low_memory=False,
+            )  # fmt: skip
+            again = decimal == "." and _has_decimal_commas(cells.select_dtypes(exclude="number"), separator)
+            decimal = "," if again else decimal
     if not isinstance(cells.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
-        expected = f"{len(header)} cells in every row"
+        expected = f"{len(cells.columns)} cells in every row"
         raise input_error(f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", expected)
     filled = np.flatnonzero(cells.notna().any(axis=1))
-    return cells.iloc[: filled[-1] + 1 if filled.size else 0]  # empty lines at the end are no rows
+    return cells.iloc[: filled[-1] + 1 if filled.size else 0], separator, decimal  # empty lines at the end are no rows
+
+
+# Whether cells such as 0,5 or 1.234,5 are there, and none such as 1,234.5. In a comma-separated file "1,234" could be
+# thousands, too, so that it says nothing.
+def _has_decimal_commas(cells: pd.DataFrame, separator: str) -> bool:
+    decimals = r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+"
+    texts = [cells[name].astype(str).str for name in cells]
+    american = any(text.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+").any() for text in texts)
+    return not american and any(text.fullmatch(WHOLE + decimals).any() for text in texts)
+
+
+# The cells with the timestamps in a column `date`, and without the columns that are left out; notes for the user.
+def _name_columns(
+    path: Path, cells: pd.DataFrame, separator: str, date: str | None, drop: Sequence[str]
+) -> tuple[pd.DataFrame, list[str]]:
+    names: list[str] = list(cells.columns)
+    left_out: list[str] = []
+    if date is None:
+        unnamed = NAMELESS.fullmatch(names[0]) and not pd.api.types.is_numeric_dtype(cells[names[0]])
+        alike = [name for name in sorted(names, key="date".__ne__) if name.lower() == "date"]
+        date = next(iter(alike), names[0] if unnamed else "date")
+    if date not in names:
+        expected = f"a {separator}-separated file with a column {date!r}"
+        raise input_error(path, f"the columns {names}"[:1000], expected, "--date_column names that of the timestamps")
+    if date != "date" and "date" in names and "date" not in drop:
+        raise input_error(
+            "--date_column", repr(date), f"date, which {path} has, too", "or leave it out: --drop_columns date"
+        )
+    for place, name in enumerate(names):
+        if NAMELESS.fullmatch(name) and name not in (date, *drop):
+            held = cells[name].dropna()
+            # pandas writes an index first; a separator at the end of each line makes an empty column.
+            whole = pd.api.types.is_numeric_dtype(held) and not (held % 1).any() and place == len(left_out)
+            if held.size and not whole:
+                hint = f"or leave it out: --drop_columns {name!r}"
+                raise input_error(f"{path}: row 1, column {place + 1}", "no name", "one for each column", hint)
+            left_out.append(name)
+    notes = [] if date == "date" else [f"timestamps in column {date!r}"]
+    notes += [f"without column {name!r}" for name in left_out]
+    notes += [f"WARNING: no column {name!r} to leave out" for name in drop if name not in names]
+    return cells.drop(columns=[name for name in names if name in (*left_out, *drop)]).rename(columns={date: "date"}), notes
+
+
+# A row for each series and date -> a column for each series, and a row for each date in increasing order.
+def _pivot(path: Path, cells: pd.DataFrame, dates: pd.DatetimeIndex, rows: pd.Index, id_column: str) -> pd.DataFrame:
+    if id_column not in cells.columns or id_column == "date" or len(cells.columns) < 3:
+        expected = f"one of {listed(list(map(str, cells.columns.drop('date'))))}, beside a column of numbers"
+        raise input_error("--id_column", repr(id_column), expected)
+    cells = cells.set_axis(rows).assign(date=dates).drop_duplicates()
+    bad = cells[id_column].isna() | cells.duplicated(["date", id_column])
+    if bad.any():
+        row: Any = bad.idxmax()
+        name: Any = cells.at[row, id_column]
+        got = "no name" if pd.isna(name) else f"{name!r}, which has another row of {cells.at[row, 'date']} above"
+        raise input_error(f"{path}: row {row}, column {id_column!r}", got, "a series that has one row of each date")
+    wide = cells.pivot(index="date", columns=id_column)
+    pairs: list[Any] = list(wide.columns)
+    one = len(cells.columns) == 3
+    return wide.set_axis([str(own) if one else f"{own} {name}" for name, own in pairs], axis=1).reset_index()
 
 
 def tables_of(
-    frame: pd.DataFrame, columns: Sequence[str], id_column: str | None = None, fill: str | None = None
+    frame: pd.DataFrame,
+    columns: Sequence[str],
+    id_column: str | None = None,
+    fill: str | None = None,
+    date_column: str | None = None,
+    pivot_by: str | None = None,
 ) -> dict[Hashable, Table]:
     """Read a frame with a column `date` or a DatetimeIndex.
 
     Args:
         columns: those that are read, numbers; others are left alone.
         id_column: names the series that each row belongs to; None: all rows are one series, which is called None.
-        fill: as that of `read_table`, within a series.
+        fill: as `fill_missing` of `read_table`, within a series.
+        date_column, pivot_by: as `date_column` and `id_column` of `read_table`, for a frame that has such columns.
 
     Returns:
         The series by name, in the order of their first rows.
@@ -121,10 +272,15 @@ def tables_of(
         raise input_error(FRAME, f"a {type(frame).__name__}", "a pandas.DataFrame")
     if frame.empty:
         raise input_error(FRAME, f"{len(frame)} rows of {len(frame.columns)} columns", "rows with a date and numbers")
+    if date_column in frame.columns and "date" not in frame.columns:
+        frame = frame.rename(columns={date_column: "date"})
     if "date" not in frame.columns:
         if not isinstance(frame.index, pd.DatetimeIndex):
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
         frame = frame.assign(date=frame.index)
+    if pivot_by in frame.columns and id_column is None:
+        dates = read_timestamps(frame["date"], str(FRAME), 0)
+        frame = _pivot(FRAME, frame, dates, pd.RangeIndex(len(frame)), str(pivot_by))
     asked = [*columns, *([] if id_column is None else [id_column])]
     for name in ["date", *asked]:
         found = int((frame.columns == name).sum())
@@ -133,7 +289,7 @@ def tables_of(
             raise input_error(FRAME, got, f"the columns {listed(list(map(repr, asked)))}, each once")
     dates = read_timestamps(frame["date"], str(FRAME), 0)
     if id_column is None:
-        return {None: _table(FRAME, frame, columns, dates, dates, fill)}
+        return {None: _table(FRAME, frame, columns, dates, dates, fill).only(columns)}
     if id_column in (*columns, "date"):
         raise input_error("id_column", repr(id_column), "a column that is not forecast, with the names of the series")
     unnamed = np.flatnonzero(frame[id_column].isna())
@@ -142,7 +298,9 @@ def tables_of(
         raise input_error(place, "no name", "the name of the row's series")
     groups = frame.groupby(id_column, sort=False, observed=True).indices
     return {
-        name: _table(Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill)
+        name: _table(
+            Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill
+        ).only(columns)
         for name, rows in sorted(groups.items(), key=lambda group: group[1][0])
     }
 
@@ -154,20 +312,27 @@ def _table(
     dates: pd.DatetimeIndex,
     rows: pd.Index,  # what a message calls each row: a file's line, or a frame's date
     fill: str | None,
+    decimal: str = ".",
 ) -> Table:
-    values, filled = np.empty((len(cells), len(columns)), order="F"), 0  # column after column, as they are read
+    values = np.empty((len(cells), len(columns)), order="F")  # column after column, as they are read
+    counts, errors = {}, {}
     for place, name in enumerate(columns):
         column = cells[name]
         usable = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-        numbers = pd.to_numeric(column if usable else column.astype(str), errors="coerce").astype(np.float64)
+        text = column if usable else column.astype(str)
+        if decimal == "," and not usable:  # what pandas leaves: groups of thousands, and what is no number
+            text = text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
+            text = text.str.replace(GROUP, "", regex=True).str.replace(",", ".")
+        numbers = pd.to_numeric(text, errors="coerce").astype(np.float64)
         empty = column.isna().to_numpy()
         if fill and np.isfinite(numbers[~empty]).all():
             numbers = numbers.ffill() if fill == "ffill" else numbers.interpolate(limit_direction="both")
         values[:, place] = numbers
-        filled += int(empty.sum())
+        counts[name] = int(empty.sum())
         wrong = ~(np.abs(values[:, place]) <= LARGEST)  # NaN is wrong, too
         if wrong.any():
-            raise _wrong_cell(f"{path}: row {rows[int(wrong.argmax())]}", column, wrong, fill)
+            errors[name] = _wrong_cell(f"{path}: row {rows[int(wrong.argmax())]}", column, wrong, fill)
+            values[:, place] = 0
     steps = np.diff(dates.asi8)
     # A row that repeats the one above it whole is let through: no value is in doubt, and weather.csv as distributed has one.
     bad = np.flatnonzero((steps < 0) | ((steps == 0) & (values[1:] != values[:-1]).any(axis=1)))
@@ -179,9 +344,9 @@ def _table(
             f"{path}: row {rows[int(bad[0]) + 1]}, column 'date'",
             f"{own}, which {what} the row above ({above})",
             "timestamps that increase",
-            hint if rows is dates else "",
+            hint if rows is dates else "where a column names the series of each row, give it as --id_column",
         )
-    return Table(path, dates, list(columns), values, filled)
+    return Table(path, dates, list(columns), values, counts, errors)
 
 
 def _wrong_cell(row: str, cells: pd.Series, wrong: np.ndarray, fill: str | None) -> InputError:
@@ -189,13 +354,15 @@ def _wrong_cell(row: str, cells: pd.Series, wrong: np.ndarray, fill: str | None)
     first: Any = bad.iloc[0]
     got = "an empty cell (or NaN)" if pd.isna(first) else repr(str(first))
     got += f" ({len(bad)} such cell{'s' if len(bad) > 1 else ''} in this column)"
-    large = pd.notna(first) and np.isfinite(pd.to_numeric(str(first), errors="coerce"))
-    expected = f"a number of at most {LARGEST:.0e}" if large else "a number"
+    size = np.abs(pd.to_numeric(str(first), errors="coerce"))
+    expected = f"a number of at most {LARGEST:.0e}" if LARGEST < size < np.inf else "a number"
+    expected += " with a decimal comma, as others of this file" if size <= LARGEST else ""
+    leave_out = f"--drop_columns {cells.name!r} leaves the column out" if bad.size == cells.size else ""
     hint = f"--fill_missing {fill} has no value to fill it with, linear takes the one below"
     if fill is None:
         hint = "--fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
     helps = bad.isna().all() and not cells.isna().all()
-    return input_error(f"{row}, column {cells.name!r}", got, expected, hint if helps else "")
+    return input_error(f"{row}, column {cells.name!r}", got, expected, hint if helps else leave_out)
 
 
 def check_rows(table: Table, length: int, step: str | None) -> None:

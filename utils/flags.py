@@ -22,7 +22,7 @@ from models import MODELS
 class ArgType:
     """What a flag's value must be; called with a word of the command line, it returns the value."""
 
-    convert: Callable[[str], Any]  # raises ValueError or KeyError
+    convert: Callable[[str], Any]  # raises ValueError or LookupError
     expected: str  # for a message
     allowed: Callable[[Any], object] = lambda value: True
     choices: tuple[str, ...] = ()  # the names that it is one of, where it is
@@ -32,7 +32,7 @@ class ArgType:
             value = self.convert(text)
             if self.allowed(value):
                 return value
-        except (ValueError, KeyError):
+        except (ValueError, LookupError):
             pass
         known = {name.lower(): name for name in self.choices}
         near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.7)
@@ -59,6 +59,10 @@ BOOL = ArgType(lambda text: WORDS[text.lower()], "nothing, or True or False")
 FREQUENCY = ArgType(
     str, "a pandas frequency such as h, t, d or 15min", re.compile(r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*").fullmatch
 )
+ENCODING = ArgType(
+    str, "an encoding that Python knows, such as gbk, utf-16 or latin-1", lambda name: "".encode(name) is not None
+)
+NAMES = ArgType(str, "names of columns")
 LEVEL = ArgType(
     lambda text: None if text.lower() == "none" else float(text),
     "numbers between 0 and 100 such as 80 95, or none",
@@ -113,6 +117,12 @@ FLAGS = [
          "custom files: read off their timestamps"),
     Flag("fill_missing", "data", "inherit", one_of("linear", "ffill"), None, "fill empty cells: linear between the values "
          "around them, ffill with the value before (default: they are an error)"),
+    Flag("encoding", "data", "inherit", ENCODING, None, "of the CSV, such as gbk (default: UTF-8, else "
+         "UTF-16, GB 18030 or Latin-1, as its bytes look; the log says which)"),
+    Flag("date_column", "data", "inherit", TEXT, None, "column of the timestamps (default: date)"),
+    Flag("id_column", "data", "inherit", TEXT, None, "column that names the series of each row, where a row has not all of "
+         "them (long format); each series is read as a column"),
+    Flag("drop_columns", "data", "inherit", NAMES, None, "columns that are not read"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -238,6 +248,7 @@ FLAGS = [
 # fmt: on
 BY_NAME = {flag.name: flag for flag in FLAGS}
 DEFAULTS = {flag.name: flag.default for flag in FLAGS}
+FORMAT = ["encoding", "date_column", "id_column", "drop_columns"]  # how a CSV is read
 REQUIRED = ["task_name", "is_training", "model_id", "model_comment", "model", "data"]
 # Where the published script of that name differs from run_main.py: defaults, and what a training cannot do without.
 DEFAULTS_OF: dict[str, dict[str, Any]] = {"run_pretrain.py": {"patience": 5}}
@@ -269,6 +280,7 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
     )
     groups = {flag.group: parser.add_argument_group(flag.group) for flag in {f.group: f for f in FLAGS}.values()}
     words: dict[ArgType, dict[str, Any]] = {BOOL: {"nargs": "?", "const": True}, LEVEL: {"nargs": "+"}}
+    words[NAMES] = words[LEVEL]
     for flag in FLAGS:
         default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
         shown = " (required)" if flag.name in required else "" if default is None else f" (default: {default})"
@@ -300,7 +312,12 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
         InputError: at the first that is unknown, wrong or missing.
     """
     given.update(checkpoint=checkpoint, is_training=0, do_predict=True)
-    return _read([f"--{name}={value}" for name, value in given.items() if value is not None], "run_main.py")
+    words = [
+        [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
+        for name, value in given.items()
+        if value is not None
+    ]
+    return _read([word for some in words for word in some], "run_main.py")
 
 
 def _read(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -432,7 +449,7 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         ),
         (args.features != "M", "features", f"M with --data {M4}"),
         (args.percent != 100, "percent", f"100 with --data {M4}"),
-        (args.fill_missing, "fill_missing", alone),
+        *((getattr(args, name), name, alone) for name in ("fill_missing", *FORMAT)),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),
     )
     args.pred_len, args.seq_len = horizon, given.get("seq_len", 2 * horizon)

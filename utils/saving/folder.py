@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_provider.data_loader import Series
+from data_provider.splits import data_name
 from layers.errors import input_error
 from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
@@ -147,6 +148,6 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         run_folder = home
     if run_folder.resolve() != home.resolve():  # what was trained there counts
         checkpoint = Checkpoint(run_folder / TENSORS, read_record(run_folder), None)
-    if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args.fill_missing):
+    if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args):
         return run_folder
-    return run_folder / f"on_{data.path.stem}"
+    return run_folder / f"on_{data_name(data.path)}"
