@@ -149,14 +149,9 @@ def csv_places(root_path: str | Path, data_path: str | Path) -> list[Path]:
     """Where `find_csv` looks, in this order. The public collections have a folder more: ETT-small/ETTh1.csv and
     traffic/traffic.csv."""
     own_folder = str(data_path).removesuffix(".gz") in [row.file for row in DATASETS.values()]
-    below = data_name(data_path) if own_folder else "ETT-small"
+    below = Path(str(data_path).removesuffix(".gz")).stem if own_folder else "ETT-small"
     places = (place for root in _roots(root_path) for place in (root / data_path, root / below / data_path))
     return list(dict.fromkeys(places))
-
-
-def data_name(path: str | Path) -> str:
-    """A file's name without .csv, or .csv.gz."""
-    return Path(Path(path).name.removesuffix(".gz")).stem
 
 
 def m4_file(pattern: str, part: str) -> str:

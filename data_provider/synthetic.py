@@ -1,12 +1,12 @@
 """Made-up series: in the format of the ETT files and of the M4 competition's, for machines without a network; two that try
 prediction intervals; and two as wide as the family's files of clients and sensors. Each is the same on every call."""
 
+import gzip
 import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas.io.common import get_handle
 
 from data_provider.splits import PATTERNS, m4_file
 
@@ -38,9 +38,9 @@ def is_synthetic(path: str | Path) -> bool:
     path = Path(path)
     if SUFFIX in path.name or not path.is_file():
         return SUFFIX in path.name
-    with get_handle(path, "r", encoding="latin-1", compression="infer") as opened:
-        opened.handle.readline()
-        first = str(opened.handle.readline(1000)).strip()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="latin-1") as file:
+        file.readline()
+        first = str(file.readline(1000)).strip()
     return first.split(",")[1 : 1 + len(SIGNATURE)] == [str(value) for value in SIGNATURE]
 
 

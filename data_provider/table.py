@@ -4,20 +4,18 @@ Everything that can be wrong with either is found here, once, and named by file,
 program can trust a Table. Empty cells are an error too, or filled from the rows around them (`--fill_missing`).
 """
 
-import codecs
+import gzip
 import re
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from lzma import LZMAError
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-from pandas.io.common import get_handle
 
 from data_provider.timestamps import gaps_in, infer_step, read_timestamps, step_words
 from layers.errors import InputError, input_error, listed
@@ -28,14 +26,8 @@ LARGEST = 1e150  # squares of more overflow float64
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 SAMPLE = 20  # lines by which the separator is found
 NAMELESS = re.compile(r"Unnamed: [\d.]+")  # what pandas calls a column without a name
-# How files of other kinds begin.
-OTHER_FILES = {
-    b"\x1f\x8b": "a gzip file whose name does not end in .gz",
-    b"PK\x03\x04": "an Excel workbook, or a zip file whose name does not end in .zip",
-    b"\xd0\xcf\x11\xe0": "an Excel workbook",
-}
 # Two common characters of GB 2312 in a row, which no words of western languages are in Latin-1.
-CHINESE = re.compile(rb"(?:[\xb0-\xd7][\xa1-\xfe]){2}")
+CHINESE = re.compile("(?:[\xb0-\xd7][\xa1-\xfe]){2}")
 # A whole number without or with groups of thousands (1.234), to which decimals come behind a comma.
 GROUP = "[.' \u00a0\u202f]"
 WHOLE = rf"[+-]?(?:\d*|[1-9]\d{{0,2}}(?:{GROUP}\d{{3}})+)"
@@ -63,9 +55,8 @@ class Table:
         Raises:
             InputError: one of their cells is no finite number.
         """
-        for name in names:
-            if name in self.wrong:
-                raise self.wrong[name]
+        for wrong in (self.wrong[name] for name in names if name in self.wrong):
+            raise wrong
         values = self.values if names == self.columns else self.values[:, [self.columns.index(name) for name in names]]
         return replace(self, columns=list(names), values=values, empty={name: self.empty.get(name, 0) for name in names})
 
@@ -80,8 +71,8 @@ def read_table(
 ) -> Table:
     """Read a CSV with a column of timestamps and columns of numbers (parameters as the flags of the same names).
 
-    Commas, semicolons, tabs or bars separate the cells, with a decimal point or a decimal comma; .gz, .bz2, .xz, .zst and
-    .zip files are decompressed. A first column without a name is an index and left out, where it has whole numbers.
+    Commas, semicolons, tabs or bars separate the cells, with a decimal point or a decimal comma; a .gz file is
+    decompressed. A first column without a name is an index and left out, where it has whole numbers.
 
     Args:
         fill_missing: how empty cells are filled; None: they are an error.
@@ -101,8 +92,8 @@ def read_table(
             finite numbers raise when they are used, see `Table.only`.
     """
     path = Path(path)
-    cells, separator, decimal, notes = _read_csv(path, encoding, [date_column, id_column])
-    cells, own_notes = _name_columns(path, cells, SEPARATORS[separator], date_column, drop_columns or [])
+    cells, tried, separator, decimal = _read_csv(path, encoding, [date_column, id_column])
+    cells, notes = _name_columns(path, cells, SEPARATORS[separator], date_column, drop_columns or [])
     if len(cells.columns) < 2:
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if cells.empty:
@@ -112,87 +103,73 @@ def read_table(
     if id_column is not None:
         cells = _pivot(path, cells, dates, rows, id_column)
         rows = dates = pd.DatetimeIndex(cells["date"], name=None)
-    columns = [name for name in cells.columns if name != "date"]
-    read_as = f"{path} was read as: {', '.join(notes + own_notes)}" if notes + own_notes else ""
-    return replace(_table(path, cells, columns, dates, rows, fill_missing, decimal), read_as=read_as)
+    found = {f"encoding {tried}": tried != "utf-8-sig", f"{SEPARATORS[separator]}-separated": separator != ","}
+    notes = [note for note, new in (found | {"decimal commas": decimal == ","}).items() if new] + notes
+    read_as = f"{path} was read as: {', '.join(notes)}" if notes else ""
+    return replace(_table(path, cells, [*cells.columns.drop("date")], dates, rows, fill_missing, decimal), read_as=read_as)
 
 
-# The file's cells, separator and decimal sign, and notes for the user; row i of the frame is line i + FIRST_ROW_LINE of
-# the file. `texts` are columns that are no numbers.
-def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, list[str]]:
+# The file's cells, encoding, separator and decimal sign; row i of the frame is line i + FIRST_ROW_LINE of the file.
+def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, str]:
     try:
         for tried in _encodings(path) if encoding is None else [encoding]:
-            try:
-                cells, separator, decimal = _parse(path, tried, texts)
-            except UnicodeError:
-                continue
-            notes = [] if tried == "utf-8-sig" else [f"encoding {tried}"]
-            notes += [] if separator == "," else [f"{SEPARATORS[separator]}-separated"]
-            return cells, separator, decimal, notes + (["decimal commas"] if decimal == "," else [])
+            with suppress(UnicodeError), _open(path, tried) as file:
+                return _parse(path, file, tried, texts)
     except FileNotFoundError:
         raise input_error(path, "no such file", "a CSV file") from None
-    except (OSError, EOFError, zlib.error, LZMAError, BadZipFile, ImportError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise input_error(path, f"an unreadable file ({getattr(error, 'strerror', None) or error})", "a CSV file") from None
     except pd.errors.EmptyDataError:
         raise input_error(path, "an empty file", "a header line and rows of numbers") from None
-    except ValueError as error:  # of the parser, or of a zip file that holds several files
-        if isinstance(error, InputError):
-            raise
+    except pd.errors.ParserError as error:
         found = " ".join(str(error).split())
         raise input_error(path, f"no regular table ({found})", "the same number of cells in every row") from None
     raise input_error(path, f"bytes that are not {tried}", "text", "--encoding names another encoding, such as gbk")
 
 
+def _open(path: Path, encoding: str) -> IO[Any]:
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding=encoding, newline="")  # type: ignore
+
+
 # Those to try: the last one reads any byte.
 def _encodings(path: Path) -> Iterator[str]:
-    with get_handle(path, "rb", compression="infer", is_text=False) as opened:
-        start = opened.handle.read(4)
-    for first, kind in OTHER_FILES.items():
-        if start.startswith(first):
-            raise input_error(path, kind, "a CSV file")
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        yield "utf-16"
-    yield "utf-8-sig"
-    with get_handle(path, "rb", compression="infer", is_text=False) as opened:
-        chinese = CHINESE.search(opened.handle.read())
-    yield from ["gb18030", "latin-1"] if chinese else ["latin-1"]
+    with _open(path, "latin-1") as file:  # a character a byte
+        start = file.read(4)
+        if start.startswith(("\x1f\x8b", "PK\3\4", "\xd0\xcf\x11\xe0")):
+            raise input_error(path, "an Excel workbook or a packed file", "a CSV file, or one whose name ends in .gz")
+        if start.startswith(("\xff\xfe", "\xfe\xff")):
+            yield "utf-16"
+        yield "utf-8-sig"
+        if CHINESE.search(file.read()):
+            yield "gb18030"
+        yield "latin-1"
 
 
-def _parse(path: Path, encoding: str, texts: list[str | None]) -> tuple[pd.DataFrame, str, str]:
-    with get_handle(path, "r", encoding=encoding, compression="infer") as opened:
-        file: Any = opened.handle
-        lines = [re.sub('"[^"]*"', "", line) for line in islice(file, SAMPLE)]
-        if not "".join(lines).strip():
-            raise pd.errors.EmptyDataError
-        if not lines[0].strip():
-            raise input_error(f"{path}: row 1", "an empty line", "the header")
-        counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
-        # The one that every line has as often, else the one that the header has most.
-        separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
-        decimal, again = ".", True
-        while again:
-            file.seek(0)
-            # Blank lines stay, so that a row's place tells its line in the file.
-            cells = pd.read_csv(
-                file, sep=separator, decimal=decimal, dtype=dict.fromkeys(["date", "Date", "DATE", *texts], str),
-                skip_blank_lines=False, low_memory=False,
-            )  # fmt: skip
-            again = decimal == "." and _has_decimal_commas(cells.select_dtypes(exclude="number"), separator)
-            decimal = "," if again else decimal
+# `texts`: columns that are no numbers.
+def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, str]:
+    lines = [re.sub('"[^"]*"', "", line) for line in islice(file, SAMPLE)]
+    if not "".join(lines).strip():
+        raise pd.errors.EmptyDataError
+    if not lines[0].strip():
+        raise input_error(f"{path}: row 1", "an empty line", "the header")
+    counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
+    # The one that every line has as often, else the one that the header has most.
+    separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
+    # In a comma-separated file "1,234" could be thousands, too: it does not show that commas are decimal.
+    comma = WHOLE + (r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+")
+    dtype = dict.fromkeys(["date", "Date", "DATE", *texts], str)
+    for decimal in ".,":
+        file.seek(0)
+        # Blank lines stay, so that a row's place tells its line in the file.
+        cells = pd.read_csv(file, sep=separator, decimal=decimal, dtype=dtype, skip_blank_lines=False, low_memory=False)
+        others = cells.select_dtypes(exclude="number")
+        if not any(others[name].astype(str).str.fullmatch(comma).any() for name in others):
+            break
     if not isinstance(cells.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
         expected = f"{len(cells.columns)} cells in every row"
         raise input_error(f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", expected)
     filled = np.flatnonzero(cells.notna().any(axis=1))
-    return cells.iloc[: filled[-1] + 1 if filled.size else 0], separator, decimal  # empty lines at the end are no rows
-
-
-# Whether cells such as 0,5 or 1.234,5 are there, and none such as 1,234.5. In a comma-separated file "1,234" could be
-# thousands, too, so that it says nothing.
-def _has_decimal_commas(cells: pd.DataFrame, separator: str) -> bool:
-    decimals = r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+"
-    texts = [cells[name].astype(str).str for name in cells]
-    american = any(text.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+").any() for text in texts)
-    return not american and any(text.fullmatch(WHOLE + decimals).any() for text in texts)
+    return cells.iloc[: filled[-1] + 1 if filled.size else 0], encoding, separator, decimal  # no empty lines at the end
 
 
 # The cells with the timestamps in a column `date`, and without the columns that are left out; notes for the user.
@@ -200,29 +177,23 @@ def _name_columns(
     path: Path, cells: pd.DataFrame, separator: str, date: str | None, drop: Sequence[str]
 ) -> tuple[pd.DataFrame, list[str]]:
     names: list[str] = list(cells.columns)
-    left_out: list[str] = []
     if date is None:
         unnamed = NAMELESS.fullmatch(names[0]) and not pd.api.types.is_numeric_dtype(cells[names[0]])
-        alike = [name for name in sorted(names, key="date".__ne__) if name.lower() == "date"]
-        date = next(iter(alike), names[0] if unnamed else "date")
+        alike = (name for name in sorted(names, key="date".__ne__) if name.lower() == "date")
+        date = next(alike, names[0] if unnamed else "date")
     if date not in names:
         expected = f"a {separator}-separated file with a column {date!r}"
         raise input_error(path, f"the columns {names}"[:1000], expected, "--date_column names that of the timestamps")
-    if date != "date" and "date" in names and "date" not in drop:
-        raise input_error(
-            "--date_column", repr(date), f"date, which {path} has, too", "or leave it out: --drop_columns date"
-        )
+    left_out = [name for name in names if name == "date" != date and name not in drop]
     for place, name in enumerate(names):
         if NAMELESS.fullmatch(name) and name not in (date, *drop):
             held = cells[name].dropna()
-            # pandas writes an index first; a separator at the end of each line makes an empty column.
-            whole = pd.api.types.is_numeric_dtype(held) and not (held % 1).any() and place == len(left_out)
-            if held.size and not whole:
+            # pandas writes an index of whole numbers first; a separator at the end of each line makes an empty column.
+            if held.size and (place > len(left_out) or not pd.api.types.is_numeric_dtype(held) or (held % 1).any()):
                 hint = f"or leave it out: --drop_columns {name!r}"
                 raise input_error(f"{path}: row 1, column {place + 1}", "no name", "one for each column", hint)
             left_out.append(name)
-    notes = [] if date == "date" else [f"timestamps in column {date!r}"]
-    notes += [f"without column {name!r}" for name in left_out]
+    notes = [f"timestamps in column {date!r}"] * (date != "date") + [f"without column {name!r}" for name in left_out]
     notes += [f"WARNING: no column {name!r} to leave out" for name in drop if name not in names]
     return cells.drop(columns=[name for name in names if name in (*left_out, *drop)]).rename(columns={date: "date"}), notes
 
@@ -230,19 +201,18 @@ def _name_columns(
 # A row for each series and date -> a column for each series, and a row for each date in increasing order.
 def _pivot(path: Path, cells: pd.DataFrame, dates: pd.DatetimeIndex, rows: pd.Index, id_column: str) -> pd.DataFrame:
     if id_column not in cells.columns or id_column == "date" or len(cells.columns) < 3:
-        expected = f"one of {listed(list(map(str, cells.columns.drop('date'))))}, beside a column of numbers"
-        raise input_error("--id_column", repr(id_column), expected)
+        others = listed(list(map(str, cells.columns.drop("date"))))
+        raise input_error("--id_column", repr(id_column), f"one of {others}, beside a column of numbers")
     cells = cells.set_axis(rows).assign(date=dates).drop_duplicates()
-    bad = cells[id_column].isna() | cells.duplicated(["date", id_column])
-    if bad.any():
-        row: Any = bad.idxmax()
-        name: Any = cells.at[row, id_column]
-        got = "no name" if pd.isna(name) else f"{name!r}, which has another row of {cells.at[row, 'date']} above"
-        raise input_error(f"{path}: row {row}, column {id_column!r}", got, "a series that has one row of each date")
-    wide = cells.pivot(index="date", columns=id_column)
-    pairs: list[Any] = list(wide.columns)
-    one = len(cells.columns) == 3
-    return wide.set_axis([str(own) if one else f"{own} {name}" for name, own in pairs], axis=1).reset_index()
+    bad = cells[cells[id_column].isna() | cells.duplicated(["date", id_column])]
+    if len(bad):
+        got = f"{bad[id_column].iloc[0]!r} at {bad['date'].iloc[0]}"
+        raise input_error(
+            f"{path}: row {bad.index[0]}, column {id_column!r}", got, "a name, and one row of each date with it"
+        )
+    wide, one = cells.pivot(index="date", columns=id_column), len(cells.columns) == 3
+    names = wide.columns.map(lambda pair: str(pair[1]) if one else f"{pair[1]} {pair[0]}")
+    return wide.set_axis(names, axis=1).reset_index()
 
 
 def tables_of(
@@ -279,8 +249,8 @@ def tables_of(
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
         frame = frame.assign(date=frame.index)
     if pivot_by in frame.columns and id_column is None:
-        dates = read_timestamps(frame["date"], str(FRAME), 0)
-        frame = _pivot(FRAME, frame, dates, pd.RangeIndex(len(frame)), str(pivot_by))
+        times = read_timestamps(frame["date"], str(FRAME), 0)
+        frame = _pivot(FRAME, frame, times, pd.RangeIndex(len(frame)), str(pivot_by))
     asked = [*columns, *([] if id_column is None else [id_column])]
     for name in ["date", *asked]:
         found = int((frame.columns == name).sum())
@@ -321,8 +291,8 @@ def _table(
         usable = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
         text = column if usable else column.astype(str)
         if decimal == "," and not usable:  # what pandas leaves: groups of thousands, and what is no number
-            text = text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
-            text = text.str.replace(GROUP, "", regex=True).str.replace(",", ".")
+            kept = text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
+            text = kept.str.replace(GROUP, "", regex=True).str.replace(",", ".")
         numbers = pd.to_numeric(text, errors="coerce").astype(np.float64)
         empty = column.isna().to_numpy()
         if fill and np.isfinite(numbers[~empty]).all():

@@ -248,7 +248,6 @@ FLAGS = [
 # fmt: on
 BY_NAME = {flag.name: flag for flag in FLAGS}
 DEFAULTS = {flag.name: flag.default for flag in FLAGS}
-FORMAT = ["encoding", "date_column", "id_column", "drop_columns"]  # how a CSV is read
 REQUIRED = ["task_name", "is_training", "model_id", "model_comment", "model", "data"]
 # Where the published script of that name differs from run_main.py: defaults, and what a training cannot do without.
 DEFAULTS_OF: dict[str, dict[str, Any]] = {"run_pretrain.py": {"patience": 5}}
@@ -279,8 +278,10 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
         exit_on_error=False,
     )
     groups = {flag.group: parser.add_argument_group(flag.group) for flag in {f.group: f for f in FLAGS}.values()}
-    words: dict[ArgType, dict[str, Any]] = {BOOL: {"nargs": "?", "const": True}, LEVEL: {"nargs": "+"}}
-    words[NAMES] = words[LEVEL]
+    words: dict[ArgType, dict[str, Any]] = {
+        BOOL: {"nargs": "?", "const": True},
+        **dict.fromkeys((LEVEL, NAMES), {"nargs": "+"}),
+    }
     for flag in FLAGS:
         default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
         shown = " (required)" if flag.name in required else "" if default is None else f" (default: {default})"
@@ -312,12 +313,10 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
         InputError: at the first that is unknown, wrong or missing.
     """
     given.update(checkpoint=checkpoint, is_training=0, do_predict=True)
-    words = [
-        [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"]
-        for name, value in given.items()
-        if value is not None
-    ]
-    return _read([word for some in words for word in some], "run_main.py")
+    several = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None and name not in several]
+    words += [word for name, values in several.items() for word in (f"--{name}", *map(str, values))]
+    return _read(words, "run_main.py")
 
 
 def _read(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -449,7 +448,10 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         ),
         (args.features != "M", "features", f"M with --data {M4}"),
         (args.percent != 100, "percent", f"100 with --data {M4}"),
-        *((getattr(args, name), name, alone) for name in ("fill_missing", *FORMAT)),
+        *(
+            (getattr(args, name), name, alone)
+            for name in ("fill_missing", "encoding", "date_column", "id_column", "drop_columns")
+        ),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),
     )
     args.pred_len, args.seq_len = horizon, given.get("seq_len", 2 * horizon)

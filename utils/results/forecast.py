@@ -111,8 +111,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
-    table = table.only(names)
-    own = table.values
+    own = (table := table.only(names)).values
     check_size(table.path, names, own, mean, std)
     return Series(
         path=table.path,

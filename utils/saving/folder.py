@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data_provider.data_loader import Series
-from data_provider.splits import data_name
 from layers.errors import input_error
 from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
@@ -150,4 +149,4 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         checkpoint = Checkpoint(run_folder / TENSORS, read_record(run_folder), None)
     if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args):
         return run_folder
-    return run_folder / f"on_{data_name(data.path)}"
+    return run_folder / f"on_{Path(data.path.name.removesuffix('.gz')).stem}"
