@@ -239,8 +239,11 @@ def load_series(
     # Only now: scikit-learn takes half a second to load, and a forecast from a checkpoint has its scaler there.
     from sklearn.preprocessing import StandardScaler
 
-    path = find_csv(root_path, data_path)
-    table, target = _choose(read_table(path, fill_missing, encoding, date_column, id_column, drop_columns), features, target)
+    table, target = _choose(
+        read_table(find_csv(root_path, data_path), fill_missing, encoding, date_column, id_column, drop_columns),
+        features,
+        target,
+    )
     columns, own = table.columns, table.values
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
     scaler = StandardScaler().fit(own[: splits.train])

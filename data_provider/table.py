@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +23,6 @@ FIRST_ROW_LINE = 2  # line 1 of a file is the header
 FRAME = Path("frame")  # what a message calls a frame
 LARGEST = 1e150  # squares of more overflow float64
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-SAMPLE = 20  # lines by which the separator is found
 NAMELESS = re.compile(r"Unnamed: [\d.]+")  # what pandas calls a column without a name
 # Two common characters of GB 2312 in a row, which no words of western languages are in Latin-1.
 CHINESE = re.compile("(?:[\xb0-\xd7][\xa1-\xfe]){2}")
@@ -41,13 +39,10 @@ class Table:
     dates: pd.DatetimeIndex  # [rows], never decreasing
     columns: list[str]  # [N], a file's own order, without `date`
     values: np.ndarray  # [rows, N] float64, finite; 0 in the columns of `wrong`
-    empty: dict[str, int] = field(default_factory=dict)  # cells of a column that were empty
+    filled: int = 0  # cells that were empty, where `only` has chosen the columns
+    empty: dict[str, int] = field(default_factory=dict)  # the same of each column
     wrong: dict[str, InputError] = field(default_factory=dict)  # columns that are no numbers, and what is wrong
     read_as: str = ""  # what was found out about the file's format, for people
-
-    @property
-    def filled(self) -> int:
-        return sum(self.empty.values())
 
     def only(self, names: Sequence[str]) -> "Table":
         """The table of some of its columns.
@@ -58,7 +53,7 @@ class Table:
         for wrong in (self.wrong[name] for name in names if name in self.wrong):
             raise wrong
         values = self.values if names == self.columns else self.values[:, [self.columns.index(name) for name in names]]
-        return replace(self, columns=list(names), values=values, empty={name: self.empty.get(name, 0) for name in names})
+        return replace(self, columns=list(names), values=values, filled=sum(self.empty.get(name, 0) for name in names))
 
 
 def read_table(
@@ -103,10 +98,12 @@ def read_table(
     if id_column is not None:
         cells = _pivot(path, cells, dates, rows, id_column)
         rows = dates = pd.DatetimeIndex(cells["date"], name=None)
-    found = {f"encoding {tried}": tried != "utf-8-sig", f"{SEPARATORS[separator]}-separated": separator != ","}
-    notes = [note for note, new in (found | {"decimal commas": decimal == ","}).items() if new] + notes
-    read_as = f"{path} was read as: {', '.join(notes)}" if notes else ""
-    return replace(_table(path, cells, [*cells.columns.drop("date")], dates, rows, fill_missing, decimal), read_as=read_as)
+    found = (tried != "utf-8-sig", f"encoding {tried}"), (separator != ",", f"{SEPARATORS[separator]}-separated")
+    notes = [note for new, note in (*found, (decimal == ",", "decimal commas")) if new] + notes
+    return replace(
+        _table(path, cells, [*cells.columns.drop("date")], dates, rows, fill_missing, decimal),
+        read_as=f"{path} was read as: {', '.join(notes)}" if notes else "",
+    )
 
 
 # The file's cells, encoding, separator and decimal sign; row i of the frame is line i + FIRST_ROW_LINE of the file.
@@ -115,15 +112,12 @@ def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tupl
         for tried in _encodings(path) if encoding is None else [encoding]:
             with suppress(UnicodeError), _open(path, tried) as file:
                 return _parse(path, file, tried, texts)
-    except FileNotFoundError:
-        raise input_error(path, "no such file", "a CSV file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise input_error(path, f"an unreadable file ({getattr(error, 'strerror', None) or error})", "a CSV file") from None
-    except pd.errors.EmptyDataError:
-        raise input_error(path, "an empty file", "a header line and rows of numbers") from None
-    except pd.errors.ParserError as error:
-        found = " ".join(str(error).split())
-        raise input_error(path, f"no regular table ({found})", "the same number of cells in every row") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise input_error(
+            path, f"no regular table ({' '.join(str(error).split())})", "the same number of cells in every row"
+        ) from None
     raise input_error(path, f"bytes that are not {tried}", "text", "--encoding names another encoding, such as gbk")
 
 
@@ -137,19 +131,15 @@ def _encodings(path: Path) -> Iterator[str]:
         start = file.read(4)
         if start.startswith(("\x1f\x8b", "PK\3\4", "\xd0\xcf\x11\xe0")):
             raise input_error(path, "an Excel workbook or a packed file", "a CSV file, or one whose name ends in .gz")
-        if start.startswith(("\xff\xfe", "\xfe\xff")):
-            yield "utf-16"
-        yield "utf-8-sig"
-        if CHINESE.search(file.read()):
-            yield "gb18030"
-        yield "latin-1"
+        yield from ["utf-16", "utf-8-sig"] if start.startswith(("\xff\xfe", "\xfe\xff")) else ["utf-8-sig"]
+        yield from ["gb18030", "latin-1"] if CHINESE.search(file.read()) else ["latin-1"]
 
 
 # `texts`: columns that are no numbers.
 def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, str]:
-    lines = [re.sub('"[^"]*"', "", line) for line in islice(file, SAMPLE)]
+    lines = [re.sub('"[^"]*"', "", line) for line in file.readlines(1 << 14)]
     if not "".join(lines).strip():
-        raise pd.errors.EmptyDataError
+        raise input_error(path, "an empty file", "a header line and rows of numbers")
     if not lines[0].strip():
         raise input_error(f"{path}: row 1", "an empty line", "the header")
     counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
@@ -157,17 +147,19 @@ def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) ->
     separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
     # In a comma-separated file "1,234" could be thousands, too: it does not show that commas are decimal.
     comma = WHOLE + (r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+")
-    dtype = dict.fromkeys(["date", "Date", "DATE", *texts], str)
     for decimal in ".,":
         file.seek(0)
         # Blank lines stay, so that a row's place tells its line in the file.
-        cells = pd.read_csv(file, sep=separator, decimal=decimal, dtype=dtype, skip_blank_lines=False, low_memory=False)
-        others = cells.select_dtypes(exclude="number")
-        if not any(others[name].astype(str).str.fullmatch(comma).any() for name in others):
+        cells = pd.read_csv(
+            file, sep=separator, decimal=decimal, skip_blank_lines=False, low_memory=False,
+            dtype=dict.fromkeys(["date", "Date", "DATE", *texts], str),
+        )  # fmt: skip
+        if not any(text.astype(str).str.fullmatch(comma).any() for _, text in cells.select_dtypes(exclude="number").items()):
             break
     if not isinstance(cells.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
-        expected = f"{len(cells.columns)} cells in every row"
-        raise input_error(f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", expected)
+        raise input_error(
+            f"{path}: row {FIRST_ROW_LINE}", "more cells than the header", f"{len(cells.columns)} cells in every row"
+        )
     filled = np.flatnonzero(cells.notna().any(axis=1))
     return cells.iloc[: filled[-1] + 1 if filled.size else 0], encoding, separator, decimal  # no empty lines at the end
 
@@ -177,38 +169,53 @@ def _name_columns(
     path: Path, cells: pd.DataFrame, separator: str, date: str | None, drop: Sequence[str]
 ) -> tuple[pd.DataFrame, list[str]]:
     names: list[str] = list(cells.columns)
-    if date is None:
-        unnamed = NAMELESS.fullmatch(names[0]) and not pd.api.types.is_numeric_dtype(cells[names[0]])
-        alike = (name for name in sorted(names, key="date".__ne__) if name.lower() == "date")
-        date = next(alike, names[0] if unnamed else "date")
+    alike = [name for name in sorted(names, key="date".__ne__) if name.lower() == "date"]
+    unnamed = NAMELESS.fullmatch(names[0]) and not pd.api.types.is_numeric_dtype(cells[names[0]])
+    date = date or next(iter(alike), names[0] if unnamed else "date")
     if date not in names:
-        expected = f"a {separator}-separated file with a column {date!r}"
-        raise input_error(path, f"the columns {names}"[:1000], expected, "--date_column names that of the timestamps")
+        raise input_error(
+            path,
+            f"the columns {names}"[:1000],
+            f"a {separator}-separated file with a column {date!r}",
+            "--date_column names that of the timestamps",
+        )
     left_out = [name for name in names if name == "date" != date and name not in drop]
     for place, name in enumerate(names):
         if NAMELESS.fullmatch(name) and name not in (date, *drop):
             held = cells[name].dropna()
             # pandas writes an index of whole numbers first; a separator at the end of each line makes an empty column.
             if held.size and (place > len(left_out) or not pd.api.types.is_numeric_dtype(held) or (held % 1).any()):
-                hint = f"or leave it out: --drop_columns {name!r}"
-                raise input_error(f"{path}: row 1, column {place + 1}", "no name", "one for each column", hint)
+                raise input_error(
+                    f"{path}: row 1, column {place + 1}",
+                    "no name",
+                    "one for each column",
+                    f"or leave it out: --drop_columns {name!r}",
+                )
             left_out.append(name)
-    notes = [f"timestamps in column {date!r}"] * (date != "date") + [f"without column {name!r}" for name in left_out]
-    notes += [f"WARNING: no column {name!r} to leave out" for name in drop if name not in names]
-    return cells.drop(columns=[name for name in names if name in (*left_out, *drop)]).rename(columns={date: "date"}), notes
+    notes = [
+        *[f"timestamps in column {date!r}"] * (date != "date"),
+        *(f"without column {name!r}" for name in left_out),
+        *(f"WARNING: no column {name!r} to leave out" for name in drop if name not in names),
+    ]
+    kept = [name for name in names if name == date or name not in (*left_out, *drop)]
+    return cells[kept].rename(columns={date: "date"}), notes
 
 
 # A row for each series and date -> a column for each series, and a row for each date in increasing order.
 def _pivot(path: Path, cells: pd.DataFrame, dates: pd.DatetimeIndex, rows: pd.Index, id_column: str) -> pd.DataFrame:
     if id_column not in cells.columns or id_column == "date" or len(cells.columns) < 3:
-        others = listed(list(map(str, cells.columns.drop("date"))))
-        raise input_error("--id_column", repr(id_column), f"one of {others}, beside a column of numbers")
+        raise input_error(
+            "--id_column",
+            repr(id_column),
+            f"one of {listed([*map(str, cells.columns.drop('date'))])}, beside a column of numbers",
+        )
     cells = cells.set_axis(rows).assign(date=dates).drop_duplicates()
     bad = cells[cells[id_column].isna() | cells.duplicated(["date", id_column])]
     if len(bad):
-        got = f"{bad[id_column].iloc[0]!r} at {bad['date'].iloc[0]}"
         raise input_error(
-            f"{path}: row {bad.index[0]}, column {id_column!r}", got, "a name, and one row of each date with it"
+            f"{path}: row {bad.index[0]}, column {id_column!r}",
+            f"{bad[id_column].iloc[0]!r} at {bad['date'].iloc[0]}",
+            "a name, and one row of each date with it",
         )
     wide, one = cells.pivot(index="date", columns=id_column), len(cells.columns) == 3
     names = wide.columns.map(lambda pair: str(pair[1]) if one else f"{pair[1]} {pair[0]}")
@@ -249,14 +256,16 @@ def tables_of(
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
         frame = frame.assign(date=frame.index)
     if pivot_by in frame.columns and id_column is None:
-        times = read_timestamps(frame["date"], str(FRAME), 0)
-        frame = _pivot(FRAME, frame, times, pd.RangeIndex(len(frame)), str(pivot_by))
+        frame = _pivot(FRAME, frame, read_timestamps(frame["date"], str(FRAME), 0), pd.RangeIndex(len(frame)), str(pivot_by))
     asked = [*columns, *([] if id_column is None else [id_column])]
     for name in ["date", *asked]:
         found = int((frame.columns == name).sum())
         if found != 1:
-            got = f"no column {name!r}" if not found else f"{found} columns {name!r}"
-            raise input_error(FRAME, got, f"the columns {listed(list(map(repr, asked)))}, each once")
+            raise input_error(
+                FRAME,
+                f"no column {name!r}" if not found else f"{found} columns {name!r}",
+                f"the columns {listed(list(map(repr, asked)))}, each once",
+            )
     dates = read_timestamps(frame["date"], str(FRAME), 0)
     if id_column is None:
         return {None: _table(FRAME, frame, columns, dates, dates, fill).only(columns)}
@@ -264,8 +273,7 @@ def tables_of(
         raise input_error("id_column", repr(id_column), "a column that is not forecast, with the names of the series")
     unnamed = np.flatnonzero(frame[id_column].isna())
     if unnamed.size:
-        place = f"{FRAME}: row {unnamed[0]}, column {id_column!r}"
-        raise input_error(place, "no name", "the name of the row's series")
+        raise input_error(f"{FRAME}: row {unnamed[0]}, column {id_column!r}", "no name", "the name of the row's series")
     groups = frame.groupby(id_column, sort=False, observed=True).indices
     return {
         name: _table(
@@ -291,8 +299,11 @@ def _table(
         usable = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
         text = column if usable else column.astype(str)
         if decimal == "," and not usable:  # what pandas leaves: groups of thousands, and what is no number
-            kept = text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
-            text = kept.str.replace(GROUP, "", regex=True).str.replace(",", ".")
+            text = (
+                text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
+                .str.replace(GROUP, "", regex=True)
+                .str.replace(",", ".")
+            )
         numbers = pd.to_numeric(text, errors="coerce").astype(np.float64)
         empty = column.isna().to_numpy()
         if fill and np.isfinite(numbers[~empty]).all():
@@ -316,23 +327,25 @@ def _table(
             "timestamps that increase",
             hint if rows is dates else "where a column names the series of each row, give it as --id_column",
         )
-    return Table(path, dates, list(columns), values, counts, errors)
+    return Table(path, dates, list(columns), values, 0, counts, errors)
 
 
 def _wrong_cell(row: str, cells: pd.Series, wrong: np.ndarray, fill: str | None) -> InputError:
     bad = cells[wrong]
     first: Any = bad.iloc[0]
-    got = "an empty cell (or NaN)" if pd.isna(first) else repr(str(first))
-    got += f" ({len(bad)} such cell{'s' if len(bad) > 1 else ''} in this column)"
+    cell = "an empty cell (or NaN)" if pd.isna(first) else repr(str(first))
     size = np.abs(pd.to_numeric(str(first), errors="coerce"))
-    expected = f"a number of at most {LARGEST:.0e}" if LARGEST < size < np.inf else "a number"
-    expected += " with a decimal comma, as others of this file" if size <= LARGEST else ""
-    leave_out = f"--drop_columns {cells.name!r} leaves the column out" if bad.size == cells.size else ""
-    hint = f"--fill_missing {fill} has no value to fill it with, linear takes the one below"
-    if fill is None:
-        hint = "--fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
-    helps = bad.isna().all() and not cells.isna().all()
-    return input_error(f"{row}, column {cells.name!r}", got, expected, hint if helps else leave_out)
+    kinds = {"a number with a decimal comma, as others of this file": size <= LARGEST, "a number": not size < np.inf}
+    expected = next((kind for kind, fits in kinds.items() if fits), f"a number of at most {LARGEST:.0e}")
+    hint = f"--drop_columns {cells.name!r} leaves the column out" if bad.size == cells.size else ""
+    if bad.isna().all() and not cells.isna().all():
+        hint = (
+            "--fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
+            if fill is None
+            else f"--fill_missing {fill} has no value to fill it with, linear takes the one below"
+        )
+    count = f"({len(bad)} such cell{'s' if len(bad) > 1 else ''} in this column)"
+    return input_error(f"{row}, column {cells.name!r}", f"{cell} {count}", expected, hint)
 
 
 def check_rows(table: Table, length: int, step: str | None) -> None:

@@ -59,9 +59,6 @@ BOOL = ArgType(lambda text: WORDS[text.lower()], "nothing, or True or False")
 FREQUENCY = ArgType(
     str, "a pandas frequency such as h, t, d or 15min", re.compile(r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*").fullmatch
 )
-ENCODING = ArgType(
-    str, "an encoding that Python knows, such as gbk, utf-16 or latin-1", lambda name: "".encode(name) is not None
-)
 NAMES = ArgType(str, "names of columns")
 LEVEL = ArgType(
     lambda text: None if text.lower() == "none" else float(text),
@@ -117,8 +114,9 @@ FLAGS = [
          "custom files: read off their timestamps"),
     Flag("fill_missing", "data", "inherit", one_of("linear", "ffill"), None, "fill empty cells: linear between the values "
          "around them, ffill with the value before (default: they are an error)"),
-    Flag("encoding", "data", "inherit", ENCODING, None, "of the CSV, such as gbk (default: UTF-8, else "
-         "UTF-16, GB 18030 or Latin-1, as its bytes look; the log says which)"),
+    Flag("encoding", "data", "inherit",
+         ArgType(str, "an encoding that Python knows, such as gbk or utf-16", lambda v: "".encode(v) is not None), None,
+         "of the CSV (default: UTF-8, else UTF-16, GB 18030 or Latin-1, as its bytes look; the log says which)"),
     Flag("date_column", "data", "inherit", TEXT, None, "column of the timestamps (default: date)"),
     Flag("id_column", "data", "inherit", TEXT, None, "column that names the series of each row, where a row has not all of "
          "them (long format); each series is read as a column"),
@@ -313,10 +311,15 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
         InputError: at the first that is unknown, wrong or missing.
     """
     given.update(checkpoint=checkpoint, is_training=0, do_predict=True)
-    several = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
-    words = [f"--{name}={value}" for name, value in given.items() if value is not None and name not in several]
-    words += [word for name, values in several.items() for word in (f"--{name}", *map(str, values))]
-    return _read(words, "run_main.py")
+    return _read(
+        [
+            word
+            for name, value in given.items()
+            if value is not None
+            for word in ([f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"])
+        ],
+        "run_main.py",
+    )
 
 
 def _read(argv: Sequence[str], prog: str) -> argparse.Namespace:

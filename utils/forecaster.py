@@ -264,10 +264,9 @@ class Forecaster:
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
         context, found, args = self.context, {}, self.context.args
-        tables = tables_of(
+        for name, table in tables_of(
             frame, context.series.columns, id_column, args.fill_missing, args.date_column, pivot_by=args.id_column
-        )
-        for name, table in tables.items():
+        ).items():
             check_rows(table, context.args.seq_len, self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"

@@ -68,7 +68,7 @@ BAD_FORMAT = {
     "two values of a date": (LONG + "07,2020-01-02,5\n", {"id_column": "id"}, "row 6, column 'id': got '07' at 2020-01-02"),
     "gap": (LONG + "07,2020-01-03,5\n", {"id_column": "id"}, "row 2020-01-03 00:00:00, column '12': got an empty cell"),
     "workbook": (b"PK\x03\x04", {}, "got an Excel workbook or a packed file, expected a CSV file"),
-    "gzip": (gzip.compress(GOOD.encode()), {}, "got an Excel workbook or a packed file, expected a CSV file, or one whose name"),
+    "gzip": (gzip.compress(GOOD.encode()), {}, "got an Excel workbook or a packed file, expected a CSV file, or one"),
 }  # fmt: skip
 EMPTY = "; --fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
 BAD = {

@@ -84,8 +84,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
-    if series.filled:
-        notes.insert(0, f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})")
+    notes += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
     gaps = gaps_in(series.dates[-args.seq_len :], series.step)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
