@@ -59,7 +59,7 @@ BOOL = ArgType(lambda text: WORDS[text.lower()], "nothing, or True or False")
 FREQUENCY = ArgType(
     str, "a pandas frequency such as h, t, d or 15min", re.compile(r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*").fullmatch
 )
-NAMES = ArgType(str, "names of columns")
+NAMES = ArgType(lambda text: text, "some text", str.strip)  # one or more
 LEVEL = ArgType(
     lambda text: None if text.lower() == "none" else float(text),
     "numbers between 0 and 100 such as 80 95, or none",
