@@ -122,7 +122,7 @@ def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tupl
 
 
 def _open(path: Path, encoding: str) -> IO[Any]:
-    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding=encoding, newline="")  # type: ignore
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding=encoding, newline="")
 
 
 # Those to try: the last one reads any byte.
@@ -214,7 +214,7 @@ def _pivot(path: Path, cells: pd.DataFrame, dates: pd.DatetimeIndex, rows: pd.In
     if len(bad):
         raise input_error(
             f"{path}: row {bad.index[0]}, column {id_column!r}",
-            f"{bad[id_column].iloc[0]!r} at {bad['date'].iloc[0]}",
+            f"{str(bad[id_column].iloc[0])!r} at {bad['date'].iloc[0]}",
             "a name, and one row of each date with it",
         )
     wide, one = cells.pivot(index="date", columns=id_column), len(cells.columns) == 3
