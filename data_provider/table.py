@@ -197,8 +197,8 @@ def _name_columns(
         *(f"without column {name!r}" for name in left_out),
         *(f"WARNING: no column {name!r} to leave out" for name in drop if name not in names),
     ]
-    kept = [name for name in names if name == date or name not in (*left_out, *drop)]
-    return cells[kept].rename(columns={date: "date"}), notes
+    unread = [name for name in names if name != date and name in (*left_out, *drop)]
+    return cells.drop(columns=unread).rename(columns={date: "date"}), notes  # neither copies the values
 
 
 # A row for each series and date -> a column for each series, and a row for each date in increasing order.
