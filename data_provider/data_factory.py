@@ -92,12 +92,12 @@ def pretraining_series(args: Namespace) -> FileSeries:
     return load_series(**series_flags(args) | {"data": args.data_pretrain, "data_path": args.data_path_pretrain})
 
 
-def series_flags(args: Namespace) -> dict[str, Any]:
-    """The flags that `load_series` takes, which are its parameters.
+def series_flags(args: Namespace, function: Callable = load_series) -> dict[str, Any]:
+    """The flags that `load_series` takes, which are its parameters, or another function such as `read_table`.
 
     An older run's record, and a caller's own namespace, may lack a newer flag: that is left at its default.
     """
-    return {name: getattr(args, name) for name in inspect.signature(load_series).parameters if hasattr(args, name)}
+    return {name: getattr(args, name) for name in inspect.signature(function).parameters if hasattr(args, name)}
 
 
 def epoch_batches(

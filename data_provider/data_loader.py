@@ -1,7 +1,7 @@
 """A series in its own units with the scale that training gave it, and its windows: one dataset for every file."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +117,7 @@ class Source:
     columns: list[str]  # [N], those that are read
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
+    read_as: str = ""  # what was found out about the file's format, for people
 
     @property
     def forecast_slice(self) -> slice:
@@ -245,6 +246,10 @@ def load_series(
     label_len: int = 48,
     pred_len: int = 96,
     fill_missing: str | None = None,
+    encoding: str | None = None,
+    date_column: str | None = None,
+    id_column: str | None = None,
+    drop_columns: Sequence[str] | None = None,
 ) -> FileSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
@@ -256,8 +261,12 @@ def load_series(
     # Only now: scikit-learn takes half a second to load, and a forecast from a checkpoint has its scaler there.
     from sklearn.preprocessing import StandardScaler
 
-    table = read_table(find_csv(root_path, data_path), fill_missing)
-    columns, target, own = _choose(table, features, target)
+    table, target = _choose(
+        read_table(find_csv(root_path, data_path), fill_missing, encoding, date_column, id_column, drop_columns),
+        features,
+        target,
+    )
+    columns, own = table.columns, table.values
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
     scaler = StandardScaler().fit(own[: splits.train])
     check_size(table.path, columns, own, scaler.mean_, scaler.scale_)
@@ -272,6 +281,7 @@ def load_series(
         target_index=columns.index(target) if features == "MS" else None,
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
         marks=time_marks(table.dates, freq or frequency(infer_step(table.dates)), embed),
         splits=splits,
         seq_len=seq_len,
@@ -291,7 +301,8 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
     Raises:
         InputError: no such column.
     """
-    columns, target, own = _choose(table, "S" if features == "MS" else features, target)
+    table, target = _choose(table, "S" if features == "MS" else features, target)
+    columns, own = table.columns, table.values
     std = own.std(axis=0)
     return Series(
         path=table.path,
@@ -304,20 +315,19 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
         target_index=None,  # it is the only column that is left
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
     )
 
 
-# The columns that are read, the target (the one given, else OT, else the last), and the columns' values.
+# The columns that are read, and the target: the one given, else OT, else the last.
 #
 # With M the target is a name that nothing looks up.
-def _choose(table: Table, features: str, target: str | None) -> tuple[list[str], str, np.ndarray]:
+def _choose(table: Table, features: str, target: str | None) -> tuple[Table, str]:
     if target is None:
         target = "OT" if "OT" in table.columns else table.columns[-1]
     if features != "M" and target not in table.columns:
         raise input_error("--target", repr(target), f"one of the columns of {table.path}: {listed(table.columns)}")
-    if features == "S":
-        return [target], target, table.values[:, [table.columns.index(target)]]
-    return table.columns, target, table.values
+    return table.only([target] if features == "S" else table.columns), target
 
 
 def check_size(path: Path, columns: list[str], own: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:

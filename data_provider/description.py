@@ -31,7 +31,7 @@ def dataset_description(args: Namespace) -> str:
     file = bank_file(args)
     inherited = getattr(args, "checkpoint", None)  # then the flag may stand for the training's data
     if file is None and args.prompt_domain and not inherited:
-        name = "ETT" if args.data.startswith("ETT") else Path(args.data_path).stem
+        name = "ETT" if args.data.startswith("ETT") else Path(args.data_path.removesuffix(".gz")).stem
         raise input_error("--prompt_domain", "1", f"a file {name}.txt in {PROMPT_BANK}", "write it or leave the flag out")
     if file is None or not (args.prompt_domain or args.data == "custom"):
         return DEFAULT_DESCRIPTION
@@ -40,7 +40,7 @@ def dataset_description(args: Namespace) -> str:
 
 def bank_file(args: Namespace) -> Path | None:
     """The data set's text in `dataset/prompt_bank`, named after `--data` or after its file; None without one."""
-    names = [args.data, Path(args.data_path).stem, *(["ETT"] if args.data.startswith("ETT") else [])]
+    names = [args.data, Path(args.data_path.removesuffix(".gz")).stem, *(["ETT"] if args.data.startswith("ETT") else [])]
     files = [PROMPT_BANK / f"{name}.txt" for name in names if len(name) < 200]  # a record may hold any name
     return next((file for file in files if file.is_file()), None)
 

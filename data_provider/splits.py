@@ -133,9 +133,9 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
         InputError: in none of these places; they are named.
     """
     places = csv_places(root_path, data_path)
-    for place in places:
-        if place.is_file():
-            return place
+    for file in (file for place in places for file in (place, place.with_name(f"{place.name}.gz"))):
+        if file.is_file():
+            return file
     public = str(data_path) in [row.file for row in DATASETS.values()]
     raise input_error(
         f"--root_path {root_path} --data_path {data_path}",
@@ -148,8 +148,8 @@ def find_csv(root_path: str | Path, data_path: str | Path) -> Path:
 def csv_places(root_path: str | Path, data_path: str | Path) -> list[Path]:
     """Where `find_csv` looks, in this order. The public collections have a folder more: ETT-small/ETTh1.csv and
     traffic/traffic.csv."""
-    own_folder = str(data_path) in [row.file for row in DATASETS.values()]
-    below = Path(data_path).stem if own_folder else "ETT-small"
+    own_folder = str(data_path).removesuffix(".gz") in [row.file for row in DATASETS.values()]
+    below = Path(str(data_path).removesuffix(".gz")).stem if own_folder else "ETT-small"
     places = (place for root in _roots(root_path) for place in (root / data_path, root / below / data_path))
     return list(dict.fromkeys(places))
 

@@ -1,6 +1,7 @@
 """Made-up series: in the format of the ETT files and of the M4 competition's, for machines without a network; two that try
 prediction intervals; and two as wide as the family's files of clients and sensors. Each is the same on every call."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -35,11 +36,11 @@ M4_LENGTHS = {
 def is_synthetic(path: str | Path) -> bool:
     """Whether a CSV was written by `write_synthetic`: by its name, or by its first row."""
     path = Path(path)
-    if path.name.endswith(SUFFIX) or not path.is_file():
-        return path.name.endswith(SUFFIX)
-    with path.open(encoding="latin-1") as file:
+    if SUFFIX in path.name or not path.is_file():
+        return SUFFIX in path.name
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="latin-1") as file:
         file.readline()
-        first = file.readline(1000).strip()
+        first = str(file.readline(1000)).strip()
     return first.split(",")[1 : 1 + len(SIGNATURE)] == [str(value) for value in SIGNATURE]
 
 

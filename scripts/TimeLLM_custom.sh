@@ -2,6 +2,7 @@
 # A forecaster for your own CSV (a date column, and columns of numbers): trains, tests, and forecasts what follows
 # the last row. Flags of your own come last and win:
 #   bash scripts/TimeLLM_custom.sh my.csv
+#   bash scripts/TimeLLM_custom.sh my.csv.gz --date_column Zeit --drop_columns remark
 #   bash scripts/TimeLLM_custom.sh my.csv --seq_len 192 --pred_len 24 --prompt_text "Sales of one shop, in pieces a day."
 # The forecast is that of a ridge regression, and what Time-LLM adds to it (--skip ridge: ours, not the paper's; RESULTS.md
 # has the figures). --skip none is the paper's model.
@@ -20,6 +21,7 @@
   unset CDPATH
   folder=$(cd "$(dirname "$1")" && pwd) || exit 1
   file=$(basename "$1")
+  name=${file%.gz}
   shift
   . "$(dirname "${BASH_SOURCE[0]:-$0}")/common.sh"
   set_allocator || exit 1
@@ -30,7 +32,7 @@
   fi
   "$python" "${TIMELLM_PROGRAM:-run_main.py}" \
     --task_name long_term_forecast --is_training 1 --model TimeLLM \
-    --model_id "${file%.*}" --model_comment custom \
+    --model_id "${name%.*}" --model_comment custom \
     --data custom --root_path "$folder" --data_path "$file" --features M \
     --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 --skip ridge \
     --llm_model QWEN --llm_model_path "$weights" ${four_bit[@]+"${four_bit[@]}"} \

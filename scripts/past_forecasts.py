@@ -7,6 +7,7 @@ the data file has a row of its date.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from data_provider.data_factory import series_flags  # noqa: E402
 from data_provider.splits import find_csv  # noqa: E402
 from data_provider.table import FIRST_ROW_LINE, read_table  # noqa: E402
 from data_provider.timestamps import read_timestamps  # noqa: E402
@@ -54,13 +56,13 @@ def score_forecasts(folder: Path, data: Path | None = None) -> str:
     if data is None and not {"root_path", "data_path"} <= flags.keys():
         raise input_error("--data", "nothing", f"the CSV to score against, for {folder} has no checkpoint that names one")
     data = data or find_csv(flags["root_path"], flags["data_path"])
-    table = read_table(data, flags.get("fill_missing"))
+    table = read_table(data, **series_flags(Namespace(**flags), read_table))
     known, _, std = checkpoint.scaler() if flags else (table.columns, None, table.values.std(axis=0))
     forecasts, columns = read_forecasts(path, known)
     if missing := [name for name in columns if name not in table.columns]:
         raise input_error(data, f"no column {missing[0]!r}", f"the columns of {path}")
 
-    truths, N = pd.DataFrame(table.values, table.dates, table.columns)[columns], len(columns)
+    truths, N = pd.DataFrame(table.only(columns).values, table.dates, columns), len(columns)
     truths = truths[~truths.index.duplicated(keep="last")]
     truth, last = (truths.reindex(forecasts[name]).to_numpy() for name in ("date", ORIGIN))  # (R, N); NaN: no such row
     cells = pd.DataFrame({"origin": forecasts[ORIGIN].repeat(N).astype(str), "column": np.tile(columns, len(forecasts))})

@@ -22,7 +22,7 @@ from models import MODELS
 class ArgType:
     """What a flag's value must be; called with a word of the command line, it returns the value."""
 
-    convert: Callable[[str], Any]  # raises ValueError or KeyError
+    convert: Callable[[str], Any]  # raises ValueError or LookupError
     expected: str  # for a message
     allowed: Callable[[Any], object] = lambda value: True
     choices: tuple[str, ...] = ()  # the names that it is one of, where it is
@@ -32,7 +32,7 @@ class ArgType:
             value = self.convert(text)
             if self.allowed(value):
                 return value
-        except (ValueError, KeyError):
+        except (ValueError, LookupError):
             pass
         known = {name.lower(): name for name in self.choices}
         near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.7)
@@ -59,6 +59,7 @@ BOOL = ArgType(lambda text: WORDS[text.lower()], "nothing, or True or False")
 FREQUENCY = ArgType(
     str, "a pandas frequency such as h, t, d or 15min", re.compile(r"\d*[A-Za-z][0-9A-Za-z]*(-[0-9A-Za-z]+)*").fullmatch
 )
+NAMES = ArgType(lambda text: text, "some text", str.strip)  # one or more
 LEVEL = ArgType(
     lambda text: None if text.lower() == "none" else float(text),
     "numbers between 0 and 100 such as 80 95, or none",
@@ -113,6 +114,13 @@ FLAGS = [
          "custom files: read off their timestamps"),
     Flag("fill_missing", "data", "inherit", one_of("linear", "ffill"), None, "fill empty cells: linear between the values "
          "around them, ffill with the value before (default: they are an error)"),
+    Flag("encoding", "data", "inherit",
+         ArgType(str, "an encoding that Python knows, such as gbk or utf-16", lambda v: "".encode(v) is not None), None,
+         "of the CSV (default: UTF-8, else UTF-16, GB 18030 or Latin-1, as its bytes look; the log says which)"),
+    Flag("date_column", "data", "inherit", TEXT, None, "column of the timestamps (default: date)"),
+    Flag("id_column", "data", "inherit", TEXT, None, "column that names the series of each row, where a row has not all of "
+         "them (long format); each series is read as a column"),
+    Flag("drop_columns", "data", "inherit", NAMES, None, "columns that are not read"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -272,7 +280,10 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
         exit_on_error=False,
     )
     groups = {flag.group: parser.add_argument_group(flag.group) for flag in {f.group: f for f in FLAGS}.values()}
-    words: dict[ArgType, dict[str, Any]] = {BOOL: {"nargs": "?", "const": True}, LEVEL: {"nargs": "+"}}
+    words: dict[ArgType, dict[str, Any]] = {
+        BOOL: {"nargs": "?", "const": True},
+        **dict.fromkeys((LEVEL, NAMES), {"nargs": "+"}),
+    }
     for flag in FLAGS:
         default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
         shown = " (required)" if flag.name in required else "" if default is None else f" (default: {default})"
@@ -304,7 +315,15 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
         InputError: at the first that is unknown, wrong or missing.
     """
     given.update(checkpoint=checkpoint, is_training=0, do_predict=True)
-    return _read([f"--{name}={value}" for name, value in given.items() if value is not None], "run_main.py")
+    return _read(
+        [
+            word
+            for name, value in given.items()
+            if value is not None
+            for word in ([f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"])
+        ],
+        "run_main.py",
+    )
 
 
 def _read(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -437,7 +456,10 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         ),
         (args.features != "M", "features", f"M with --data {M4}"),
         (args.percent != 100, "percent", f"100 with --data {M4}"),
-        (args.fill_missing, "fill_missing", alone),
+        *(
+            (getattr(args, name), name, alone)
+            for name in ("fill_missing", "encoding", "date_column", "id_column", "drop_columns")
+        ),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),
     )
     args.pred_len, args.seq_len = horizon, given.get("seq_len", 2 * horizon)

@@ -263,8 +263,10 @@ class Forecaster:
 
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
-        context, found = self.context, {}
-        for name, table in tables_of(frame, context.series.columns, id_column, context.args.fill_missing).items():
+        context, found, args = self.context, {}, self.context.args
+        for name, table in tables_of(
+            frame, context.series.columns, id_column, args.fill_missing, args.date_column, pivot_by=args.id_column
+        ).items():
             check_rows(table, context.args.seq_len, self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"

@@ -123,7 +123,7 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = context.record["backbone"].get("note")
     model = {"model": context.args.model} | ({"language_model": note} if note else {})
-    if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args.fill_missing):
+    if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
     if "intervals" in metrics:
@@ -153,7 +153,7 @@ def calibrate(context: Context, checkpoint: Checkpoint) -> Checkpoint:
     )  # for the repeats' mean
     if not context.levels or (context.intervals is not None and context.intervals.has(context.levels) and kept):
         return checkpoint
-    held = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args.fill_missing) else None
+    held = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
     levels = tuple(sorted({*context.levels, *(held.levels if held else ())}))  # what it had is not taken from it
     with Calibration(context, levels) as calibration:
         score(context, "val", calibration.consume)
@@ -164,7 +164,7 @@ def calibrate(context: Context, checkpoint: Checkpoint) -> Checkpoint:
     context.intervals = found.only(context.levels)
     named = " and ".join(f"{name_of(level)} %" for level in context.levels)
     context.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
-    if not checkpoint.belongs_to(context.series, context.args.fill_missing):
+    if not checkpoint.belongs_to(context.series, context.args):
         return checkpoint
     if context.accelerator.is_main_process:
         now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile

@@ -160,7 +160,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         series, same_data, notes = read_history(args, checkpoint, in_program)
     else:
         series, notes = series_from_args(args), []
-        same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args.fill_missing)
+        same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args)
     if args.do_predict and not in_program:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)

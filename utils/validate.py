@@ -292,6 +292,7 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
         for each in sets
         if each.synthetic
     ]
+    lines += [each.read_as for each in sets if each.read_as]
     if pretrain is not None:
         trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")

@@ -148,6 +148,8 @@ def test_a_name_stands_for_the_familys_file_folder_and_text(tmp_path, monkeypatc
     places[1].parent.mkdir()
     places[1].touch()
     assert find_csv(args.root_path, args.data_path) == places[1]
+    places[1].rename(packed := places[1].with_name(f"{file}.gz"))
+    assert find_csv(args.root_path, args.data_path) == find_csv(args.root_path, f"{args.data_path}.gz") == packed
     text = dataset_description(Namespace(**vars(args) | {"prompt_domain": 1}))
     assert 60 < len(text.split()) < 120 and text == (ROOT / f"dataset/prompt_bank/{name}.txt").read_text().strip()
 
@@ -161,7 +163,7 @@ def test_whose_description_a_run_takes() -> None:
     args.checkpoint = "runs/other"  # then the flag was inherited, and told of the training's data
     assert dataset_description(args) == DEFAULT_DESCRIPTION
     args.checkpoint = None
-    args.data, args.data_path, args.prompt_domain = "custom", "folder/ETT.csv", 0
+    args.data, args.data_path, args.prompt_domain = "custom", "folder/ETT.csv.gz", 0
     assert dataset_description(args).startswith("The Electricity")  # a custom file's own text needs no asking for
     args.prompt_text = "in  my\nwords"
     assert dataset_description(args) == "in my words"

@@ -1,5 +1,6 @@
 """Reading a CSV file or a frame: what is accepted, and the one line that says where it is not."""
 
+import gzip
 import io
 
 import numpy as np
@@ -21,6 +22,54 @@ WRITTEN = {
     "latin-1, date last": b"T (\xb0C),W/m\xb2,date\n"
     b"1,2.5,2020-01-01 00:00\n-3,1e40,2020-01-01 01:00\n5,6,2020-01-01 02:00\n",
 }
+OWN = "时间;温度 (°C);负荷\n2020-01-01;1,5;1.234,5\n2020-01-02;2;-0,25\n"
+LONG = "id,date,v\n07,2020-01-01,1\n07,2020-01-02,2\n12,2020-01-01,3\n12,2020-01-02,4\n"
+# Content, flags, columns, their values, and what is said of it.
+FOUND = {
+    "GBK, semicolons, decimal commas": (OWN.encode("gbk"), {"date_column": "时间"}, "温度 (°C),负荷", [[1.5, 1234.5],
+        [2, -0.25]], "encoding gb18030, semicolon-separated, decimal commas, timestamps in column '时间'"),
+    "UTF-16": (GOOD.encode("utf-16"), {}, "b,a", [[1, 2.5], [-3, 1e40], [5, 6]], "encoding utf-16"),
+    "Big5": ("date,溫度\n2020-01-01,1\n".encode("big5"), {"encoding": "big5"}, "溫度", [[1]], "encoding big5"),
+    "Latin-1 that could be GBK": ("date,W/(m²·K),Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "W/(m²·K),Größe", [[1, 2]],
+        "encoding latin-1"),
+    "decimals after whole numbers": ("date;x\n" + "".join(f"{y}-01-01;0\n" for y in range(1990, 2020)) + "2020-01-01;0,5\n",
+        {}, "x", [*[[0]] * 30, [0.5]], "semicolon-separated, decimal commas"),
+    "groups of thousands": ("date;x;y\n2020-01-01;1,5;1.234\n2020-01-02;2;1 234 567\n", {}, "x,y", [[1.5, 1234],
+        [2, 1234567]], "semicolon-separated, decimal commas"),
+    "commas in names": ("date;load, kW;a,b,c\n2020-01-01;1.5;1\n", {}, "load, kW;a,b,c", [[1.5, 1]], "semicolon-separated"),
+    "quoted decimals": ('date,x\n2020-01-01,"1,5"\n2020-01-02,"2,25"\n', {}, "x", [[1.5], [2.25]], "decimal commas"),
+    "tabs": (GOOD.replace(",", "\t"), {}, "b,a", [[1, 2.5], [-3, 1e40], [5, 6]], "tab-separated"),
+    "index": (",date,x\n0,2020-01-01,1\n1,2020-01-02,5\n\n", {}, "x", [[1], [5]], "without column 'Unnamed: 0'"),
+    "index, saved twice": (",Unnamed: 0,date,x\n3,0,2020-01-01,1\n1,1,2020-01-02,5\n", {}, "x", [[1], [5]],
+        "without column 'Unnamed: 0.1', without column 'Unnamed: 0'"),
+    "index of dates": (",x\n2020-01-01,1\n2020-01-02,5\n", {}, "x", [[1], [5]], "timestamps in column 'Unnamed: 0'"),
+    "separator at the end": ("date,x,\n2020-01-01,1,\n", {}, "x", [[1]], "without column 'Unnamed: 2'"),
+    "Date": ("Date,x\n2020-01-01,1\n", {}, "x", [[1]], "timestamps in column 'Date'"),
+    "left out": ("Zeit,date,x,note\n2020-01-01,a,1,b\n", {"date_column": "Zeit", "drop_columns": ["note", "nix"]},
+        "x", [[1]], "timestamps in column 'Zeit', without column 'date', WARNING: no column 'nix' to leave out"),
+    "long": (LONG, {"id_column": "id"}, "07,12", [[1, 3], [2, 4]], ""),
+    "long, two values, mixed": ("date,id,v,w\n2020-01-02,n,1,2\n2020-01-01,s,3,4\n2020-01-01,n,5,6\n" +
+        "2020-01-02,s,7,8\n" * 2,
+        {"id_column": "id"}, "n v,s v,n w,s w", [[5, 3, 6, 4], [1, 7, 2, 8]], ""),
+}  # fmt: skip
+BAD_FORMAT = {
+    "columns": ("time;x\n2020-01-01;1\n", {}, "got the columns ['time', 'x'], expected a semicolon-separated file with "
+                "a column 'date'; --date_column names"),
+    "encoding": (OWN.encode("gbk"), {"encoding": "utf-8"}, "got bytes that are not utf-8, expected text; --encoding names"),
+    "decimal point": ("date;x;y\n2020-01-01;1,5;3\n2020-01-02;2;1.5\n", {}, "row 3, column 'y': got '1.5' (1 such cell in "
+                      "this column), expected a number with a decimal comma"),
+    "thousands or decimals": ('date,x\n2020-01-01,"1,234"\n', {}, "row 2, column 'x': got '1,234'"),
+    "text": ("date,x,note\n2020-01-01,1,dry\n", {}, "row 2, column 'note': got 'dry' (1 such cell in this column), expected "
+             "a number; --drop_columns 'note' leaves the column out"),
+    "nameless": (",date,x\n1.5,2020-01-01,1\n", {}, "row 1, column 1: got no name, expected one for each column"),
+    "long": (LONG, {}, "row 4, column 'date': got '2020-01-01', which is earlier than the row above ('2020-01-02'), "
+             "expected timestamps that increase; where a column names the series of each row, give it as --id_column"),
+    "id": (LONG, {"id_column": "station"}, "--id_column: got 'station', expected one of id, v, beside a column of numbers"),
+    "two values of a date": (LONG + "07,2020-01-02,5\n", {"id_column": "id"}, "row 6, column 'id': got '07' at 2020-01-02"),
+    "gap": (LONG + "07,2020-01-03,5\n", {"id_column": "id"}, "row 2020-01-03 00:00:00, column '12': got an empty cell"),
+    "workbook": (b"PK\x03\x04", {}, "got an Excel workbook or a packed file, expected a CSV file"),
+    "gzip": (gzip.compress(GOOD.encode()), {}, "got an Excel workbook or a packed file, expected a CSV file, or one"),
+}  # fmt: skip
 EMPTY = "; --fill_missing linear or ffill fills empty cells (in Python: fill_missing='linear')"
 BAD = {
     "text": (HEAD + "2020-01-02,1,oops\n2020-01-03,1,2\n", "row 3, column 'y': got 'oops' (1 such cell"),
@@ -54,10 +103,11 @@ BAD = {
 }  # fmt: skip
 
 
-def read(tmp_path, content: str | bytes, fill: str | None = None) -> Table:
-    path = tmp_path / "data.csv"
+def read(tmp_path, content: str | bytes, fill: str | None = None, name: str = "data.csv", **flags) -> Table:
+    path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_table(path, fill)
+    table = read_table(path, fill, **flags)
+    return table.only(table.columns)
 
 
 @pytest.mark.parametrize("content", WRITTEN.values(), ids=WRITTEN)
@@ -76,6 +126,39 @@ def test_a_file_and_the_frame_that_pandas_makes_of_it_are_one_table(tmp_path, co
         assert found.dates.equals(table.dates) and found.columns == table.columns
 
 
+@pytest.mark.parametrize(("content", "flags", "columns", "values", "said"), FOUND.values(), ids=FOUND)
+def test_the_format_of_a_file_is_found_and_said(tmp_path, content, flags: dict, columns: str, values, said: str) -> None:
+    table = read(tmp_path, content, **flags)
+    assert table.columns == columns.split(";" if ";" in columns else ",") and table.values.tolist() == values
+    assert table.read_as == (f"{tmp_path / 'data.csv'} was read as: {said}" if said else "")
+    packed = read(
+        tmp_path, gzip.compress(content if isinstance(content, bytes) else content.encode()), None, "x.csv.gz", **flags
+    )
+    assert packed.columns == table.columns and packed.values.tolist() == values and packed.dates.equals(table.dates)
+
+
+@pytest.mark.parametrize(("content", "flags", "message"), BAD_FORMAT.values(), ids=BAD_FORMAT)
+def test_a_format_that_cannot_be_read_is_named_in_one_line(tmp_path, content, flags: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, content, **flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_archive_is_named(tmp_path) -> None:
+    for content, message in ((GOOD.encode(), "Not a gzipped file"), (gzip.compress(GOOD.encode())[:-9], "ended before")):
+        with pytest.raises(InputError, match=f"x.csv.gz: got an unreadable file .*{message}.*, expected a CSV file"):
+            read(tmp_path, content, None, "x.csv.gz")
+
+
+def test_only_the_columns_that_are_used_need_be_numbers(tmp_path) -> None:
+    content = "date,note,x,half\n2020-01-01,dry,1,\n2020-01-02,wet,5,2\n2020-01-02,dry,5,\n"
+    (tmp_path / "data.csv").write_text(content)
+    table = read_table(tmp_path / "data.csv", "ffill")
+    assert table.only(["x"]).values.tolist() == [[1], [5], [5]] and table.only(["x"]).filled == 0
+    with pytest.raises(InputError, match="row 2, column 'half': got an empty cell .*ffill has no value"):
+        table.only(["x", "half"])
+
+
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
 def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, content, message) -> None:
     with pytest.raises(InputError) as caught:
@@ -90,7 +173,7 @@ def test_what_is_wrong_with_a_file_is_named_in_one_line(tmp_path, content, messa
         ("linear", ["1", "", "", "4"], [1, 2, 3, 4]), ("linear", ["", "2", ""], [2, 2, 2]),
         ("ffill", ["1", "", "", "4", ""], [1, 1, 1, 4, 4]), ("ffill", ["1", "2"], [1, 2]),
         ("ffill", ["", "2"], "row 2, column 'x': got an empty cell .*; --fill_missing ffill has no value to fill it with"),
-        ("linear", ["", ""], "row 2, column 'x': got an empty cell .*, expected a number$"),
+        ("linear", ["", ""], "row 2, column 'x': got an empty cell .*, expected a number; --drop_columns 'x' leaves"),
         ("linear", ["1", "bad", ""], "row 3, column 'x': got 'bad' .*, expected a number$"),
     ],
 )  # fmt: skip

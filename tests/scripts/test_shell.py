@@ -114,6 +114,11 @@ def test_own_csv_is_resumed_unless_told_otherwise(copy: Copy) -> None:
     assert args.resume and args.do_predict and args.data_path == "my.csv"
     assert args.root_path.rstrip("/") == str(copy.elsewhere)
     assert not parse_flags(copy.run("TimeLLM_custom.sh", "my.csv", "--resume", "False")).resume
+    (copy.elsewhere / "my.v2.csv.gz").write_text("")
+    words = copy.run("TimeLLM_custom.sh", "my.v2.csv.gz", "--date_column", "Zeit", "--drop_columns", "'wind dir'", "note")
+    args = parse_flags(words)
+    assert (args.model_id, args.data_path) == ("my.v2", "my.v2.csv.gz")
+    assert (args.date_column, args.drop_columns) == ("Zeit", ["wind dir", "note"])
 
 
 @pytest.mark.parametrize("script", EXPERIMENTS)

@@ -92,7 +92,7 @@ def test_a_wrong_value_is_named(flag, capsys: pytest.CaptureFixture[str]) -> Non
             ("learning_rate", "inf", "a number"), ("learning_rate", "0", "a number above 0"),
             ("pct_start", "1", "a number between 0 and 1"),
             ("intervals", "100", "numbers between 0 and 100"), ("intervals", "0", "numbers"),
-            ("freq", "every!", "a pandas frequency"),
+            ("freq", "every!", "a pandas frequency"), ("encoding", "base64", "an encoding that Python knows"),
             ("model", "TimeLM", "one of Autoformer, DLinear, PatchTST, Ridge, TimeLLM; perhaps TimeLLM"),
             ("llm_ablation", "Atention", "one of off, none, attention, transformer, random; perhaps attention"),
         ]
@@ -188,7 +188,7 @@ ROLES = {
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
     "use_prompt prompt_lags moving_avg activation seasonal_patterns",
     "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
-    "data_path_pretrain",
+    "data_path_pretrain encoding date_column id_column drop_columns",
 }
 
 

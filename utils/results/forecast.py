@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from data_provider.data_factory import series_flags
 from data_provider.data_loader import Series, check_size, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
@@ -63,11 +64,11 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         path = next((place for place in places if place.is_file()), places[0])
         if not path.is_file():
             raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
-    table = read_table(path, args.fill_missing)
+    table = read_table(path, **series_flags(args, read_table))
     if len(table.dates) < args.seq_len:
         raise input_error(table.path, f"{len(table.dates)} rows", f"at least --seq_len {args.seq_len}")
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
-    notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
+    notes = []
     if trained:
         series = on_the_trainings_scale(table, checkpoint, args)
         args.prompt_text = args.prompt_text or checkpoint.prompt_text
@@ -83,6 +84,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
+    notes += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
     gaps = gaps_in(series.dates[-args.seq_len :], series.step)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
@@ -108,7 +110,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
-    own = table.values[:, [table.columns.index(name) for name in names]]
+    own = (table := table.only(names)).values
     check_size(table.path, names, own, mean, std)
     return Series(
         path=table.path,
@@ -121,6 +123,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
         target_index=None,  # where there is one, it is the only column
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
     )
 
 

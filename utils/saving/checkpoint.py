@@ -10,6 +10,7 @@ import math
 import pickle
 import platform
 import struct
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from data_provider.data_factory import series_flags
 from data_provider.data_loader import FileSeries, Series, fingerprint
 from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
@@ -121,7 +123,7 @@ class Checkpoint:
             raise input_error(f"--checkpoint {self.file}", got, "the one that training wrote")
         return record["columns"], *(np.array(record["scaler"][part], dtype=np.float64) for part in ("mean", "deviation"))
 
-    def trained_on(self, data: Series | Table, fill: str | None = None) -> bool:
+    def trained_on(self, data: Series | Table, args: Namespace | None = None) -> bool:
         """Whether the first rows of `data` are the training rows; the file may have grown since.
 
         Of a run with `--data_pretrain` they are those of `--data`, which scale what it validates, tests and forecasts.
@@ -129,7 +131,7 @@ class Checkpoint:
         fingerprint, the name decides.
 
         Args:
-            fill: `--fill_missing`, for a file that is read once more because `data` has not all columns.
+            args: the run's flags, for a file that is read once more because `data` has not all columns.
         """
         held, names = self.record.get("data", {}), self.record.get("columns")
         if "mark" not in held or names is None:
@@ -139,14 +141,14 @@ class Checkpoint:
             return data.fingerprint == expected
         if isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows:
             return data.fingerprint == expected
-        table = data if isinstance(data, Table) else read_table(data.path, fill)
+        table = data if isinstance(data, Table) else read_table(data.path, **series_flags(args or Namespace(), read_table))
         if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):
             return False
         return fingerprint(table.values[:rows, [table.columns.index(name) for name in names]]) == expected
 
-    def belongs_to(self, series: Series, fill: str | None = None) -> bool:
+    def belongs_to(self, series: Series, args: Namespace | None = None) -> bool:
         """Whether the record is of a training on these rows that forecast these columns."""
-        return bool(self.record) and self.forecast_columns == series.forecast_columns and self.trained_on(series, fill)
+        return bool(self.record) and self.forecast_columns == series.forecast_columns and self.trained_on(series, args)
 
     def tensors(self, expected: Shapes) -> dict[str, torch.Tensor]:
         """The trained tensors, on the CPU. Nothing is unpickled but tensors.

@@ -147,6 +147,6 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         run_folder = home
     if run_folder.resolve() != home.resolve():  # what was trained there counts
         checkpoint = Checkpoint(run_folder / TENSORS, read_record(run_folder), None)
-    if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args.fill_missing):
+    if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args):
         return run_folder
-    return run_folder / f"on_{data.path.stem}"
+    return run_folder / f"on_{Path(data.path.name.removesuffix('.gz')).stem}"

@@ -18,6 +18,7 @@ from layers.errors import InputError
 from models.TimeLLM import Model
 from tests import small_run
 from utils.flags import parse_flags
+from utils.forecaster import Forecaster
 from utils.results.forecast import band_columns, write_forecast
 from utils.saving.files import read_record
 
@@ -121,6 +122,44 @@ def test_files_that_do_not_fit_are_named(trained, tmp_path, capsys, rows, column
         make_file(tmp_path / "x.csv", rows, pd.date_range("2020", periods=rows, freq="h"), columns)
     words = ["--is_training", "0", "--do_predict", "--checkpoint", str(trained[1]), "--predict_path", tmp_path / "x.csv"]
     assert message in small_run.refusal(list(map(str, words)), capsys)
+
+
+def test_files_of_other_formats_give_the_plain_files_forecasts(backbones, tmp_path: Path, capsys) -> None:
+    """A file as a Chinese Excel has it, with text and an index, and the long format; and newer files, by the checkpoint."""
+    names, dates = ["load", "温度"], pd.date_range("2024-01-01", periods=260, freq="h")
+    for rows, stem in ((240, "old"), (260, "new")):
+        frame = make_file(tmp_path / f"{stem}.csv", rows, dates[:rows], names)
+        own = frame.rename(columns={"date": "时间"}).assign(备注="晴", half=[1.5, *[np.nan] * (rows - 1)])
+        own.to_csv(tmp_path / f"{stem}.own.csv.gz", sep=";", decimal=",", encoding="gbk")
+        frame.melt("date", var_name="id").to_csv(tmp_path / f"{stem}.long.csv", index=False)
+    single = {"features": "S", "target": "温度"}
+    runs = {  # what it is, its flags, and the plain run's
+        "own.csv.gz": ({"date_column": "时间"} | single, single),
+        "long.csv": ({"id_column": "id"}, {}),
+    }
+    for kind, flags in runs.items():
+        found = []
+        for file, own_flags in zip((kind, "csv"), flags, strict=True):
+            words = small_run.command_line(
+                tmp_path, backbones["qwen2"], model="Ridge", data_path=f"old.{file}", model_comment=f"{kind}_{file}",
+                seq_len=T, pred_len=H, plots=0, torch_checkpoint=0, do_predict=True, **own_flags,
+            )  # fmt: skip
+            lines, run = small_run.train(words, capsys), small_run.run_folder(words)
+            said = [line.partition(" was read as: ")[2] for line in lines if " was read as: " in line]
+            here = "encoding gb18030, semicolon-separated, decimal commas, timestamps in column '时间'"
+            here += ", without column 'Unnamed: 0'"
+            assert said == ([here] if file == "own.csv.gz" else [])
+            texts = [(run / "forecast.csv").read_text()]
+            later = ["--is_training", "0", "--do_predict", "--plots", "0", "--checkpoint", str(run)]
+            lines = small_run.train([*later, "--predict_path", str(tmp_path / f"new.{file}")], capsys)
+            assert (f" was read as: {here}" in "".join(lines)) == (file == "own.csv.gz")
+            found.append(
+                [json.loads((run / "metrics.json").read_text())["test"], *texts, (run / "forecast.csv").read_text()]
+            )
+        assert found[0] == found[1] and len(set(found[0][1:])) == 2
+    frames = [pd.read_csv(tmp_path / f"new.{name}") for name in ("long.csv", "csv")]
+    forecaster = Forecaster.load(small_run.run_folder(words).with_name(small_run.run_folder(words).name[:-3] + "long.csv"))
+    assert forecaster.predict(frames[0]).equals(forecaster.predict(frames[1]))
 
 
 HOURS = pd.date_range("2024-02-28 22:00", periods=12, freq="h")  # a midnight among them, of a leap day
