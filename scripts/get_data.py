@@ -79,7 +79,9 @@ def get(name: str, out: Path, offline: bool) -> Path:
         return path
     path = write_synthetic(name, out / "synthetic")
     no_more = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
-    print(f"{name}: !!! {path} {no_more}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)")
+    print(
+        f"{name}: !!! {path} {no_more}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)"
+    )
     return path
 
 
