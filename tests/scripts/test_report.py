@@ -9,10 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from data_provider.synthetic import COLUMNS, SIGNATURE
-from scripts.report import main
+from scripts.report import main, report, verdict
 from tests.realdata import ROOT
 from tests.small_run import run_folder, train, write_csv
-from utils.results.report import report, verdict
 
 
 def test_the_table_is_that_of_the_figures_best_first(argv, capsys, tmp_path: Path) -> None:
