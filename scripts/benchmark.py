@@ -45,6 +45,7 @@ from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
+from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.train import train_step  # noqa: E402
 from utils.validate import nvidia_driver  # noqa: E402
@@ -196,11 +197,9 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
 
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
     # Seconds that `work(*args)` takes, until the device has done it.
-    began = time.perf_counter()
+    began = now(device)
     work(*args)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now(device) - began
 
 
 def step_flops(context: Context, batch: Batch) -> int:

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from layers.errors import input_error  # noqa: E402
@@ -32,6 +31,7 @@ from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
+from utils.training.dry_run import memory_limit, now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice  # noqa: E402
 from utils.training.train import save, train_step  # noqa: E402
@@ -81,14 +81,11 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     try:
         note_peaks("loading")
-        batches, losses, times = iter(train), [], []
-
-        def step() -> None:
-            # With the wait for the loader.
-            losses.append(train_step(context, next(batches).to(device), args.learning_rate)[0])
-
-        for _ in range(min(WARM_UP + STEPS, context.steps_per_epoch)):
-            times.append(timed(device, step))
+        losses, times, began = [], [], now(device)
+        for batch in islice(train, WARM_UP + STEPS):  # with the wait for the loader
+            losses.append(train_step(context, batch.to(device), args.learning_rate)[0])
+            times.append(now(device) - began)
+            began += times[-1]
         note_peaks("steps")
         saving = timed(device, save, context)
         note_peaks("save")
@@ -102,10 +99,6 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
     evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
-    limit = psutil.virtual_memory().total
-    if device.type == "cuda":
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        limit = share * torch.cuda.get_device_properties(device).total_memory
     sequences = len(context.series.forecast_columns) * args.batch_size
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
@@ -121,7 +114,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "s_per_window": per_window,
         "s_run": epochs * context.steps_per_epoch * seconds + evaluated * per_window,
         "epochs": epochs,
-        "limit_gib": limit / GIB,
+        "limit_gib": memory_limit(device) / GIB,
         "peaks_gib": peaks,
         "to_take_less": changes,
     }

