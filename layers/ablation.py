@@ -12,7 +12,7 @@ from torch import nn
 class Nothing(nn.Identity):
     """Without the language model: what goes in comes out."""
 
-    def forward(self, token_embeddings: torch.Tensor, real: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_embeddings, real, patches: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return patches
 
 

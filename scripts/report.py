@@ -20,7 +20,7 @@ from layers.errors import input_error  # noqa: E402
 from utils.results.baselines import RIDGE, measured  # noqa: E402
 from utils.results.m4 import scores_of, warnings_of  # noqa: E402
 from utils.results.m4 import table as table_of_m4  # noqa: E402
-from utils.results.metrics import METRICS  # noqa: E402
+from utils.results.metrics import METRICS, interval_figures  # noqa: E402
 from utils.saving.files import RECORD  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
@@ -59,12 +59,15 @@ def report(folder: Path) -> str:
         f"Test windows of {series.path.name}{source}, {series.seq_len} rows -> {series.pred_len} rows, standardised scale "
         "(lower is better):",
         "",
-        _table([test, *found["rows"]], levels),
+        _table([test, *found["rows"]]),
         "",
     ]
     if levels:
-        kept = "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised"
-        lines += [f"{kept}; WQL: weighted quantile loss.", ""]
+        lines += [
+            "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised; "
+            "WQL: weighted quantile loss.",
+            "",
+        ]
     lines += verdict(test["mse"], found["rows"])
     if record.get("backbone", {}).get("note"):
         lines += ["", f"Language model: {record['backbone']['note']}"]
@@ -87,22 +90,13 @@ def _read(path: Path, part: str) -> dict[str, Any]:
 
 
 # A line a forecast, best first: title, errors, and how good its prediction intervals were.
-def _table(rows: list[dict], levels: list[str]) -> str:
-    cells = []
-    for row in sorted(rows, key=lambda row: row["mse"]):
-        line = {"": row["title"], "MSE": f"{row['mse']:.4f}", "MAE": f"{row['mae']:.4f}"}
-        bands = row.get("intervals") or {}
-        for level, band in bands.get("levels", {}).items():
-            line |= {f"in {level} %": f"{100 * band['coverage']:.1f}%", f"width {level} %": f"{band['width']:.3f}"}
-        line |= {"WQL": f"{bands['wql']:.4f}"} if bands.get("wql") is not None else {}
-        cells.append(line)
-    names = [
-        "MSE",
-        "MAE",
-        *(f"{kind} {level} %" for level in levels for kind in ("in", "width")),
-        *(["WQL"] if levels else []),
-    ]
-    return pd.DataFrame(cells).set_index("").reindex(columns=names).to_string(na_rep="-", col_space=9, index_names=False)
+def _table(rows: list[dict]) -> str:
+    errors = [{"": row["title"], "MSE": row["mse"], "MAE": row["mae"]} | interval_figures(row) for row in rows]
+    frame = pd.DataFrame(errors).set_index("").sort_values("MSE", kind="stable")
+    for name in frame:
+        form = "{:.1%}" if name.startswith("in ") else "{:.3f}" if name.startswith("width ") else "{:.4f}"
+        frame[name] = frame[name].map(form.format, na_action="ignore")
+    return frame.to_string(na_rep="-", col_space=9, index_names=False)
 
 
 def verdict(mse: float, rows: list[dict]) -> list[str]:

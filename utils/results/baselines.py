@@ -68,8 +68,7 @@ def baselines(series: FileSeries, season: int | None = None, levels: tuple[float
         rows.append(_row(SEASON, title, detail, series, levels, began, lambda x: x[:, last_season]))
     began, train = time.perf_counter(), series.windows("train")
     weights, penalty = fit_ridge(train, series.windows("val"))
-    every = fitted_every(train)
-    thinned = f", fitted to one training window in {every}" if every > 1 else ""
+    thinned = f", fitted to one training window in {every}" if (every := fitted_every(train)) > 1 else ""
     detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
     rows.append(_row(RIDGE, "ridge regression", detail, series, levels, began, lambda x: ridge_forecast(x, weights)))
     return rows
@@ -103,13 +102,17 @@ def _row(
     for x, y in series.windows("test").sequences():
         metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, stds(x))))
     found = metrics.result()
-    mse, mae = (found["standardised"]["all"][error] for error in ("mse", "mae"))
-    brief = found.get("intervals")
-    if brief:
-        of = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in brief["levels"].items()}
-        brief = {"levels": of, "wql": brief["wql"]}
-    seconds = time.perf_counter() - began
-    return dict(name=name, title=title, mse=mse, mae=mae, seconds=seconds, detail=detail, intervals=brief)
+    held = found.get("intervals", {"levels": {}, "wql": None})
+    brief = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in held["levels"].items()}
+    return {
+        "name": name,
+        "title": title,
+        "mse": found["standardised"]["all"]["mse"],
+        "mae": found["standardised"]["all"]["mae"],
+        "seconds": time.perf_counter() - began,
+        "detail": detail,
+        "intervals": {"levels": brief, "wql": held["wql"]} if levels else None,
+    }
 
 
 def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

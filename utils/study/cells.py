@@ -26,6 +26,7 @@ from safetensors import safe_open
 from data_provider.splits import M4
 from layers.errors import input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
+from utils.results.metrics import interval_figures
 from utils.saving.files import write_json
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
@@ -197,18 +198,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
         "machine": note.get("machine", "unknown"),
         "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
-        "intervals": _interval_figures(metrics),
-        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **_interval_figures(r)} for r in simple],
+        "intervals": interval_figures(metrics),
+        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
     }
-
-
-def _interval_figures(found: dict[str, Any]) -> dict[str, float]:
-    # Under a table's heads: "in 80 %" is the part of the truths inside the 80 % intervals.
-    intervals = found.get("intervals") or {"levels": {}, "wql": None}
-    figures = {} if intervals["wql"] is None else {"WQL": intervals["wql"]}
-    for level, held in reversed(intervals["levels"].items()):
-        figures = {f"in {level} %": held["coverage"], f"width {level} %": held["width"], **figures}
-    return figures
 
 
 def last_line(cell: Cell) -> str:
