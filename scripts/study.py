@@ -109,8 +109,12 @@ def read_gpus(words: list[str]) -> list[str]:
         names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
     for name in names:
         if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name):
-            hint = "GRID.toml stands before it" if name.endswith(".toml") else ""
-            raise input_error("--gpus", repr(name), "all, or the numbers that nvidia-smi shows, such as 0 1", hint)
+            raise input_error(
+                "--gpus",
+                repr(name),
+                "all, or the numbers that nvidia-smi shows, such as 0 1",
+                "GRID.toml stands before it" if name.endswith(".toml") else "",
+            )
     return names
 
 
@@ -223,8 +227,9 @@ def run_cell(study: Study, chosen: str) -> int:
     """
     cell = next((cell for number, cell in enumerate(study.cells) if chosen in (str(number), cell.name)), None)
     if cell is None:
-        expected = f"a number from 0 to {len(study.cells) - 1}, or a name"
-        raise input_error("--cell", repr(chosen), expected, "--list shows them")
+        raise input_error(
+            "--cell", repr(chosen), f"a number from 0 to {len(study.cells) - 1}, or a name", "--list shows them"
+        )
     how, cards = measure(cell)["state"], os.environ.get(VISIBLE, "not set")
     print(f"{cell.name}: {how}; on {platform.node()}, {VISIBLE}: {cards}", flush=True)
     if how == DONE:
@@ -260,11 +265,12 @@ def show_results(study: Study) -> int:
         StorageError: a table cannot be written.
     """
     done = sum(measure(cell)["state"] == DONE for cell in study.cells)
-    written = write_results(study) if done else []
-    shown = (study.folder / "results.txt").read_text(encoding="utf-8") if done else ""
-    print(
-        f"\n{shown}\nWritten to {study.folder}: {', '.join(written)}" if done else "No cell is done, so there are no tables"
-    )
+    if done:
+        written = write_results(study)
+        print(f"\n{(study.folder / 'results.txt').read_text(encoding='utf-8')}")
+        print(f"Written to {study.folder}: {', '.join(written)}")
+    else:
+        print("No cell is done, so there are no tables")
     return done
 
 

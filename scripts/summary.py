@@ -70,8 +70,11 @@ def summary(folder: Path) -> pd.DataFrame:
     """
     runs = list(read_runs(folder))
     if not runs:
-        got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
-        raise input_error(folder, got, "a folder with the runs' folders")
+        raise input_error(
+            folder,
+            f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder",
+            "a folder with the runs' folders",
+        )
     untried = {flag.name for flag in FLAGS if "unlisted" in flag.roles}
     flags = dict.fromkeys(name for run in runs for name in run if name not in {*untried, *FIGURES, "run"})
     differing = [name for name in flags if len({json.dumps(run[name]) for run in runs if name in run}) > 1]

@@ -71,8 +71,8 @@ def draw_test(results: Any, metrics: dict) -> None:
     for window in windows:
         history = pd.DataFrame(window.history, window.dates[:-H], columns)
         forecast, truth = (pd.DataFrame(values, window.dates[-H:], columns) for values in (window.pred, window.true))
-        levels = [name[2:] for name in window.bands if name.startswith("lo")]
-        bands = {float(level): (window.bands[f"lo{level}"], window.bands[f"hi{level}"]) for level in levels}
+        levels = {float(name[2:]): name[2:] for name in window.bands if name.startswith("lo")}
+        bands = {level: (window.bands[f"lo{name}"], window.bands[f"hi{name}"]) for level, name in levels.items()}
         panels.append(panels_of(history, forecast, bands, H, truth))
     grid = [[of_window[place] for of_window in panels] for place in places]
     title = f"Test windows, first, middle and last by date (1 row: {step}; units of the file)"

@@ -82,8 +82,11 @@ def read_study(
     for name, value in held.items():
         rows = value if isinstance(value, list) else []
         if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
-            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
-            raise input_error(f"{where}: {name}", repr(value), expected)
+            raise input_error(
+                f"{where}: {name}",
+                repr(value),
+                f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml",
+            )
     own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     rows = [_as_text(row) for row in held.get(VARIANT, [])]
     variants = {row.pop("name", ""): row for row in rows}
@@ -97,8 +100,9 @@ def read_study(
     flags = {name: value for name, value in _as_text(held.get("flags", {})).items() if name not in own}
     for place, names in {"[flags]": flags, "the flags after --": own, **variants}.items():
         if twice := set(names) & (grid.keys() | (own if place in variants else set())):
-            got = f"a flag of {place!r}, and an axis or a flag after --"
-            raise input_error(f"{where}: {min(twice)}", got, "it in one place")
+            raise input_error(
+                f"{where}: {min(twice)}", f"a flag of {place!r}, and an axis or a flag after --", "it in one place"
+            )
     cells: list[Cell] = []
     skips = [_as_text(row) for row in held.get("skip", [])]
     unused = list(skips)
@@ -141,8 +145,12 @@ def _cell(
     """
     where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items()) or 'without axes'}"
     if M4 in (given.get("data"), *words):
-        hint = "run_m4.py trains, scripts/m4_scores.py makes the table"
-        raise input_error("--data", f"{M4} in {where}", "data whose errors are standardised", hint)
+        raise input_error(
+            "--data",
+            f"{M4} in {where}",
+            "data whose errors are standardised",
+            "run_m4.py trains, scripts/m4_scores.py makes the table",
+        )
     if OWN & (given.keys() | own):
         raise input_error(where, f"--{min(OWN & (given.keys() | own))}", "it left out: the study sets it")
     every = {name: value for name, value in (USUAL | given).items() if name not in own}
