@@ -117,8 +117,15 @@ class M4Windows(Dataset):
         start = T - min(cut, T)
         rows[start : start + len(known)] = torch.stack([known, torch.ones_like(known)], dim=1)
         y = rows[T - self.label_len :, :1]
-        marks = {"x_mark": torch.zeros(T, 0), "y_mark": torch.zeros(len(y), 0)}
-        return {"x": rows[:T, :1], "y": y, **marks, "index": index, "x_mask": rows[:T, 1:], "y_mask": rows[T:, 1:]}
+        return {
+            "x": rows[:T, :1],
+            "y": y,
+            "x_mark": torch.zeros(T, 0),
+            "y_mark": torch.zeros(len(y), 0),
+            "index": index,
+            "x_mask": rows[:T, 1:],
+            "y_mask": rows[T:, 1:],
+        }
 
     def window_dates(self, index: int) -> tuple[str, str]:
         """In the place of dates, which such series have not: the id of window `index`, twice."""
@@ -200,8 +207,7 @@ class M4Series(SplitSeries):
     def windows(self, flag: str) -> M4Windows:
         H, lengths = self.pred_len, (self.seq_len, self.label_len, self.pred_len)
         if flag == "test":
-            pairs = zip(self.known, self.future, strict=True)
-            series = [np.append(values[-self.seq_len :], future) for values, future in pairs]
+            series = [np.append(v[-self.seq_len :], future) for v, future in zip(self.known, self.future, strict=True)]
         else:
             series = [values if flag == "val" else values[:-H] for values in self.known]
         if flag == "train":

@@ -55,6 +55,10 @@ from utils.validate import nvidia_driver  # noqa: E402
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = ("plain", "plain_sdpa", "fast")
 GIB = 2**30
+PACKAGES, ALLOCATOR = (
+    ("torch", "transformers", "accelerate", "bitsandbytes"),
+    ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+)
 COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
 ARGUMENTS = {
     "--preset": dict(choices=list(PRESETS), default="small", help="shape of the random backbone"),
@@ -179,8 +183,7 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
     # 70 % of the rows train: enough for as many batches as are asked for, and a tenth for a window of validation.
     rows = 2 * (flags.seq_len + flags.pred_len + args.windows * (args.rounds + 2)) + 10 * flags.pred_len
     walks = np.random.default_rng(0).standard_normal((rows, args.channels)).cumsum(axis=0).round(4)
-    dated = pd.DataFrame(walks, index=pd.date_range("2020", periods=rows, freq="h", name="date"))
-    dated.to_csv(scratch / "walks.csv")
+    pd.DataFrame(walks, pd.date_range("2020", periods=rows, freq="h", name="date")).to_csv(scratch / "walks.csv")
     context = setup(flags, 0, Interrupts())
     if args.variant != "fast":
         context.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
@@ -229,11 +232,10 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
-    packages = ("torch", "transformers", "accelerate", "bitsandbytes")
-    found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))
-    named = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    found["allocator"] = " ".join(f"{name}={os.environ[name]}" for name in named if os.environ.get(name)) or "as it comes"
-    return found
+    return found | {
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
+        "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)) or "as it comes",
+    }
 
 
 if __name__ == "__main__":

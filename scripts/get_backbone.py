@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             perplexity(folder)
         print(f"backbone: {folder}")
 
-    return exit_code("get_backbone.py", work, args.out)
+    return exit_code("get_backbone.py", work)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def get(name: str, out: Path, offline: bool) -> Path:
         path = folder / file
         if path.is_file():
             right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-            other = "WARNING: another SHA-256 than the public file's; kept as it is"
-            print(f"{name}: {path} is there, {'SHA-256 right' if right else other}")
+            other = "" if right else "WARNING: another SHA-256 than the public file's; kept as it is"
+            print(f"{name}: {path} is there, {other or 'SHA-256 right'}")
         elif content := fetch(name, file, folder.name, sha256, offline):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, lambda partial, content=content: partial.write_bytes(content))
@@ -71,12 +71,12 @@ def get(name: str, out: Path, offline: bool) -> Path:
             offline = True  # the next one would not come either
     parts = dict.fromkeys(file.partition("-")[0] for file in files)  # of M4 its patterns, two files each
     missing = [part for part in parts if not all((folder / file).is_file() for file in files if file.startswith(part))]
-    if name == "m4" and len(missing) < len(parts):
+    if len(missing) < len(parts) and name != "m4":
+        return path
+    if len(missing) < len(parts):
         there = ", ".join(part for part in parts if part not in missing)
         print(f"{name}: {there}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
         return folder
-    if files and not missing:
-        return path
     path = write_synthetic(name, out / "synthetic")
     no_more = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
     print(

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
         print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
 
-    return exit_code("make_backbone.py", work, args.out)
+    return exit_code("make_backbone.py", work)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def report(folder: Path) -> str:
     levels = list(metrics.get("intervals", {}).get("levels", {}))
     found = metrics.get("baselines") or measured(series, tuple(map(float, levels)))
     trained_on = metrics.get("trained_on", {})  # named where it is not the data of the test
-    model = record["flags"].get("model", "TimeLLM").replace("TimeLLM", "Time-LLM")
-    test = metrics["test"] | {"title": f"{model} (this run)", "intervals": metrics.get("intervals")}
+    title = f"{record['flags'].get('model', 'TimeLLM').replace('TimeLLM', 'Time-LLM')} (this run)"
+    test = metrics["test"] | {"title": title, "intervals": metrics.get("intervals")}
     source = f" after training on {trained_on['file']}" if trained_on.get("file") else ""
     lines = [
         "",

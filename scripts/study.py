@@ -93,8 +93,9 @@ def main(argv: list[str]) -> int:
         failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
         done, again = show_results(study), shlex.join(["python", "scripts/study.py", *argv])
         if failed:
-            rest = len(study.cells) - done
-            print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
+            print(
+                f"{len(failed)} cells failed; {len(study.cells) - done} to do are tried again by the same command: {again}"
+            )
         if received:
             print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
         return 128 + received if received else bool(failed)
@@ -212,10 +213,14 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
             else:
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
-                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
-                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
-                more = f"left about {left}" if rest else "nothing left"
-                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}", flush=True)
+                left = (
+                    f"left about {time_text(sum(seconds.values()) / len(seconds) * rest / jobs)}" if rest else "nothing left"
+                )
+                print(
+                    f"cell {len(seconds)} of {len(cells)} done in {time_text(spent)}{where}: {cell.name} "
+                    f"mse {found['mse']:.4f} mae {found['mae']:.4f}; {left}",
+                    flush=True,
+                )
     return failed, received
 
 

@@ -194,8 +194,8 @@ def save_checkpoint(
     Raises:
         StorageError: the file system refused.
     """
-    versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
-    record = record | {"versions": {"python": platform.python_version()} | versions}
+    libraries = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    record = record | {"versions": {"python": platform.python_version()} | libraries}
     _write(folder / TENSORS, tensors, record, intervals)
     write_json(folder / RECORD, record)
 

@@ -174,8 +174,8 @@ def _cell(
     name = f"{re.sub(r'_{2,}', '_', readable)[:LONGEST]}_{digest}"
     held = sorted((folder / "cells").glob(f"*_{digest}"))  # the folder stays where the axes were named otherwise
     home = held[0] if held else folder / "cells" / name
-    command = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
-    return Cell(values, args, name, home, home / run_name(args, 0), command)
+    line = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
+    return Cell(values, args, name, home, home / run_name(args, 0), line)
 
 
 def measure(cell: Cell) -> dict[str, Any]:
