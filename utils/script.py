@@ -23,7 +23,9 @@ def exit_code(prog: str, work: Callable[[], object]) -> int:
     try:
         return int(work() or 0)  # type: ignore[call-overload]
     except OSError as error:
-        line: object = input_error(error.filename, error.strerror, "a file or folder that can be read and written")
+        line: object = input_error(
+            error.filename or prog, error.strerror or error, "a file or folder that can be read and written"
+        )
     except (InputError, RunError) as error:
         line = error
     print(f"{prog}: error: {line}", file=sys.stderr)

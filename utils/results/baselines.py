@@ -44,22 +44,20 @@ def measured(series: FileSeries, levels: tuple[float, ...] = ()) -> dict[str, An
     return {"of": of, "rows": baselines(series, levels=levels)}
 
 
-def baselines(series: FileSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+def baselines(series: FileSeries, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
     """Measure the naive forecasts and the ridge regression on the test windows.
 
+    A season is that of the data's step (24 hours for steps below a day). Its row is left out where a season is one row or
+    does not fit in seq_len.
+
     Args:
-        season: length of a season in rows; None takes it from the data's step
-            (24 hours for steps below a day). The seasonal row is left out
-            where a season is one row or does not fit in seq_len.
         levels: of the prediction intervals that they get as the models do, per cent.
 
     Returns:
         Rows of the comparison: name, title (for people), mse and mae on the standardised scale, seconds (fit and test),
         detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `Metrics`.
     """
-    H, step = series.pred_len, series.step
-    season = season_length(step) if season is None else season
-    began = time.perf_counter()
+    H, step, season, began = series.pred_len, series.step, season_length(series.step), time.perf_counter()
     rows = [_row(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began, lambda x: x[:, np.full(H, -1)])]
     if 1 < season <= series.seq_len:
         began, start, last_season = time.perf_counter(), pd.Timestamp("2001-01-01"), np.arange(H) % season - season

@@ -229,8 +229,9 @@ def _draw(study: Study, sections: list[Section]) -> list[str]:
     by_row = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
     by_horizon = Figure(figsize=(8, 5 * len(several)), layout="constrained")
     for number, (section, horizon) in enumerate(panels, 1):
-        title = f"{section.title}, horizon {horizon}"
-        axes = by_row.add_subplot(len(panels), 1, number, title=title, xlabel="test MSE, standardised scale")
+        axes = by_row.add_subplot(
+            len(panels), 1, number, title=f"{section.title}, horizon {horizon}", xlabel="test MSE, standardised scale"
+        )
         values = section.errors[horizon, "mse"]
         rows = values[RUN].groupby(level="row", sort=False)
         means = rows.mean()
