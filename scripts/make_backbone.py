@@ -141,7 +141,7 @@ def make_backbone(
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
             got, expected = (
-                f"files that cannot be read ({error!r})",
+                f"files that cannot be read ({error})",
                 "tokenizer.json and tokenizer_config.json of a fast one",
             )
             raise input_error(f"--tokenizer {tokenizer}", got, expected) from error

@@ -4,8 +4,9 @@ import json
 import math
 import shutil
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,9 @@ PREDICTIONS = "predictions.npz"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
 
 
-@dataclass(frozen=True)
-class Window:
-    """A test window for a picture, in the data's own units."""
-
-    dates: pd.DatetimeIndex  # [T + H]
-    history: np.ndarray  # [T, N]
-    true: np.ndarray  # [H, N]
-    pred: np.ndarray  # [H, N]
-    bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
+# A test window for a picture, in the data's own units: dates `[T + H]`, history `[T, N]`, true and pred `[H, N]`, and bands,
+# whose lo80, hi80, ... are `[H, N]`.
+Window = namedtuple("Window", "dates history true pred bands")
 
 
 class TestPass:

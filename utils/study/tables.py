@@ -4,7 +4,7 @@ differences in results.txt, .md and .tex."""
 import re
 import shlex
 import tomllib
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,13 @@ NONE, RIDGE = "-", "ridge regression"
 Table = tuple[str, pd.DataFrame]  # title and texts, by the names of the rows
 
 
-@dataclass
-class Section:
-    """What is known of one data set at one share of its training windows.
-
-    Attributes:
-        errors: rows by kind, name and seed (0 without one); columns (horizon, MSE, MAE or a figure of prediction
-            intervals), and MSE and MAE over all horizons as ("mean", error) where there are several.
-        notes: what the published rows say of themselves, by their sources.
-        windows: horizon -> numbers of test windows scored; more than one: rows differ.
-    """
-
-    title: str
-    errors: pd.DataFrame
-    notes: dict[str, str]
-    windows: dict[int, list[int]]
+# What is known of one data set at one share of its training windows:
+#
+# - errors: rows by kind, name and seed (0 without one); columns (horizon, MSE, MAE or a figure of prediction intervals),
+#   and MSE and MAE over all horizons as ("mean", error) where there are several.
+# - notes: what the published rows say of themselves, by their sources.
+# - windows: horizon -> numbers of test windows scored; more than one: rows differ.
+Section = namedtuple("Section", "title errors notes windows")
 
 
 def write_results(study: Study) -> list[str]:
