@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_provider.batches import WindowCollate
-from data_provider.data_loader import FileSeries, SplitSeries, load_series
+from data_provider.data_loader import ChannelItems, FileSeries, SplitSeries, load_series
 from data_provider.m4 import load_m4
 from data_provider.sampler import EpochBatches
 from data_provider.splits import M4
@@ -27,8 +27,16 @@ def data_provider(args: Namespace, flag: str) -> tuple[Any, DataLoader]:
     Raises:
         InputError: see `load_series` and `epoch_batches`.
     """
-    dataset = series_from_args(args).windows(flag)
+    dataset = items(args, series_from_args(args), flag)
     return dataset, make_loader(dataset, epoch_batches(args, dataset, flag), args.num_workers, _four_tensors)
+
+
+def items(args: Namespace, series: SplitSeries, flag: str) -> Any:
+    """The dataset of "train", "val" or "test": windows with all their channels, but in training by `--recipe published`
+    those of one channel each."""
+    dataset, channels = series.windows(flag), len(series.forecast_columns)
+    alone = flag == "train" and getattr(args, "recipe", "own") == "published" and channels > 1
+    return ChannelItems(dataset, channels) if alone else dataset
 
 
 def _four_tensors(items: list[dict]) -> tuple[torch.Tensor, ...]:
@@ -58,7 +66,7 @@ def batch_loader(
     Raises:
         InputError: see `epoch_batches`.
     """
-    dataset = series.windows(flag)
+    dataset = items(args, series, flag)
     batches = epoch_batches(args, dataset, flag, rank, world, seed)
     collate = WindowCollate(series.pred_len, series.target_index, encoder, whole)
     return dataset, make_loader(dataset, batches, args.num_workers, collate, pin)
@@ -106,6 +114,8 @@ def epoch_batches(
     """
     train = flag == "train"
     size = args.batch_size if train else args.eval_batch_size
+    if train and getattr(args, "recipe", "own") == "published":  # where --batch_size is each process's
+        size *= world
     if train and len(dataset) < size:
         raise input_error("--batch_size", size, f"at most {len(dataset)}, for {len(dataset)} training windows")
     if train and size < world:

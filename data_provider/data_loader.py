@@ -87,6 +87,28 @@ class WindowDataset(Dataset):
         return self.dates[index], self.dates[index + self.seq_len]
 
 
+class ChannelItems(Dataset):
+    """Every window of every one of N channels by itself, channel by channel, as the published code's training has them."""
+
+    def __init__(self, windows: WindowDataset, channels: int):
+        self.windows, self.channels = windows, channels
+
+    def __len__(self) -> int:
+        return len(self.windows) * self.channels
+
+    def channel(self, index: int) -> int:
+        return index // len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """Item `index`: x `[T, 1]`, y `[label_len + H, 1]`, x_mark, y_mark `[.., F]`, index."""
+        item, one = self.windows[index % len(self.windows)], slice(self.channel(index), self.channel(index) + 1)
+        return item | {"x": item["x"][:, one], "y": item["y"][:, one], "index": index}  # type: ignore[index]
+
+    def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
+        """The first input date and the first forecast date of item `index`."""
+        return self.windows.window_dates(index % len(self.windows))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where data come from, and their columns."""

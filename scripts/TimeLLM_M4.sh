@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The M4 competition, a run for each of its six patterns with the flags of the published script, then one table of all.
+# The M4 competition, a run for each of its six patterns with the flags of the published script and its recipe (the rate
+# begins at 0.001 / 25), then one table of all.
 # Qwen2.5-3B in 4 bits, for a GPU with 6 GB. Flags of your own come last and win; M4_PATTERNS chooses:
 #   M4_PATTERNS="Weekly Hourly" bash scripts/TimeLLM_M4.sh --train_epochs 10
 # The parentheses keep the caller's shell, folder and variables as they are, also with `source`.
@@ -64,6 +65,7 @@
       --batch_size 24 \
       --des Exp \
       --itr 1 \
+      --recipe published \
       --learning_rate 0.001 \
       --loss SMAPE \
       --train_epochs 50 \

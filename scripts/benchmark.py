@@ -55,10 +55,8 @@ from utils.validate import nvidia_driver  # noqa: E402
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = ("plain", "plain_sdpa", "fast")
 GIB = 2**30
-PACKAGES, ALLOCATOR = (
-    ("torch", "transformers", "accelerate", "bitsandbytes"),
-    ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
-)
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
 ARGUMENTS = {
     "--preset": dict(choices=list(PRESETS), default="small", help="shape of the random backbone"),
@@ -131,10 +129,10 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
 
     evaluation()  # the first one makes caches
     alone, rates = evaluation(), [0.0]
-    times, lr = [], context.args.learning_rate
-    train_step(context, batch, lr)
+    times: list[float] = []
+    train_step(context, batch)
     for _ in range(args.rounds):
-        times.append(timed(device, train_step, context, batch, lr))
+        times.append(timed(device, train_step, context, batch))
         if fast:
             rates.append(matmul_rate(device, model.backbone.dtype))
     found: dict[str, Any] = {
@@ -159,10 +157,10 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
         found["batch_s"] = time.process_time() - began
         batches = iter(loader)
-        train_step(context, next(batches).to(device), lr)  # workers start
+        train_step(context, next(batches).to(device))  # workers start
         began = now(device)
         for batch in islice(batches, args.rounds):
-            stepping += timed(device, train_step, context, batch.to(device), lr)
+            stepping += timed(device, train_step, context, batch.to(device))
         found["loader_share"] = 1 - stepping / (now(device) - began)
     context.close()
     return found
@@ -208,7 +206,7 @@ def step_flops(context: Context, batch: Batch) -> int:
     if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
         missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        train_step(context, batch, context.args.learning_rate)
+        train_step(context, batch)
     return counter.get_total_flops()
 
 

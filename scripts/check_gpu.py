@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         note_peaks("loading")
         losses, times, began = [], [], now(device)
         for batch in islice(train, WARM_UP + STEPS):  # with the wait for the loader
-            losses.append(train_step(context, batch.to(device), args.learning_rate)[0])
+            losses.append(train_step(context, batch.to(device))[0])
             times.append(now(device) - began)
             began += times[-1]
         note_peaks("steps")
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
     evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
-    sequences = len(context.series.forecast_columns) * args.batch_size
+    sequences = context.sequences_per_step
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
         "machine": machine(device),

@@ -15,6 +15,7 @@ from tests.realdata import ROOT
 from utils.flags import parse_flags, run_name
 
 BATCHES = 2
+RECIPE = dict.fromkeys((given.script for given in PUBLISHED), ["--recipe", "published"])  # ours say so themselves
 OURS = []  # the flag sets of this repository's scripts on the ETT files
 for script in sorted((ROOT / "scripts").glob("TimeLLM_ETT*.sh")):
     call = re.search(r"run_(ett|transfer) (\w+)(?: (\w+))? \\\n(.*?)\s*\"\$@\"", script.read_text(), re.DOTALL)
@@ -46,9 +47,9 @@ RUN = {given.script: given for given in PUBLISHED} | {"M4": next(g for g in PUBL
 def test_it_runs(given: FlagSet, backbones: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
     """All flags as published, but for what a test has: the language model and its size, the data's size, few iterations."""
     words = [
-        *given.text.split(), "--root_path", tmp_path, "--checkpoints", tmp_path / "runs", "--enc_in", 1, "--device", "cpu",
-        "--num_workers", 0, "--llm_model_path", backbones["qwen2"], "--llm_layers", 1, "--max_iters", BATCHES,
-        "--train_epochs", 1, "--plots", 0, "--torch_checkpoint", 0,
+        *given.text.split(), *RECIPE.get(given.script, []), "--root_path", tmp_path, "--checkpoints", tmp_path / "runs",
+        "--enc_in", 1, "--device", "cpu", "--num_workers", 0, "--llm_model_path", backbones["qwen2"], "--llm_layers", 1,
+        "--max_iters", BATCHES, "--train_epochs", 1, "--plots", 0, "--torch_checkpoint", 0,
     ]  # fmt: skip
     words += ["--llm_dim", 128, "--load_in_4bit", "False"] if "--llm_dim" in words else []
     args = parse_flags(list(map(str, words)), given.program)
@@ -66,6 +67,7 @@ def test_it_runs(given: FlagSet, backbones: dict[str, Path], tmp_path: Path, mon
     assert run_main.main(list(map(str, words)), given.program) == 0
     lines = capsys.readouterr().out.splitlines()
     assert args.data == "m4" or {"val 2", "test 2"} <= set(lines)
+    assert any(line.startswith("recipe published: ") for line in lines) == (args.recipe == "published")
     assert any(line.startswith("Test SMAPE: " if args.data == "m4" else "Test MSE: ") for line in lines)
     (folder,) = (tmp_path / "runs").iterdir()
     forecasts = f"{args.seasonal_patterns}_forecast.csv" if args.data == "m4" else "predictions.npz"

@@ -182,14 +182,18 @@ FLAGS = [
     Flag("test_every", "training", "unlisted", COUNT_OR_0, 1, "epochs between two test passes; 0: only the best epoch's, "
          "at the end"),
     Flag("patience", "training", "", COUNT, 10, "epochs without a better validation loss before training stops"),
+    Flag("recipe", "training", "resume", one_of("own", "published"), "own", "own: the flags as they stand; published: "
+         "rates, betas and batches as the paper's code has them: --learning_rate / 25 (but for COS), --batch_size "
+         "windows of one channel, for each process"),
     Flag("learning_rate", "training", "resume", ArgType(float, "a number above 0", lambda v: 0 < v < math.inf), 1e-4,
-         "rate, used as it stands"),
+         "rate, used as it stands with --recipe own"),
     Flag("optimizer", "training", "resume", one_of("adam", "adamw", "adamw8bit"), "adam", "adam, adamw or adamw8bit "
          "(bitsandbytes)"),
     Flag("loss", "training", "resume", one_of("MSE", "SMAPE", "MASE", "MAPE"), "MSE", "training loss (with --data m4 left "
          "out: SMAPE); SMAPE, MASE and MAPE, which do not depend on a series' scale, with --data m4 alone"),
-    Flag("lradj", "training", "resume", one_of("type1", "type3", "COS", "TST", "constant"), "type1",
-         "type1: halved each epoch; type3: 3 epochs, then x0.9; COS: cosine; TST: one cycle; constant"),
+    Flag("lradj", "training", "resume", one_of("type1", "type2", "type3", "PEMS", "COS", "TST", "constant"), "type1",
+         "type1: halved each epoch; type2: rates of its own, 5e-5 after 2 epochs, 1e-5 after 4, …; type3: 3 epochs, then "
+         "x0.9 each; PEMS: x0.95 each epoch; COS: cosine; TST: one cycle; constant (published: see docs/differences.md)"),
     Flag("pct_start", "training", "resume", ArgType(float, "a number between 0 and 1", lambda v: 0 < v < 1), 0.2,
          "TST's rising part"),
     Flag("use_amp", "training", "inherit resume fixed", BOOL, False, "mixed precision on the CPU too; a GPU always uses it"),
@@ -359,6 +363,7 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
         raise input_error(missing[0], "nothing", "a value", others)
 
     args = argparse.Namespace(**DEFAULTS | DEFAULTS_OF.get(prog, {}) | given)
+    args.names_rate = bool(given.keys() & {"learning_rate", "lradj"})
     if args.intervals is not None:
         args.intervals = tuple(sorted({level for level in args.intervals if level is not None}))
     if DATASETS[args.data].borders is None:  # None: read off the file

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 
-from data_provider.data_factory import batch_loader, epoch_batches, pretraining_series, series_from_args
+from data_provider.data_factory import batch_loader, epoch_batches, items, pretraining_series, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone, BackboneInfo
@@ -32,7 +33,7 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
 from utils.training.context import Context, Limit, Training
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
-from utils.training.optimizer import build_optimizer
+from utils.training.optimizer import build_optimizer, build_scheduler
 from utils.training.precision import Precision, choose_precision
 
 
@@ -86,6 +87,8 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
     start = None
     if plan.args.is_training and isinstance(plan.series, SplitSeries):
         ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
+        if plan.args.recipe == "published":  # whose steps depend on it
+            ours["the number of processes"] = plan.accelerator.num_processes
         start = open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
     context = make_context(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
@@ -104,6 +107,7 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
     model = _load_model(plan, repeat, log)
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     loaders: dict[str, Any] = {}
+    published = plan.args.recipe == "published"
     rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
     for split, series in plan.splits:
         data, loaders[split] = batch_loader(
@@ -130,7 +134,8 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         intervals=plan.intervals.kept,
         notes=plan.notes,
         pretrain=plan.pretrain,
-        sequences_per_step=plan.args.batch_size * len((plan.pretrain or plan.series).forecast_columns),
+        sequences_per_step=plan.args.batch_size
+        * (world if published else len((plan.pretrain or plan.series).forecast_columns)),
     )
 
 
@@ -172,7 +177,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     precision = choose_precision(args, device, uses_llm=info is not None)
     plan = Plan(args, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
     for split, split_series in plan.splits:
-        epoch_batches(args, split_series.windows(split), split, world=accelerator.num_processes)
+        epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)
     return plan
 
 
@@ -250,7 +255,7 @@ def _open_log(plan: Plan) -> RunLog:
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else RunLog(terminal=False)
     log(f"Using device: {plan.device}")
     world = plan.accelerator.num_processes
-    if world > 1:
+    if world > 1 and args.recipe == "own":
         each = " or ".join(map(str, sorted({args.batch_size // world, -(-args.batch_size // world)})))
         step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process; "
         own = f"--eval_batch_size {args.eval_batch_size} and --max_sequences are of each"
@@ -310,6 +315,7 @@ def start_or_resume(context: Context, start: Start) -> Training:
     """
     args, model, log, accelerator = context.args, context.model, context.log, context.accelerator
     optimizer = build_optimizer(args.optimizer, model, args.learning_rate)
+    scheduler, scheduler_steps = build_scheduler(args, optimizer, context.steps_per_epoch, accelerator.num_processes)
     journal = None
     if accelerator.is_main_process:
         events = tensorboard_writer(context.folder, log) if args.tensorboard else None
@@ -336,4 +342,19 @@ def start_or_resume(context: Context, start: Start) -> Training:
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
         part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
-    return Training(optimizer, saver, progress, journal, start.lock)
+    done = min(progress.epoch - 1, args.train_epochs)
+    if scheduler_steps:
+        done = scheduler_steps * min(
+            done * context.steps_per_epoch + progress.iteration, args.train_epochs * context.steps_per_epoch
+        )
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # after a resume, or where a step was skipped
+    for _ in range(done):
+        scheduler.step()
+    group = optimizer.param_groups[0]
+    if args.recipe == "published":
+        seen = f"{args.batch_size} windows of one channel a step in each process"
+        log(f"recipe published: learning rate {group['lr']:g}, Adam's betas {group['betas']}, {seen}")
+    elif args.names_rate and model.is_trained:
+        would = "lower it along a cosine of 20 epochs" if args.lradj == "COS" else f"train at {args.learning_rate / 25:g}"
+        log(f"learning rate {args.learning_rate:g} as it stands; the published code would {would} (--recipe published)")
+    return Training(optimizer, scheduler, scheduler_steps, saver, progress, journal, start.lock)

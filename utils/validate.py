@@ -47,6 +47,11 @@ def check_flags(args: Namespace) -> None:
             "model",
             f"TimeLLM or Ridge with --data {M4}, whose series may be shorter than a window",
         ),
+        (
+            not model.channel_independent and args.recipe == "published",
+            "recipe",
+            f"own, for {name} reads all channels at once",
+        ),
         (not model.uses_llm and args.llm_ablation != "off", "llm_ablation", f"off, {no_llm}"),
         (not model.uses_llm and args.skip != "none", "skip", f"none, {no_llm}"),
         (not model.uses_llm and args.load_in_4bit, "load_in_4bit", f"False, {no_llm}"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from data_provider.batches import Batch
@@ -26,6 +27,8 @@ class Training:
     """What only a run that trains has."""
 
     optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    scheduler_steps: int  # after each iteration; 0: one an epoch
     saver: Saver
     progress: Progress
     journal: Journal | None  # history.csv and what goes with it; one process has it

@@ -1,13 +1,17 @@
-"""The optimizer, which steps the mapping layer's weight a block at a time, and the learning rates of `--lradj`."""
+"""The optimizer, which steps the mapping layer's weight a block at a time, and the scheduler of its learning rate."""
 
-import math
+from argparse import Namespace
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
 from models.base import ForecastModel
+
+# type2's rates, from the end of an epoch on.
+TYPE2 = {2: 5e-5, 4: 1e-5, 6: 5e-6, 8: 1e-6, 10: 5e-7, 15: 1e-7, 20: 5e-8}
 
 
 class BlockAdam(torch.optim.Adam):
@@ -62,31 +66,43 @@ def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.O
     return BlockAdam(parameters, model.mapping_layer, lr, decoupled=name == "adamw")
 
 
-def learning_rate(schedule: str, base: float, step: int, steps_per_epoch: int, epochs: int, pct_start: float = 0.2) -> float:
-    """The learning rate of training step `step` (0, 1, … over the whole run), a plain function, so that a resumed run
-    needs no state for it.
+def build_scheduler(
+    args: Namespace, optimizer: torch.optim.Optimizer, steps_per_epoch: int, ranks: int
+) -> tuple[LRScheduler, int]:
+    """PyTorch's scheduler for `--lradj` under `--recipe`, and how often it steps after each iteration (0: once an epoch).
 
-    type1 halves it each epoch; type3 keeps it for 3 epochs, then multiplies by 0.9 each; COS is a half
-    cosine over the run, step by step; TST is one cycle (Smith and Topin, 2018) with PyTorch's defaults:
-    from base / 25 up to base over `pct_start` of the run, then down to base / 250,000, both as cosines.
+    It depends on nothing but the number of its steps, so a resumed run steps a new one as often.
+
+    published is what the code of the paper does (KimMeen/Time-LLM, run_main.py): but for COS it makes a OneCycleLR, which
+    sets the rate to a 25th and Adam's first beta to 0.95. TST alone steps it, by accelerate once for each process; the
+    others start from the rate that they find.
+
+    Args:
+        ranks: processes of the group.
     """
-    epoch = step // steps_per_epoch  # 0, 1, …
-    total = steps_per_epoch * epochs
-    if schedule == "constant":
-        return base
-    if schedule == "type1":
-        return base * 0.5**epoch
-    if schedule == "type3":
-        return base * 0.9 ** max(0, epoch - 2)
-    if schedule == "COS":
-        return _cosine(base, 0.0, step / total)
-    if schedule == "TST":
-        top = pct_start * total - 1  # the step that has the full rate
-        if 0 < top >= step:
-            return _cosine(base / 25, base, step / top)
-        return _cosine(base, base / 25e4, (step - top) / (total - 1 - top))
-    raise ValueError(f"unknown schedule {schedule}")
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    published, lr, total = args.recipe == "published", args.learning_rate, steps_per_epoch * args.train_epochs
+    if args.lradj == "COS":
+        return (
+            (CosineAnnealingLR(optimizer, T_max=20, eta_min=1e-8), 0)
+            if published
+            else (CosineAnnealingLR(optimizer, total), 1)
+        )
+    per_step = ranks if published else 1
+    if published or args.lradj == "TST":
+        steps, rise = per_step * total, args.pct_start
+        if rise * steps == 1:  # the first step alone would be the rise, and OneCycleLR would divide by its length of 0
+            rise -= 1e-9
+        cycle = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rise, cycle_momentum=published)
+        if args.lradj == "TST":
+            return cycle, per_step
+        lr = optimizer.param_groups[0]["lr"]
+    rates = {  # by the epochs that are done
+        "constant": lambda done: lr,
+        "type1": lambda done: lr * 0.5 ** (max(0, done - 1) if published else done),
+        "type2": lambda done: ([lr] + [rate for epoch, rate in TYPE2.items() if done >= epoch])[-1],
+        "type3": lambda done: lr * 0.9 ** max(0, done - (3 if published else 2)),
+        "PEMS": lambda done: lr * 0.95**done,
+    }
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 1.0  # what LambdaLR multiplies: so its factor is the rate itself, to the last bit
+    return LambdaLR(optimizer, rates[args.lradj]), 0

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
+from data_provider.data_loader import ChannelItems
 from layers.errors import RunError
 from models.base import ForecastModel
 from utils.results.bands import Calibration
@@ -23,7 +24,6 @@ from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
-from utils.training.optimizer import learning_rate
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
 
 TestFound = tuple[TestPass | M4Pass, Scores]
@@ -92,7 +92,8 @@ def train(context: Context) -> TestFound | None:
 
 def train_epoch(context: Context, clock: "Clock") -> float:
     """Run the rest of the epoch that the run is in; return its mean training loss."""
-    args, progress, journal = context.args, context.training.progress, context.training.journal
+    args, training = context.args, context.training
+    progress, journal = training.progress, training.journal
     loader, total = context.loaders["train"], context.steps_per_epoch
     loader.batch_sampler.set_epoch(progress.epoch, skip=progress.iteration)  # type: ignore[union-attr]
     context.model.train()
@@ -100,11 +101,10 @@ def train_epoch(context: Context, clock: "Clock") -> float:
     with progress_bar(total, progress.iteration) as bar:
         # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
         for batch in itertools.islice(loader, total - progress.iteration):
-            step = (progress.epoch - 1) * total + progress.iteration
-            lr = learning_rate(args.lradj, args.learning_rate, step, total, args.train_epochs, args.pct_start)
-            loss, stop, due = train_step(
-                context, batch.to(context.device), lr, context.training.saver.due(progress, ahead=1)
-            )
+            lr = training.optimizer.param_groups[0]["lr"]
+            loss, stop, due = train_step(context, batch.to(context.device), training.saver.due(progress, ahead=1))
+            for _ in range(training.scheduler_steps):
+                training.scheduler.step()
             clock.steps += 1
             if journal:
                 journal.step(progress.epoch, progress.iteration, loss, lr)
@@ -115,10 +115,12 @@ def train_epoch(context: Context, clock: "Clock") -> float:
                 if journal:
                     journal.flush()
             save_if_asked(context, stop, due)
+    if not training.scheduler_steps:
+        training.scheduler.step()
     return progress.loss_sum / (total - progress.skipped) if total > progress.skipped else float("nan")
 
 
-def train_step(context: Context, batch: Batch, lr: float, due: bool = False) -> tuple[float, bool, bool]:
+def train_step(context: Context, batch: Batch, due: bool = False) -> tuple[float, bool, bool]:
     """One step: forward, loss, backward, and the optimizer's step unless a number is NaN or infinite.
 
     In a group of processes each has its share of the batch, and the gradients are added up.
@@ -147,8 +149,6 @@ def train_step(context: Context, batch: Batch, lr: float, due: bool = False) -> 
     value, stop, save_now, skip = torch.cat([told, wrong[None]]).tolist()  # the one place that waits for the device
     good = not skip and math.isfinite(value)
     if good:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         if context.precision.is_scaled:
             for gradient in gradients:
                 gradient.div_(progress.loss_scale)
@@ -245,8 +245,10 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
         forecast = forecast_in_parts(model, context.precision, batch, prototype_kv, context.step_limit.sequences)
     bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
     is_here, bad = bool(bad.any()), bad if bad.any() else torch.ones_like(bad)
-    windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
-    wrong = [name for name, column in zip(columns, bad.T, strict=True) if column.any()]
+    items = batch.index[bad.any(1)].tolist()
+    windows = [str(data.window_dates(item)[0]) for item in items]  # type: ignore[attr-defined]
+    numbers = map(data.channel, items) if isinstance(data, ChannelItems) else bad.any(0).nonzero().flatten().tolist()
+    wrong = [columns[number] for number in numbers]
     told = gather_object([(is_here, windows, wrong)])  # of all processes; some may have sound windows alone
     told = [found for found in told if found[0]] or told
     windows = [window for found in told for window in found[1]]
@@ -360,5 +362,6 @@ class Clock:
         tests = sum(1 for epoch in epochs if args.test_every and epoch % args.test_every == 0)
         tests += args.test_every != 1  # the best epoch is tested at the end, unless all were
         windows = len(epochs) * self.windows["val"] + tests * self.windows["test"]
-        each = EVALUATION_SHARE * speed / args.batch_size if self.evaluation is None else self.evaluation
+        in_a_step = self.context.sequences_per_step / len(self.context.windows.forecast_columns)
+        each = EVALUATION_SHARE * speed / in_a_step if self.evaluation is None else self.evaluation
         return steps * speed + windows * each

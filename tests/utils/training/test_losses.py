@@ -1,6 +1,5 @@
-"""Losses against their formulas, written out; learning rates by formula, and TST against PyTorch's one-cycle schedule."""
+"""Losses against their formulas, written out."""
 
-import math
 from argparse import Namespace
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from data_provider.batches import Batch
 from data_provider.splits import PATTERNS, Pattern
 from utils.training.losses import loss_of
-from utils.training.optimizer import learning_rate
 
 
 def part(masked: bool, M: int = 4, T: int = 10, H: int = 3) -> tuple[torch.Tensor, Batch]:
@@ -66,33 +64,3 @@ def test_smape_does_not_reward_a_forecast_for_its_size() -> None:
     forecast = torch.full((1, 1), 3.0, requires_grad=True)
     loss_of(Namespace(loss="SMAPE"))(forecast, sequences).backward()
     assert float(forecast.grad) == pytest.approx(200 / (3 + 1))
-
-
-def rates(schedule: str, steps: int = 5, epochs: int = 6, base: float = 2e-3, pct_start: float = 0.2) -> list[float]:
-    return [learning_rate(schedule, base, step, steps, epochs, pct_start) for step in range(steps * epochs)]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "formula"),
-    [
-        ("constant", lambda step: 1),
-        ("type1", lambda step: 2.0 ** -(step // 5)),
-        ("type3", lambda step: [1, 1, 1, 0.9, 0.81, 0.729][step // 5]),
-        ("COS", lambda step: (1 + math.cos(math.pi * step / 30)) / 2),
-    ],
-)
-def test_rates_are_their_formulas(schedule: str, formula) -> None:
-    assert rates(schedule) == pytest.approx([2e-3 * formula(step) for step in range(30)])
-
-
-@pytest.mark.parametrize(
-    ("steps", "epochs", "pct_start"), [(5, 6, 0.2), (2008, 1, 0.2), (7, 3, 0.3), (10, 2, 0.9), (3, 1, 0.2)]
-)
-def test_tst_is_pytorchs_one_cycle(steps: int, epochs: int, pct_start: float) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps * epochs, pct_start=pct_start)
-    for step, rate in enumerate(rates("TST", steps, epochs, pct_start=pct_start), 1):
-        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-        optimizer.step()
-        if step < steps * epochs:
-            cycle.step()

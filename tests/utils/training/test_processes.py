@@ -100,6 +100,13 @@ def test_several_processes_leave_what_one_leaves(
 
 
 @pytest.mark.long
+def test_published_batches_are_of_each_process(words) -> None:
+    one, two = (words(name, recipe="published", batch_size=size, dropout=0) for name, size in (("one", 6), ("two", 3)))
+    without_dropout(one, 1), without_dropout(two, 2)
+    assert_alike(one, two, 1e-6)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adam", 1e-6), ("adamw8bit", 1e-4)])
 def test_a_state_goes_on_in_any_number_of_processes(words, optimizer, tolerance) -> None:
     first, second, third = (words(name, optimizer=optimizer) for name in ("first", "second", "third"))

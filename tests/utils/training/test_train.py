@@ -13,7 +13,9 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 
+import utils.setup
 import utils.training.train
 from data_provider.sampler import EpochBatches
 from layers.backbone import Backbone, find_backbone
@@ -50,14 +52,14 @@ def assert_lines(lines: list[str], patterns: list[str]) -> None:
 
 def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> None:
     """The first epoch trains, then one step wrecks the weights: the first epoch's are what is tested."""
-    usual = utils.training.train.learning_rate
+    usual = utils.setup.build_scheduler
 
-    def wrecking(schedule, base, step, steps, *rest):
-        if step < steps:
-            return usual(schedule, base, step, steps, *rest)
-        return 10.0 if step == steps else 0.0
+    def wrecking(args, optimizer, steps, ranks):
+        usual(args, optimizer, steps, ranks)
+        rate = LambdaLR(optimizer, lambda step: 1.0 if step < steps else 1e4 if step == steps else 0.0)
+        return rate, 1
 
-    monkeypatch.setattr(utils.training.train, "learning_rate", wrecking)
+    monkeypatch.setattr(utils.setup, "build_scheduler", wrecking)
     words = argv(train_epochs=9, patience=2)
     lines, folder = train(words, capsys), run_folder(words)
     head = [
@@ -73,7 +75,8 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
         r"Test MSE: \d+\.\d{7} MAE: \d+\.\d{7}",
         "Prediction intervals: 80 %: .*",
     ]
-    assert_lines(lines, [*head, saving, DRY_RUN, *first, SAVED, *second, *third, *tail])
+    rate = r"learning rate 0.001 as it stands; the published code would train at 4e-05 \(--recipe published\)"
+    assert_lines(lines, [*head, saving, rate, DRY_RUN, *first, SAVED, *second, *third, *tail])
     assert (folder / "train.log").read_text().splitlines() == lines
 
     summaries = [line for line in lines if "Vali Loss" in line]
