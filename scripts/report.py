@@ -20,9 +20,10 @@ from layers.errors import input_error  # noqa: E402
 from utils.results.baselines import RIDGE, measured  # noqa: E402
 from utils.results.m4 import scores_of, warnings_of  # noqa: E402
 from utils.results.m4 import table as table_of_m4  # noqa: E402
-from utils.results.metrics import METRICS, interval_figures  # noqa: E402
+from utils.results.metrics import METRICS  # noqa: E402
 from utils.saving.files import RECORD  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
+from utils.study.cells import interval_figures  # noqa: E402
 
 ALIKE = 0.005  # relative difference of two errors below which neither is called the winner
 ARGUMENTS = {

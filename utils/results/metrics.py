@@ -144,16 +144,6 @@ def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
     }
 
 
-def interval_figures(found: dict[str, Any]) -> dict[str, float]:
-    """The figures of prediction intervals in a metrics.json, or in a row of its simple forecasts, under a table's heads:
-    "in 80 %" is the part of the truths inside the 80 % intervals."""
-    intervals: dict[str, Any] = found.get("intervals") or {"levels": {}, "wql": None}
-    figures: dict[str, float] = {}
-    for level, held in intervals["levels"].items():
-        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
-    return figures if intervals["wql"] is None else figures | {"WQL": intervals["wql"]}
-
-
 def line_of(intervals: dict[str, Any]) -> str:
     """The figures of prediction intervals, as metrics.json has them, in a line for the log."""
     levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"

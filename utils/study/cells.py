@@ -26,7 +26,6 @@ from safetensors import safe_open
 from data_provider.splits import M4
 from layers.errors import input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
-from utils.results.metrics import interval_figures
 from utils.saving.files import write_json
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
@@ -209,6 +208,16 @@ def measure(cell: Cell) -> dict[str, Any]:
         "intervals": interval_figures(metrics),
         "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
     }
+
+
+def interval_figures(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of prediction intervals in a metrics.json, or in a row of its simple forecasts, under a table's heads:
+    "in 80 %" is the part of the truths inside the 80 % intervals."""
+    intervals: dict[str, Any] = found.get("intervals") or {"levels": {}, "wql": None}
+    figures: dict[str, float] = {}
+    for level, held in intervals["levels"].items():
+        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
+    return figures if intervals["wql"] is None else figures | {"WQL": intervals["wql"]}
 
 
 def last_line(cell: Cell) -> str:
