@@ -66,8 +66,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     Raises:
         InputError, RunError: as the run itself would.
     """
-    short = dict(is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0)
-    short |= dict(do_predict=False, predict_path=None, predict_steps=None, tensorboard=False)
+    short = dict(
+        is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0, tensorboard=False,
+        do_predict=False, predict_path=None, predict_steps=None,
+    )  # fmt: skip
     context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
     device, train, val = context.device, context.loaders["train"], context.loaders["val"]
     peaks: dict[str, tuple[float, float]] = {}

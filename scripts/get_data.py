@@ -78,9 +78,9 @@ def get(name: str, out: Path, offline: bool) -> Path:
         print(f"{name}: {there}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
         return folder
     path = write_synthetic(name, out / "synthetic")
-    no_more = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
+    warning = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
     print(
-        f"{name}: !!! {path} {no_more}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)"
+        f"{name}: !!! {path} {warning}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)"
     )
     return path
 

@@ -98,8 +98,8 @@ def scores_of(metrics: Mapping[str, Any]) -> pd.DataFrame:
     """
     rows = {"Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]: metrics["test"]}
     rows |= {row["title"]: row for row in metrics["baselines"]["rows"]}
-    names = {(title, metrics["m4"]["pattern"]): row for title, row in rows.items()}
-    return pd.DataFrame(names, ["series", "smape", "mase", "scaled"]).astype(float).T
+    by_name = {(title, metrics["m4"]["pattern"]): row for title, row in rows.items()}
+    return pd.DataFrame(by_name, ["series", "smape", "mase", "scaled"]).astype(float).T
 
 
 def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
@@ -126,9 +126,9 @@ def grouped(scores: pd.DataFrame) -> pd.DataFrame:
     sums = sums.assign(smape=sums["smape"] * sums["series"], mase=(sums["mase"] * sums["scaled"]).fillna(0))
     number, among = sums.groupby(level=0)["series"].transform("size"), sums.index.unique(1).size
     whole = sums[(number == among) & (among > 1)]
-    joined = [whole.rename(lambda name: PATTERNS[name].group, level=1), whole.rename(lambda name: AVERAGE, level=1)]
-    joined[0] = joined[0].drop([*PATTERNS], level=1, errors="ignore")  # a group of one pattern
-    rows = pd.concat([sums, *joined]).groupby(level=[0, 1], sort=False).sum()
+    others = whole.rename(lambda name: PATTERNS[name].group, level=1).drop([*PATTERNS], level=1, errors="ignore")
+    average = whole.rename(lambda name: AVERAGE, level=1)
+    rows = pd.concat([sums, others, average]).groupby(level=[0, 1], sort=False).sum()
     rows["smape"] /= rows["series"]
     rows["mase"] /= rows["scaled"]
     naive = rows.xs(TITLES[NAIVE2]).reindex(rows.index, level=1)

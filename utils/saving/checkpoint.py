@@ -138,9 +138,9 @@ class Checkpoint:
         if "mark" not in held or names is None:
             return held.get("file") == data.path.name
         rows, expected = held["mark"]["rows"], held["mark"]["sha256"]
-        if isinstance(data, M4Series):
-            return data.fingerprint == expected
-        if isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows:
+        if isinstance(data, M4Series) or (
+            isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows
+        ):
             return data.fingerprint == expected
         table = data if isinstance(data, Table) else read_table(data.path, fill)
         if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):
