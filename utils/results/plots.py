@@ -100,11 +100,9 @@ def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardise
     """
     table = pd.DataFrame(history).set_index("epoch").astype(float)
     with _lines(folder / PLOTS / "loss_by_epoch.png", len(table), "Loss by epoch", "epoch", loss) as axes:
-        names, colours = (
-            {"train_loss": "training", "vali_loss": "validation", "test_loss": "test"},
-            [HISTORY, FORECAST, TRUTH],
-        )
-        table[[*names]].rename(columns=names).plot(ax=axes, marker="o", color=colours, legend=False)
+        lines = (("train_loss", "training", HISTORY), ("vali_loss", "validation", FORECAST), ("test_loss", "test", TRUTH))
+        for name, label, colour in lines:
+            axes.plot(table.index, table[name], marker="o", color=colour, label=label)
         finite = table["vali_loss"][np.isfinite(table["vali_loss"])]  # no other epoch is kept
         if len(finite):
             best = finite.idxmin()
@@ -200,7 +198,8 @@ def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: 
         for number, row in enumerate(grid):
             for axes, panel in zip(places[number], row, strict=True):
                 paint(axes, panel)
-                dress(axes, panel.forecast.index.dtype.kind == "M", labelled=apart or number == len(grid) - 1)
+                dated = isinstance(panel.forecast.index, pd.DatetimeIndex)
+                dress(axes, dated, labelled=apart or number == len(grid) - 1)
             size = 10 if len(row[0].label) <= 12 else 8
             places[number][0].set_ylabel(row[0].label, fontsize=size, parse_math=False)
         for axes, head in zip(places[0], heads, strict=False):
