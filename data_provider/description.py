@@ -25,11 +25,12 @@ def dataset_description(args: Namespace) -> str:
     Raises:
         InputError: `--prompt_domain 1`, and the bank has no text for the data set.
     """
-    if text := getattr(args, "prompt_text", None):
+    text = getattr(args, "prompt_text", None)
+    if text:
         return " ".join(text.split())
     file = bank_file(args)
-    # With a checkpoint the flag may stand for the training's data.
-    if file is None and args.prompt_domain and not getattr(args, "checkpoint", None):
+    inherited = getattr(args, "checkpoint", None)  # then the flag may stand for the training's data
+    if file is None and args.prompt_domain and not inherited:
         name = "ETT" if args.data.startswith("ETT") else Path(args.data_path).stem
         raise input_error("--prompt_domain", "1", f"a file {name}.txt in {PROMPT_BANK}", "write it or leave the flag out")
     if file is None or not (args.prompt_domain or args.data == "custom"):
