@@ -71,8 +71,11 @@ def _values(place: str, cells: list[str]) -> np.ndarray:
     wrong = np.flatnonzero(~(np.abs(values) <= LARGEST_STANDARDISED))  # NaN is none either
     if wrong.size:
         cell = cells[wrong[0]]
-        got = "an empty cell between its values" if cell in ABSENT else repr(cell[:40])
-        raise input_error(f"{place}, value {wrong[0] + 1}", got, f"a number of at most {LARGEST_STANDARDISED:.0e}")
+        raise input_error(
+            f"{place}, value {wrong[0] + 1}",
+            "an empty cell between its values" if cell in ABSENT else repr(cell[:40]),
+            f"a number of at most {LARGEST_STANDARDISED:.0e}",
+        )
     return values
 
 
@@ -114,27 +117,33 @@ class M4Windows(Dataset):
         start = T - min(cut, T)
         rows[start : start + len(known)] = torch.stack([known, torch.ones_like(known)], dim=1)
         y = rows[T - self.label_len :, :1]
-        marks = {"x_mark": torch.zeros(T, 0), "y_mark": torch.zeros(len(y), 0)}
-        return {"x": rows[:T, :1], "y": y, **marks, "index": index, "x_mask": rows[:T, 1:], "y_mask": rows[T:, 1:]}
+        return {
+            "x": rows[:T, :1],
+            "y": y,
+            "x_mark": torch.zeros(T, 0),
+            "y_mark": torch.zeros(len(y), 0),
+            "index": index,
+            "x_mask": rows[:T, 1:],
+            "y_mask": rows[T:, 1:],
+        }
 
     def window_dates(self, index: int) -> tuple[str, str]:
         """In the place of dates, which such series have not: the id of window `index`, twice."""
-        name = self.ids[index % len(self)]
-        return name, name
+        return (self.ids[index % len(self)],) * 2
 
     # Windows that are whole on both sides.
     @property
     def sequence_count(self) -> int:
-        return sum(len(self._whole(number)) for number in range(len(self)))
+        return sum(len(self.whole(number)) for number in range(len(self)))
 
     def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Inputs `[m, T]` and truths `[m, H]` of every k-th window that is whole on both sides, each in units of its
         history's deviation, so that all count alike; a history that stands still is left out."""
-        rows = [row for number in range(len(self)) for row in self._whole(number)][::every]
+        rows = [row for number in range(len(self)) for row in self.whole(number)][::every]
         for start in range(0, len(rows), CHUNK_SEQUENCES):
             chunk = np.stack(rows[start : start + CHUNK_SEQUENCES])
             x = chunk[:, : self.seq_len]
-            moves, mean, std = self._moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
+            moves, mean, std = self.moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
             chunk = (chunk[moves] - mean[moves]) / std[moves]
             yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
 
@@ -143,19 +152,15 @@ class M4Windows(Dataset):
         ids, series = [self.ids[n] for n in chosen], [self.series[n] for n in chosen]
         return M4Windows(ids, series, [self.cuts[n] for n in chosen], self.lengths, self.drawn)
 
-    # The numbers of the series that `sequences` has something of.
-    def moving(self) -> list[int]:
-        return [n for n in range(len(self)) if self._moves(self._whole(n)[:, : self.seq_len]).any()]
-
     # The windows `[cuts, T + H]` of a series that are whole.
-    def _whole(self, number: int) -> np.ndarray:
+    def whole(self, number: int) -> np.ndarray:
         values, length = self.series[number], self.seq_len + self.pred_len
         if len(values) < length:
             return np.empty((0, length))
         return np.lib.stride_tricks.sliding_window_view(values[max(self.cuts[number].start - self.seq_len, 0) :], length)
 
     @staticmethod
-    def _moves(x: np.ndarray) -> np.ndarray:
+    def moves(x: np.ndarray) -> np.ndarray:
         return x.std(axis=1) > STILL * np.abs(x.mean(axis=1))
 
 
@@ -202,8 +207,7 @@ class M4Series(SplitSeries):
     def windows(self, flag: str) -> M4Windows:
         H, lengths = self.pred_len, (self.seq_len, self.label_len, self.pred_len)
         if flag == "test":
-            pairs = zip(self.known, self.future, strict=True)
-            series = [np.append(values[-self.seq_len :], future) for values, future in pairs]
+            series = [np.append(v[-self.seq_len :], future) for v, future in zip(self.known, self.future, strict=True)]
         else:
             series = [values if flag == "val" else values[:-H] for values in self.known]
         if flag == "train":
@@ -217,8 +221,8 @@ class M4Series(SplitSeries):
         # Training windows, and every CHOOSINGth of them chooses. The validation windows all lie at one moment, which says
         # little of others: the map that is best there reverts to the mean, for example, where the series did so just then.
         # A series that stands still says nothing of either.
-        train = self.windows("train")
-        used = train.moving() or list(range(len(train)))
+        train, T = self.windows("train"), self.seq_len
+        used = [n for n in range(len(train)) if train.moves(train.whole(n)[:, :T]).any()] or list(range(len(train)))
         choosing = used[::CHOOSING]
         return train.subset([n for n in used if n not in set(choosing)] or used), train.subset(choosing)
 
@@ -234,13 +238,16 @@ def load_m4(root_path: str | Path, seasonal_patterns: str, seq_len: int, label_l
     for name in known | future:
         if name not in known:
             raise input_error(f"{test}: series {name!r}", "no such series in the training file", f"the ids of {train}")
-        found = len(future.get(name, ()))
-        if found != pred_len:
-            expected = f"{pred_len}, the horizon of {seasonal_patterns}"
-            raise input_error(f"{test}: series {name!r}", f"{found} values", expected)
+        if (found := len(future.get(name, ()))) != pred_len:
+            raise input_error(
+                f"{test}: series {name!r}", f"{found} values", f"{pred_len}, the horizon of {seasonal_patterns}"
+            )
     if all(len(values) <= pred_len + 1 for values in known.values()):
-        expected = f"at least one of {pred_len + 2} values: a horizon to validate on, and two to cut"
-        raise input_error(train, f"{len(known)} series, all shorter", expected)
+        raise input_error(
+            train,
+            f"{len(known)} series, all shorter",
+            f"at least one of {pred_len + 2} values: a horizon to validate on, and two to cut",
+        )
     return M4Series(
         path=train,
         columns=["value"],

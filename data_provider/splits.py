@@ -59,7 +59,6 @@ PATTERNS = {
     "Daily": Pattern(14, 1, 10, "1 day", "Others"),
     "Hourly": Pattern(48, 24, 10, "1 hour", "Others"),
 }
-GROUPS = ("Yearly", "Quarterly", "Monthly", "Others")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,17 @@ import pandas as pd
 from data_provider.splits import PATTERNS, m4_file
 
 COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
-ROWS_PER_HOUR = {"ETTh1": 1, "ETTh2": 1, "ETTm1": 4, "ETTm2": 4}
-HOURS = 17420  # as long as the measured files
-RATES = ("AUD", "GBP", "CAD", "CHF", "CNY", "JPY", "NZD", "SGD")
-MADE_UP = ("rates", "drift")  # there is no measured file of these names
-WIDE = {"ECL": (26304, 321), "Traffic": (17544, 862)}  # rows and columns, those of the measured files
+# Rows, columns and rows an hour, those of the measured files.
+LOADS = {
+    "ETTh1": (17420, 7, 1),
+    "ETTh2": (17420, 7, 1),
+    "ETTm1": (69680, 7, 4),
+    "ETTm2": (69680, 7, 4),
+    "ECL": (26304, 321, 1),
+    "Traffic": (17544, 862, 1),
+}
+RATES: tuple[str, ...] = ("AUD", "GBP", "CAD", "CHF", "CNY", "JPY", "NZD", "SGD")
+NEVER_FETCHED = ("rates", "drift", "ECL", "Traffic")  # of the first two there is no measured file
 SUFFIX = "-synthetic.csv"
 # The first row's values are the same in every synthetic file and in no
 # measured one, so that a renamed copy is still known for what it is.
@@ -45,16 +51,17 @@ def is_synthetic(path: str | Path) -> bool:
 
 
 def write_synthetic(name: str, folder: str | Path) -> Path:
-    """Write `folder`/NAME-synthetic.csv (whole or not at all) and return its path."""
-    step, columns = "1h", list(COLUMNS)
-    if name in ROWS_PER_HOUR:
-        values, step = _ett(name).round(4), f"{60 // ROWS_PER_HOUR[name]}min"
-    elif name == "rates":
-        values, step, columns = _rates().round(6), "1D", list(RATES)
-    elif name in WIDE:
-        values, columns = _wide(*WIDE[name]).round(4), [*map(str, range(WIDE[name][1] - 1)), "OT"]
+    """Write `folder`/NAME-synthetic.csv (whole or not at all), of "m4" the folder `folder`/m4, and return its path."""
+    if name == "m4":
+        return _write_m4(Path(folder) / name)
+    if name == "rates":
+        values, step, columns = _rates().round(6), "1D", RATES
+    elif name == "drift":
+        values, step, columns = _drift().round(4), "1h", ("a", "b")
     else:
-        values, columns = _drift().round(4), ["a", "b"]
+        values, step, columns = _loads(name).round(4), f"{60 // LOADS[name][2]}min", COLUMNS
+        if values.shape[1] > len(COLUMNS):
+            columns = (*map(str, range(values.shape[1] - 1)), "OT")
     path = Path(folder) / f"{name}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -63,26 +70,24 @@ def write_synthetic(name: str, folder: str | Path) -> Path:
     return part.replace(path)
 
 
-def _ett(name: str) -> np.ndarray:
-    # Loads `[rows, 7]` with daily, weekly and yearly cycles, slow drift, level shifts and
-    # correlated noise; OT (oil temperature) follows the loads and the season.
-    per_hour = ROWS_PER_HOUR[name]
-    rows = HOURS * per_hour
-    random = np.random.default_rng([2021, list(ROWS_PER_HOUR).index(name)])
-    hours = np.arange(rows) / per_hour
-    day, week, year = (2 * np.pi * hours / period for period in (24, 24 * 7, 24 * 365.25))
-    values = np.empty((rows, len(COLUMNS)))
-    load = np.zeros(rows)
-    for channel, size in enumerate((6.0, 1.5, 5.0, 1.2, 2.0, 0.8)):
-        phase = random.uniform(0, 2 * np.pi)
-        strength = 1 + 0.3 * np.sin(year + phase) + 0.2 * np.sin(week + phase)
-        cycle = strength * (np.sin(day + phase) + 0.4 * np.sin(2 * day + 2 * phase))
-        shape = cycle + 0.3 * np.sin(week) + 0.5 * np.cos(year) + _level_shifts(random, rows, per_hour)
-        values[:, channel] = size * (1 + 0.7 * shape + 0.25 * _correlated(random, rows, 6 * per_hour))
-        load += values[:, channel] / size
-    slow = _smooth(load, 12 * per_hour)
-    values[:, -1] = 15 - 10 * np.cos(year) + 1.5 * slow + 2 * _correlated(random, rows, 48 * per_hour)
-    values[0] = SIGNATURE
+def _loads(name: str) -> np.ndarray:
+    # Values `[rows, channels]`: days, weeks and years of other strengths and hours in each channel, weather that all
+    # share, and noise of each one's own.
+    rows, channels, per_hour = LOADS[name]
+    random, hours = np.random.default_rng([2021, list(LOADS).index(name)]), np.arange(rows) / per_hour
+
+    def smooth_noise(hours: int) -> np.ndarray:  # of unit deviation
+        window = hours * per_hour
+        return np.convolve(random.standard_normal(rows), np.full(window, window**-0.5), mode="same")
+
+    weather, values = 0.7 * smooth_noise(72), np.empty((rows, channels))
+    week, year = 2 * np.pi * hours / 168, 2 * np.pi * hours / (24 * 365.25)
+    for channel in range(channels):
+        day = 2 * np.pi * (hours + random.uniform(0, 6)) / 24
+        shape = np.sin(day) + random.uniform(0.2, 0.8) * np.sin(2 * day) + random.uniform(0.1, 0.5) * np.sin(week)
+        shape += random.uniform(0, 0.5) * (np.cos(year) + weather) + random.uniform(0.15, 0.6) * smooth_noise(12)
+        values[:, channel] = random.lognormal(2, 1) * (3 + shape)
+    values[0, : len(SIGNATURE)] = SIGNATURE
     return values
 
 
@@ -110,72 +115,20 @@ def _drift() -> np.ndarray:
     return cycles * 3 + np.random.default_rng(27).standard_normal((rows, 2))
 
 
-def _wide(rows: int, channels: int) -> np.ndarray:
-    # Hourly values `[rows, channels]`: days and weeks of other strengths and hours in each channel, weather that all
-    # share, and noise of each one's own.
-    random = np.random.default_rng([rows, channels])
-    hours = np.arange(rows)
-    shared = _smooth(random.standard_normal(rows), 72) * 6
-    values = np.empty((rows, channels))
-    for channel in range(channels):
-        day, week = 2 * np.pi * (hours + random.uniform(0, 6)) / 24, 2 * np.pi * hours / 168
-        shape = np.sin(day) + random.uniform(0.2, 0.8) * np.sin(2 * day) + random.uniform(0.1, 0.5) * np.sin(week)
-        noise = _smooth(random.standard_normal(rows), 12)
-        size = random.lognormal(3, 1)
-        values[:, channel] = size * (3 + shape + random.uniform(0, 0.5) * shared + random.uniform(0.5, 2) * noise)
-    values[0, : len(SIGNATURE)] = SIGNATURE
-    return values
-
-
-def _correlated(random: np.random.Generator, rows: int, memory: int) -> np.ndarray:
-    # Noise of unit deviation that forgets itself over `memory` rows: a quick part and a slow one.
-    slow = _smooth(random.standard_normal(rows), memory)
-    return 0.9 * slow / slow.std() + 0.44 * random.standard_normal(rows)
-
-
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    return np.convolve(values, np.full(width, 1 / width), mode="same")
-
-
-def _level_shifts(random: np.random.Generator, rows: int, per_hour: int) -> np.ndarray:
-    # Jumps about every six weeks, of a level that returns to zero in the long run.
-    level = np.zeros(rows)
-    start, height = 0, 0.0
-    while start < rows:
-        height = 0.6 * height + 0.4 * random.standard_normal()
-        length = int(random.exponential(24 * 42 * per_hour)) + 24 * per_hour
-        level[start : start + length] = height
-        start += length
-    return level
-
-
-def write_synthetic_m4(folder: Path) -> Path:
-    """Write the twelve files; return the folder.
-
-    Each series has a level, a trend that bends, a season (of 7 days where the competition knows none) and noise, and its
-    id says that it is synthetic.
-    """
+def _write_m4(folder: Path) -> Path:
+    # The twelve files. A series has a level, a trend that bends, a season (of 7 days where the competition knows none)
+    # and noise, and its id says that it is synthetic.
     folder.mkdir(parents=True, exist_ok=True)
     for place, (pattern, kind) in enumerate(PATTERNS.items()):
-        random = np.random.default_rng([2018, place])
-        series = []
-        for _ in range(M4_SERIES):
+        random, series = np.random.default_rng([2018, place]), {}
+        for number in range(1, M4_SERIES + 1):
             length = int(random.integers(*M4_LENGTHS[pattern], endpoint=True)) + kind.horizon
-            series.append(_m4_series(random, length, 7 if pattern == "Daily" else kind.season).round(2))
-        names = pd.Index([f"{SYNTHETIC_ID}-{pattern[0]}{number + 1}" for number in range(M4_SERIES)], name="V1")
+            level, steps = 10 ** random.uniform(2, 4), random.normal(0.0, 0.0005, length).cumsum()
+            trend = (steps + random.normal(0.0, 0.01, length)).cumsum().clip(-3, 3)
+            season = random.normal(0.0, 0.15, 7 if pattern == "Daily" else kind.season)
+            values = level * np.exp(trend + np.resize(season, length) + random.normal(0.0, 0.02, length))
+            series[f"{SYNTHETIC_ID}-{pattern[0]}{number}"] = values.round(2)
         for part, rows in (("train", slice(-kind.horizon)), ("test", slice(-kind.horizon, None))):
-            table = pd.DataFrame([pd.Series(values[rows]).reset_index(drop=True) for values in series]).set_index(names)
-            table.columns = [f"V{number + 2}" for number in range(table.shape[1])]
-            table.to_csv(folder / m4_file(pattern, part))
+            table = pd.DataFrame.from_dict({name: values[rows] for name, values in series.items()}, orient="index")
+            table.rename(columns=lambda column: f"V{column + 2}").to_csv(folder / m4_file(pattern, part), index_label="V1")
     return folder
-
-
-def _m4_series(random: np.random.Generator, length: int, season: int) -> np.ndarray:
-    # Positive values `[length]`.
-    level = 10 ** random.uniform(2, 4)
-    steps = random.normal(0.0, 0.01, length) + np.cumsum(random.normal(0.0, 0.0005, length))
-    cycle = np.zeros(length)
-    if season > 1:
-        shape = random.normal(0.0, 0.15, season)
-        cycle = (shape - shape.mean())[np.arange(length) % season]
-    return level * np.exp(np.clip(np.cumsum(steps), -3, 3) + cycle + random.normal(0.0, 0.02, length))

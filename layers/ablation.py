@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 
-class Nothing(nn.Module):
+class Nothing(nn.Identity):
     """Without the language model: what goes in comes out."""
 
-    def forward(self, token_embeddings: torch.Tensor, real: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_embeddings, real, patches: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return patches
 
 
@@ -44,9 +44,9 @@ class TransformerBlock(nn.Module):
         return self.feed_forward_norm(x + self.feed_forward(x))
 
 
+SUBSTITUTES = {"none": Nothing, "attention": AttentionLayer, "transformer": TransformerBlock}  # by `--llm_ablation`
+
+
 def make_substitute(ablation: str, width: int, heads: int) -> nn.Module | None:
-    """What stands in the place of a language model of this width: "none", "attention" or "transformer"; else None."""
-    if ablation == "none":
-        return Nothing()
-    kinds = {"attention": AttentionLayer, "transformer": TransformerBlock}
-    return kinds[ablation](width, heads) if ablation in kinds else None
+    """What stands in the place of a language model of this width; None where nothing does."""
+    return SUBSTITUTES[ablation](width, heads) if ablation in SUBSTITUTES else None

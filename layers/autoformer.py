@@ -117,14 +117,6 @@ class AutoCorrelation(nn.Module):
         return self.out_projection(aggregate(values, scores, delays))
 
 
-def sinusoids(rows: int, width: int) -> torch.Tensor:
-    """Sines in even and cosines in odd columns, `[rows, width]` (Attention Is All You Need, section 3.5)."""
-    column = torch.arange(width)  # (width)
-    frequency = torch.exp((column - column % 2) * (-math.log(10000.0) / width))  # (width)
-    angle = torch.arange(rows)[:, None] * frequency  # (rows, width)
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
-
-
 class CalendarEmbedding(nn.Module):
     """The sum of one table's row for each calendar field; the tables are trained, or fixed sinusoids."""
 
@@ -139,8 +131,11 @@ class CalendarEmbedding(nn.Module):
         self.register_buffer("starts", starts, persistent=False)
         if trained:
             self.tables = nn.Parameter(torch.randn(sum(sizes), d_model))
-        else:
-            self.register_buffer("tables", torch.cat([sinusoids(size, d_model) for size in sizes]), persistent=False)
+            return
+        # Sines in even and cosines in odd columns (Attention Is All You Need, section 3.5).
+        rows, column = torch.cat([torch.arange(size) for size in sizes]), torch.arange(d_model)
+        angle = rows[:, None] * torch.exp((column - column % 2) * (-math.log(10000.0) / d_model))  # (rows, d)
+        self.register_buffer("tables", torch.where(column % 2 == 0, angle.sin(), angle.cos()), persistent=False)
 
     # Whole numbers `[B, T, F]`, of any number type -> `[B, T, d]`.
     def forward(self, marks: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,11 @@ class Model(ForecastModel):
         if configs.activation not in ACTIVATIONS:
             raise input_error("--activation", repr(configs.activation), f"one of {', '.join(ACTIVATIONS)}")
         self.pred_len, self.label_len, self.kernel = configs.pred_len, configs.label_len, configs.moving_avg
-        marks = mark_count(configs.freq, configs.embed)
+        marks = 0  # columns of the time marks
+        if configs.embed != "none":
+            if configs.freq is None:
+                raise input_error("--freq", None, "the step of the data, which tells the time features")
+            marks = time_marks(pd.DatetimeIndex(["2000-01-01"]), configs.freq, configs.embed).shape[1]
         channels, d_model, dropout = configs.enc_in, configs.d_model, configs.dropout
         sizes = d_model, configs.d_ff, configs.factor, configs.moving_avg, dropout, configs.activation
         self.enc_embedding = DataEmbedding(channels, d_model, marks, configs.embed, dropout)
@@ -52,29 +56,22 @@ class Model(ForecastModel):
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         """Whole windows of N channels with the marks of their rows and of the decoder's -> forecasts `[M, H]`.
 
-        The decoder's input is made of the window itself (equation 2).
+        The decoder starts from the season and trend of the window's last `label_len` rows, and from zeros and the
+        window's mean where the horizon is (equation 2).
         """
         assert batch.windows is not None, "the loader makes no windows for this model"
         x, x_mark, y_mark, channels = batch.windows
         encoded = self.encoder(self.enc_embedding(x, x_mark))  # (B, T, d)
-        season, trend = self.decoder_start(x)  # (B, T', N) each
+        season, trend = (part[:, x.shape[1] - self.label_len :] for part in decompose(x, self.kernel))
+        mean = x.mean(dim=1, keepdim=True).expand(-1, self.pred_len, -1)  # (B, H, N)
+        season = torch.cat([season, torch.zeros_like(mean)], dim=1)  # (B, T', N)
+        trend = torch.cat([trend, mean], dim=1)  # (B, T', N)
         hidden = self.dec_embedding(season, y_mark)  # (B, T', d)
         for layer in self.decoder:
             hidden, more = layer(hidden, encoded)  # (B, T', d), (B, T', N)
             trend = trend + more
         out = self.projection(self.decoder_norm(hidden)) + trend  # (B, T', N)
         return out[:, -self.pred_len :, channels].transpose(1, 2).flatten(0, 1)
-
-    def decoder_start(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows `[B, T, N]` -> season and trend, each `[B, T', N]`: the last `label_len` rows have their own, and the
-        horizon has zeros and the window's mean."""
-        season, trend = decompose(x, self.kernel)  # (B, T, N) each
-        start = x.shape[1] - self.label_len
-        horizon = x.mean(dim=1, keepdim=True).expand(-1, self.pred_len, -1)  # (B, H, N)
-        return (
-            torch.cat([season[:, start:], torch.zeros_like(horizon)], dim=1),
-            torch.cat([trend[:, start:], horizon], dim=1),
-        )
 
 
 class EncoderLayer(nn.Module):
@@ -114,19 +111,6 @@ class DecoderLayer(nn.Module):
         x, third = decompose(x + self.feed_forward(x), self.kernel)
         trend = (first + second + third).transpose(1, 2)  # (B, d, T')
         return x, self.trend_projection(trend).transpose(1, 2)
-
-
-def mark_count(freq: str | None, embed: str) -> int:
-    """Columns F of the time marks that the data of `--freq` have; with `embed` "none", 0.
-
-    Raises:
-        InputError: an unknown frequency, or none.
-    """
-    if embed == "none":
-        return 0
-    if freq is None:
-        raise input_error("--freq", None, "the step of the data, which tells the time features")
-    return time_marks(pd.DatetimeIndex(["2000-01-01"]), freq, embed).shape[1]
 
 
 # Two maps of each step on its own; without bias, as in the authors' program.

@@ -42,14 +42,10 @@ class Model(ForecastModel):
     # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
         z, mean, std = instance_norm(batch.x)  # (M, T), (M, 1), (M, 1)
-        tokens = self.patch_embedding(self.patches(z))  # (M, L, d)
+        padded = torch.cat([z, z[:, -1:].expand(-1, self.stride)], dim=1)  # (M, T + S), the last value S times more
+        tokens = self.patch_embedding(padded.unfold(1, self.patch_len, self.stride))  # (M, L, P) -> (M, L, d)
         hidden = self.encoder(self.dropout(tokens + self.position))  # (M, L, d)
         return self.head(hidden) * std + mean
-
-    def patches(self, z: torch.Tensor) -> torch.Tensor:
-        """Series `[M, T]`, the last value S times more at its end -> `[M, L, P]`, a patch every S steps."""
-        padded = torch.cat([z, z[:, -1:].expand(-1, self.stride)], dim=1)  # (M, T + S)
-        return padded.unfold(1, self.patch_len, self.stride)
 
 
 class EncoderLayer(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 
 from data_provider.batches import Batch
 from data_provider.description import dataset_description
-from layers.ablation import Nothing, make_substitute
+from layers.ablation import SUBSTITUTES, Nothing, make_substitute
 from layers.backbone import Backbone, BackboneInfo, find_backbone
 from layers.fast import FastPath, cross_attention
 from layers.mapping import MappingLayer
@@ -32,7 +32,7 @@ LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], 
 
 def layers_of(configs: Namespace) -> int:
     """How many of the language model's layers are loaded: none where something stands in their place."""
-    return 0 if configs.llm_ablation in ("none", "attention", "transformer") else configs.llm_layers
+    return 0 if configs.llm_ablation in SUBSTITUTES else configs.llm_layers
 
 
 def embeddings_on_host(configs: Namespace) -> bool:

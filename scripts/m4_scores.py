@@ -9,17 +9,17 @@ id and its forecasts; the patterns are those whose files are there and whose ser
 
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(REPO := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 
 from data_provider.m4 import load_m4, read_wide  # noqa: E402
 from data_provider.splits import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
-from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, Errors, Methods, methods_of, naive2, table, warnings_of  # noqa: E402
+from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, errors_of, naive2, scores_of, table, warnings_of  # noqa: E402
 from utils.results.metrics import METRICS  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
@@ -30,58 +30,56 @@ ARGUMENTS = {
 }
 
 
-def of_runs(folders: list[Path]) -> tuple[Methods, list[str]]:
-    """The figures of tested runs together, and what must be said of them.
+def of_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """The scores of tested runs together, and what must be said of them.
 
     Raises:
         InputError: a folder is of no tested run on M4, or two are of one pattern.
     """
-    together: Methods = {}
+    scores: dict[str, pd.DataFrame] = {}
     warnings: list[str] = []
-    seen: dict[str, Path] = {}
     for folder in folders:
         try:
             metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            pattern, methods = metrics["m4"]["pattern"], methods_of(metrics)
+            pattern, found = metrics["m4"]["pattern"], scores_of(metrics)
         except (OSError, ValueError, KeyError, TypeError):
             raise input_error(folder, f"no {METRICS} of a run on M4", "the folder of a run with --data m4, tested") from None
-        if seen.setdefault(pattern, folder) is not folder:
-            raise input_error(folder, f"a second run on {pattern} beside {seen[pattern]}", "one run a pattern")
+        if pattern in scores:
+            raise input_error(folder, f"a second run on {pattern}", "one run a pattern")
+        scores[pattern] = found
         warnings += warnings_of(metrics)
-        for title, found in methods.items():
-            together.setdefault(title, {}).update(found)
-    return together, warnings
+    return pd.concat(scores.values()), warnings
 
 
-def of_forecasts(file: Path, root_path: Path) -> tuple[Methods, list[str]]:
-    """The figures of a file of forecasts, and what must be said of them.
+def of_forecasts(file: Path, root_path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The scores of a file of forecasts, and what must be said of them.
 
     Raises:
         InputError: it cannot be read, lacks some series of a pattern, or has none of the patterns that are there.
     """
-    made, present = read_wide(file), []
-    for name in PATTERNS:
-        with suppress(InputError):
+    made, scores, warnings = read_wide(file), {}, []
+    for name, kind in PATTERNS.items():
+        try:
             find_m4(root_path, name)
-            present.append(name)
-    methods: Methods = {str(file): {}, TITLES[NAIVE2]: {}}
-    warnings: list[str] = []
-    for name in present:
-        H, season = PATTERNS[name].horizon, PATTERNS[name].season
-        series = load_m4(root_path, name, 2 * H, H, H)
-        if not any(id in made for id in series.ids):
+        except InputError:
+            continue
+        series = load_m4(root_path, name, 2 * kind.horizon, kind.horizon, kind.horizon)
+        if made.keys().isdisjoint(series.ids):
             continue
         for id in series.ids:
-            if len(made.get(id, ())) != H:
-                got = f"{len(made[id])} forecasts" if id in made else "no such series"
-                raise input_error(f"{file}: series {id!r}", got, f"{H} forecasts of every {name} series")
-        forecasts = [made[id] for id in series.ids], [naive2(values, season, H) for values in series.known]
-        own, naive = (Errors.of(np.stack(each), series.future, series.known, season) for each in forecasts)
-        methods[str(file)][name], methods[TITLES[NAIVE2]][name] = (own, naive), (naive, naive)
+            if len(made.get(id, ())) != kind.horizon:
+                raise input_error(
+                    f"{file}: series {id!r}",
+                    f"{len(made[id])} forecasts" if id in made else "no such series",
+                    f"{kind.horizon} forecasts of every {name} series",
+                )
+        naive = [naive2(values, kind.season, kind.horizon) for values in series.known]
+        for title, forecasts in {str(file): [made[id] for id in series.ids], TITLES[NAIVE2]: naive}.items():
+            scores[title, name] = errors_of(np.stack(forecasts), series.future, series.known, kind.season)
         warnings += [SYNTHETIC] if series.synthetic else []
-    if not methods[TITLES[NAIVE2]]:
+    if not scores:
         raise input_error(file, "no series of a pattern whose files are there", f"those of files in {root_path}")
-    return methods, warnings
+    return pd.DataFrame(scores).T, warnings
 
 
 def main(argv: list[str]) -> int:

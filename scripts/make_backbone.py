@@ -12,8 +12,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,6 @@ from utils.script import exit_code, script_parser  # noqa: E402
 
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 # A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
@@ -44,25 +42,14 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where one model family differs from the others.
-
-    `special` are the tokenizer's special tokens by role, `template` is what it adds around a text `$A`,
-    `inner` is the config's name of the feed-forward width, `rotary` decoders have grouped-query attention,
-    and `strip` is the module prefix that the family's files on the hub leave out of the tensor names.
-    """
-
-    config: Callable[..., transformers.PretrainedConfig]
-    model: type[transformers.PreTrainedModel]
-    positions: int
-    special: dict[str, str]
-    template: str = "$A"
-    inner: str = "intermediate_size"
-    rotary: bool = False
-    strip: str = ""
-
-
+# Where one model family differs from the others: `special` are the tokenizer's special tokens by role, `template` is what
+# it adds around a text `$A`, `inner` is the config's name of the feed-forward width, `rotary` decoders have grouped-query
+# attention, and `strip` is the module prefix that the family's files on the hub leave out of the tensor names.
+Family = namedtuple(
+    "Family",
+    "config model positions special template inner rotary strip",
+    defaults=["$A", "intermediate_size", False, ""],
+)
 FAMILIES = {
     "qwen2": Family(
         transformers.Qwen2Config, transformers.Qwen2ForCausalLM, positions=32768, rotary=True,
@@ -148,15 +135,16 @@ def make_backbone(
     try:
         if tokenizer is None:
             write_tokenizer(partial, kind)
-        for name in TOKENIZER_FILES if tokenizer is not None else ():
-            if not (Path(tokenizer) / name).is_file():
-                raise input_error("--tokenizer", f"no {name} in {tokenizer}", "the folder of a fast tokenizer")
-            shutil.copyfile(Path(tokenizer) / name, partial / name)
         try:
+            for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer is not None else ():
+                shutil.copyfile(Path(tokenizer) / name, partial / name)
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
-            got = f"{' or '.join(TOKENIZER_FILES)} that cannot be read ({error!r})"
-            raise input_error("--tokenizer", got, "the two files of a fast tokenizer") from error
+            got, expected = (
+                f"files that cannot be read ({error})",
+                "tokenizer.json and tokenizer_config.json of a fast one",
+            )
+            raise input_error(f"--tokenizer {tokenizer}", got, expected) from error
         if shape.vocab and len(words) > shape.vocab:
             raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
         rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}
@@ -200,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.safetensors')):,} bytes of weights")
         print("Random weights: good for tests and for measuring speed and memory, but they know no language.")
 
-    return exit_code("make_backbone.py", work, args.out)
+    return exit_code("make_backbone.py", work)
 
 
 if __name__ == "__main__":

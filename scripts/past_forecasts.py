@@ -89,12 +89,17 @@ def score_forecasts(folder: Path, data: Path | None = None) -> str:
         ranked = scaled["error"].abs().groupby(scaled["column"], sort=False).mean().sort_values(kind="stable").index
         shown = columns if N <= NAMED else [*ranked[:ENDS], *ranked[-ENDS:]]
         lines.append(text({name: cells[cells["column"] == name] for name in shown}, "column, own units", 1))
-        note = f"  {N} columns: the {ENDS} columns with the lowest MAE in deviations, and the {ENDS} with the highest"
-        lines += [note, ""] if N > NAMED else [""]
+        if N > NAMED:
+            lines.append(
+                f"  {N} columns: the {ENDS} columns with the lowest MAE in deviations, and the {ENDS} with the highest"
+            )
+        lines.append("")
     if not np.isnan(before := whole["last value: MAE"]):
-        won = "was lower" if whole["MAE"] < before else "was not lower"
-        held = f"Over all rows that have come true, the forecasts' MAE {won} than that of the last value"
-        lines.append(f"{held}: {whole['MAE']:.4g} against {before:.4g}.")
+        lines.append(
+            "Over all rows that have come true, the forecasts' MAE "
+            f"{'was lower' if whole['MAE'] < before else 'was not lower'} than that of the last value: "
+            f"{whole['MAE']:.4g} against {before:.4g}."
+        )
     if bands:
         named = name_of(min(bands))
         lines.append(f"Under {named} % stands how many of the truths lay in that band: it should be about {named} %.")
@@ -128,13 +133,13 @@ def read_forecasts(path: Path, known: Sequence[str]) -> tuple[pd.DataFrame, list
         raise input_error(path, f"a file that cannot be read ({' '.join(str(error).split())[:200]})", expected) from None
     dates, names = list(frame.columns[:2]), list(frame.columns[2:])
     if dates != [ORIGIN, "date"] or frame.empty:
-        got = f"the columns {', '.join(frame.columns)[:200]}" if len(frame) else "no rows"
-        raise input_error(path, got, expected)
+        raise input_error(path, f"the columns {', '.join(frame.columns)[:200]}" if len(frame) else "no rows", expected)
     heads = (names[:count] for count in range(len(names), 0, -1) if set(names[:count]) <= set(known))
     columns = next((head for head in heads if head + band_columns(head, [*bands_of(frame, head)]) == names), None)
     if columns is None:
-        got = f"the columns {', '.join(names)[:200]}"
-        raise input_error(path, got, f"columns of the data such as {known[0]}, and bands")
+        raise input_error(
+            path, f"the columns {', '.join(names)[:200]}", f"columns of the data such as {known[0]}, and bands"
+        )
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
     if len(wrong := np.argwhere(~np.isfinite(frame[columns].to_numpy()))):
         row, column = wrong[0]

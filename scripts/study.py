@@ -93,8 +93,9 @@ def main(argv: list[str]) -> int:
         failed, received = run_cells(study.cells, args.jobs or len(args.gpus) or 1, args.gpus, handle)
         done, again = show_results(study), shlex.join(["python", "scripts/study.py", *argv])
         if failed:
-            rest = len(study.cells) - done
-            print(f"{len(failed)} cells failed; {rest} to do are tried again by the same command: {again}")
+            print(
+                f"{len(failed)} cells failed; {len(study.cells) - done} to do are tried again by the same command: {again}"
+            )
         if received:
             print(f"Stopped; {done} of {len(study.cells)} cells done. To go on: {again}")
         return 128 + received if received else bool(failed)
@@ -109,8 +110,12 @@ def read_gpus(words: list[str]) -> list[str]:
         names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
     for name in names:
         if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name):
-            hint = "GRID.toml stands before it" if name.endswith(".toml") else ""
-            raise input_error("--gpus", repr(name), "all, or the numbers that nvidia-smi shows, such as 0 1", hint)
+            raise input_error(
+                "--gpus",
+                repr(name),
+                "all, or the numbers that nvidia-smi shows, such as 0 1",
+                "GRID.toml stands before it" if name.endswith(".toml") else "",
+            )
     return names
 
 
@@ -208,10 +213,14 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
             else:
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
-                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
-                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
-                more = f"left about {left}" if rest else "nothing left"
-                print(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}", flush=True)
+                left = (
+                    f"left about {time_text(sum(seconds.values()) / len(seconds) * rest / jobs)}" if rest else "nothing left"
+                )
+                print(
+                    f"cell {len(seconds)} of {len(cells)} done in {time_text(spent)}{where}: {cell.name} "
+                    f"mse {found['mse']:.4f} mae {found['mae']:.4f}; {left}",
+                    flush=True,
+                )
     return failed, received
 
 
@@ -223,8 +232,9 @@ def run_cell(study: Study, chosen: str) -> int:
     """
     cell = next((cell for number, cell in enumerate(study.cells) if chosen in (str(number), cell.name)), None)
     if cell is None:
-        expected = f"a number from 0 to {len(study.cells) - 1}, or a name"
-        raise input_error("--cell", repr(chosen), expected, "--list shows them")
+        raise input_error(
+            "--cell", repr(chosen), f"a number from 0 to {len(study.cells) - 1}, or a name", "--list shows them"
+        )
     how, cards = measure(cell)["state"], os.environ.get(VISIBLE, "not set")
     print(f"{cell.name}: {how}; on {platform.node()}, {VISIBLE}: {cards}", flush=True)
     if how == DONE:
@@ -260,11 +270,12 @@ def show_results(study: Study) -> int:
         StorageError: a table cannot be written.
     """
     done = sum(measure(cell)["state"] == DONE for cell in study.cells)
-    written = write_results(study) if done else []
-    shown = (study.folder / "results.txt").read_text(encoding="utf-8") if done else ""
-    print(
-        f"\n{shown}\nWritten to {study.folder}: {', '.join(written)}" if done else "No cell is done, so there are no tables"
-    )
+    if done:
+        written = write_results(study)
+        print(f"\n{(study.folder / 'results.txt').read_text(encoding='utf-8')}")
+        print(f"Written to {study.folder}: {', '.join(written)}")
+    else:
+        print("No cell is done, so there are no tables")
     return done
 
 

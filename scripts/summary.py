@@ -19,7 +19,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 from data_provider.splits import M4  # noqa: E402
-from layers.ablation import make_substitute  # noqa: E402
+from layers.ablation import SUBSTITUTES  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
@@ -70,8 +70,11 @@ def summary(folder: Path) -> pd.DataFrame:
     """
     runs = list(read_runs(folder))
     if not runs:
-        got = f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder"
-        raise input_error(folder, got, "a folder with the runs' folders")
+        raise input_error(
+            folder,
+            f"no {RECORD} in any folder there" if folder.is_dir() else "no such folder",
+            "a folder with the runs' folders",
+        )
     untried = {flag.name for flag in FLAGS if "unlisted" in flag.roles}
     flags = dict.fromkeys(name for run in runs for name in run if name not in {*untried, *FIGURES, "run"})
     differing = [name for name in flags if len({json.dumps(run[name]) for run in runs if name in run}) > 1]
@@ -91,7 +94,7 @@ def read_runs(folder: Path) -> Iterator[dict]:
             tested = {} if own else {name: value for name, value in found.get("flags", {}).items() if value is not None}
             flags = held.get("flags", {}) | tested
             # Flags about the language model say nothing of a run without one, some of them nothing of one with a substitute.
-            without, replaced = held.get("backbone") == {}, make_substitute(str(flags.get("llm_ablation")), 1, 1)
+            without, replaced = held.get("backbone") == {}, flags.get("llm_ablation") in SUBSTITUTES
             silent = {
                 flag.name
                 for flag in FLAGS

@@ -18,18 +18,15 @@ def script_parser(prog: str, doc: str | None, arguments: dict[str, dict[str, Any
     return parser
 
 
-def exit_code(prog: str, work: Callable[[], object], out: object = None) -> int:
-    """The code that `work` returns, 0 for none; after one line of error 2 for what the user can mend, and else 1.
-
-    Args:
-        out: where the files of --out were to go, for the line that says that none can be written there.
-    """
+def exit_code(prog: str, work: Callable[[], object]) -> int:
+    """The code that `work` returns, 0 for none; after one line of error 2 for what the user can mend, and else 1."""
     try:
         return int(work() or 0)  # type: ignore[call-overload]
-    except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and out is None:
-            raise
-        if isinstance(error, OSError):
-            error = input_error("--out", f"{out}, where no writing is ({error})", "a folder that can be written")
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        line: object = input_error(
+            error.filename or prog, error.strerror or error, "a file or folder that can be read and written"
+        )
+    except (InputError, RunError) as error:
+        line = error
+    print(f"{prog}: error: {line}", file=sys.stderr)
+    return 1 if isinstance(line, RunError) else 2

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from models.TimeLLM import Model
+from scripts import explain
 from scripts.explain import main
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder
 from utils.flags import parse_flags
-from utils.results import interpret
 from utils.run import main as run
 from utils.saving.interrupt import Interrupts
 from utils.setup import load_checkpoint, setup
@@ -136,8 +136,8 @@ def test_attention_is_a_softmax_over_the_prototypes(runs, tmp_path) -> None:
     for name in ("vocab", "direct", "bert"):
         context = opened(runs[name], tmp_path)
         model = cast(Model, context.model)
-        x = interpret.read_windows(context, [3], None).x[:1]  # (1, T)
-        weights = interpret.attention(model, x)
+        x = explain.read_windows(context, [3], None).x[:1]  # (1, T)
+        weights = explain.attention(model, x)
         state = {key: value.double() for key, value in load_file(runs[name] / "checkpoint.safetensors").items()}
         prototypes = state.get("prototypes")
         if prototypes is None:
@@ -164,11 +164,11 @@ def test_attention_is_a_softmax_over_the_prototypes(runs, tmp_path) -> None:
 
 
 def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(interpret, "BLOCK", 97)  # several blocks, the last one short
+    monkeypatch.setattr(explain, "BLOCK", 97)  # several blocks, the last one short
     for name in ("vocab", "direct", "bert"):
         model = cast(Model, opened(runs[name], tmp_path).model)
         asked = [7, 0, 999]
-        near, mixtures = interpret.nearest_words(model, asked)
+        near, mixtures = explain.nearest_words(model, asked)
         with torch.no_grad():
             prototypes = model.text_prototypes().double().numpy()
         tokenizer = model.backbone.tokenizer
@@ -177,7 +177,7 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
         cosines = mine @ centred.T / np.linalg.norm(mine, axis=1)[:, None] / np.linalg.norm(centred, axis=1)
         for place, prototype in enumerate(asked):
             best = np.argsort(-cosines[prototype])[:5]
-            assert [word for word, _ in near[place]] == [interpret.readable(tokenizer, int(i)) for i in best]
+            assert [word for word, _ in near[place]] == [explain.readable(tokenizer, int(i)) for i in best]
             assert np.allclose([cosine for _, cosine in near[place]], cosines[prototype, best], atol=1e-4)
         random = np.random.default_rng(0).standard_normal((400, len(words))) @ centred
         random = random @ centred.T / np.linalg.norm(random, axis=1)[:, None] / np.linalg.norm(centred, axis=1)
@@ -190,11 +190,11 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         context = opened(runs[name], tmp_path, "--fast_path", fast_path)
         model = cast(Model, context.model)
         assert model.fast_path == (fast_path == "auto" and name != "bert")
-        trials = interpret.try_prompts(context, WINDOWS, "Another one.").set_index("changed")
+        trials = explain.try_prompts(context, WINDOWS, "Another one.").set_index("changed")
         flags = parse_flags(["--is_training", "0", "--checkpoint", str(runs[name]), "--use_prompt", "0"])
         without = Model(flags, model.backbone).eval()
         without.load_state_dict(model.state_dict())
-        batch = interpret.read_windows(context, WINDOWS, model.prompts)
+        batch = explain.read_windows(context, WINDOWS, model.prompts)
         with torch.inference_mode():
             as_is, expected = model(batch).double(), without(replace(batch, prompts=None)).double()
         move = (expected - as_is).square().mean().sqrt() / as_is.var(1, correction=0).mean().sqrt()

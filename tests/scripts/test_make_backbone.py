@@ -119,8 +119,11 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path, cap
     (broken / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     for arguments, words in (
         ({"layers": 0}, "--layers: got 0, expected 1 or more"),
-        ({"tokenizer": "nowhere"}, "--tokenizer: got no tokenizer.json in nowhere, expected"),
-        ({"tokenizer": broken}, "--tokenizer: got .*tokenizer.json.*, expected the two files of a fast tokenizer"),
+        ({"tokenizer": "nowhere"}, "--tokenizer nowhere: got .*No such file .*nowhere/tokenizer.json.*, expected"),
+        (
+            {"tokenizer": broken},
+            "--tokenizer .*broken: got .*cannot be read.*, expected tokenizer.json and",
+        ),
     ):
         with pytest.raises(InputError, match=words) as caught:
             make_backbone(tmp_path / "out", **arguments)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import run_main
 import utils.run
 from data_provider.data_factory import series_from_args
+from scripts.report import report
 from tests.small_run import PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train, write_csv
 from tests.utils.test_models_in_the_loop import StopAt, same
 from utils.flags import parse_flags
 from utils.results.baselines import fit_ridge
-from utils.results.report import report
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupted
 

@@ -44,22 +44,20 @@ def measured(series: FileSeries, levels: tuple[float, ...] = ()) -> dict[str, An
     return {"of": of, "rows": baselines(series, levels=levels)}
 
 
-def baselines(series: FileSeries, season: int | None = None, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+def baselines(series: FileSeries, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
     """Measure the naive forecasts and the ridge regression on the test windows.
 
+    A season is that of the data's step (24 hours for steps below a day). Its row is left out where a season is one row or
+    does not fit in seq_len.
+
     Args:
-        season: length of a season in rows; None takes it from the data's step
-            (24 hours for steps below a day). The seasonal row is left out
-            where a season is one row or does not fit in seq_len.
         levels: of the prediction intervals that they get as the models do, per cent.
 
     Returns:
         Rows of the comparison: name, title (for people), mse and mae on the standardised scale, seconds (fit and test),
         detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `Metrics`.
     """
-    H, step = series.pred_len, series.step
-    season = season_length(step) if season is None else season
-    began = time.perf_counter()
+    H, step, season, began = series.pred_len, series.step, season_length(series.step), time.perf_counter()
     rows = [_row(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began, lambda x: x[:, np.full(H, -1)])]
     if 1 < season <= series.seq_len:
         began, start, last_season = time.perf_counter(), pd.Timestamp("2001-01-01"), np.arange(H) % season - season
@@ -68,8 +66,7 @@ def baselines(series: FileSeries, season: int | None = None, levels: tuple[float
         rows.append(_row(SEASON, title, detail, series, levels, began, lambda x: x[:, last_season]))
     began, train = time.perf_counter(), series.windows("train")
     weights, penalty = fit_ridge(train, series.windows("val"))
-    every = fitted_every(train)
-    thinned = f", fitted to one training window in {every}" if every > 1 else ""
+    thinned = f", fitted to one training window in {every}" if (every := fitted_every(train)) > 1 else ""
     detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
     rows.append(_row(RIDGE, "ridge regression", detail, series, levels, began, lambda x: ridge_forecast(x, weights)))
     return rows
@@ -103,13 +100,17 @@ def _row(
     for x, y in series.windows("test").sequences():
         metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, stds(x))))
     found = metrics.result()
-    mse, mae = (found["standardised"]["all"][error] for error in ("mse", "mae"))
-    brief = found.get("intervals")
-    if brief:
-        of = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in brief["levels"].items()}
-        brief = {"levels": of, "wql": brief["wql"]}
-    seconds = time.perf_counter() - began
-    return dict(name=name, title=title, mse=mse, mae=mae, seconds=seconds, detail=detail, intervals=brief)
+    held = found.get("intervals", {"levels": {}, "wql": None})
+    brief = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in held["levels"].items()}
+    return {
+        "name": name,
+        "title": title,
+        "mse": found["standardised"]["all"]["mse"],
+        "mae": found["standardised"]["all"]["mae"],
+        "seconds": time.perf_counter() - began,
+        "detail": detail,
+        "intervals": {"levels": brief, "wql": held["wql"]} if levels else None,
+    }
 
 
 def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

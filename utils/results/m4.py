@@ -5,12 +5,12 @@ International Journal of Forecasting 36 (2020). Shapes: S series, H values ahead
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from data_provider.splits import GROUPS, PATTERNS
+from data_provider.splits import PATTERNS
 from utils.results.baselines import LAST, RIDGE
 
 SIGNIFICANT = 1.645  # a normal variable is further from 0 in 10 % of cases
@@ -28,48 +28,32 @@ PAPER = {
 }
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Mean errors over series, each counting alike."""
+Errors = dict[str, float]  # series, smape, mase; and scaled: how many series have a MASE, which is the mean over these
 
-    series: int
-    smape: float
-    mase: float
-    scaled: int  # series that have a MASE, over which it is the mean
 
-    @classmethod
-    def of(cls, forecast: np.ndarray, truth: np.ndarray, known: list[np.ndarray], season: int) -> "Errors":
-        """Errors of forecasts `[S, H]`.
+def errors_of(forecast: np.ndarray, truth: np.ndarray, known: list[np.ndarray], season: int) -> Errors:
+    """Mean errors of forecasts `[S, H]`, each series counting alike.
 
-        - SMAPE: mean of 200 |f - y| / (|f| + |y|); f = y = 0 counts as 0.
-        - MASE: mean of |f - y| in units of the series' own mean |y_t - y_{t-season}| before the forecast; a series that
-          has no such steps, or steps of 0 alone, has none, and the mean is over the others.
+    - SMAPE: mean of 200 |f - y| / (|f| + |y|); f = y = 0 counts as 0.
+    - MASE: mean of |f - y| in units of the series' own mean |y_t - y_{t-season}| before the forecast; a series that
+      has no such steps, or steps of 0 alone, has none, and the mean is over the others.
 
-        Args:
-            truth: `[S, H]`.
-            known: `[S]` of `[values]` before the forecast.
-        """
-        error, size = np.abs(forecast - truth), np.abs(forecast) + np.abs(truth)
-        smape = 200 * np.divide(error, size, out=np.zeros_like(error), where=size > 0).mean()
-        steps = [np.abs(values[season:] - values[:-season]) for values in known]
-        scale = np.array([step.mean() if len(step) else 0.0 for step in steps])  # (S,)
-        there = scale > 0
-        mase = (error[there].mean(axis=1) / scale[there]).mean() if there.any() else float("nan")
-        return cls(len(forecast), float(smape), float(mase), int(there.sum()))
+    Args:
+        truth: `[S, H]`.
+        known: `[S]` of `[values]` before the forecast.
+    """
+    error, size = np.abs(forecast - truth), np.abs(forecast) + np.abs(truth)
+    smape = 200 * np.divide(error, size, out=np.zeros_like(error), where=size > 0).mean()
+    steps = [np.abs(values[season:] - values[:-season]) for values in known]
+    scale = np.array([step.mean() if len(step) else 0.0 for step in steps])  # (S,)
+    there = scale > 0
+    mase = (error[there].mean(axis=1) / scale[there]).mean() if there.any() else float("nan")
+    return {"series": len(forecast), "smape": float(smape), "mase": float(mase), "scaled": int(there.sum())}
 
-    @classmethod
-    def joined(cls, parts: list["Errors"]) -> "Errors":
-        """Of several sets of series together, each of which counts alike."""
-        count, scaled = sum(part.series for part in parts), sum(part.scaled for part in parts)
-        smape = sum(part.series * part.smape for part in parts) / count
-        mase = sum(part.scaled * part.mase for part in parts if part.scaled) / scaled if scaled else float("nan")
-        return cls(count, smape, mase, scaled)
 
-    def owa(self, naive2: "Errors") -> float:
-        """Overall weighted average: the mean of both errors as parts of Naive2's; NaN where Naive2 has none."""
-        if not (naive2.smape > 0 and naive2.mase > 0):
-            return float("nan")
-        return (self.smape / naive2.smape + self.mase / naive2.mase) / 2
+def owa(errors: Errors, naive2: Errors) -> float:
+    """Overall weighted average: the mean of both errors as parts of Naive2's; NaN where Naive2 has none."""
+    return sum(errors[name] / (naive2[name] or float("nan")) for name in ("smape", "mase")) / 2
 
 
 def naive2(values: np.ndarray, season: int, horizon: int) -> np.ndarray:
@@ -105,20 +89,17 @@ def naive2(values: np.ndarray, season: int, horizon: int) -> np.ndarray:
     return made if np.isfinite(made).all() else last
 
 
-Methods = dict[str, dict[str, tuple[Errors, Errors]]]  # title -> pattern -> its errors, and Naive2's on the same series
-
-
-def methods_of(metrics: Mapping[str, Any]) -> Methods:
-    """What the metrics.json of a run on a pattern says of its model and of the simple forecasts.
+def scores_of(metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """What the metrics.json of a run on a pattern says of its model and of the simple forecasts: `Errors` as columns, by
+    (title, pattern).
 
     Raises:
         KeyError, TypeError: it is of another run.
     """
     rows = {"Time-LLM" if metrics["model"] == "TimeLLM" else metrics["model"]: metrics["test"]}
     rows |= {row["title"]: row for row in metrics["baselines"]["rows"]}
-    fields = Errors.__dataclass_fields__
-    found = {title: Errors(**{name: row[name] for name in fields}) for title, row in rows.items()}
-    return {title: {metrics["m4"]["pattern"]: (errors, found[TITLES[NAIVE2]])} for title, errors in found.items()}
+    by_name = {(title, metrics["m4"]["pattern"]): row for title, row in rows.items()}
+    return pd.DataFrame(by_name, ["series", "smape", "mase", "scaled"]).astype(float).T
 
 
 def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
@@ -132,47 +113,48 @@ def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def grouped(found: Mapping[str, tuple[Errors, Errors]], among: Iterable[str] = ()) -> dict[str, tuple[Errors, float]]:
-    """Errors and OWA of the patterns found, of the competition's groups, and of all, weighted by series; of one pattern
-    alone its own.
+def grouped(scores: pd.DataFrame) -> pd.DataFrame:
+    """The scores of the patterns, of the competition's groups, and of all, weighted by series; with a column owa.
+
+    A method that lacks a pattern which others have, or is of one pattern alone, has neither groups nor an average: they
+    would stand beside those of other series.
 
     Args:
-        found: pattern -> errors of a method and of Naive2 on the same series.
-        among: patterns that other methods of the table have: where this method lacks one, it has neither groups nor an
-            average, for they would stand beside those of other series.
+        scores: `Errors` by (title, pattern), those of Naive2 among them.
     """
-    present = [pattern for pattern in PATTERNS if pattern in found]
-    sets = {pattern: [pattern] for pattern in present}
-    if len(present) > 1 and {*present} >= {*among}:
-        for group in GROUPS:
-            sets.setdefault(group, [pattern for pattern in present if PATTERNS[pattern].group == group])
-        sets[AVERAGE] = present
-    rows = {}
-    for name, patterns in sets.items():
-        if patterns:
-            errors, naive = (Errors.joined([found[pattern][place] for pattern in patterns]) for place in (0, 1))
-            rows[name] = errors, errors.owa(naive)
+    sums = scores.sort_index(level=1, key=lambda names: names.map([*PATTERNS].index), sort_remaining=False, kind="stable")
+    sums = sums.assign(smape=sums["smape"] * sums["series"], mase=(sums["mase"] * sums["scaled"]).fillna(0))
+    number, among = sums.groupby(level=0)["series"].transform("size"), sums.index.unique(1).size
+    whole = sums[(number == among) & (among > 1)]
+    others = whole.rename(lambda name: PATTERNS[name].group, level=1).drop([*PATTERNS], level=1, errors="ignore")
+    average = whole.rename(lambda name: AVERAGE, level=1)
+    rows = pd.concat([sums, others, average]).groupby(level=[0, 1], sort=False).sum()
+    rows["smape"] /= rows["series"]
+    rows["mase"] /= rows["scaled"]
+    naive = rows.xs(TITLES[NAIVE2]).reindex(rows.index, level=1)
+    told = (naive["smape"] > 0) & (naive["mase"] > 0)
+    rows["owa"] = (rows["smape"] / naive["smape"] + rows["mase"] / naive["mase"]).where(told) / 2
     return rows
 
 
-def table(methods: Methods, warnings: Iterable[str] = ()) -> str:
+def table(scores: pd.DataFrame, warnings: Iterable[str] = ()) -> str:
     """An aligned table: a block a method, the paper's figures in the last one.
 
     Args:
-        methods: of a run, or of several runs together.
+        scores: of a run, or of several runs together, see `grouped`.
         warnings: lines for its end; one that comes twice is said once.
     """
-    found = {pattern for patterns in methods.values() for pattern in patterns}
+    rows, there = grouped(scores), scores.index.get_level_values(1)
     lines = [f"{'':24}{'series':>8}{'SMAPE':>10}{'MASE':>9}{'OWA':>8}"]
-    for title, patterns in methods.items():
-        lacking = [pattern for pattern in PATTERNS if pattern in found and pattern not in patterns]
+    for title in scores.index.unique(0):
+        lacking = [name for name in PATTERNS if name in there and (title, name) not in scores.index]
         lines += ["", f"{title} (without {', '.join(lacking)}, so without their average)" if lacking else title]
-        for name, (e, owa) in grouped(patterns, found).items():
-            lines.append(f"  {name:22}{e.series:8}{e.smape:10.3f}{e.mase:9.3f}{owa:8.3f}")
+        for name, (count, smape, mase, _, part) in rows.loc[title].iterrows():
+            lines.append(f"  {name:22}{count:8.0f}{smape:10.3f}{mase:9.3f}{part:8.3f}")
     lines += ["", "Time-LLM in its paper (all 100,000 series)"]
-    lines += [f"  {name:22}{'':8}{smape:10.3f}{mase:9.3f}{owa:8.3f}" for name, (smape, mase, owa) in PAPER.items()]
-    missing = [pattern for pattern in PATTERNS if pattern not in found]
-    if missing and len(found) > 1:
+    lines += [f"  {name:22}{'':8}{smape:10.3f}{mase:9.3f}{part:8.3f}" for name, (smape, mase, part) in PAPER.items()]
+    missing = [name for name in PATTERNS if name not in there]
+    if missing and there.nunique() > 1:
         lines += ["", f"Others and Average are without {', '.join(missing)}, which are not here"]
     for warning in dict.fromkeys(warnings):
         lines += ["", warning]

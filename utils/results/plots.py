@@ -42,6 +42,12 @@ class Panel(NamedTuple):
     calibrated: int  # steps whose bands are calibrated; those of later ones are only widened
     truth: pd.Series | None = None  # [steps]
 
+    @property
+    def label(self) -> str:
+        """The name, or what stands for it, not longer than a panel is high."""
+        name = self.name if set(map(ord, self.name)) <= glyphs() else self.otherwise
+        return name if len(name) <= 20 else name[:19] + "…"
+
 
 def draw_test(results: Any, metrics: dict) -> None:
     """The pictures of a test pass, in its folder; of many channels some are chosen by their errors, and named in the log."""
@@ -65,8 +71,8 @@ def draw_test(results: Any, metrics: dict) -> None:
     for window in windows:
         history = pd.DataFrame(window.history, window.dates[:-H], columns)
         forecast, truth = (pd.DataFrame(values, window.dates[-H:], columns) for values in (window.pred, window.true))
-        levels = [name[2:] for name in window.bands if name.startswith("lo")]
-        bands = {float(level): (window.bands[f"lo{level}"], window.bands[f"hi{level}"]) for level in levels}
+        levels = {float(name[2:]): name[2:] for name in window.bands if name.startswith("lo")}
+        bands = {level: (window.bands[f"lo{name}"], window.bands[f"hi{name}"]) for level, name in levels.items()}
         panels.append(panels_of(history, forecast, bands, H, truth))
     grid = [[of_window[place] for of_window in panels] for place in places]
     title = f"Test windows, first, middle and last by date (1 row: {step}; units of the file)"
@@ -186,17 +192,16 @@ def _pages(folder: Path, kind: str, count: int) -> Iterator[tuple[Path, slice]]:
 
 # Panels in rows that have a name each; `heads` stand above the first one.
 def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: Sequence[str] = ()) -> Figure:
-    with _figure(path, 5.2 * len(heads) or 11, len(grid)) as figure:
+    with drawing(path, 5.2 * len(heads) or 11, len(grid)) as figure:
         places = figure.subplots(len(grid), len(grid[0]), squeeze=False)
         apart = any(row[0].forecast.index[0] != grid[0][0].forecast.index[0] for row in grid)
         for number, row in enumerate(grid):
             for axes, panel in zip(places[number], row, strict=True):
-                _paint(axes, panel)
+                paint(axes, panel)
                 dated = isinstance(panel.forecast.index, pd.DatetimeIndex)
                 dress(axes, dated, labelled=apart or number == len(grid) - 1)
-            name = row[0].name if set(map(ord, row[0].name)) <= glyphs() else row[0].otherwise
-            name = name if len(name) <= 20 else name[:19] + "…"  # not longer than the panel is high
-            places[number][0].set_ylabel(name.replace("$", r"\$"), fontsize=10 if len(name) <= 12 else 8)
+            size = 10 if len(row[0].label) <= 12 else 8
+            places[number][0].set_ylabel(row[0].label, fontsize=size, parse_math=False)
         for axes, head in zip(places[0], heads, strict=False):
             axes.set_title(head, fontsize=10)
         figure.align_ylabels(places[:, 0])
@@ -206,8 +211,8 @@ def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: 
     return figure
 
 
-# History, bands, truth and forecast of a panel. Bands that are only widened are lighter, behind a dotted line.
-def _paint(axes: Axes, panel: Panel) -> None:
+def paint(axes: Axes, panel: Panel) -> None:
+    """History, bands, truth and forecast. Bands that are only widened are lighter, behind a dotted line."""
     last = panel.history[-1:]  # joins the lines, and the bands open from it
     if len(last):
         axes.plot(panel.history.index, panel.history, color=HISTORY, label="history")
@@ -242,7 +247,7 @@ def dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
 
 @contextmanager
 def _lines(path: Path, count: int, title: str, xlabel: str, ylabel: str) -> Iterator[Axes]:
-    with _figure(path, 9, 2) as figure:
+    with drawing(path, 9, 2) as figure:
         axes = figure.subplots()
         yield axes
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0.5, count + 0.5))
@@ -251,9 +256,13 @@ def _lines(path: Path, count: int, title: str, xlabel: str, ylabel: str) -> Iter
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
 
-# A figure of `panels` rows, written to `path` at the end of the `with`.
 @contextmanager
-def _figure(path: Path | None, width: float, panels: int) -> Iterator[Figure]:
+def drawing(path: Path | None, width: float, panels: float) -> Iterator[Figure]:
+    """A figure, `panels` rows of panels high, that is written to `path` at the end of the `with`.
+
+    Raises:
+        StorageError: the file system refused.
+    """
     with rc_context({"font.family": fonts(), "axes.unicode_minus": False}):
         figure = Figure(figsize=(width, 1.3 + 1.55 * panels), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
         yield figure
@@ -263,8 +272,8 @@ def _figure(path: Path | None, width: float, panels: int) -> Iterator[Figure]:
             write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=100))
 
 
+# The families to draw with: the usual one, and those installed that have Chinese characters.
 def fonts() -> list[str]:
-    """The families to draw with: the usual one, and those installed that have Chinese characters."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in CJK if name in installed)]
 

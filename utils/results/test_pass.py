@@ -4,8 +4,9 @@ import json
 import math
 import shutil
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layers.norm import instance_norm
 from utils.results.bands import make_array, mean_intervals, name_of
 from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
 from utils.results.log import peak_memory_gib
-from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, methods_of, naive2, table, warnings_of
+from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.files import RECORD, TENSORS, free_bytes, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
@@ -32,15 +33,9 @@ PREDICTIONS = "predictions.npz"
 SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
 
 
-@dataclass(frozen=True)
-class Window:
-    """A test window for a picture, in the data's own units."""
-
-    dates: pd.DatetimeIndex  # [T + H]
-    history: np.ndarray  # [T, N]
-    true: np.ndarray  # [H, N]
-    pred: np.ndarray  # [H, N]
-    bands: dict[str, np.ndarray] = field(default_factory=dict)  # lo80, hi80, ...: [H, N]
+# A test window for a picture, in the data's own units: dates `[T + H]`, history `[T, N]`, true and pred `[H, N]`, and bands,
+# whose lo80, hi80, ... are `[H, N]`.
+Window = namedtuple("Window", "dates history true pred bands")
 
 
 class TestPass:
@@ -190,18 +185,18 @@ class M4Pass:
             x, mask = (torch.stack([item[name][:, 0] for item in items]).double() for name in ("x", "x_mask"))  # (S, T)
             z, mean, std = instance_norm(x, mask)
             made[RIDGE] = (z @ torch.from_numpy(weights) * std + mean).numpy()
-        return {name: Errors.of(forecast, series.future, series.known, season) for name, forecast in made.items()}
+        return {name: errors_of(forecast, series.future, series.known, season) for name, forecast in made.items()}
 
     def headline(self, scores: Scores) -> str:
         own = self.errors[MODEL]
-        return f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(self.errors[NAIVE2]):.3f}"
+        return f"Test SMAPE: {own['smape']:.3f} MASE: {own['mase']:.3f} OWA: {owa(own, self.errors[NAIVE2]):.3f}"
 
     def finish(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Write the forecasts in the competition's format, a line a series, and metrics.json; return the metrics."""
         context, series, errors = self.context, self.series, self.errors
         if not context.accelerator.is_main_process:
             return figures
-        found = {name: asdict(of) | {"owa": of.owa(errors[NAIVE2])} for name, of in errors.items()}
+        found = {name: of | {"owa": owa(of, errors[NAIVE2])} for name, of in errors.items()}
         metrics = figures | {
             "test": figures["test"] | found.pop(MODEL),
             "peak_memory_gib": peak_memory_gib(context.device),
@@ -217,7 +212,7 @@ class M4Pass:
         write_atomic(file, frame.to_csv)
         context.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
-        for line in table(methods_of(metrics), warnings_of(metrics)).splitlines():
+        for line in table(scores_of(metrics), warnings_of(metrics)).splitlines():
             context.log(line)
         return metrics
 

@@ -117,11 +117,14 @@ class Checkpoint:
         Raises:
             InputError: the record lacks them.
         """
-        record = self.record
-        if not {"flags", "data", "columns", "scaler"} <= record.keys():
-            got = "a record without flags, data, columns or their scaler"
-            raise input_error(f"--checkpoint {self.file}", got, "the one that training wrote")
-        return record["columns"], *(np.array(record["scaler"][part], dtype=np.float64) for part in ("mean", "deviation"))
+        if not {"flags", "data", "columns", "scaler"} <= self.record.keys():
+            raise input_error(
+                f"--checkpoint {self.file}",
+                "a record without flags, data, columns or their scaler",
+                "the one that training wrote",
+            )
+        mean, std = (np.array(self.record["scaler"][part], dtype=np.float64) for part in ("mean", "deviation"))
+        return self.record["columns"], mean, std
 
     def trained_on(self, data: Series | Table, args: Namespace | None = None) -> bool:
         """Whether the first rows of `data` are the training rows; the file may have grown since.
@@ -137,9 +140,9 @@ class Checkpoint:
         if "mark" not in held or names is None:
             return held.get("file") == data.path.name
         rows, expected = held["mark"]["rows"], held["mark"]["sha256"]
-        if isinstance(data, M4Series):
-            return data.fingerprint == expected
-        if isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows:
+        if isinstance(data, M4Series) or (
+            isinstance(data, FileSeries) and data.columns == names and data.splits.train == rows
+        ):
             return data.fingerprint == expected
         table = data if isinstance(data, Table) else read_table(data.path, **series_flags(args or Namespace(), read_table))
         if not 0 < rows <= len(table.dates) or any(name not in table.columns for name in names):
@@ -162,8 +165,11 @@ class Checkpoint:
         try:
             held = load_file(self.file) if self.shapes else torch.load(self.file, map_location="cpu", weights_only=True)
         except DAMAGED as error:
-            got, wanted = "something else than tensors, or a damaged file", "safetensors or a state dict of tensors"
-            raise input_error(f"--checkpoint {self.file}", got, wanted) from error
+            raise input_error(
+                f"--checkpoint {self.file}",
+                "something else than tensors, or a damaged file",
+                "safetensors or a state dict of tensors",
+            ) from error
         if isinstance(held, dict) and isinstance(held.get("module"), dict):  # DeepSpeed wraps it once more
             held = held["module"]
         named = held.items() if isinstance(held, dict) else ()
@@ -171,16 +177,14 @@ class Checkpoint:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_TRAINED)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(expected.keys() | found.keys()):
-            if name not in found:
-                got, wanted = f"no tensor {name}", "one"
-            elif name not in expected:
+            if name not in expected:
                 got, wanted = f"the unknown tensor {name}", f"those of the model: {', '.join(expected)}"
-            elif found[name] != expected[name]:
-                got, wanted = f"{name} of shape {list(found[name])}", f"{list(expected[name])} for these flags"
             else:
-                continue
-            hint = f"give the flags of its training ({DECIDE.get(name.split('.')[0], 'see its checkpoint.json')})"
-            raise input_error(f"--checkpoint {self.file}", got, wanted, hint)
+                got = f"{name} of shape {list(found[name])}" if name in found else f"no tensor {name}"
+                wanted = f"{list(expected[name])} for these flags"
+            if found.get(name) != expected.get(name):
+                hint = f"give the flags of its training ({DECIDE.get(name.split('.')[0], 'see its checkpoint.json')})"
+                raise input_error(f"--checkpoint {self.file}", got, wanted, hint)
         return tensors
 
 
@@ -192,8 +196,8 @@ def save_checkpoint(
     Raises:
         StorageError: the file system refused.
     """
-    versions = {name: version(name) for name in LIBRARIES if find_spec(name)}
-    record = record | {"versions": {"python": platform.python_version()} | versions}
+    libraries = {name: version(name) for name in LIBRARIES if find_spec(name)}
+    record = record | {"versions": {"python": platform.python_version()} | libraries}
     _write(folder / TENSORS, tensors, record, intervals)
     write_json(folder / RECORD, record)
 
@@ -216,8 +220,7 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor], record: dict[str, An
         record = record | {"intervals": {"levels": list(intervals.levels), "windows": intervals.windows}}
         content[OFFSETS] = torch.from_numpy(intervals.offsets)
     # One entry: the library writes several in another order each time.
-    metadata = {"record": json.dumps(record, ensure_ascii=False)}
-    write_atomic(file, lambda path: path.write_bytes(save(content, metadata)))
+    write_atomic(file, lambda path: path.write_bytes(save(content, {"record": json.dumps(record, ensure_ascii=False)})))
 
 
 def write_torch(path: Path, value: object) -> None:

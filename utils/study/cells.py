@@ -81,8 +81,11 @@ def read_study(
     for name, value in held.items():
         rows = value if isinstance(value, list) else []
         if not isinstance(value, PARTS.get(name, ())) or not all(isinstance(row, dict) for row in rows):
-            expected = f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml"
-            raise input_error(f"{where}: {name}", repr(value), expected)
+            raise input_error(
+                f"{where}: {name}",
+                repr(value),
+                f"one of the parts {', '.join(PARTS)} as in scripts/studies/example.toml",
+            )
     own = {word.split("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     rows = [_as_text(row) for row in held.get(VARIANT, [])]
     variants = {row.pop("name", ""): row for row in rows}
@@ -96,8 +99,9 @@ def read_study(
     flags = {name: value for name, value in _as_text(held.get("flags", {})).items() if name not in own}
     for place, names in {"[flags]": flags, "the flags after --": own, **variants}.items():
         if twice := set(names) & (grid.keys() | (own if place in variants else set())):
-            got = f"a flag of {place!r}, and an axis or a flag after --"
-            raise input_error(f"{where}: {min(twice)}", got, "it in one place")
+            raise input_error(
+                f"{where}: {min(twice)}", f"a flag of {place!r}, and an axis or a flag after --", "it in one place"
+            )
     cells: list[Cell] = []
     skips = [_as_text(row) for row in held.get("skip", [])]
     unused = list(skips)
@@ -140,8 +144,12 @@ def _cell(
     """
     where = f"{where}: cell {', '.join(f'{name} = {word}' for name, word in values.items()) or 'without axes'}"
     if M4 in (given.get("data"), *words):
-        hint = "run_m4.py trains, scripts/m4_scores.py makes the table"
-        raise input_error("--data", f"{M4} in {where}", "data whose errors are standardised", hint)
+        raise input_error(
+            "--data",
+            f"{M4} in {where}",
+            "data whose errors are standardised",
+            "run_m4.py trains, scripts/m4_scores.py makes the table",
+        )
     if OWN & (given.keys() | own):
         raise input_error(where, f"--{min(OWN & (given.keys() | own))}", "it left out: the study sets it")
     every = {name: value for name, value in (USUAL | given).items() if name not in own}
@@ -165,8 +173,8 @@ def _cell(
     name = f"{re.sub(r'_{2,}', '_', readable)[:LONGEST]}_{digest}"
     held = sorted((folder / "cells").glob(f"*_{digest}"))  # the folder stays where the axes were named otherwise
     home = held[0] if held else folder / "cells" / name
-    command = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
-    return Cell(values, args, name, home, home / run_name(args, 0), command)
+    line = [sys.executable, str(PROGRAM), *line, "--checkpoints", str(home), "--resume"]
+    return Cell(values, args, name, home, home / run_name(args, 0), line)
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -197,18 +205,19 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
         "machine": note.get("machine", "unknown"),
         "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
-        "intervals": _interval_figures(metrics),
-        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **_interval_figures(r)} for r in simple],
+        "intervals": interval_figures(metrics),
+        "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
     }
 
 
-def _interval_figures(found: dict[str, Any]) -> dict[str, float]:
-    # Under a table's heads: "in 80 %" is the part of the truths inside the 80 % intervals.
-    intervals = found.get("intervals") or {"levels": {}, "wql": None}
-    figures = {} if intervals["wql"] is None else {"WQL": intervals["wql"]}
-    for level, held in reversed(intervals["levels"].items()):
-        figures = {f"in {level} %": held["coverage"], f"width {level} %": held["width"], **figures}
-    return figures
+def interval_figures(found: dict[str, Any]) -> dict[str, float]:
+    """The figures of prediction intervals in a metrics.json, or in a row of its simple forecasts, under a table's heads:
+    "in 80 %" is the part of the truths inside the 80 % intervals."""
+    intervals: dict[str, Any] = found.get("intervals") or {"levels": {}, "wql": None}
+    figures: dict[str, float] = {}
+    for level, held in intervals["levels"].items():
+        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
+    return figures if intervals["wql"] is None else figures | {"WQL": intervals["wql"]}
 
 
 def last_line(cell: Cell) -> str:

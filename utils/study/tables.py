@@ -4,7 +4,7 @@ differences in results.txt, .md and .tex."""
 import re
 import shlex
 import tomllib
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,13 @@ NONE, RIDGE = "-", "ridge regression"
 Table = tuple[str, pd.DataFrame]  # title and texts, by the names of the rows
 
 
-@dataclass
-class Section:
-    """What is known of one data set at one share of its training windows.
-
-    Attributes:
-        errors: rows by kind, name and seed (0 without one); columns (horizon, MSE, MAE or a figure of prediction
-            intervals), and MSE and MAE over all horizons as ("mean", error) where there are several.
-        notes: what the published rows say of themselves, by their sources.
-        windows: horizon -> numbers of test windows scored; more than one: rows differ.
-    """
-
-    title: str
-    errors: pd.DataFrame
-    notes: dict[str, str]
-    windows: dict[int, list[int]]
+# What is known of one data set at one share of its training windows:
+#
+# - errors: rows by kind, name and seed (0 without one); columns (horizon, MSE, MAE or a figure of prediction intervals),
+#   and MSE and MAE over all horizons as ("mean", error) where there are several.
+# - notes: what the published rows say of themselves, by their sources.
+# - windows: horizon -> numbers of test windows scored; more than one: rows differ.
+Section = namedtuple("Section", "title errors notes windows")
 
 
 def write_results(study: Study) -> list[str]:
@@ -229,8 +221,9 @@ def _draw(study: Study, sections: list[Section]) -> list[str]:
     by_row = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
     by_horizon = Figure(figsize=(8, 5 * len(several)), layout="constrained")
     for number, (section, horizon) in enumerate(panels, 1):
-        title = f"{section.title}, horizon {horizon}"
-        axes = by_row.add_subplot(len(panels), 1, number, title=title, xlabel="test MSE, standardised scale")
+        axes = by_row.add_subplot(
+            len(panels), 1, number, title=f"{section.title}, horizon {horizon}", xlabel="test MSE, standardised scale"
+        )
         values = section.errors[horizon, "mse"]
         rows = values[RUN].groupby(level="row", sort=False)
         means = rows.mean()

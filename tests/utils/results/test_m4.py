@@ -20,13 +20,13 @@ from layers.norm import instance_norm
 from layers.prompt import describe_series
 from models.TimeLLM import Model
 from scripts import m4_scores
+from scripts.report import report
 from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, refusal, run_folder, train, train_in_two_processes
 from tests.utils.test_models_in_the_loop import StopAt
 from utils.flags import parse_flags
-from utils.results.m4 import PAPER, Errors, grouped, naive2, table
-from utils.results.report import report
+from utils.results.m4 import PAPER, errors_of, grouped, naive2, owa, table
 from utils.saving.interrupt import Interrupted
 
 # As the published script has them; what it leaves out follows from the pattern.
@@ -61,8 +61,8 @@ def test_the_organisers_naive2_has_the_organisers_figures_and_ours_too(pattern: 
     H, season, official = PATTERNS[pattern].horizon, PATTERNS[pattern].season, read_wide(folder / "Naive2.csv")
     series = load_m4(folder, pattern, 2 * H, H, H)
     theirs = np.stack([official[name] for name in series.ids])
-    found = Errors.of(theirs, series.future, series.known, season)
-    assert (round(found.smape, 3), round(found.mase, 3)) == (smape, mase)
+    found = errors_of(theirs, series.future, series.known, season)
+    assert (round(found["smape"], 3), round(found["mase"], 3)) == (smape, mase)
     np.testing.assert_allclose(np.stack([naive2(values, season, H) for values in series.known]), theirs, rtol=1e-6)
 
 
@@ -73,13 +73,13 @@ def test_errors_are_their_formulas() -> None:
     known = [random.uniform(1, 9, n) for n in (10, 7, 12)]
     smape = [200 * abs(f - y) / (abs(f) + abs(y)) if f or y else 0 for f, y in zip(forecast.flat, truth.flat, strict=True)]
     mase = [np.abs(forecast[n] - truth[n]).mean() / np.abs(x[4:] - x[:-4]).mean() for n, x in enumerate(known)]
-    found = Errors.of(forecast, truth, known, 4)
-    assert found == Errors(3, pytest.approx(np.mean(smape)), pytest.approx(np.mean(mase)), 3)
+    found = errors_of(forecast, truth, known, 4)
+    assert list(found.values()) == [3, pytest.approx(np.mean(smape)), pytest.approx(np.mean(mase)), 3]
     # a series that never moves, or is no longer than a season, has no scale: the mean is over the others
-    few = Errors.of(forecast, truth, [known[0], np.full(9, 5.0), known[2][:4]], 4)
-    assert (few.mase, few.scaled) == (pytest.approx(mase[0]), 1)
-    still = Errors.of(truth, truth, [np.full(9, 5.0)] * 3, 4)
-    assert still.smape == 0 and np.isnan(still.mase) and np.isnan(found.owa(still))
+    few = errors_of(forecast, truth, [known[0], np.full(9, 5.0), known[2][:4]], 4)
+    assert (few["mase"], few["scaled"]) == (pytest.approx(mase[0]), 1)
+    still = errors_of(truth, truth, [np.full(9, 5.0)] * 3, 4)
+    assert still["smape"] == 0 and np.isnan(still["mase"]) and np.isnan(owa(found, still))
 
 
 SHAPE, ODD, WALK = np.array([1.2, 0.7, 1.0, 1.1]), np.array([0.5, 1.5, 1.0]), 100 + np.cumsum(np.sin(np.arange(80.0) ** 2))
@@ -106,21 +106,24 @@ def test_naive2_goes_on_with_a_season_where_there_is_one(values, season, expecte
 
 
 def test_groups_and_the_average_are_weighted_by_series() -> None:
-    found = {
-        "Weekly": (Errors(300, 8.0, 2.0, 100), Errors(300, 10.0, 4.0, 100)),
-        "Daily": (Errors(50, 8.0, float("nan"), 0), Errors(50, 10.0, float("nan"), 0)),
-        "Hourly": (Errors(100, 17.0, 1.0, 100), Errors(100, 19.0, 2.0, 100)),
-        "Yearly": (Errors(550, 12.0, 3.0, 550), Errors(550, 16.0, 4.0, 550)),
+    figures = {
+        "Weekly": ((300, 8.0, 2.0, 100), (300, 10.0, 4.0, 100)),
+        "Daily": ((50, 8.0, np.nan, 0), (50, 10.0, np.nan, 0)),
+        "Hourly": ((100, 17.0, 1.0, 100), (100, 19.0, 2.0, 100)),
+        "Yearly": ((550, 12.0, 3.0, 550), (550, 16.0, 4.0, 550)),
     }
-    rows = grouped(found)
-    assert list(rows) == ["Yearly", "Weekly", "Daily", "Hourly", "Others", "Average"]
-    assert rows["Others"] == (Errors(450, 10.0, 1.5, 200), pytest.approx((10 / 12 + 1.5 / 3) / 2))
-    assert rows["Average"][0] == Errors(1000, pytest.approx(11.1), pytest.approx((100 * 2 + 100 + 550 * 3) / 750), 750)
+    own = {("one", name): ours for name, (ours, _) in figures.items()}
+    own |= {("other", name): own["one", name] for name in ("Weekly", "Hourly")}
+    own |= {("Naive2", name): theirs for name, (_, theirs) in figures.items()}
+    scores = pd.DataFrame(own, ["series", "smape", "mase", "scaled"]).T
+    rows = grouped(scores).loc["one"]
+    assert list(rows.index) == ["Yearly", "Weekly", "Daily", "Hourly", "Others", "Average"]
+    assert rows.loc["Others"].tolist() == pytest.approx([450, 10.0, 1.5, 200, (10 / 12 + 1.5 / 3) / 2])
+    assert rows.loc["Average"].tolist()[:4] == pytest.approx([1000, 11.1, (100 * 2 + 100 + 550 * 3) / 750, 750])
     # averages stand beside those of the same series alone
-    less = {name: found[name] for name in ("Weekly", "Hourly")}
-    lines = table({"one": found, "other": less}).splitlines()
+    lines = table(scores).splitlines()
     assert "one" in lines and "other (without Yearly, Daily, so without their average)" in lines
-    assert sum(line.startswith("  Average") for line in lines) == 2  # the other one is the paper's,
+    assert sum(line.startswith("  Average") for line in lines) == 3  # one's, Naive2's, and the paper's,
     assert f"  {'Average':30}    11.983    1.595   0.859" in lines  # which is that of its groups
     paper = [PAPER[name][:2] for name in ("Yearly", "Quarterly", "Monthly", "Others")]
     np.testing.assert_allclose(np.average(paper, 0, [23, 24, 48, 5]), PAPER["Average"][:2], atol=6e-4)
@@ -149,15 +152,19 @@ def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_
     series = load_m4(tmp_path / "m4", "Yearly", 12, 6, 6)
     made = pd.read_csv(folder / "Yearly_forecast.csv", index_col="id")
     assert list(made.index) == series.ids and list(made.columns) == [f"F{n}" for n in range(1, 7)]
-    own = Errors.of(made.to_numpy(), series.future, series.known, 1)
-    naive = Errors.of(np.stack([naive2(v, 1, 6) for v in series.known]), series.future, series.known, 1)
+    own = errors_of(made.to_numpy(), series.future, series.known, 1)
+    naive = errors_of(np.stack([naive2(v, 1, 6) for v in series.known]), series.future, series.known, 1)
     (line,) = [line for line in lines if line.startswith("Test ")]
-    assert line == f"Test SMAPE: {own.smape:.3f} MASE: {own.mase:.3f} OWA: {own.owa(naive):.3f}"
+    assert line == f"Test SMAPE: {own['smape']:.3f} MASE: {own['mase']:.3f} OWA: {owa(own, naive):.3f}"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["test"]["smape"] == pytest.approx(own.smape) and metrics["test"]["owa"] == pytest.approx(own.owa(naive))
+    assert metrics["test"]["smape"] == pytest.approx(own["smape"]) and metrics["test"]["owa"] == pytest.approx(
+        owa(own, naive)
+    )
     rows = {row["name"]: (row["smape"], row["mase"], row["owa"]) for row in metrics["baselines"]["rows"]}
-    assert list(rows) == ["naive2", "last value", "ridge"] and rows["naive2"] == pytest.approx((naive.smape, naive.mase, 1))
-    assert (folder / "plots" / "test_windows.png").is_file() and f"{own.smape:10.3f}{own.mase:9.3f}" in report(folder)
+    assert list(rows) == ["naive2", "last value", "ridge"] and rows["naive2"] == pytest.approx(
+        (naive["smape"], naive["mase"], 1)
+    )
+    assert (folder / "plots" / "test_windows.png").is_file() and f"{own['smape']:10.3f}{own['mase']:9.3f}" in report(folder)
     # the epoch's losses are the run's loss: the best validation loss is what the checkpoint was chosen by
     record, history = json.loads((folder / "checkpoint.json").read_text()), pd.read_csv(folder / "history.csv")
     assert record["vali_loss"] == pytest.approx(history["vali_loss"].min()) and 0 < record["vali_loss"] < 200

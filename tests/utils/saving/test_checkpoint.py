@@ -178,7 +178,7 @@ def test_what_is_no_checkpoint_of_the_model_is_refused(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             refused(path)
     for wrong, told in (
-        ({"a.weight": torch.ones(2, 3)}, "got no tensor a.bias, expected one"),
+        ({"a.weight": torch.ones(2, 3)}, "got no tensor a.bias, expected [2] for these flags"),
         (HELD | {"b": torch.ones(1)}, "got the unknown tensor b, expected those of the model: a.weight, a.bias"),
         (HELD | {"a.weight": torch.ones(3, 2)}, "got a.weight of shape [3, 2], expected [2, 3]"),
     ):

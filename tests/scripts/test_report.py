@@ -9,17 +9,16 @@ from pathlib import Path
 import pandas as pd
 
 from data_provider.synthetic import COLUMNS, SIGNATURE
-from scripts.report import main
+from scripts.report import main, report, verdict
 from tests.realdata import ROOT
-from tests.small_run import run_folder, train, write_csv
-from utils.results.report import report, verdict
+from tests.small_run import command_line, run_folder, train, write_csv
 
 
-def test_the_table_is_that_of_the_figures_best_first(argv, capsys, tmp_path: Path) -> None:
+def test_the_table_is_that_of_the_figures_best_first(backbones, capsys, tmp_path: Path) -> None:
     frame = pd.read_csv(write_csv(tmp_path / "series.csv", columns=tuple(COLUMNS)))
     frame.iloc[0, 1:] = SIGNATURE  # generated data say so
     frame.to_csv(tmp_path / "series.csv", index=False)
-    words = argv(model="DLinear", max_iters=2, intervals="80", plots=0)
+    words = command_line(tmp_path, backbones["qwen2"], model="DLinear", max_iters=2, intervals="80", plots=0)
     train(words, capsys)
     run = run_folder(words)
     text, metrics = report(run), json.loads((run / "metrics.json").read_text())
