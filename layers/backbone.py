@@ -62,6 +62,7 @@ class BackboneInfo:
     layers: int
     heads: int
     max_positions: int
+    window: int  # of sliding or chunked attention: how many tokens back one sees
     dequantised: bool  # whether the files' weights are quantised, and become whole ones
     tokenizer: transformers.PreTrainedTokenizerBase
     identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
@@ -83,25 +84,34 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     config = _read_config(name, family, folder)
     fingerprint = _fingerprint(folder, family)
     if not (folder / "tokenizer_config.json").is_file():
-        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
+        raise unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust reader raises plain Exceptions
-        raise _unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
+        raise unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
     if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
-        raise _unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
+        raise unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
     outline = _outline(folder, config)
+    # Old folders of bitsandbytes do not name it.
+    quantised = (getattr(config, "quantization_config", None) or {"quant_method": None}).get("quant_method", "bitsandbytes")
+    if quantised == "bitsandbytes":
+        require_bitsandbytes("llm_model_path")
+    elif quantised not in (None, "fp8"):
+        hint = "give the model that it was made from, with --load_in_4bit to make it small"
+        raise unusable(folder, f"weights quantised by {quantised}", "whole ones, or such of bitsandbytes or fp8", hint)
     vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
     # RoBERTa and its like count positions from the one behind the padding's.
     tables = [module for name, module in outline.named_modules() if "position" in name and isinstance(module, nn.Embedding)]
     skipped = max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+    kinds = getattr(config, "layer_types", None)
+    windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
     # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
     try:
         note = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("note", "") if (folder / ABOUT).is_file() else ""
     except (OSError, ValueError, AttributeError) as error:
-        raise _unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
+        raise unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
     return BackboneInfo(
         family=family,
         folder=folder,
@@ -110,7 +120,8 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         layers=config.num_hidden_layers,
         heads=getattr(config, "num_attention_heads", None) or 1,  # Mamba has none
         max_positions=positions - skipped if positions > 0 else 2**31,  # XLNet's -1: as many as there are
-        dequantised=_quantisation(config) == "fp8",
+        window=min(windows) if kinds is None or any("full" not in kind for kind in kinds) else 2**31,
+        dequantised=quantised == "fp8",
         tokenizer=tokenizer,
         identity={
             "llm_model": name,
@@ -134,8 +145,8 @@ def _find_folder(family: Family, path: str | None) -> Path:
     if local.is_dir():
         return local
     if local.is_file() or (path and path.lower().endswith(".gguf")):
-        hint = "give the folder of the model that it was made from"
-        raise input_error("--llm_model_path", f"the file {path}", "a folder with safetensors weights or a hub id", hint)
+        expected = "a folder with safetensors weights or a hub id"
+        raise input_error("--llm_model_path", f"the file {path}", expected, "give the model that it was made from")
     hub_id = path or family.hub_id
     first, slash, rest = hub_id.partition("/")
     # A hub id is `owner/name`, where no folder `owner` is here.
@@ -146,7 +157,7 @@ def _find_folder(family: Family, path: str | None) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
         place = ROOT / "base_models" / hub_id.split("/")[-1]
-        hint = f"see that the name is right and the network there, or fetch it elsewhere: hf download {hub_id} --local-dir {place}"
+        hint = f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}"
         raise _no_weights(path or str(place), first_line(error), hint) from error
 
 
@@ -156,11 +167,9 @@ def _no_weights(looked: str, reason: str, hint: str) -> InputError:
 
 # How to fill a folder: with its family's model where it has that one's name; else with what its user took it for.
 def _fetch(family: Family, folder: Path) -> str:
-    hub_id = "<hub id>"
     if folder.parent.name == "snapshots":  # the hub's own cache
         return f"fetch it again: hf download {folder.parents[1].name.removeprefix('models--').replace('--', '/')}"
-    if family.hub_id and folder.name == family.hub_id.split("/")[-1]:
-        hub_id = family.hub_id
+    hub_id = family.hub_id if folder.name == family.hub_id.split("/")[-1] else "<hub id>"
     return f"fetch the model's files: hf download {hub_id} --local-dir {folder}"
 
 
@@ -171,35 +180,24 @@ def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
         InputError: it cannot be read, is of another family than `name`, or not that of a language model of text.
     """
     if not (folder / "config.json").is_file():
+        got, hint = "no config.json", _fetch(family, folder)
         if (folder / "adapter_config.json").is_file():
-            hint = "merge it into the model that it was trained for (peft's merge_and_unload) and save that"
-            raise _unusable(folder, "a LoRA adapter alone", "a whole language model", hint)
-        got = "GGUF files alone" if any(folder.glob("*.gguf")) else "no config.json"
-        raise _unusable(folder, got, "a language model's configuration beside safetensors weights", _fetch(family, folder))
+            got, hint = "a LoRA adapter alone", "merge it into its model (peft's merge_and_unload) and save that"
+        elif any(folder.glob("*.gguf")):
+            got, hint = "GGUF files alone", "give the folder of the model that they were made from"
+        raise unusable(folder, got, "a language model's configuration beside safetensors weights", hint)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise _unusable(folder, f"a config.json that cannot be used ({first_line(error)})", "a readable one") from error
+        raise unusable(folder, f"a config.json that cannot be used ({first_line(error)})", "a readable one") from error
     if not config.model_type.startswith(family.model_type):
         got, hint = f"a model of type {config.model_type} in {folder}", f"name its own family ({', '.join(FAMILIES)})"
         raise input_error(f"--llm_model {name}", got, family.model_type, hint)
     sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
     nested = config.is_encoder_decoder or config.get_text_config() is not config
     if nested or not all(isinstance(size, int) for size in sizes):
-        raise _unusable(folder, f"a model of type {config.model_type}", "a text-only language model (decoder or encoder)")
-    method = _quantisation(config)
-    if method == "bitsandbytes":
-        require_bitsandbytes("llm_model_path")
-    elif method not in (None, "fp8"):
-        hint = "give the model that it was made from, with --load_in_4bit to make it small"
-        raise _unusable(folder, f"weights quantised by {method}", "whole ones, or such of bitsandbytes or fp8", hint)
+        raise unusable(folder, f"a model of type {config.model_type}", "a text-only language model (decoder or encoder)")
     return config
-
-
-# How a folder's weights are quantised; None: they are not. Old folders of bitsandbytes do not name it.
-def _quantisation(config: Any) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    return settings and settings.get("quant_method", "bitsandbytes")
 
 
 def _outline(folder: Path, config: PreTrainedConfig) -> Any:
@@ -214,9 +212,9 @@ def _outline(folder: Path, config: PreTrainedConfig) -> Any:
             outline = AutoModel.from_config(_first_layers(copy.deepcopy(config), 1))
     except Exception as error:  # each architecture asks for its own packages and sizes, in its own way
         got = f"a model of type {config.model_type} that cannot be built ({first_line(error)})"
-        raise _unusable(folder, got, expected) from error
+        raise unusable(folder, got, expected) from error
     if not {"inputs_embeds", "attention_mask"} <= inspect.signature(outline.forward).parameters.keys():
-        raise _unusable(folder, f"a model of type {config.model_type}", expected)
+        raise unusable(folder, f"a model of type {config.model_type}", expected)
     return outline
 
 
@@ -233,11 +231,11 @@ def _fingerprint(folder: Path, family: Family) -> str:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
+            raise unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         got = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise _unusable(folder, got, "safetensors weights (others are not loaded)", _fetch(family, folder))
+        raise unusable(folder, got, "safetensors weights (others are not loaded)", _fetch(family, folder))
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in [folder / name for name in names]:
         size = shard.stat().st_size
@@ -246,7 +244,7 @@ def _fingerprint(folder: Path, family: Family) -> str:
                 pass
         except (SafetensorError, OSError) as error:
             got = f"{shard.name} cut short or damaged ({size:,} bytes)"
-            raise _unusable(folder, got, "the whole file", "fetch it again") from error
+            raise unusable(folder, got, "the whole file", "fetch it again") from error
         with shard.open("rb") as file:
             digest.update(str(size).encode())
             digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
@@ -255,7 +253,7 @@ def _fingerprint(folder: Path, family: Family) -> str:
     return digest.hexdigest()
 
 
-def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
+def unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
     return input_error(f"--llm_model_path {folder}", got, expected, hint)
 
 
@@ -276,6 +274,7 @@ class Backbone:
         info: what its folder says of it.
         model: transformers' model, without a head.
         embeddings: `[V, D]` input embeddings, never quantised.
+        window: how many tokens back one sees, in the layer that sees least.
         recompute: whether the layers run again in the backward pass.
         embedding_scale: what the layers see of a token over its embedding; Gemma's embedding layer multiplies.
     """
@@ -307,6 +306,7 @@ class Backbone:
         self.info = info
         self.hidden_size, self.vocab_size = info.hidden_size, info.vocab_size
         self.max_positions, self.tokenizer = info.max_positions, info.tokenizer
+        self.heads, self.window = info.heads, info.window
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
@@ -348,10 +348,6 @@ class Backbone:
     def inner_size(self) -> int:
         size = getattr(self.model.config, "intermediate_size", None)
         return size if isinstance(size, int) else 4 * self.model.config.hidden_size  # Gemma 3n's is a list
-
-    @property
-    def heads(self) -> int:
-        return self.info.heads
 
     @property
     def groups(self) -> int:
@@ -485,8 +481,7 @@ def _load(
     places: dict[str, torch.device | str] = {"": device}
     apart = embeddings_on_host and device.type != "cpu"
     if apart:
-        with torch.device("meta"):
-            outline = AutoModel.from_config(config)
+        outline = _outline(info.folder, config)
         layer = outline.get_input_embeddings()
         places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
     if four_bit:
@@ -510,7 +505,7 @@ def _load(
         )
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise _unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")
+        raise unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -115,13 +115,14 @@ class Model(ForecastModel):
             prompts = PromptEncoder(backbone.tokenizer, words, backbone.max_positions - patches)
         self.prompts = prompts if reads_prompt else None
         longest = 0 if self.prompts is None else self.prompts.longest
-        self.fast_path = configs.fast_path == "auto" and self.substitute is None
+        sees_all = backbone.window >= longest + patches  # in bfloat16 the trial would not see a few words missing
+        self.fast_path = configs.fast_path == "auto" and sees_all and self.substitute is None
         self.language_model: LanguageModel = self._run_substitute
         self.why_plain = ""
         if isinstance(backbone, Backbone) and self.substitute is None:
-            statistics = longest - len(self.prefix_ids)
-            chosen = choose_path(backbone, self.prefix_ids, statistics, patches, self.fast_path)
-            self.language_model, self.why_plain = chosen
+            self.language_model, self.why_plain = choose_path(
+                backbone, self.prefix_ids, longest - len(self.prefix_ids), patches, self.fast_path
+            )
             self.fast_path = isinstance(self.language_model, FastPath)
 
     @property

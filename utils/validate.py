@@ -157,8 +157,9 @@ def complete_from_model(args: Namespace) -> BackboneInfo | None:
 
 
 def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries | None, model: ForecastModel) -> None:
-    """Set the model against the series that it trains on: `pretrain`, where it is given, in the place of `series`. Of a model
-    that is not trained step by step, `train_epochs` and `batch_size` are filled in.
+    """Set the model against the series that it trains on: `pretrain`, where it is given, in the place of `series`.
+
+    Of a model that is not trained step by step, `train_epochs` and `batch_size` are filled in.
 
     Raises:
         InputError: `--data_pretrain` has other columns, or no training window is whole and a linear map is to be fitted.

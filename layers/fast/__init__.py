@@ -14,7 +14,8 @@ patches, whose positions count real tokens alone.
 The contract, which tests/models/test_contracts.py holds:
 
 - Forecasts and the gradients of every trained tensor equal the plain path's (float32: 1e-5 of the largest value).
-- The backbone is causal and sees all that comes before a token: `choose_path` tries both ways when a model is loaded.
+- The backbone is causal and sees all that comes before a token. `models.TimeLLM.Model` looks at its window; the rest
+  shows when a model is loaded and `choose_path` tries both ways.
 - The backbone's own modules are left alone: the fast path runs a *twin* of them, other modules around the same tensors.
 
     prefix.py     FastPath, its trial, and the cache of the prompt's keys and values

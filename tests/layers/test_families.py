@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModel
 
 from layers.backbone import Backbone, find_backbone
-from layers.errors import InputError
 from layers.fast import choose_path
 from tests.small_run import command_line, refusal, train
 
@@ -111,7 +110,8 @@ OTHERS = {
     ),
     "Falcon-H1": (
         "FalconH1Config",
-        GROUPED | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8),
+        GROUPED
+        | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8),
         "plain",
     ),
     "Mamba 2": (
@@ -144,6 +144,9 @@ OTHERS = {
 }
 FAMILIES = [pytest.param(*row, id=name) for name, row in ODD.items()]
 FAMILIES += [pytest.param(*row, id=name, marks=pytest.mark.long) for name, row in OTHERS.items()]
+
+
+WIDE = dict(vocab_size=4096, max_position_embeddings=1024)  # enough for the tokenizer and its prompts
 
 
 def write_model(folder: Path, tokenizer: Path, kind: str, settings: dict) -> Path:
@@ -185,3 +188,20 @@ def test_either_path_is_transformers_own_forward_pass(
     print(f"\n| {request.node.callspec.id} | {expected_path} | {difference:.0e} |")
     assert difference < 1e-5
     assert (results[0][1] - results[1][1]).norm() <= 1e-3 * results[1][1].norm()
+
+
+def test_a_run_says_which_path_it_takes(backbones, tmp_path: Path, capsys) -> None:
+    """ALBERT's layers are wider than its token embeddings, and a mask from both sides: trained, tested, forecast."""
+    folder = write_model(tmp_path / "model", backbones["qwen2"], "AlbertConfig", ODD["ALBERT, narrow embeddings"][1] | WIDE)
+    words = command_line(tmp_path, folder, llm_model="AUTO", max_iters=2, grad_checkpoint=True, do_predict=True)
+    lines = train(words, capsys)
+    assert any("; plain path (the fast path does" in line for line in lines), lines
+    assert any(line.startswith("Test MSE") for line in lines)
+
+
+def test_what_no_path_can_run_is_refused_before_the_data_are_read(backbones, tmp_path: Path, capsys) -> None:
+    settings = {name: value for name, value in SHAPE.items() if name != "num_attention_heads"}
+    folder = write_model(tmp_path / "model", backbones["qwen2"], "FNetConfig", settings)
+    words = command_line(tmp_path, folder, llm_model="AUTO")
+    (tmp_path / "series.csv").write_text("no table")
+    assert "got a model of type fnet, expected" in refusal(words, capsys)
