@@ -98,12 +98,15 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     if quantised == "bitsandbytes":
         require_bitsandbytes("llm_model_path")
     elif quantised not in (None, "fp8"):
-        hint = "give the model that it was made from, with --load_in_4bit to make it small"
-        raise unusable(folder, f"weights quantised by {quantised}", "whole ones, or such of bitsandbytes or fp8", hint)
+        got, hint = (
+            f"weights quantised by {quantised}",
+            "give the model that it was made from, with --load_in_4bit if needed",
+        )
+        raise unusable(folder, got, "whole ones, or such of bitsandbytes or fp8", hint)
     vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
     # RoBERTa and its like count positions from the one behind the padding's.
-    tables = [module for name, module in outline.named_modules() if "position" in name and isinstance(module, nn.Embedding)]
-    skipped = max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+    named = ((name, getattr(module, "padding_idx", None)) for name, module in outline.named_modules())
+    skipped = max((index + 1 for name, index in named if "position" in name and index is not None), default=0)
     kinds = getattr(config, "layer_types", None)
     windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
     # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
@@ -140,8 +143,7 @@ def _find_folder(family: Family, path: str | None) -> Path:
     Raises:
         InputError: `path` is no folder, and names nothing on the hub either.
     """
-    default = ROOT / "base_models" / family.hub_id.split("/")[-1]
-    local = default if path is None else Path(path).expanduser()
+    local = ROOT / "base_models" / family.hub_id.split("/")[-1] if path is None else Path(path).expanduser()
     if local.is_dir():
         return local
     if local.is_file() or (path and path.lower().endswith(".gguf")):
@@ -152,17 +154,15 @@ def _find_folder(family: Family, path: str | None) -> Path:
     # A hub id is `owner/name`, where no folder `owner` is here.
     is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
     if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
-        raise _no_weights(str(path), "no such folder", _fetch(family, local))
+        expected = "a model folder or a hub id"
+        raise input_error("--llm_model_path", f"no weights in {path} (no such folder)", expected, _fetch(family, local))
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
         place = ROOT / "base_models" / hub_id.split("/")[-1]
         hint = f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}"
-        raise _no_weights(path or str(place), first_line(error), hint) from error
-
-
-def _no_weights(looked: str, reason: str, hint: str) -> InputError:
-    return input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", hint)
+        got = f"no weights in {path or place} ({first_line(error)})"
+        raise input_error("--llm_model_path", got, "a model folder or a hub id", hint) from error
 
 
 # How to fill a folder: with its family's model where it has that one's name; else with what its user took it for.
@@ -316,8 +316,7 @@ class Backbone:
             self.model = _load(info, layers, device, four_bit, dtype, embeddings_on_host)
         if dtype == torch.float16:
             make_safe(self.model)
-        if hasattr(self.model, "pooler"):  # BERT's and others' head over the first token, which many folders lack
-            self.model.pooler = None  # type: ignore[assignment]
+        self.model.pooler = None  # type: ignore[assignment]  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
@@ -412,14 +411,16 @@ class Backbone:
         D, layers, inner = self.model.config.hidden_size, self.model.config.num_hidden_layers, self.inner_size
         slots = prompt + patches
         wide = self.stream_dtype.itemsize // self.dtype.itemsize  # 2 in fp16, whose residual stream is float32
-        if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
-            kept = patches * ((2 * wide + 2) * D + 2 * inner) + slots * 2 * D // self.groups
-        else:  # besides, in both norms two float32 copies, the activation, expanded keys and values
-            kept = slots * ((13 + wide) * D + 3 * inner)
-        if recompute:  # each layer's input; one layer at a time holds the rest
-            once_more, kept = kept, (patches if fast else slots) * wide * D + fast * slots * 2 * D // self.groups
-        else:
-            once_more = 0
+        kept = (
+            # residual stream twice, queries, attention's result; gate and up; keys and values
+            patches * ((2 * wide + 2) * D + 2 * inner) + slots * 2 * D // self.groups
+            if fast
+            # besides, in both norms two float32 copies, the activation, expanded keys and values
+            else slots * ((13 + wide) * D + 3 * inner)
+        )
+        # Recomputing, one layer at a time holds all that; the others each their input.
+        inputs = (patches if fast else slots) * wide * D + fast * slots * 2 * D // self.groups
+        once_more, kept = (kept, inputs) if recompute else (0, kept)
         once = (
             once_more + slots * 4 * wide * D + patches * (2 * D + 2 * wide * inner)
         )  # one layer at work, and the embedding

@@ -40,8 +40,8 @@ def choose_path(
     path, reason = None, ""
     for start, n, L in ((prompt_prefix[:2], 2, 2), (prompt_prefix, statistics, patches)):
         ids = (torch.arange(2 * (n + L)).view(2, -1) * 101 + 7) % backbone.vocab_size
-        length, sample = torch.tensor([n, n // 2], device=backbone.device), backbone.token_embeddings(ids[:, n:])
-        expected = None
+        length, expected = torch.tensor([n, n // 2], device=backbone.device), None
+        sample = backbone.token_embeddings(ids[:, n:])
         try:
             with torch.autocast(backbone.device.type, torch.float16, enabled=backbone.dtype == torch.float16):
                 with torch.no_grad():
@@ -50,8 +50,9 @@ def choose_path(
                     path = path or FastPath(backbone)
                     found = path(start, ids[:, :n], length, sample.requires_grad_())
                     found.sum().backward()
-                    difference = ((found - expected).norm() / expected.norm()).item()
-                    if not difference <= (EXACT if backbone.dtype == torch.float32 else ROUNDED):
+                    if not (difference := ((found - expected).norm() / expected.norm()).item()) <= (
+                        EXACT if backbone.dtype == torch.float32 else ROUNDED
+                    ):
                         reason = f"the fast path differs by {difference:.1e}"
         except torch.OutOfMemoryError:
             raise
