@@ -92,7 +92,6 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         raise unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
     if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
         raise unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
-    outline = _outline(folder, config)
     # Old folders of bitsandbytes do not name it.
     quantised = (getattr(config, "quantization_config", None) or {"quant_method": None}).get("quant_method", "bitsandbytes")
     if quantised == "bitsandbytes":
@@ -103,6 +102,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "give the model that it was made from, with --load_in_4bit if needed",
         )
         raise unusable(folder, got, "whole ones, or such of bitsandbytes or fp8", hint)
+    outline = _outline(folder, config)
     vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
     # RoBERTa and its like count positions from the one behind the padding's.
     named = ((name, getattr(module, "padding_idx", None)) for name, module in outline.named_modules())
@@ -482,7 +482,8 @@ def _load(
     places: dict[str, torch.device | str] = {"": device}
     apart = embeddings_on_host and device.type != "cpu"
     if apart:
-        outline = _outline(info.folder, config)
+        with torch.device("meta"):
+            outline = AutoModel.from_config(config)
         layer = outline.get_input_embeddings()
         places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
     if four_bit:
