@@ -4,8 +4,10 @@ What differs between the language models stands in `FAMILIES`; one builder serve
 Shapes: M sequences, L patches, n tokens, D the language model's width, V its vocabulary.
 """
 
+import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layers.errors import InputError, input_error
 from layers.fp16 import make_safe
@@ -37,16 +40,14 @@ class Family:
 
     model_type: str  # how the model types of its configurations begin
     hub_id: str  # fetched where no folder is given or found
-    causal: bool | None = True  # None: as the configuration's architecture says
-    options: tuple[tuple[str, object], ...] = ()  # further arguments of from_pretrained
 
 
 FAMILIES = {
     "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
     "LLAMA": Family("llama", "huggyllama/llama-7b"),
     "GPT2": Family("gpt2", "openai-community/gpt2"),
-    "BERT": Family("bert", "google-bert/bert-base-uncased", causal=False, options=(("add_pooling_layer", False),)),
-    "AUTO": Family("", "", causal=None),
+    "BERT": Family("bert", "google-bert/bert-base-uncased"),
+    "AUTO": Family("", ""),
 }
 
 
@@ -56,13 +57,13 @@ class BackboneInfo:
 
     family: Family
     folder: Path
-    hidden_size: int
+    hidden_size: int  # of its token embeddings; ALBERT's layers, among others, are wider
     vocab_size: int
     layers: int
     heads: int
     max_positions: int
-    causal: bool
-    window: int | None  # of sliding-window attention; None: a token sees all tokens before it
+    window: int  # of sliding or chunked attention: how many tokens back one sees
+    dequantised: bool  # whether the files' weights are quantised, and become whole ones
     tokenizer: transformers.PreTrainedTokenizerBase
     identity: dict  # name, shape and fingerprint of the files, the same wherever the folder lies
     note: str = ""  # where the weights come from, where the folder says so
@@ -83,38 +84,53 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     config = _read_config(name, family, folder)
     fingerprint = _fingerprint(folder, family)
     if not (folder / "tokenizer_config.json").is_file():
-        raise _unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
+        raise unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust reader raises plain Exceptions
-        raise _unusable(folder, f"a tokenizer that cannot be used ({_first_line(error)})", "a readable one") from error
+        raise unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
     if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
-        raise _unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
-    decoder = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in config.architectures or [])
+        raise unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
+    # Old folders of bitsandbytes do not name it.
+    quantised = (getattr(config, "quantization_config", None) or {"quant_method": None}).get("quant_method", "bitsandbytes")
+    if quantised == "bitsandbytes":
+        require_bitsandbytes("llm_model_path")
+    elif quantised not in (None, "fp8"):
+        got, hint = (
+            f"weights quantised by {quantised}",
+            "give the model that it was made from, with --load_in_4bit if needed",
+        )
+        raise unusable(folder, got, "whole ones, or such of bitsandbytes or fp8", hint)
+    outline = _outline(folder, config)
+    vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
+    # RoBERTa and its like count positions from the one behind the padding's.
+    named = ((name, getattr(module, "padding_idx", None)) for name, module in outline.named_modules())
+    skipped = max((index + 1 for name, index in named if "position" in name and index is not None), default=0)
     kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or "sliding_attention" in kinds
+    windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
     try:
         note = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("note", "") if (folder / ABOUT).is_file() else ""
     except (OSError, ValueError, AttributeError) as error:
-        raise _unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
+        raise unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
     return BackboneInfo(
         family=family,
         folder=folder,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
         layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        # GPT2 names its positions differently; the attribute map of its config knows both names.
-        max_positions=getattr(config, "max_position_embeddings", None) or 2**31,
-        causal=decoder if family.causal is None else family.causal,
-        window=getattr(config, "sliding_window", None) if slides else None,
+        heads=getattr(config, "num_attention_heads", None) or 1,  # Mamba has none
+        max_positions=positions - skipped if positions > 0 else 2**31,  # XLNet's -1: as many as there are
+        window=min(windows) if kinds is None or any("full" not in kind for kind in kinds) else 2**31,
+        dequantised=quantised == "fp8",
         tokenizer=tokenizer,
         identity={
             "llm_model": name,
             "model_type": config.model_type,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
+            "hidden_size": hidden_size,
+            "vocab_size": vocab_size,
             "fingerprint": fingerprint,
         },
         note=" ".join(str(note).split())[:200],
@@ -127,27 +143,34 @@ def _find_folder(family: Family, path: str | None) -> Path:
     Raises:
         InputError: `path` is no folder, and names nothing on the hub either.
     """
-    default = ROOT / "base_models" / family.hub_id.split("/")[-1]
-    local = default if path is None else Path(path).expanduser()
+    local = ROOT / "base_models" / family.hub_id.split("/")[-1] if path is None else Path(path).expanduser()
     if local.is_dir():
         return local
+    if local.is_file() or (path and path.lower().endswith(".gguf")):
+        expected = "a folder with safetensors weights or a hub id"
+        raise input_error("--llm_model_path", f"the file {path}", expected, "give the model that it was made from")
     hub_id = path or family.hub_id
     first, slash, rest = hub_id.partition("/")
     # A hub id is `owner/name`, where no folder `owner` is here.
     is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
     if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
-        hub_id, place = (family.hub_id, str(default)) if family.hub_id else ("<hub id>", str(path))
-        raise _no_weights(str(path), "no such folder", hub_id, place)
+        expected = "a model folder or a hub id"
+        raise input_error("--llm_model_path", f"no weights in {path} (no such folder)", expected, _fetch(family, local))
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
-        place = str(ROOT / "base_models" / hub_id.split("/")[-1])
-        raise _no_weights(path or place, _first_line(error), hub_id, place) from error
+        place = ROOT / "base_models" / hub_id.split("/")[-1]
+        hint = f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}"
+        got = f"no weights in {path or place} ({first_line(error)})"
+        raise input_error("--llm_model_path", got, "a model folder or a hub id", hint) from error
 
 
-def _no_weights(looked: str, reason: str, hub_id: str, place: str) -> InputError:
-    fetch = f"fetch them with: hf download {hub_id} --local-dir {place}"
-    return input_error("--llm_model_path", f"no weights in {looked} ({reason})", "a model folder or a hub id", fetch)
+# How to fill a folder: with its family's model where it has that one's name; else with what its user took it for.
+def _fetch(family: Family, folder: Path) -> str:
+    if folder.parent.name == "snapshots":  # the hub's own cache
+        return f"fetch it again: hf download {folder.parents[1].name.removeprefix('models--').replace('--', '/')}"
+    hub_id = family.hub_id if folder.name == family.hub_id.split("/")[-1] else "<hub id>"
+    return f"fetch the model's files: hf download {hub_id} --local-dir {folder}"
 
 
 def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
@@ -157,20 +180,42 @@ def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
         InputError: it cannot be read, is of another family than `name`, or not that of a language model of text.
     """
     if not (folder / "config.json").is_file():
-        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
-        raise _unusable(folder, "no config.json", "a language model's configuration beside its weights", fetch)
+        got, hint = "no config.json", _fetch(family, folder)
+        if (folder / "adapter_config.json").is_file():
+            got, hint = "a LoRA adapter alone", "merge it into its model (peft's merge_and_unload) and save that"
+        elif any(folder.glob("*.gguf")):
+            got, hint = "GGUF files alone", "give the folder of the model that they were made from"
+        raise unusable(folder, got, "a language model's configuration beside safetensors weights", hint)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise _unusable(folder, f"a config.json that cannot be used ({_first_line(error)})", "a readable one") from error
+        raise unusable(folder, f"a config.json that cannot be used ({first_line(error)})", "a readable one") from error
     if not config.model_type.startswith(family.model_type):
         got, hint = f"a model of type {config.model_type} in {folder}", f"name its own family ({', '.join(FAMILIES)})"
         raise input_error(f"--llm_model {name}", got, family.model_type, hint)
     sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
     nested = config.is_encoder_decoder or config.get_text_config() is not config
     if nested or not all(isinstance(size, int) for size in sizes):
-        raise _unusable(folder, f"a model of type {config.model_type}", "a text-only language model (decoder or encoder)")
+        raise unusable(folder, f"a model of type {config.model_type}", "a text-only language model (decoder or encoder)")
     return config
+
+
+def _outline(folder: Path, config: PreTrainedConfig) -> Any:
+    """The architecture in one layer, without memory for its weights.
+
+    Raises:
+        InputError: transformers cannot build it, or it does not take token embeddings in the place of token ids.
+    """
+    expected = "a language model that runs on token embeddings and a mask"
+    try:
+        with torch.device("meta"):
+            outline = AutoModel.from_config(_first_layers(copy.deepcopy(config), 1))
+    except Exception as error:  # each architecture asks for its own packages and sizes, in its own way
+        got = f"a model of type {config.model_type} that cannot be built ({first_line(error)})"
+        raise unusable(folder, got, expected) from error
+    if not {"inputs_embeds", "attention_mask"} <= inspect.signature(outline.forward).parameters.keys():
+        raise unusable(folder, f"a model of type {config.model_type}", expected)
+    return outline
 
 
 def _fingerprint(folder: Path, family: Family) -> str:
@@ -186,12 +231,11 @@ def _fingerprint(folder: Path, family: Family) -> str:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
+            raise unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        fetch = f"hf download {family.hub_id or '<hub id>'} --local-dir {folder}"
         got = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise _unusable(folder, got, "safetensors weights (others are not loaded)", fetch)
+        raise unusable(folder, got, "safetensors weights (others are not loaded)", _fetch(family, folder))
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in [folder / name for name in names]:
         size = shard.stat().st_size
@@ -200,7 +244,7 @@ def _fingerprint(folder: Path, family: Family) -> str:
                 pass
         except (SafetensorError, OSError) as error:
             got = f"{shard.name} cut short or damaged ({size:,} bytes)"
-            raise _unusable(folder, got, "the whole file", "fetch it again") from error
+            raise unusable(folder, got, "the whole file", "fetch it again") from error
         with shard.open("rb") as file:
             digest.update(str(size).encode())
             digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
@@ -209,11 +253,11 @@ def _fingerprint(folder: Path, family: Family) -> str:
     return digest.hexdigest()
 
 
-def _unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
+def unusable(folder: Path, got: str, expected: str, hint: str = "") -> InputError:
     return input_error(f"--llm_model_path {folder}", got, expected, hint)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -230,8 +274,7 @@ class Backbone:
         info: what its folder says of it.
         model: transformers' model, without a head.
         embeddings: `[V, D]` input embeddings, never quantised.
-        causal: whether a token sees those before it alone.
-        window: how far back it sees; None: to the start.
+        window: how many tokens back one sees, in the layer that sees least.
         recompute: whether the layers run again in the backward pass.
         embedding_scale: what the layers see of a token over its embedding; Gemma's embedding layer multiplies.
     """
@@ -262,8 +305,8 @@ class Backbone:
         """
         self.info = info
         self.hidden_size, self.vocab_size = info.hidden_size, info.vocab_size
-        self.max_positions, self.causal, self.tokenizer = info.max_positions, info.causal, info.tokenizer
-        self.window = info.window
+        self.max_positions, self.tokenizer = info.max_positions, info.tokenizer
+        self.heads, self.window = info.heads, info.window
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
@@ -273,14 +316,15 @@ class Backbone:
             self.model = _load(info, layers, device, four_bit, dtype, embeddings_on_host)
         if dtype == torch.float16:
             make_safe(self.model)
+        self.model.pooler = None  # type: ignore[assignment]  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
         self._embeddings_on_host = embeddings_on_host
         if recompute:
-            stacks = [child for child in self.model.modules() if isinstance(child, nn.ModuleList)]
-            for layer in next(stack for stack in stacks if len(stack) == layers):
-                layer.__class__ = type(type(layer).__name__, (_Recomputed, type(layer)), {})
+            for layer in list(self.model.modules()):
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.__class__ = type(type(layer).__name__, (_Recomputed, type(layer)), {})
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -301,17 +345,13 @@ class Backbone:
 
     @property
     def inner_size(self) -> int:
-        return getattr(self.model.config, "intermediate_size", None) or 4 * self.hidden_size
-
-    @property
-    def heads(self) -> int:
-        return self.model.config.num_attention_heads
+        size = getattr(self.model.config, "intermediate_size", None)
+        return size if isinstance(size, int) else 4 * self.model.config.hidden_size  # Gemma 3n's is a list
 
     @property
     def groups(self) -> int:
         """Query heads that share a key-value head."""
-        config = self.model.config
-        return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        return self.heads // (getattr(self.model.config, "num_key_value_heads", None) or self.heads)
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[M, n]`, on any device -> what the layers see of them, `[M, n, D]` on the layers' device."""
@@ -343,17 +383,19 @@ class Backbone:
         M, L, _ = patches.shape
         first = torch.tensor(prompt_prefix, dtype=torch.long, device=ids.device).expand(M, -1)
         prompt = self.token_embeddings(torch.cat([first, ids], dim=1))  # (M, P0 + n, D)
+        slot = torch.arange(prompt.shape[1] + L, device=patches.device)
+        stop = len(prompt_prefix) + length[:, None]  # (M, 1) where each prompt ends
+        padding = (slot >= stop) & (slot < prompt.shape[1])  # (M, P0 + n + L)
+        prompt.masked_fill_(padding[:, :-L, None], 0)  # MobileBERT's tokens look at their neighbours
         inputs = torch.cat([prompt, patches.to(self.stream_dtype)], dim=1)  # (M, P0 + n + L, D)
-        slot = torch.arange(inputs.shape[1], device=patches.device)[None]
-        start, stop = len(prompt_prefix), len(prompt_prefix) + ids.shape[1]
-        real = (slot < start + length[:, None]) | (slot >= stop)  # (M, P0 + n + L), no padding
+        # Padding goes behind the patches: then each model counts positions by itself, in its own way.
+        order = padding.long().argsort(dim=1, stable=True)
         hidden = self.model(
-            inputs_embeds=inputs,
-            attention_mask=real.long(),
-            position_ids=(real.cumsum(1) - 1).clamp(min=0),
+            inputs_embeds=inputs.take_along_dim(order[..., None], 1),
+            attention_mask=(slot < stop + L).long(),
             use_cache=False,
         ).last_hidden_state
-        return hidden[:, -L:].to(patches.dtype)
+        return hidden.take_along_dim((stop + slot[:L])[..., None], 1).to(patches.dtype)
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
@@ -366,17 +408,19 @@ class Backbone:
         Counted are the tensors that the layers keep for their gradients: on the fast path those of the
         patches and the keys and values of all slots; on the plain path those of all tokens.
         """
-        D, layers, inner = self.hidden_size, self.model.config.num_hidden_layers, self.inner_size
+        D, layers, inner = self.model.config.hidden_size, self.model.config.num_hidden_layers, self.inner_size
         slots = prompt + patches
         wide = self.stream_dtype.itemsize // self.dtype.itemsize  # 2 in fp16, whose residual stream is float32
-        if fast:  # residual stream twice, queries, attention's result; gate and up; keys and values
-            kept = patches * ((2 * wide + 2) * D + 2 * inner) + slots * 2 * D // self.groups
-        else:  # besides, in both norms two float32 copies, the activation, expanded keys and values
-            kept = slots * ((13 + wide) * D + 3 * inner)
-        if recompute:  # each layer's input; one layer at a time holds the rest
-            once_more, kept = kept, (patches if fast else slots) * wide * D + fast * slots * 2 * D // self.groups
-        else:
-            once_more = 0
+        kept = (
+            # residual stream twice, queries, attention's result; gate and up; keys and values
+            patches * ((2 * wide + 2) * D + 2 * inner) + slots * 2 * D // self.groups
+            if fast
+            # besides, in both norms two float32 copies, the activation, expanded keys and values
+            else slots * ((13 + wide) * D + 3 * inner)
+        )
+        # Recomputing, one layer at a time holds all that; the others each their input.
+        inputs = (patches if fast else slots) * wide * D + fast * slots * 2 * D // self.groups
+        once_more, kept = (kept, inputs) if recompute else (0, kept)
         once = (
             once_more + slots * 4 * wide * D + patches * (2 * D + 2 * wide * inner)
         )  # one layer at work, and the embedding
@@ -393,10 +437,18 @@ class _Recomputed(nn.Module):
 def _config(info: BackboneInfo, layers: int) -> Any:
     if layers > info.layers:
         raise input_error("--llm_layers", layers, f"at most {info.layers}, all that {info.folder} has")
-    config = AutoConfig.from_pretrained(info.folder, trust_remote_code=False)
+    config = _first_layers(AutoConfig.from_pretrained(info.folder, trust_remote_code=False), layers)
+    if info.dequantised:
+        config.quantization_config["dequantize"] = True  # its products have no gradient
+    return config
+
+
+# The configuration of the first layers; what it says layer by layer (`layer_types`, for one) is cut to them.
+def _first_layers(config: Any, layers: int) -> Any:
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, name, value[:layers])
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
     return config
 
 
@@ -418,8 +470,7 @@ def _draw(
 ) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = dict(info.family.options)
-        model = AutoModel.from_config(_config(info, layers), attn_implementation="sdpa", dtype=dtype, **options)
+        model = AutoModel.from_config(_config(info, layers), dtype=dtype)
     _move(model, device, embeddings_on_host)
     return model
 
@@ -427,13 +478,12 @@ def _draw(
 def _load(
     info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
 ) -> PreTrainedModel:
-    config = _config(info, layers)
-    options = dict(info.family.options)
+    config, options = _config(info, layers), {}
     places: dict[str, torch.device | str] = {"": device}
     apart = embeddings_on_host and device.type != "cpu"
     if apart:
         with torch.device("meta"):
-            outline = AutoModel.from_config(config, **options)
+            outline = AutoModel.from_config(config)
         layer = outline.get_input_embeddings()
         places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
     if four_bit:
@@ -450,15 +500,14 @@ def _load(
             config=config,
             dtype=dtype,
             device_map=places,
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             **options,
         )
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])[0]
-        raise _unusable(info.folder, f"no weights for {missing}", f"those of the first {layers} layers")
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -6,7 +6,6 @@ V = its vocabulary, K text prototypes.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -16,7 +15,7 @@ from data_provider.batches import Batch
 from data_provider.description import dataset_description
 from layers.ablation import SUBSTITUTES, Nothing, make_substitute
 from layers.backbone import Backbone, BackboneInfo, find_backbone
-from layers.fast import FastPath, cross_attention
+from layers.fast import FastPath, LanguageModel, choose_path, cross_attention
 from layers.mapping import MappingLayer
 from layers.norm import instance_norm
 from layers.patch import FlattenHead, PatchEmbedding, patch_count
@@ -25,9 +24,6 @@ from layers.reprogramming import ReprogrammingLayer
 from models.base import ForecastModel
 
 PROTOTYPES = 1000
-
-# (ids of the prompt prefix, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
-LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def layers_of(configs: Namespace) -> int:
@@ -119,10 +115,15 @@ class Model(ForecastModel):
             prompts = PromptEncoder(backbone.tokenizer, words, backbone.max_positions - patches)
         self.prompts = prompts if reads_prompt else None
         longest = 0 if self.prompts is None else self.prompts.longest
-        sees_all = backbone.window is None or backbone.window >= longest + patches
-        self.fast_path = configs.fast_path == "auto" and backbone.causal and sees_all and self.substitute is None
-        if isinstance(backbone, Backbone):
-            self.language_model = self._choose_language_model()
+        sees_all = backbone.window >= longest + patches  # in bfloat16 the trial would not see a few words missing
+        self.fast_path = configs.fast_path == "auto" and sees_all and self.substitute is None
+        self.language_model: LanguageModel = self._run_substitute
+        self.why_plain = ""
+        if isinstance(backbone, Backbone) and self.substitute is None:
+            self.language_model, self.why_plain = choose_path(
+                backbone, self.prefix_ids, longest - len(self.prefix_ids), patches, self.fast_path
+            )
+            self.fast_path = isinstance(self.language_model, FastPath)
 
     @property
     def prefix_ids(self) -> list[int]:
@@ -133,7 +134,7 @@ class Model(ForecastModel):
         """How the language model runs, for the log."""
         if self.substitute is not None:
             return f"no language model ({type(self.substitute).__name__})"
-        return "fast path" if self.fast_path else "plain path"
+        return "fast path" if self.fast_path else "plain path" + (f" ({self.why_plain})" if self.why_plain else "")
 
     def forward(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """See `ForecastModel`. Prompts that the data loader has not made are made here."""
@@ -175,11 +176,6 @@ class Model(ForecastModel):
             return pad_prompts([[]] * (x.shape[0] * x.shape[2]))
         return pad_prompts(self.prompts.for_windows(x))
 
-    def _choose_language_model(self) -> LanguageModel:
-        if self.substitute is not None:
-            return self._run_substitute
-        return FastPath(self.backbone) if self.fast_path else self.backbone.plain
-
     # As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place.
     def _run_substitute(
         self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
@@ -196,5 +192,6 @@ class Model(ForecastModel):
         device = self.output_projection.linear.bias.device
         if isinstance(self.backbone, Backbone) and device != self.backbone.device:
             self.backbone.to(device)
-            self.language_model = self._choose_language_model()
+            if self.fast_path:
+                self.language_model = FastPath(self.backbone)
         return self

@@ -153,6 +153,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     trains, forecasts_only = bool(args.is_training), bool(args.do_predict and not args.is_training)
     validate.check_flags(args)
     accelerator, device = find_device(args)
+    info = validate.complete_from_model(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     series: Series
@@ -165,7 +166,6 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = pretraining_series(args) if trains and args.data_pretrain else None
-    info = validate.complete_from_model(args, pretrain or series)
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     validate.check_training_data(args, series, pretrain, outline)

@@ -132,11 +132,8 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
         dataset_description(args)
 
 
-def complete_from_model(args: Namespace, series: Series) -> BackboneInfo | None:
-    """Fill in `llm_dim`, and of a model that is not trained step by step `train_epochs` and `batch_size`.
-
-    Args:
-        series: what the run trains on.
+def complete_from_model(args: Namespace) -> BackboneInfo | None:
+    """Fill in `llm_dim`.
 
     Returns:
         The language model; None where `--model` has none.
@@ -144,18 +141,14 @@ def complete_from_model(args: Namespace, series: Series) -> BackboneInfo | None:
     Raises:
         InputError: its folder cannot be used, or contradicts the flags.
     """
-    model = model_class(args.model)
-    if not model.is_trained:
-        args.train_epochs = 1  # there is nothing to repeat
-        if args.is_training and isinstance(series, SplitSeries):  # batches are how the fit is scored, not steps
-            args.batch_size = min(args.batch_size, max(1, len(series.windows("train"))))
-    if not model.uses_llm:
+    if not model_class(args.model).uses_llm:
         return None
     info = find_backbone(args.llm_model, args.llm_model_path)
     width, folder = info.hidden_size, info.folder
     refuse(
         args,
         (args.llm_dim not in (None, width), "llm_dim", f"{width}, the hidden size of {folder}; or leave the flag out"),
+        (args.load_in_4bit and info.dequantised, "load_in_4bit", f"False, for {folder} is quantised already"),
         (args.llm_layers > info.layers, "llm_layers", f"at most {info.layers}, all that {folder} has"),
         (args.d_ff > width, "d_ff", f"at most {width}, the hidden size of {folder}"),
         (
@@ -171,6 +164,8 @@ def complete_from_model(args: Namespace, series: Series) -> BackboneInfo | None:
 def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries | None, model: ForecastModel) -> None:
     """Set the model against the series that it trains on: `pretrain`, where it is given, in the place of `series`.
 
+    Of a model that is not trained step by step, `train_epochs` and `batch_size` are filled in.
+
     Raises:
         InputError: `--data_pretrain` has other columns, or no training window is whole and a linear map is to be fitted.
     """
@@ -181,6 +176,10 @@ def check_training_data(args: Namespace, series: Series, pretrain: SplitSeries |
             f"those of {series.path}, {', '.join(series.columns[:LISTED])}: --model {args.model} forecasts each from all",
         )
     trains_on = pretrain or series
+    if not model.is_trained:
+        args.train_epochs = 1  # there is nothing to repeat
+        if args.is_training and isinstance(trains_on, SplitSeries):  # batches are how the fit is scored, not steps
+            args.batch_size = min(args.batch_size, max(1, len(trains_on.windows("train"))))
     if not (args.is_training and isinstance(trains_on, SplitSeries)) or model.linear_map is None:
         return
     if trains_on.windows("train").sequence_count == 0:

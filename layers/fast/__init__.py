@@ -14,16 +14,17 @@ patches, whose positions count real tokens alone.
 The contract, which tests/models/test_contracts.py holds:
 
 - Forecasts and the gradients of every trained tensor equal the plain path's (float32: 1e-5 of the largest value).
-- The backbone is causal and sees all that comes before a token; `models.TimeLLM.Model` asks this before it chooses.
+- The backbone is causal and sees all that comes before a token. `models.TimeLLM.Model` looks at its window; the rest
+  shows when a model is loaded and `choose_path` tries both ways.
 - The backbone's own modules are left alone: the fast path runs a *twin* of them, other modules around the same tensors.
 
-    prefix.py     FastPath, and the cache of the prompt's keys and values
+    prefix.py     FastPath, its trial, and the cache of the prompt's keys and values
     decoder.py    the twin, and the modules that stand in its layers for those of transformers
     attention.py  attention over a frozen prefix; attention with dropout over the text prototypes
     linear.py     products with a matrix that is not trained
 """
 
 from layers.fast.attention import cross_attention
-from layers.fast.prefix import FastPath
+from layers.fast.prefix import FastPath, LanguageModel, choose_path
 
-__all__ = ["FastPath", "cross_attention"]
+__all__ = ["FastPath", "LanguageModel", "choose_path", "cross_attention"]

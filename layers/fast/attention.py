@@ -27,7 +27,12 @@ def prefix_attention(module, query, key, value, attention_mask, scaling=None, **
 
     Returns:
         `[M, n, h, e]` and None, as transformers' attention functions do.
+
+    Raises:
+        NotImplementedError: scores are to be capped (Gemma2) or to have sinks (GPT-OSS).
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with capped scores or sinks")
     grouped = group(query, key.shape[1])
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     # (M, kv, g*n, e), in whatever order the kernel left it: one copy into the order of the next product, not two.

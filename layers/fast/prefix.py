@@ -6,16 +6,62 @@ kv key-value heads of width e, g query heads for each.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from layers.backbone import Backbone
+from layers.backbone import Backbone, first_line, unusable
 from layers.fast.attention import additive_mask
 from layers.fast.decoder import make_twin
 from layers.fast.linear import prepack_weights
 
 BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
+EXACT, ROUNDED = 1e-4, 0.05  # how far the paths may be apart, in float32 and in half the bits; see `choose_path`
+
+# (ids of the prompt prefix, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
+LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def choose_path(
+    backbone: Backbone, prompt_prefix: list[int], statistics: int, patches: int, fast: bool
+) -> tuple[LanguageModel, str]:
+    """The fast path, where it runs and computes what `backbone.plain` does; else that one, and why (empty: not asked for).
+
+    Both run two samples: a short one, in which an error is larger than rounding, and one of the run's own length.
+
+    Args:
+        prompt_prefix, statistics, patches: of a run's longest prompt the ids that all share, how many tokens follow, and
+            how many patches.
+
+    Raises:
+        InputError: not even `backbone.plain` runs.
+    """
+    path, reason = None, ""
+    for start, n, L in ((prompt_prefix[:2], 2, 2), (prompt_prefix, statistics, patches)):
+        ids = (torch.arange(2 * (n + L)).view(2, -1) * 101 + 7) % backbone.vocab_size
+        length, expected = torch.tensor([n, n // 2], device=backbone.device), None
+        sample = backbone.token_embeddings(ids[:, n:])
+        try:
+            with torch.autocast(backbone.device.type, torch.float16, enabled=backbone.dtype == torch.float16):
+                with torch.no_grad():
+                    expected = backbone.plain(start, ids[:, :n], length, sample)
+                if fast and not reason:
+                    path = path or FastPath(backbone)
+                    found = path(start, ids[:, :n], length, sample.requires_grad_())
+                    found.sum().backward()
+                    if not (difference := ((found - expected).norm() / expected.norm()).item()) <= (
+                        EXACT if backbone.dtype == torch.float32 else ROUNDED
+                    ):
+                        reason = f"the fast path differs by {difference:.1e}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture raises that nobody has thought of
+            reason = f"the fast path does not run: {first_line(error)}"
+            if expected is None:
+                got = f"a model of type {backbone.model.config.model_type} that does not run ({first_line(error)})"
+                raise unusable(backbone.info.folder, got, "one that runs on token embeddings") from error
+    return (backbone.plain if path is None or reason else path), reason
 
 
 class FastPath:

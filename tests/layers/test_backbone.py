@@ -54,7 +54,6 @@ def test_the_first_layers_are_those_of_the_files_frozen_and_in_eval_mode(backbon
 
 def test_what_a_folder_says_of_itself(backbones) -> None:
     found = {family: find_backbone("AUTO", str(folder)) for family, folder in backbones.items()}
-    assert {family: info.causal for family, info in found.items()} == {family: family != "bert" for family in NAMES}
     assert [found[family].max_positions for family in ("qwen2", "gpt2", "bert")] == [32768, 1024, 512]
     assert (found["qwen2"].hidden_size, found["qwen2"].layers) == (128, 2)
 
@@ -79,14 +78,36 @@ def leave_only_bin(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
-DOWNLOAD = "hf download Qwen/Qwen2.5-3B --local-dir {folder}"
+DOWNLOAD = "hf download <hub id> --local-dir {folder}"
+
+
+def leave_an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def leave_gguf(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "model-q4.gguf")
+
+
+def quantise(method: str):
+    def say(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        write_config(folder, **config, quantization_config={"quant_method": method, "bits": 4})
+
+    return say
+
+
 TEXT_ONLY = "--llm_model_path {folder}: got a model of type clip, expected a text-only language model (decoder or encoder)"
 
 
 @pytest.mark.parametrize(
     ("name", "spoil", "expected"),
     [
-        ("QWEN", shutil.rmtree, "hf download Qwen/Qwen2.5-3B --local-dir "),
+        ("QWEN", shutil.rmtree, DOWNLOAD),
+        ("QWEN", leave_an_adapter, "got a LoRA adapter alone"),
+        ("QWEN", leave_gguf, "got GGUF files alone"),
+        ("QWEN", quantise("gptq"), "got weights quantised by gptq"),
+        ("QWEN", quantise("awq"), "got weights quantised by awq"),
         ("QWEN", leave_only_bin, "no *.safetensors file"),
         ("QWEN", leave_only_bin, DOWNLOAD),
         ("QWEN", lambda folder: min(folder.glob("*.safetensors")).unlink(), "no model-00001-of-"),
@@ -111,6 +132,39 @@ def test_a_relative_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypat
         assert "no such folder" in refused(path) and f"hf download <hub id> --local-dir {path}" in refused(path, "AUTO")
     assert not asked
     assert "--local-dir" in refused("owner/name") and asked == ["owner/name"]
+
+
+def test_the_hint_is_about_the_model_that_was_asked_for(copy: Path, tmp_path: Path) -> None:
+    cached = Path(shutil.copytree(copy, tmp_path / "models--owner--name" / "snapshots" / "0123"))
+    min(cached.glob("*.safetensors")).unlink()
+    assert refused(cached).endswith("; fetch it again: hf download owner/name")
+    own = Path(shutil.copytree(cached, tmp_path / "Qwen2.5-3B"))
+    assert refused(own).endswith(f"hf download Qwen/Qwen2.5-3B --local-dir {own}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert f"got the file {tmp_path / 'model.gguf'}" in refused(tmp_path / "model.gguf")
+
+
+def test_weights_in_8_bit_floats_become_whole_ones(backbones, copy: Path) -> None:
+    """Blocks of 128 x 128 numbers, each with a scale, as DeepSeek-V3's and Qwen3's folders have them."""
+    index = json.loads((copy / INDEX).read_text())["weight_map"]
+    for shard in copy.glob("*.safetensors"):
+        held = load_file(shard)
+        for name in [name for name in held if name.endswith("_proj.weight")]:
+            matrix = held[name].float()
+            padded = torch.zeros([-(-size // 128) * 128 for size in matrix.shape])
+            padded[: len(matrix), : matrix.shape[1]] = matrix
+            blocks = padded.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))  # (rows, 128, columns, 128)
+            scale = blocks.abs().amax((1, 3)) / 448
+            whole = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[: len(matrix), : matrix.shape[1]]
+            held[name], held[f"{name}_scale_inv"] = whole.to(torch.float8_e4m3fn).contiguous(), scale
+        index |= dict.fromkeys(held, shard.name)
+        save_file(held, shard, metadata={"format": "pt"})
+    (copy / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    quantise("fp8")(copy)
+    found, right = (Backbone(find_backbone("QWEN", str(folder)), 2).model for folder in (copy, backbones["qwen2"]))
+    for (name, tensor), expected in zip(found.named_parameters(), right.parameters(), strict=True):
+        assert tensor.dtype == torch.float32 and (tensor - expected).norm() <= 0.04 * expected.norm(), name
+    assert find_backbone("QWEN", str(copy)).dequantised
 
 
 def test_layers_and_tensors_that_are_not_there(copy: Path) -> None:
