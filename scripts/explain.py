@@ -69,7 +69,12 @@ def main(argv: list[str]) -> int:
             flags.checkpoints = elsewhere
             context = setup(flags, 0, Interrupts())
             checkpoint = load_checkpoint(context)
-        explain(args, context, args.out or results_folder(context.args, checkpoint.file.parent, checkpoint, context.series))
+        explain(
+            args,
+            context,
+            args.out
+            or results_folder(context.args, checkpoint.file.parent, checkpoint, context.series, context.accelerator),
+        )
 
     return exit_code(parser.prog, work)
 

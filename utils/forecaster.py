@@ -169,7 +169,7 @@ class Forecaster:
         rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (T, S*N), and longer each time
         for start in range(0, steps, H):  # where a forecast ends, the next goes on from it
             x, ahead = rows[-T:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, T, N)
-            at_once = args.eval_batch_size if whole else S  # whole windows are not cut any smaller
+            at_once, most = (args.eval_batch_size, 0) if whole else (S, AT_ONCE)  # whole windows are not cut any smaller
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
                 sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, T)
                 batch = Batch(sequences, sequences.new_empty(len(sequences), 0))
@@ -177,8 +177,7 @@ class Forecaster:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
                 with ONE_AT_A_TIME:
-                    found = forecast_within_memory(context, batch, self.prototype_kv, 0 if whole else AT_ONCE)  # (M, H)
-                ahead.append(found)
+                    ahead.append(forecast_within_memory(context, batch, self.prototype_kv, most))  # (M, H)
             rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
         values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]

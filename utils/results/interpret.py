@@ -16,6 +16,7 @@ from layers.norm import instance_norm
 from layers.prompt import PromptEncoder, Prompts
 from layers.reprogramming import ReprogrammingLayer
 from models.TimeLLM import Model
+from utils.results.log import Progress
 from utils.training.context import Context
 from utils.training.evaluate import forecast_within_memory
 
@@ -99,7 +100,8 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
         model.prompts = encoder  # its opening is every prompt's
         try:
-            return forecast_within_memory(context, replace(batch, x=x, prompts=prompts), shared, SEQUENCES).double()
+            parts = Progress(replace(batch, x=x, prompts=prompts).split(SEQUENCES), desc="parts of a forecast")
+            return torch.cat([forecast_within_memory(context, part, shared) for part in parts]).double()
         finally:
             model.prompts = ours
 
