@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 HISTORY, STEPS = "history.csv", "steps.csv"
 POINTS = 100  # step losses kept an epoch
-LINE = "\t{desc}: {n_fmt} of {total_fmt}; left time: {remaining}{postfix}"  # of progress
 
 
 class RunLog:
@@ -152,9 +151,14 @@ class Progress(tqdm):
 
     def __init__(self, *args: Any, log: RunLog | None = None, every: float = 60.0, **settings: Any):
         self.log, self.every, self.is_bar, self.told = log or RunLog(), every, sys.stderr.isatty(), time.monotonic()
+        lines = {"file": io.StringIO(), "bar_format": "\t{desc}: {n_fmt} of {total_fmt}; left time: {remaining}{postfix}"}
         # One step may take minutes: each counts as soon as it is done, and the speed is that of all so far.
-        settings |= {"disable": not self.log.terminal, "leave": False, "miniters": 1, "smoothing": 0}
-        super().__init__(*args, **settings | ({} if self.is_bar else {"file": io.StringIO(), "bar_format": LINE}))
+        super().__init__(
+            *args,
+            **settings
+            | {"disable": not self.log.terminal, "leave": False, "miniters": 1, "smoothing": 0}
+            | ({} if self.is_bar else lines),
+        )
 
     # What tqdm calls to show how far it is.
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
