@@ -34,6 +34,7 @@ from layers.prompt import PromptEncoder, Prompts  # noqa: E402
 from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
+from utils.results.log import Progress  # noqa: E402
 from utils.results.plots import HISTORY, Panel, drawing, dress, paint  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
@@ -78,7 +79,12 @@ def main(argv: list[str]) -> int:
             flags.checkpoints = elsewhere
             context = setup(flags, 0, Interrupts())
             checkpoint = load_checkpoint(context)
-        explain(args, context, args.out or results_folder(context.args, checkpoint.file.parent, checkpoint, context.series))
+        explain(
+            args,
+            context,
+            args.out
+            or results_folder(context.args, checkpoint.file.parent, checkpoint, context.series, context.accelerator),
+        )
 
     return exit_code(parser.prog, work)
 
@@ -273,7 +279,8 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
         model.prompts = encoder  # its opening is every prompt's
         try:
-            return forecast_within_memory(context, replace(batch, x=x, prompts=prompts), shared, SEQUENCES).double()
+            parts = Progress(replace(batch, x=x, prompts=prompts).split(SEQUENCES), desc="parts of a forecast")
+            return torch.cat([forecast_within_memory(context, part, shared) for part in parts]).double()
         finally:
             model.prompts = ours
 

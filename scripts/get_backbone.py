@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a
 
 from layers.backbone import find_backbone  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
+from utils.results.log import Progress  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
 # On the hub: `shape` is (layers, width, rows of the embeddings), `size` that of the weights.
@@ -78,7 +79,10 @@ def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
         hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         try:
             HfApi(hub).model_info(model.repo, revision=model.commit, timeout=10)  # once: the next line tries for a minute
-            snapshot_download(model.repo, revision=model.commit, local_dir=partial, allow_patterns=WANTED, endpoint=hub)
+            snapshot_download(
+                model.repo, revision=model.commit, local_dir=partial, endpoint=hub, allow_patterns=WANTED,
+                tqdm_class=Progress,
+            )  # fmt: skip
             shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
         except Exception as error:  # the hub client raises dozens of types; each means: not to be had
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ from data_provider.splits import find_csv  # noqa: E402
 from data_provider.table import FIRST_ROW_LINE, read_table  # noqa: E402
 from data_provider.timestamps import read_timestamps  # noqa: E402
 from layers.errors import NAMED, input_error  # noqa: E402
+from utils.flags import inherited  # noqa: E402
 from utils.results.bands import name_of  # noqa: E402
 from utils.results.forecast import HISTORY, ORIGIN, band_columns, bands_of  # noqa: E402
 from utils.saving.checkpoint import Checkpoint  # noqa: E402
@@ -52,7 +53,7 @@ def score_forecasts(folder: Path, data: Path | None = None) -> str:
     path, flags = folder / HISTORY, {}
     if not path.is_file() or any((folder / name).is_file() for name in (TENSORS, LEGACY)):
         checkpoint = Checkpoint.open(folder)  # a folder of forecasts on other data has none
-        flags = checkpoint.flags
+        flags = checkpoint.flags | inherited(checkpoint.file, {})  # paths as they are found from here
     if data is None and not {"root_path", "data_path"} <= flags.keys():
         raise input_error("--data", "nothing", f"the CSV to score against, for {folder} has no checkpoint that names one")
     data = data or find_csv(flags["root_path"], flags["data_path"])

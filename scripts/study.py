@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
 from layers.errors import input_error  # noqa: E402
+from utils.results.log import Progress  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 from utils.study.cells import (  # noqa: E402
@@ -176,7 +177,7 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
         if card is not None:
             # CUDA counts the fastest card first unless it is told to count as nvidia-smi does.
             environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **environment, VISIBLE: card}
-            print(f"{cell.name} begins on GPU {card}", flush=True)
+            bar.log(f"{cell.name} begins on GPU {card}")
         write_note(cell, exit_code=0, machine=machine())
         began = time.monotonic()
         with (cell.folder / LOG).open("ab") as log:
@@ -188,39 +189,38 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
         processes.append(process)
         if received:  # it came between the two lines
             process.send_signal(received)
-        code = process.wait()
+        while (code := process.poll()) is None:
+            time.sleep(0.5)
+            bar.set_postfix_str(f"{cell.name}: {last_line(cell)}")
         cards.append(card)
         return code, time.monotonic() - began, f" on GPU {card}" if gpus else ""
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(number, pass_on)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, Progress(total=len(cells), initial=len(seconds), desc="cells") as bar:
         waiting = {pool.submit(run, cell): cell for cell in cells if cell.name not in seconds}
         for future in as_completed(waiting):
             if (ended := future.result()) is None:
                 continue
+            bar.update()
             cell, (code, spent, where) = waiting[future], ended
             stopped = bool(received and code)  # a run that is stopped while it starts may die with any code
             spent_before = read_json(cell.folder / NOTE).get("seconds", 0.0)
             write_note(cell, exit_code=0 if stopped else code, seconds=spent_before + spent)
             found = measure(cell)
             if stopped:
-                print(f"{cell.name}: stopped, {found['state']}", flush=True)
+                bar.log(f"{cell.name}: stopped, {found['state']}")
             elif code or found["state"] != DONE:
                 failed.append(cell.name)
-                print(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on", flush=True)
+                bar.log(f"{cell.name} failed{where} (exit code {code}): {last_line(cell)}; the rest goes on")
             else:
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
-                left = (
-                    f"left about {time_text(sum(seconds.values()) / len(seconds) * rest / jobs)}" if rest else "nothing left"
-                )
-                print(
-                    f"cell {len(seconds)} of {len(cells)} done in {time_text(spent)}{where}: {cell.name} "
-                    f"mse {found['mse']:.4f} mae {found['mae']:.4f}; {left}",
-                    flush=True,
-                )
+                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
+                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
+                more = f"left about {left}" if rest else "nothing left"
+                bar.log(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}")
     return failed, received
 
 

@@ -354,7 +354,16 @@ def inherited(checkpoint: Path, given: dict[str, Any]) -> dict[str, Any]:
     names = [f.name for f in FLAGS if "inherit" in f.roles and not (other_data and f.group == "data")]
     if held.get("data") in ("custom", M4):  # the kind of data stays where only another file is named
         names.append("data")
-    return {name: held[name] for name in names if held.get(name) is not None}
+    found = {name: held[name] for name in names if held.get(name) is not None}
+    # A relative path began where the training ran: here, in a folder above the checkpoint, or in the program's.
+    above, file = [*checkpoint.resolve().parents, Path(__file__).resolve().parents[1]], str(held.get("data_path") or "")
+    inside = {"llm_model_path": [""], "root_path": [file, *(f"{sub}/{file}" for sub in (M4, "ETT-small", Path(file).stem))]}
+    for name in inside.keys() & found.keys():
+        places = [found[name], *(str(folder / found[name]) for folder in above)]
+        found[name] = next(
+            (place for place in places if any(Path(place, part).exists() for part in inside[name])), found[name]
+        )
+    return found
 
 
 def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse.Namespace:

@@ -8,6 +8,7 @@
 `run_main.py --do_predict` forecasts with the same class.
 """
 
+import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -39,10 +40,15 @@ from utils.training.evaluate import PrototypeKV, forecast_within_memory, score
 
 AT_ONCE = 64  # sequences of one channel each that are forecast at a time
 Levels = Sequence[float] | str | None
+# A model's cache of its prompt, the tokenizer, the random state and matplotlib's settings serve one thread at a time.
+ONE_AT_A_TIME = threading.RLock()
 
 
 class Forecaster:
     """A trained model that forecasts; it prints nothing, writes nothing, and what a user can mend is an InputError.
+
+    Several threads may call one Forecaster, or several. Their work is done one after the other: PyTorch uses all cores for
+    each, and what the threads get is what one thread would.
 
     Attributes:
         notes: lines that the command line would have printed: warnings, and why there are no prediction intervals.
@@ -79,17 +85,18 @@ class Forecaster:
             RunError: no memory for the model.
         """
         args = flags_for(path, device=device, llm_model_path=llm_model_path, fill_missing=fill_missing, **flags)
-        plan = make_plan(args, 0, in_program=True)
-        log = RunLog(terminal=False)
-        before = random_state(plan.device)
-        context = make_context(
-            plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts()
-        )
-        log.lines.clear()  # what a run says of itself in any case
-        load_checkpoint(context)
-        set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
-        context.notes += log.lines
-        return cls(context)
+        with ONE_AT_A_TIME:
+            plan = make_plan(args, 0, in_program=True)
+            log = RunLog(terminal=False)
+            before = random_state(plan.device)
+            context = make_context(
+                plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts()
+            )
+            log.lines.clear()  # what a run says of itself in any case
+            load_checkpoint(context)
+            set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
+            context.notes += log.lines
+            return cls(context)
 
     @property
     def columns(self) -> list[str]:
@@ -162,14 +169,15 @@ class Forecaster:
         rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (T, S*N), and longer each time
         for start in range(0, steps, H):  # where a forecast ends, the next goes on from it
             x, ahead = rows[-T:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, T, N)
-            at_once = args.eval_batch_size if whole else S  # whole windows are not cut any smaller
+            at_once, most = (args.eval_batch_size, 0) if whole else (S, AT_ONCE)  # whole windows are not cut any smaller
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
                 sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, T)
                 batch = Batch(sequences, sequences.new_empty(len(sequences), 0))
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
-                ahead.append(forecast_within_memory(context, batch, self.prototype_kv, 0 if whole else AT_ONCE))  # (M, H)
+                with ONE_AT_A_TIME:
+                    ahead.append(forecast_within_memory(context, batch, self.prototype_kv, most))  # (M, H)
             rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
         values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]
@@ -206,7 +214,8 @@ class Forecaster:
         collate = WindowCollate(H, None, context.model.prompts, whole=not context.model.channel_independent)
         batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
-        scores = score(replace(context, loaders={"test": loader}), "test", consume)
+        with ONE_AT_A_TIME:
+            scores = score(replace(context, loaders={"test": loader}), "test", consume)
         return {
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
@@ -258,7 +267,8 @@ class Forecaster:
             ahead = rows.set_index(pd.DatetimeIndex(rows["date"]))[columns]
             panels += panels_of(history, ahead, bands_of(rows, columns), H, prefix=prefix)
         file = None if path is None else Path(path)
-        figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
+        with ONE_AT_A_TIME:
+            figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
         return file or figure
 
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.

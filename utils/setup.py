@@ -171,10 +171,11 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
-        folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series)
     intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     precision = choose_precision(args, device, uses_llm=info is not None)
+    if checkpoint is not None:  # last of all, for it may make a folder
+        folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series, accelerator)
     plan = Plan(args, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
     for split, split_series in plan.splits:
         epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)

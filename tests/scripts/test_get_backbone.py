@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from scripts import get_backbone
 from scripts.get_backbone import MODELS, Model, main
 from scripts.make_backbone import make_backbone
 from tests.realdata import ROOT
+from utils.results.log import Progress
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARD = "model-00001-of-00003.safetensors"
@@ -94,10 +96,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-def test_a_download_is_the_hubs_and_says_where_from(hub, source: Path, tmp_path: Path, capsys) -> None:
+def test_a_download_is_the_hubs_and_says_where_from(hub, source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
+    monkeypatch.setitem(Progress.__init__.__kwdefaults__, "every", 0.0)  # as if each part of it took a minute
     assert main(["tiny", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"backbone: {out}"
+    said, err = capsys.readouterr()
+    assert said.splitlines()[-1] == f"backbone: {out}" and err == ""
+    assert re.search(r"^\tFetching \d+ files: 1 of \d+; left time: ", said, re.M)
     got = contents(out)
     assert json.loads(got.pop("backbone.json"))["licence"] == "none" and got == contents(source)
     info = find_backbone("LLAMA", str(out))

@@ -1,6 +1,7 @@
 """Forecasts from Python: the command line's numbers, many series at once, bands, and frames that will not do."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_loaded_once_it_forecasts_many_times(trained, frame, capsys, monkeypatch
     monkeypatch.setattr(forecaster.context.model, "prototype_kv", lambda: made.append(1) or made_once())
     first, later = forecaster.predict(frame.iloc[:-1]), forecaster.predict(frame)
     assert len(made) == 1 and forecaster.predict(frame.iloc[:-1]).equals(first) and not later.equals(first)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_threads_get_what_one_thread_gets(trained, loaded, frame, capsys) -> None:
+    """Two Forecasters, loaded at once and called by four threads from the first call on, while one of them scores."""
+    run, frames, scored = run_folder(trained("TimeLLM")), [frame.iloc[: ROWS - cut] for cut in range(24)], frame.iloc[-60:]
+    expected, scores = [loaded("TimeLLM").predict(rows) for rows in frames], loaded("TimeLLM").evaluate(scored)
+    capsys.readouterr()
+    with ThreadPoolExecutor(4) as pool:
+        both = list(pool.map(lambda _: Forecaster.load(run, device="cpu"), range(2)))
+        found = [pool.submit(both[number % 2].predict, rows) for number, rows in enumerate(frames)]
+        found.insert(3, pool.submit(both[0].evaluate, scored))
+    assert found.pop(3).result() == scores
+    assert [forecast.result().equals(alone) for forecast, alone in zip(found, expected, strict=True)] == [True] * 24
     assert capsys.readouterr() == ("", "")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -12,14 +13,19 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 import torch
+import tqdm.std
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import utils.run
 from layers.backbone import find_backbone
 from scripts.make_backbone import make_backbone
+from scripts.past_forecasts import score_forecasts
 from tests.models.test_TimeLLM import TRAINED
-from tests.small_run import COLUMNS, ROWS, command_line, figures, refusal, run_folder, train, write_csv
+from tests.small_run import COLUMNS, PRED_LEN, ROWS, command_line, figures, refusal, run_folder, train, write_csv
 from utils.flags import parse_flags, recorded
+from utils.forecaster import Forecaster
+from utils.results import log
 from utils.results.log import Journal, RunLog
 
 
@@ -134,3 +140,90 @@ def test_a_resume_keeps_the_step_losses_up_to_where_it_begins(tmp_path: Path) ->
     (tmp_path / "steps.csv").write_text("\n".join(rows) + "\n")
     Journal(tmp_path, 3).start(1, 2)
     assert (tmp_path / "steps.csv").read_text().splitlines() == rows[:3]
+
+
+def test_files_of_one_name_have_a_folder_each(small, capsys, tmp_path: Path, monkeypatch) -> None:
+    """Tests and forecasts of two files data.csv: nothing of the first is lost, and the same file finds its own again."""
+    words = small(model="DLinear", max_iters=1, eval_batch_size=64)
+    train(words, capsys)
+    folder, found = run_folder(words), {}
+    for seed, place in enumerate("bc", start=1):
+        (tmp_path / place).mkdir()
+        write_csv(tmp_path / place / "data.csv", 160, seed=seed)
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+
+    for root in (str(tmp_path / "b"), "c", "b", "c/../b", "link", str(tmp_path / "c")):
+        there = ["--is_training", "0", "--checkpoint", str(folder), "--root_path", root, "--data_path", "data.csv"]
+        found.setdefault(Path(root).resolve().name, set()).add(figures(train([*words, *there], capsys)))
+        train([*words, *there, "--do_predict", "--append"], capsys)
+    assert len(found["b"]) == len(found["c"]) == 1 and found["b"] != found["c"]
+    places = {"b": folder / "on_data", "c": folder / "on_data.2"}
+    assert set(places.values()) == set(folder.glob("on_*"))
+    for name, place in places.items():
+        mse = json.loads((place / "metrics.json").read_text())["test"]["mse"]
+        assert {(f"{mse:.7f}")} == {each[0] for each in found[name]}
+        assert (place / "source.txt").read_text() == str((tmp_path / name / "data.csv").resolve())
+        assert len((place / "forecasts.csv").read_text().splitlines()) == 1 + PRED_LEN
+    assert (folder / "forecasts.csv").exists() is False  # the run's own folder has results of its own data alone
+
+
+def test_a_checkpoint_finds_its_data_and_language_model_from_another_folder(
+    small, backbones, capsys, tmp_path: Path, monkeypatch
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "data", elsewhere / "data"):  # one of this name is here, too, without the file
+        folder.mkdir(parents=True)
+    write_csv(project / "data" / "series.csv", 200)
+    shutil.copytree(backbones["qwen2"], project / "models" / "tiny")
+    monkeypatch.chdir(project)
+    there = {"root_path": "data", "llm_model_path": "models/tiny", "checkpoints": "runs"}
+    words = small(max_iters=1, intervals=80, **there)
+    expected, run = figures(train([*words, "--do_predict", "--append"], capsys)), run_folder(words).resolve()
+    monkeypatch.chdir(elsewhere)
+    assert figures(train(["--is_training", "0", "--checkpoint", str(run), "--device", "cpu"], capsys)) == expected
+    assert "series.csv up to" in score_forecasts(run)
+    frame = pd.read_csv(project / "data" / "series.csv")
+    assert len(Forecaster.load(run, device="cpu").predict(frame)) == PRED_LEN
+    project.rename(tmp_path / "moved")  # with all that is in it
+    run = tmp_path / "moved" / run.relative_to(project)
+    assert len(Forecaster.load(run / "checkpoint.safetensors", device="cpu").predict(frame)) == PRED_LEN
+    (tmp_path / "moved" / "data").rename(tmp_path / "gone")
+    line = refusal(["--is_training", "0", "--checkpoint", str(run), "--device", "cpu"], capsys)
+    assert line.startswith("--root_path data --data_path series.csv: got no such file")
+
+
+def test_a_long_evaluation_says_the_time_left(small, capsys, monkeypatch) -> None:
+    """12 steps of 20 seconds by a clock of our own; then a run whose every batch is long."""
+    now = [0.0]
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(log, "time", Mock(monotonic=lambda: now[0]))
+
+    def lines(**words: RunLog) -> list[str]:
+        for _ in log.Progress(range(12), desc="val batches", **words):
+            now[0] += 20
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out.splitlines()
+
+    capsys.readouterr()
+    told = ((3, "03:00"), (6, "02:00"), (9, "01:00"), (12, "00:00"))
+    assert lines() == [f"\tval batches: {done} of 12; left time: {left}" for done, left in told]
+    assert lines(log=RunLog(terminal=False)) == []  # another process of a group
+    monkeypatch.undo()
+    words = small(model="DLinear", max_iters=4, eval_batch_size=8)
+    assert not any("left time" in line and "batches" in line for line in train(words, capsys))
+    monkeypatch.setitem(log.Progress.__init__.__kwdefaults__, "every", 0.0)
+    said = {line for line in train(words, capsys) if "batches" in line}
+    # 20 validation and 40 test rows in windows of 8 rows ahead; the run's log has the lines, too
+    assert {f"\t{split} batches: 0 of {count}; left time: ?" for split, count in (("val", 2), ("test", 5))} <= said
+    assert said <= set((run_folder(words) / "train.log").read_text().splitlines())
+
+
+def test_a_bar_in_a_terminal_and_no_line(small, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(log.Progress.__init__.__kwdefaults__, "every", 0.0)
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    utils.run.main(parse_flags(small(model="DLinear", max_iters=4, eval_batch_size=8)))
+    out, err = capsys.readouterr()
+    assert "batches" not in out and "val batches: " in err and "test batches: " in err and "| 0/4 [" in err

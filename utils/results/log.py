@@ -4,18 +4,19 @@ import csv
 import io
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from utils.saving.files import write_text, writing
 
 if TYPE_CHECKING:
+    import torch
     from torch.utils.tensorboard import SummaryWriter
 
 HISTORY, STEPS = "history.csv", "steps.csv"
@@ -117,10 +118,6 @@ class Journal:
                 self.events.add_scalar(f"epoch/{name}", rows[-1][name], rows[-1]["epoch"])
             self.events.flush()
 
-    def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
-
 
 def tensorboard_writer(folder: Path, log: RunLog) -> "SummaryWriter | None":
     """A writer of events to `folder`/tensorboard; None, with a line, where TensorBoard is not installed."""
@@ -143,22 +140,50 @@ def _write_rows(path: Path, rows: list[dict], columns: list[str]) -> None:
     write_text(path, pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def progress_bar(total: int, done: int = 0) -> tqdm:
-    """A bar on stderr; none where that is not a terminal."""
-    return tqdm(total=total, initial=done, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+class Progress(tqdm):
+    """A progress bar on stderr; where that is no terminal, a line every so often with the time left.
+
+    Args:
+        log: takes the lines; one without a terminal (another process of a group, a program's) has neither line nor bar.
+        every: seconds to the first line, and from one to the next.
+        args, settings: of tqdm.
+    """
+
+    def __init__(self, *args: Any, log: RunLog | None = None, every: float = 60.0, **settings: Any):
+        self.log, self.every, self.is_bar, self.told = log or RunLog(), every, sys.stderr.isatty(), time.monotonic()
+        lines = {"file": io.StringIO(), "bar_format": "\t{desc}: {n_fmt} of {total_fmt}; left time: {remaining}{postfix}"}
+        # One step may take minutes: each counts as soon as it is done, and the speed is that of all so far.
+        super().__init__(
+            *args,
+            **settings
+            | {"disable": not self.log.terminal, "leave": False, "miniters": 1, "smoothing": 0}
+            | ({} if self.is_bar else lines),
+        )
+
+    # What tqdm calls to show how far it is.
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        if self.is_bar:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            self.log(str(self))
 
 
-def memory_line(device: torch.device) -> str:
+def memory_line(device: "torch.device") -> str:
     """Peak memory so far: of the GPU beside its size, or of this process."""
     if device.type == "cuda":
+        import torch  # only now, as below: a study writes its lines without it
+
         held = torch.cuda.max_memory_reserved(device) / 2**30
         return f"GPU Memory: {held:.1f}GB / {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}GB"
     return f"Memory: {peak_memory_gib(device):.1f}GB (RAM, largest so far)"
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: "torch.device") -> float:
     """Largest memory held so far, in GiB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource

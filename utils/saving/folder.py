@@ -1,8 +1,10 @@
 """A run's folder: locked while a run trains in it, never overwritten; and the state that a run resumes from there."""
 
 import errno
+import itertools
 import os
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from data_provider.data_loader import Series
 from layers.errors import input_error
 from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text
+from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text, writing
 from utils.saving.state import SECONDS, compare, find_state, read_state, state_bytes, state_files
 
 try:
@@ -23,6 +25,7 @@ except ImportError:  # Windows without WSL: nothing there keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
 MARGIN = 2**24  # bytes for logs and figures
+SOURCE = "source.txt"  # in a folder of results on another file: that file
 
 
 class FolderLock:
@@ -131,15 +134,21 @@ def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
     return f"A state of {size_text(state)} is saved {when}, the last two are kept"
 
 
-def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, data: Series | None) -> Path:
+def results_folder(
+    args: Namespace, run_folder: Path, checkpoint: Checkpoint, data: Series | None, accelerator: Accelerator
+) -> Path:
     """Where the results of a checkpoint go: the run's folder, or `on_<file>` in it where that run was trained on
     another file (a zero-shot test leaves the results of the training's own test alone).
 
-    A command line that names its checkpoint and no experiment of its own means the checkpoint's folder.
+    A command line that names its checkpoint and no experiment of its own means the checkpoint's folder. Of several files of
+    one name each has its folder, `on_<file>`, `on_<file>.2` and so on, which is made here.
 
     Args:
         run_folder: the folder that the flags name.
         data: None where they count as the training's.
+
+    Raises:
+        StorageError: `on_<file>` cannot be made.
     """
     home = checkpoint.file.parent
     usual = (Path(DEFAULTS["checkpoints"]).resolve(), home.parent.resolve())
@@ -149,4 +158,16 @@ def results_folder(args: Namespace, run_folder: Path, checkpoint: Checkpoint, da
         checkpoint = Checkpoint(run_folder / TENSORS, read_record(run_folder), None)
     if data is None or not checkpoint.record.get("data") or checkpoint.trained_on(data, args):
         return run_folder
-    return run_folder / f"on_{Path(data.path.name.removesuffix('.gz')).stem}"
+    name, source = f"on_{Path(data.path.name.removesuffix('.gz')).stem}", str(data.path.resolve())
+    folders = map(run_folder.joinpath, itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2))))
+    if accelerator.is_main_process:
+        run_folder = next(folder for folder in folders if _is_of(folder, source))
+    return broadcast_object_list([run_folder])[0] if accelerator.num_processes > 1 else run_folder
+
+
+# Whether a folder holds the results on the file `source`; it is made where there is none.
+def _is_of(folder: Path, source: str) -> bool:
+    with writing(folder), suppress(FileExistsError):
+        folder.mkdir(parents=True)  # of two programs at once one succeeds, and the other goes on to the next number
+        (folder / SOURCE).write_text(source, encoding="utf-8")
+    return (folder / SOURCE).is_file() and (folder / SOURCE).read_text(encoding="utf-8") == source

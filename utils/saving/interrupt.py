@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -53,11 +52,6 @@ class Interrupts:
     def check(self) -> None:
         if self.received:
             raise Interrupted(self.received)
-
-    def between(self, items: Iterable) -> Iterator:
-        for item in items:
-            self.check()
-            yield item
 
     def _handle(self, number: int, _frame: object) -> None:
         name, in_group = signal.Signals(number).name, os.environ.get("WORLD_SIZE", "1") != "1"

@@ -98,7 +98,7 @@ class Context:
     def close(self) -> None:
         """Close the run's files, and give its folder back to other runs."""
         if self.args.is_training:
-            if self.training.journal is not None:
-                self.training.journal.close()
+            if self.training.journal is not None and self.training.journal.events is not None:
+                self.training.journal.events.close()
             if self.training.lock is not None:
                 self.training.lock.release()

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from models.base import ForecastModel
+from utils.results.log import Progress
 from utils.training.context import Context
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
@@ -96,12 +97,12 @@ def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor],
         RunError: not even one sequence fits into the GPU's memory.
     """
     loader = context.loaders[split]
-    batches = loader if context.accelerator.num_processes > 1 else context.interrupts.between(loader)
 
     def forecast(batch: Batch, prototype_kv: PrototypeKV) -> torch.Tensor:
+        if context.accelerator.num_processes == 1:
+            context.interrupts.check()
         return forecast_within_memory(context, batch, prototype_kv)
 
-    with explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):
-        return evaluate(
-            context.model, batches, context.accelerator, forecast, consume, loss_of(context.args), context.device
-        )
+    bar = Progress(loader, desc=f"{split} batches", log=context.log)
+    with bar, explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):
+        return evaluate(context.model, bar, context.accelerator, forecast, consume, loss_of(context.args), context.device)

@@ -15,7 +15,7 @@ from data_provider.data_loader import ChannelItems
 from layers.errors import RunError
 from models.base import ForecastModel
 from utils.results.bands import Calibration
-from utils.results.log import memory_line, peak_memory_gib, progress_bar
+from utils.results.log import Progress, memory_line, peak_memory_gib
 from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
@@ -98,7 +98,7 @@ def train_epoch(context: Context, clock: "Clock") -> float:
     loader.batch_sampler.set_epoch(progress.epoch, skip=progress.iteration)  # type: ignore[union-attr]
     context.model.train()
     clock.restart()
-    with progress_bar(total, progress.iteration) as bar:
+    with Progress(total=total, initial=progress.iteration, log=context.log, every=math.inf) as bar:
         # A state saved at the epoch's end leaves nothing to run, also where --max_iters ended it early.
         for batch in itertools.islice(loader, total - progress.iteration):
             lr = training.optimizer.param_groups[0]["lr"]
