@@ -20,8 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 import numpy as np  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from layers.errors import input_error  # noqa: E402
@@ -30,10 +32,9 @@ from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
-from utils.training.memory import advice  # noqa: E402
+from utils.training.memory import advice, memory_limit  # noqa: E402
 from utils.training.train import save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATION_BATCHES = 2, 6, 3
@@ -102,10 +103,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
     tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
     evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
-    limit = psutil.virtual_memory().total
-    if device.type == "cuda":
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        limit = share * torch.cuda.get_device_properties(device).total_memory
+    limit = memory_limit(device)
     sequences = len(context.series.forecast_columns) * args.batch_size
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {

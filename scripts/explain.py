@@ -13,14 +13,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
-import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.errors import input_error  # noqa: E402
@@ -32,7 +35,6 @@ from utils.results.plots import FORECAST, HISTORY, TRUTH, dress, fonts, glyphs  
 from utils.saving.files import write_atomic, write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
 from utils.training.context import Context  # noqa: E402
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
-from utils.results.report import report  # noqa: E402
 from utils.script import exit_code, script_parser  # noqa: E402
 
+# isort: split
+from utils.results.report import report  # noqa: E402
+
 ARGUMENTS = {
-    "folder": dict(type=Path, nargs="?", default=Path(), help="the run's folder, which run_main.py prints at its end")
+    "folder": dict(type=Path, metavar="checkpoints/RUN", help="the run's folder, which run_main.py prints at its end")
 }
 
 
