@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from utils.flags import parse_flags
+from utils.validate import check_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [f"TimeLLM_{name}_2.sh" for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2")]
@@ -120,7 +121,18 @@ def test_own_csv_is_resumed_unless_told_otherwise(copy: Copy) -> None:
 def test_own_flags_come_last_and_keep_their_spaces(copy: Copy, script: str) -> None:
     argv = copy.run(script, "--train_epochs", "7", "--des", "'two words'")
     assert argv[-4:] == ["--train_epochs", "7", "--des", "two words"]
-    assert parse_flags(argv).train_epochs == 7
+    args = parse_flags(argv)
+    assert args.train_epochs == 7
+    assert args.enc_in is args.llm_dim is None  # read off data and model: nobody is told to leave out what he has not given
+
+
+@pytest.mark.parametrize("script", ["TimeLLM_custom.sh my.csv", "TimeLLM_ETTh1_24G.sh", "TimeLLM_Weather_2.sh"])
+@pytest.mark.parametrize("words", ["--model DLinear", "--model=PatchTST"])
+def test_a_script_runs_a_model_without_a_language_model(copy: Copy, script: str, words: str) -> None:
+    (copy.elsewhere / "my.csv").write_text("date,a\n")
+    args = parse_flags(copy.run(*script.split(), words, "--device", "cpu"))
+    check_flags(args)  # nothing of the script is refused
+    assert words.endswith(args.model)
 
 
 @pytest.mark.parametrize("failure", ["0", "2"])
