@@ -84,7 +84,7 @@ def test_a_terminal_in_ascii_and_a_backend_that_is_not_here(argv, tmp_path: Path
     env = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.inline", "ACCELERATE_MIXED_PRECISION": "fp8"}
     command = [sys.executable, "run_main.py", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.returncode == 0, done.stderr
     assert r"2 channels: \u6e29\u5ea6, OT" in done.stdout and figures(done.stdout.splitlines())
     assert "温度" in (run_folder(words) / "train.log").read_text(encoding="utf-8")
     assert list((run_folder(words) / "plots").glob("test_windows*.png"))
