@@ -4,7 +4,8 @@ import inspect
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from data_provider.data_loader import ChannelItems, FileSeries, SplitSeries, loa
 from data_provider.m4 import load_m4
 from data_provider.sampler import EpochBatches
 from data_provider.splits import M4
-from layers.errors import input_error
+from layers.errors import LoaderError, input_error
 from layers.prompt import PromptEncoder
 
 
@@ -124,6 +125,26 @@ def epoch_batches(
     return EpochBatches(len(dataset), size, seed, train, rank, world, draws=train and getattr(dataset, "drawn", False))
 
 
+class Loader(DataLoader):
+    """A DataLoader; where its workers are killed, cannot be started or find no shared memory, that is a `LoaderError`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            batches = super().__iter__()
+            # PyTorch's handler raises its error in the middle of a step; its loader finds out by itself, some seconds later.
+            with suppress(AttributeError, ValueError):  # Windows, or another thread than the main one: there is none
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield from batches
+        except (OSError, RuntimeError) as error:
+            reason, about = str(error).strip().splitlines()[-1], ("DataLoader worker (pid", "shared memory", "the workers")
+            if isinstance(error, RuntimeError) and not any(words in reason for words in about):
+                raise
+            raise LoaderError(
+                f"the loader's workers cannot go on ({reason}); where memory is short, --num_workers 0 takes the least "
+                "(a container's /dev/shm grows with --shm-size)"
+            ) from error
+
+
 def make_loader(
     dataset: Dataset,
     batches: EpochBatches,
@@ -136,7 +157,7 @@ def make_loader(
     It draws from a generator of its own, so that iterating leaves the global
     random state, and with it a resumed run's dropout, as it was.
     """
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,

@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     """The run cannot go on; the message is one line that says what is kept and what to do."""
 
 
+class LoaderError(OSError):
+    """A loader's workers cannot go on; raised between two batches, so a state can still be saved."""
+
+
 class StorageError(RunError):
     """A file could not be written; what lay there before is what it was.
 

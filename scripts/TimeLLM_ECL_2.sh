@@ -18,7 +18,6 @@
     --e_layers 2 \
     --d_layers 1 \
     --factor 3 \
-    --enc_in 321 \
     --dec_in 321 \
     --c_out 321 \
     --batch_size 4 \

@@ -18,7 +18,6 @@
     --e_layers 2 \
     --d_layers 1 \
     --factor 3 \
-    --enc_in 7 \
     --dec_in 7 \
     --c_out 7 \
     --recipe published \

@@ -44,7 +44,7 @@
   trap 'rm -f "$log"' EXIT
   folders=()
   for pattern in $patterns; do
-    "$python" "${TIMELLM_PROGRAM:-run_m4.py}" \
+    run_program run_m4.py \
       --task_name short_term_forecast \
       --is_training 1 \
       --root_path "$data_dir" \
@@ -54,7 +54,6 @@
       --model TimeLLM \
       --data m4 \
       --features M \
-      --enc_in 1 \
       --dec_in 1 \
       --c_out 1 \
       --llm_layers 6 \

@@ -18,7 +18,6 @@
     --e_layers 2 \
     --d_layers 1 \
     --factor 3 \
-    --enc_in 862 \
     --dec_in 862 \
     --c_out 862 \
     --batch_size 4 \

@@ -18,7 +18,6 @@
     --e_layers 2 \
     --d_layers 1 \
     --factor 3 \
-    --enc_in 21 \
     --dec_in 21 \
     --c_out 21 \
     --batch_size 8 \

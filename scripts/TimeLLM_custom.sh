@@ -30,7 +30,7 @@
   if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     four_bit=(--load_in_4bit)
   fi
-  "$python" "${TIMELLM_PROGRAM:-run_main.py}" \
+  run_program run_main.py \
     --task_name long_term_forecast --is_training 1 --model TimeLLM \
     --model_id "${name%.*}" --model_comment custom \
     --data custom --root_path "$folder" --data_path "$file" --features M \

@@ -28,6 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
@@ -42,7 +45,6 @@ from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402

@@ -20,6 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -29,11 +32,10 @@ from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import setup  # noqa: E402
-from utils.training.dry_run import memory_limit, now  # noqa: E402
+from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
-from utils.training.memory import advice  # noqa: E402
+from utils.training.memory import advice, memory_limit  # noqa: E402
 from utils.training.train import save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATION_BATCHES = 2, 6, 3

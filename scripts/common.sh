@@ -81,13 +81,32 @@ find_data() {
   data_dir=$(dirname "$path")/
 }
 
-# run_ett NAME FLAGS...: one run on NAME; a flag that comes twice holds its last value.
+# run_program PROGRAM FLAGS...: calls it. A script's flags for the language model are taken back where its user's --model has
+# none; a flag that comes twice holds its last value.
+run_program() {
+  local program=$1 model=TimeLLM flag before=
+  shift
+  for flag in "$@"; do
+    case $before=$flag in
+      --model=*) model=$flag ;;
+      *=--model=*) model=${flag#--model=} ;;
+    esac
+    before=$flag
+  done
+  case $model in
+    [Tt]ime[Ll][Ll][Mm]) ;;
+    *) set -- "$@" --load_in_4bit False --skip none --max_sequences 0 ;;
+  esac
+  "$python" "${TIMELLM_PROGRAM:-$program}" "$@"
+}
+
+# run_ett NAME FLAGS...: one run on NAME.
 run_ett() {
   local name=$1
   shift
   set_allocator || return 1
   find_data "$name" "$@" || return 1
-  "$python" "${TIMELLM_PROGRAM:-run_main.py}" --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
+  run_program run_main.py --data "$name" --root_path "$data_dir" --data_path "$name.csv" --llm_model_path "$weights" "$@"
 }
 
 # run_transfer SOURCE TARGET FLAGS...: one run that trains on SOURCE, and validates and tests on TARGET.
@@ -97,7 +116,7 @@ run_transfer() {
   set_allocator || return 1
   find_data "$source" "$@" || return 1
   find_data "$target" "$@" || return 1
-  "$python" "${TIMELLM_PROGRAM:-run_pretrain.py}" --data_pretrain "$source" --data_path_pretrain "$source.csv" \
+  run_program run_pretrain.py --data_pretrain "$source" --data_path_pretrain "$source.csv" \
     --data "$target" --root_path "$data_dir" --data_path "$target.csv" --llm_model_path "$weights" "$@"
 }
 
@@ -107,5 +126,5 @@ run_family() {
   local name=$1
   shift
   set_allocator || return 1
-  "$python" "${TIMELLM_PROGRAM:-run_main.py}" --data "$name" --root_path ./dataset/ --llm_model_path "$weights" "$@"
+  run_program run_main.py --data "$name" --root_path ./dataset/ --llm_model_path "$weights" "$@"
 }

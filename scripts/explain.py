@@ -17,14 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
-import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from torch.nn import functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 from data_provider.batches import Batch, WindowCollate  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
@@ -39,7 +42,6 @@ from utils.results.plots import HISTORY, Panel, drawing, dress, paint  # noqa: E
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
 from utils.training.context import Context  # noqa: E402
 from utils.training.evaluate import forecast_within_memory  # noqa: E402

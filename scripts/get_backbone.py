@@ -17,17 +17,19 @@ import tempfile
 from collections import namedtuple
 from pathlib import Path
 
-import torch
-from huggingface_hub import HfApi, snapshot_download
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
+from huggingface_hub import HfApi, snapshot_download  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from layers.backbone import find_backbone  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 # On the hub: `shape` is (layers, width, rows of the embeddings), `size` that of the weights.
 Model = namedtuple("Model", "repo commit shape size licence")

@@ -18,9 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 from data_provider.synthetic import NEVER_FETCHED, write_synthetic  # noqa: E402
 from utils.saving.files import write_atomic  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 # Name -> its files with their SHA-256, small ones first: where none comes, nobody waits for the large ones.
 FILES = {

@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(REPO := Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
@@ -21,7 +24,6 @@ from data_provider.splits import PATTERNS, find_m4  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.m4 import NAIVE2, SYNTHETIC, TITLES, errors_of, naive2, scores_of, table, warnings_of  # noqa: E402
 from utils.results.metrics import METRICS  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 ARGUMENTS = {
     "folders": dict(type=Path, nargs="*", help="the runs' folders, which run_m4.py prints at its end"),

@@ -16,17 +16,19 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-import transformers
-from huggingface_hub import save_torch_state_dict
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from huggingface_hub import save_torch_state_dict  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
 from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02

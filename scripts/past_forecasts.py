@@ -11,10 +11,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 
 from data_provider.data_factory import series_flags  # noqa: E402
 from data_provider.splits import find_csv  # noqa: E402
@@ -26,7 +29,6 @@ from utils.results.bands import name_of  # noqa: E402
 from utils.results.forecast import HISTORY, ORIGIN, band_columns, bands_of  # noqa: E402
 from utils.saving.checkpoint import Checkpoint  # noqa: E402
 from utils.saving.files import LEGACY, TENSORS  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 ENDS = 5  # columns of very many that have a line: so many at each end
 ARGUMENTS = {

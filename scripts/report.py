@@ -11,9 +11,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import pandas as pd  # noqa: E402
 
 from data_provider.data_factory import series_from_args  # noqa: E402
 from layers.errors import input_error  # noqa: E402
@@ -22,12 +25,11 @@ from utils.results.m4 import scores_of, warnings_of  # noqa: E402
 from utils.results.m4 import table as table_of_m4  # noqa: E402
 from utils.results.metrics import METRICS  # noqa: E402
 from utils.saving.files import RECORD  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.study.cells import interval_figures  # noqa: E402
 
 ALIKE = 0.005  # relative difference of two errors below which neither is called the winner
 ARGUMENTS = {
-    "folder": dict(type=Path, nargs="?", default=Path(), help="the run's folder, which run_main.py prints at its end")
+    "folder": dict(type=Path, metavar="checkpoints/RUN", help="the run's folder, which run_main.py prints at its end")
 }
 
 

@@ -44,7 +44,8 @@ make_venv() {
   fi
   echo "environment: making .venv with $("$base" --version)"
   rm -f .venv/*.installed
-  "$base" -m venv .venv
+  # A drive without symbolic links (some that Windows shares) takes copies, and a folder where the link lib64 would be.
+  "$base" -m venv .venv 2>/dev/null || { mkdir -p .venv/lib64 && "$base" -m venv --copies .venv; }
 }
 
 pip_install() {

@@ -24,10 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
 
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
 from layers.errors import input_error  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 from utils.study.cells import (  # noqa: E402
     DONE,
     FAILED,
@@ -140,6 +142,8 @@ def lock(folder: Path, shared: bool) -> int:
     except BlockingIOError:
         print(f"Another study, or a run that it has left behind, works in {folder}: waiting for its end", flush=True)
         fcntl.flock(handle, how)
+    except OSError as error:
+        print(f"WARNING: {folder} cannot be locked ({error.strerror}): start no second study in it", flush=True)
     os.set_inheritable(handle, True)
     return handle
 

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
+
+from utils.script import exit_code, script_parser  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 
 from data_provider.splits import M4  # noqa: E402
 from layers.ablation import SUBSTITUTES  # noqa: E402
@@ -24,7 +27,6 @@ from layers.errors import input_error  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
 from utils.saving.files import write_text  # noqa: E402
-from utils.script import exit_code, script_parser  # noqa: E402
 
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
 # Of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them.

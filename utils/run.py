@@ -39,7 +39,7 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
         context = setup(args, repeat, interrupts or Interrupts())
         try:
             run(context, repeat, forecasts)
-        except RunError as error:
+        except (RunError, OSError) as error:
             context.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
             raise
         context.close()

@@ -188,8 +188,11 @@ def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
     Accelerate chooses a device once for a process; `--device cpu` holds for one run or one loaded Forecaster alone.
 
     Raises:
-        InputError: fewer GPUs than processes on this machine.
+        InputError: fewer GPUs than processes on this machine, or `accelerate config` has left an engine that cuts models up.
     """
+    for engine in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(engine, "0").lower() not in ("", "0", "false", "no"):
+            raise input_error(engine, os.environ[engine], "no such variable, for nothing here uses it", f"unset {engine}")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if args.device != "cpu" and torch.cuda.is_available() and here > torch.cuda.device_count():
         found = f"{here} processes on this machine, which has {torch.cuda.device_count()} GPUs"
@@ -197,7 +200,10 @@ def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
     in_group = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # While one process measures and writes alone, the others may wait long.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(cpu=in_group and args.device == "cpu", kwargs_handlers=[waiting])
+    # Without cpu=True each process of a group on a machine without a GPU would believe that it is alone. The run has its own
+    # number types: those of `accelerate config` may need what is not installed.
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=in_group and on_cpu, mixed_precision="no", kwargs_handlers=[waiting])
     device = torch.device("cpu") if args.device == "cpu" else accelerator.device
     if device == torch.device("cuda"):  # with its number, which some of PyTorch's functions ask for
         device = torch.device("cuda", torch.cuda.current_device())

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from data_provider.synthetic import COLUMNS, SIGNATURE
 from scripts.report import main, report, verdict
@@ -42,6 +43,9 @@ def test_the_table_is_that_of_the_figures_best_first(backbones, capsys, tmp_path
     command = [sys.executable, str(ROOT / "scripts" / "report.py"), "on_far"]
     done = subprocess.run(command, cwd=run, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (text + "\n", "")
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr().err == "report.py: error: the following arguments are required: checkpoints/RUN\n"
     for content in ("{", "{}"):
         (run / "metrics.json").write_text(content)
         for given in ([str(tmp_path)], [str(run)]):

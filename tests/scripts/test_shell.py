@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from utils.flags import parse_flags
+from utils.validate import check_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [f"TimeLLM_{name}_2.sh" for name in ("ETTh1", "ETTh2", "ETTm1", "ETTm2")]
 EXPERIMENTS = [*SMALL, "TimeLLM_ETTh1_24G.sh"]
-FAMILY = {"ECL": ("electricity", 321), "Traffic": ("traffic", 862), "Weather": ("weather", 21)}
+FAMILY = {"ECL": "electricity", "Traffic": "traffic", "Weather": "weather"}
 
 # Stands in for Python: answers the two questions that the scripts ask, and prints the call of run_main.py.
 RECORDER = """#!/usr/bin/env bash
@@ -90,8 +91,8 @@ def test_etth1_has_the_guides_flags(copy: Copy) -> None:
         "--task_name long_term_forecast --is_training 1 --root_path ./dataset/ETT-small/ --data_path "
         "ETTh1.csv --model_id ETTh1_512_96 --model_comment Qwen3B_fast --model TimeLLM --data ETTh1 "
         "--features M --seq_len 512 --label_len 48 --pred_len 96 --e_layers 2 --d_layers 1 --factor 3 "
-        "--enc_in 7 --dec_in 7 --c_out 7 --batch_size 4 --d_model 32 --n_heads 8 --d_ff 32 --llm_dim "
-        "2048 --llm_layers 6 --num_workers 2 --prompt_domain 1 --train_epochs 3 --itr 1 --dropout 0.1 "
+        "--dec_in 7 --c_out 7 --batch_size 4 --d_model 32 --n_heads 8 --d_ff 32 "
+        "--llm_layers 6 --num_workers 2 --prompt_domain 1 --train_epochs 3 --itr 1 --dropout 0.1 "
         "--llm_model QWEN --load_in_4bit --resume "
     ).split()
     weights = ["--llm_model_path", f"{copy.root}/base_models/Qwen2.5-3B"]
@@ -101,10 +102,10 @@ def test_etth1_has_the_guides_flags(copy: Copy) -> None:
 @pytest.mark.parametrize("name", FAMILY)
 def test_scripts_of_the_familys_other_files(copy: Copy, name: str) -> None:
     """Their files are not fetched; the published hyperparameters, in what a small card can hold."""
-    args, (file, channels) = parse_flags(copy.run(f"TimeLLM_{name}_2.sh", "--percent", "10")), FAMILY[name]
+    args, file = parse_flags(copy.run(f"TimeLLM_{name}_2.sh", "--percent", "10")), FAMILY[name]
     assert (args.data, args.data_path, args.model_id) == (name, f"{file}.csv", f"{name}_512_96")
     assert args.root_path == "./dataset/" and args.prompt_domain == 1 and args.resume and args.load_in_4bit
-    assert (args.enc_in, args.d_ff, args.learning_rate, args.max_sequences) == (channels, 32, 0.01, None)
+    assert (args.d_ff, args.learning_rate, args.max_sequences) == (32, 0.01, None)
     assert (args.seq_len, args.pred_len, args.llm_layers, args.percent) == (512, 96, 6, 10)
 
 
@@ -125,7 +126,18 @@ def test_own_csv_is_resumed_unless_told_otherwise(copy: Copy) -> None:
 def test_own_flags_come_last_and_keep_their_spaces(copy: Copy, script: str) -> None:
     argv = copy.run(script, "--train_epochs", "7", "--des", "'two words'")
     assert argv[-4:] == ["--train_epochs", "7", "--des", "two words"]
-    assert parse_flags(argv).train_epochs == 7
+    args = parse_flags(argv)
+    assert args.train_epochs == 7
+    assert args.enc_in is args.llm_dim is None  # read off data and model: nobody is told to leave out what he has not given
+
+
+@pytest.mark.parametrize("script", ["TimeLLM_custom.sh my.csv", "TimeLLM_ETTh1_24G.sh", "TimeLLM_Weather_2.sh"])
+@pytest.mark.parametrize("words", ["--model DLinear", "--model=PatchTST"])
+def test_a_script_runs_a_model_without_a_language_model(copy: Copy, script: str, words: str) -> None:
+    (copy.elsewhere / "my.csv").write_text("date,a\n")
+    args = parse_flags(copy.run(*script.split(), words, "--device", "cpu"))
+    check_flags(args)  # nothing of the script is refused
+    assert words.endswith(args.model)
 
 
 @pytest.mark.parametrize("failure", ["0", "2"])

@@ -65,6 +65,7 @@ def refuse(no_weights, tmp_path: Path, capsys) -> Callable[..., str]:
         ({"data": "ETTh1"}, ["--data ETTh1", "320", "14400"]),
         ({"is_training": 0}, ["--checkpoint", "--is_training 1", "small"]),
         ({"is_training": 0, "checkpoint": "nothing/here"}, ["--checkpoint", "nothing/here"]),
+        ({"is_training": 0, "checkpoint": "a_test_mean-run"}, ["--checkpoint", "the mean of repeats has none"]),
         # What a model cannot do.
         ({"model": "DLinear", "llm_ablation": "none"}, ["--llm_ablation", "none", "expected off", "DLinear"]),
         ({"model": "Ridge", "skip": "ridge"}, ["--skip", "ridge", "expected none", "Ridge"]),
@@ -144,6 +145,9 @@ def test_the_machine(refuse, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
     )
+    with monkeypatch.context() as left:  # by `accelerate config`
+        left.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        assert refuse(device="cpu").startswith("ACCELERATE_USE_DEEPSPEED: got true, expected no such variable")
     assert all("bitsandbytes" in refuse(**flags) for flags in ({"load_in_4bit": True}, {"optimizer": "adamw8bit"}))
 
 

@@ -1,9 +1,14 @@
 """A run as a user sees it: its folders, its record, what is refused, the language models it runs with."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import re
 import shutil
+import stat
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -11,6 +16,7 @@ from types import ModuleType
 from unittest.mock import Mock
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 import tqdm.std
@@ -22,6 +28,7 @@ from layers.backbone import find_backbone
 from scripts.make_backbone import make_backbone
 from scripts.past_forecasts import score_forecasts
 from tests.models.test_TimeLLM import TRAINED
+from tests.realdata import ROOT
 from tests.small_run import COLUMNS, PRED_LEN, ROWS, command_line, figures, refusal, run_folder, train, write_csv
 from utils.flags import parse_flags, recorded
 from utils.forecaster import Forecaster
@@ -52,6 +59,49 @@ def test_an_earlier_run_is_moved_aside_and_not_resumed_on_other_data(argv, capsy
         assert f"The folder held an earlier run, now in: {aside}" in train([*words, "--seed", str(number)], capsys)
         assert (aside / "checkpoint.safetensors").read_bytes() == kept[-1] and (aside / "train.log").is_file()
     assert (folder / "checkpoint.safetensors").read_bytes() not in kept
+
+
+def test_a_drive_without_locks_and_syncs_is_one_warning(argv, capsys, monkeypatch) -> None:
+    """As Windows drives and mounted shares are: no lock, no folder is synced, none is renamed while a file in it is open."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    sync, rename, folder = os.fsync, Path.rename, run_folder(words := argv(model="DLinear", max_iters=1, plots=0))
+
+    def rename_closed(path: Path, to: Path) -> Path:
+        opened = [file.path for file in psutil.Process().open_files()]
+        return refuse() if any(Path(name).parent == path for name in opened) else rename(path, to)
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(Path, "rename", rename_closed)
+    monkeypatch.setattr(os, "fsync", lambda file: refuse() if stat.S_ISDIR(os.fstat(file).st_mode) else sync(file))
+    for number in (0, 1):
+        lines = train(words, capsys)
+        warned = [line for line in lines if "WARNING" in line]
+        assert warned == [f"WARNING: {folder} cannot be locked (Input/output error): start no second run in it"]
+        assert folder.with_name(f"{folder.name}.{number}").is_dir() == bool(number) and figures(lines)
+
+
+def test_a_terminal_in_ascii_and_a_backend_that_is_not_here(argv, tmp_path: Path) -> None:
+    """Names are escaped; pictures are drawn whatever the notebook's shell has set, and accelerate's numbers are not read."""
+    write_csv(tmp_path / "series.csv", columns=("温度", "OT"))
+    words = argv(model="DLinear", max_iters=1, num_workers=1)
+    env = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not_installed.inline", "ACCELERATE_MIXED_PRECISION": "fp8"}
+    command = [sys.executable, "run_main.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert r"2 channels: \u6e29\u5ea6, OT" in done.stdout and figures(done.stdout.splitlines())
+    assert "温度" in (run_folder(words) / "train.log").read_text(encoding="utf-8")
+    assert list((run_folder(words) / "plots").glob("test_windows*.png"))
+
+
+@pytest.mark.parametrize("program", sorted([*ROOT.glob("run_*.py"), *ROOT.glob("scripts/*.py")]), ids=lambda path: path.name)
+def test_a_python_without_the_libraries_is_one_line(program: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", program, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    line = rf"{program.name}: error: .*python.*: got Python \S+ without torch, .*; bash scripts/setup_env.sh makes it, .*\n"
+    assert re.fullmatch(line, done.stderr), done.stderr
 
 
 def test_what_a_checkpoint_holds(argv, backbones, capsys, tmp_path: Path) -> None:

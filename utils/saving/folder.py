@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ class FolderLock:
     """The folder is this process's until it ends, however it ends.
 
     A record lock dies with its process and, unlike flock, does not live on in the loader's workers.
+
+    Attributes:
+        warning: a line where the file system has no locks; else empty.
     """
 
     def __init__(self, folder: Path):
@@ -46,26 +50,40 @@ class FolderLock:
         except OSError as error:
             got, expected = f"no writing ({error.strerror})", "a folder that can be written"
             raise input_error(f"--checkpoints {folder}", got, expected) from error
+        self.warning = ""
         try:
             if fcntl is not None:
                 fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks, and the run goes without
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 got = "another run that trains in it"
                 raise input_error(f"--checkpoints {folder}", got, "none", "wait for it or end it") from error
-        for partial in folder.glob(f".*{PARTIAL}"):
-            partial.unlink(missing_ok=True)
+            self.warning = f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"
+        with suppress(OSError):  # a file too many does no harm
+            for partial in folder.glob(f".*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
 
     def release(self) -> None:
         os.close(self._handle)
 
 
-def move_aside(folder: Path) -> Path:
-    """Give the folder the next free number; nothing of it is lost."""
+def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path:
+    """Give the folder the next free number; nothing of it is lost.
+
+    Args:
+        release: lets go of the file that the caller has open in it.
+
+    Raises:
+        OSError: the file system refused.
+    """
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
         number += 1
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError:  # a Windows drive renames no folder in which a file is open, such as the lock's
+        release()
+        folder.rename(aside)
     return aside
 
 
@@ -104,8 +122,9 @@ def open_folder(
         elif any(folder.glob("state.*")) or (folder / TENSORS).is_file() or (folder / LEGACY).is_file():
             if start.lines:
                 start.lines.append("WARNING: no sound state is left: starting anew")
-            start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder)}")
+            start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder, start.lock.release)}")
             start.lock = FolderLock(folder)  # the first one stays with what was moved, whoever still waits for it
+        start.lines += [start.lock.warning] if start.lock.warning else []
         start.lines.append(_check_room(args, folder, trained_values))
     if accelerator.num_processes > 1:
         (name,) = broadcast_object_list([start.state["path"].name if start.state else None])

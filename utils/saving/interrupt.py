@@ -68,13 +68,6 @@ class Interrupts:
                 # Past Python's buffers, which the interrupted code may be holding.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
         if not (self._deferred and is_first):
-            end_workers()
+            for worker in multiprocessing.active_children():  # of the loader, which would complain of a parent that is gone
+                worker.kill()
             os._exit(128 + number)
-
-
-def end_workers() -> None:
-    """End the loader's workers, which would complain of a parent that is gone."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # PyTorch raises an error at it
-    for worker in multiprocessing.active_children():
-        worker.kill()

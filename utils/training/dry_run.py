@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
 from data_provider.batches import Batch
 from utils.results.log import peak_memory_gib
 from utils.saving.state import random_state, set_random_state
 from utils.training.context import Context
-from utils.training.memory import OPTIMIZER_BYTES
+from utils.training.memory import OPTIMIZER_BYTES, memory_limit
 
 FEWEST_STEPS = 20  # a shorter run is over before its dry run would be worth it
 
@@ -63,14 +62,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that the process may take: what the cap leaves of the GPU, else all of the computer's."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().total
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return int(fraction * torch.cuda.get_device_properties(device).total_memory)
 
 
 def duration(seconds: float) -> str:

@@ -4,7 +4,8 @@ import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -38,6 +39,13 @@ OTHERS_ADVICE = (
     "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs that use the GPU"
 )
 STATISTICS_TOKENS = 128  # about, with all digits
+# Where Linux tells of a group of processes (cgroup v2, then v1): its controller in /proc/self/cgroup, the folder of groups,
+# the file with the limit, and the row of memory.stat with what is taken for good, as cached files are not.
+CGROUPS = (
+    ("", "sys/fs/cgroup", "memory.max", "anon"),
+    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
+)
+ROOT = Path("/")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -155,6 +163,30 @@ def advice(args: Namespace, model: ForecastModel | None = None) -> str:
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"
 
 
+def memory_limit(device: torch.device) -> int:
+    """Bytes that the process may take: what the cap leaves of the GPU, else of main memory."""
+    if device.type != "cuda":
+        return main_memory()[0]
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return int(fraction * torch.cuda.get_device_properties(device).total_memory)
+
+
+def main_memory() -> tuple[int, int]:
+    """Bytes of main memory, in all and free: the machine's or, where that is less, those of the group of processes that a
+    container or a Slurm job is."""
+    total, free = psutil.virtual_memory()[:2]
+    with suppress(OSError):  # other systems have no groups
+        rows = [line.split(":", 2) for line in (ROOT / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
+        for controller, place, maximum, taken in CGROUPS:
+            for path in (Path(path[1:]) for _, name, path in rows if name == controller):
+                for group in (path, *path.parents):  # a limit of an outer group counts, too; "." is a container's own
+                    with suppress(OSError, ValueError):  # no such group here, or "max"
+                        limit = int((ROOT / place / group / maximum).read_text(encoding="utf-8"))
+                        held = (ROOT / place / group / "memory.stat").read_text(encoding="utf-8").split()
+                        total, free = min(total, limit), min(free, limit - int(held[held.index(taken) + 1]))
+    return total, max(free, 0)
+
+
 def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
     """Sequences that one part of a step may hold, a power of two, at least 1 (`--max_sequences` left out); 0, no limit,
     for a model without a language model, whose sequences take little.
@@ -175,7 +207,7 @@ def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
     if backbone.device.type == "cpu" and args.is_training and ATTENTION_DROPOUT:
         each += patches * PROTOTYPES * heads  # which scores were dropped, a byte each
     each += 8 * patches * heads * model.d_ff * 4  # queries and their attention's results, and gradients
-    free = psutil.virtual_memory().available
+    _, free = main_memory()
     if backbone.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(backbone.device)
         held, used = torch.cuda.memory_reserved(backbone.device), torch.cuda.memory_allocated(backbone.device)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
 from data_provider.data_loader import ChannelItems
-from layers.errors import RunError
+from layers.errors import LoaderError, RunError
 from models.base import ForecastModel
 from utils.results.bands import Calibration
 from utils.results.log import Progress, memory_line, peak_memory_gib
@@ -39,7 +39,7 @@ def train(context: Context) -> TestFound | None:
 
     Raises:
         Interrupted: a signal has come; the state is saved.
-        RunError: the disk, the numbers or the memory do not let the run go on; the last state is kept.
+        RunError: the disk, the numbers, the memory or the loader do not let the run go on; the last state is kept.
     """
     args, progress, journal = context.args, context.training.progress, context.training.journal
     clock = Clock(context)
@@ -83,6 +83,10 @@ def train(context: Context) -> TestFound | None:
         )
         context.log(f"To resume: {resume_command(args)}")
         raise
+    except LoaderError as error:
+        if context.accelerator.num_processes == 1:  # the others of a group are in the middle of a step
+            save(context)
+        raise RunError(f"{error}; {context.training.saver.kept()}") from error
     if progress.epochs_without_improvement >= args.patience:
         context.log("Early stopping")
     if progress.best_vali_loss == float("inf"):

@@ -1,14 +1,19 @@
 """Numbers that go wrong, number types with their loss scale, and memory that runs out, on real runs with a tiny backbone."""
 
+import multiprocessing
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import utils.training.train
-from layers.errors import RunError
+from data_provider.data_factory import Loader
+from layers.errors import LoaderError, RunError
 from tests.small_run import figures, run_folder, train
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
@@ -92,6 +97,55 @@ def test_more_than_ten_in_a_row_end_the_run_and_are_named(begin) -> None:
     date = str(pd.Timestamp("2020-01-01") + pd.Timedelta(hours=batches[13][2]))
     assert f"the windows that start at {date}, columns flow; " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_killed_workers_end_the_run_between_two_steps_with_its_state(begin, small, capsys, monkeypatch) -> None:
+    """They die in the middle of a step, as where memory runs out; the same command with --resume leaves what a run that was
+    not hit leaves."""
+    flags = {"num_workers": 1, "batch_size": 8, "train_epochs": 1, "dropout": 0.1}
+    whole, hit = begin("whole", **flags), begin("hit", **flags)
+    torch.manual_seed(0)
+    fit(whole)
+    step = utils.training.train.train_step
+
+    def short(context: Context, *rest: object):
+        for worker in multiprocessing.active_children() if context.training.progress.iteration == 2 else ():
+            worker.kill()
+            worker.join()
+        time.sleep(0)  # where PyTorch's own handler would raise
+        return step(context, *rest)
+
+    monkeypatch.setattr(utils.training.train, "train_step", short)
+    torch.manual_seed(0)
+    with pytest.raises(RunError, match="^the loader.s workers cannot go on .*--num_workers 0 .*resumes from state.1.pt"):
+        fit(hit)
+    done = hit.training.progress.iteration
+    assert 3 <= done < hit.steps_per_epoch
+    hit.close()
+    monkeypatch.undo()
+    args = {"checkpoints": hit.folder.parent, "save_steps": 0, "resume": True}
+    assert f"Resuming from state.1.pt: epoch 1, iteration {done}" in train(small(**flags | args), capsys)
+    one, two = (load_file(run.folder / "checkpoint.safetensors") for run in (whole, hit))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_worker_and_no_shared_memory_are_one_line_and_a_wrong_number_is_not(monkeypatch) -> None:
+    def no_fork(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    def full(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    def wrong(*_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    for collate, told in ((full, "No space left on device"), (wrong, None)):
+        with pytest.raises(LoaderError if told else RuntimeError, match=told or "shapes do not fit"):
+            list(Loader([1, 2], collate_fn=collate, num_workers=1, multiprocessing_context="fork"))
+    monkeypatch.setattr("os.fork", no_fork)
+    with pytest.raises(LoaderError, match="temporarily unavailable.*--num_workers 0"):
+        list(Loader([1, 2], num_workers=1, multiprocessing_context="fork"))
 
 
 def short_of_memory(context: Context, limit: int) -> list[int]:

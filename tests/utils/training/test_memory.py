@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+import utils.training.memory
 from layers.backbone import Backbone, find_backbone
 from layers.patch import patch_count
 from tests.conftest import NAMES
@@ -17,9 +19,38 @@ from tests.small_run import command_line, make_batch, random_windows, small_mode
 from utils.flags import parse_flags
 from utils.setup import setup
 from utils.training.context import Context
-from utils.training.memory import advice
+from utils.training.memory import advice, main_memory
 
 SEQ_LEN = 128
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/job_7/step_0", "sys/fs/cgroup", ("memory.max", "anon", "max")),  # v2, as Slurm has it
+        ("4:memory:/job_7/step_0", "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "total_rss", str(2**63 - 4096))),
+        (
+            "0::/../../elsewhere",
+            "sys/fs/cgroup",
+            ("memory.max", "anon", "max"),
+        ),  # a container, its own root
+        ("0::/", "sys/fs/cgroup", ("memory.max", "anon", "max")),
+    ],
+)
+def test_memory_is_that_of_the_container_or_the_job(monkeypatch, tmp_path: Path, line, folder, names) -> None:
+    """The limit of an outer group counts; cached files, which Linux drops, do not."""
+    limit, row, none = names
+    monkeypatch.setattr(utils.training.memory, "ROOT", tmp_path)
+    machine = psutil.virtual_memory()
+    assert main_memory()[0] == machine.total  # no groups
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"5:cpuset:/other\n{line}\n")
+    outer = tmp_path / folder / ("job_7" if "job_7" in line else "")
+    for group, most in ((outer / "step_0", none), (outer, 3_000_000), (tmp_path / folder / "other", 1000)):
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / "memory.stat").write_text(f"file 2900000\n{row} 1000000\n")
+    assert main_memory() == (3_000_000, 2_000_000)
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:
