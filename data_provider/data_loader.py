@@ -95,6 +95,7 @@ class Source:
     columns: list[str]  # [N], those that are read
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
+    read_as: str = ""  # what was found out about the file's dates, for people
 
     @property
     def forecast_slice(self) -> slice:
@@ -223,6 +224,7 @@ def load_series(
     label_len: int = 48,
     pred_len: int = 96,
     fill_missing: str | None = None,
+    dayfirst: bool | None = None,
 ) -> FileSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
@@ -234,7 +236,7 @@ def load_series(
     # Only now: scikit-learn takes half a second to load, and a forecast from a checkpoint has its scaler there.
     from sklearn.preprocessing import StandardScaler
 
-    table = read_table(find_csv(root_path, data_path), fill_missing)
+    table = read_table(find_csv(root_path, data_path), fill_missing, dayfirst)
     columns, target, own = _choose(table, features, target)
     splits = split_rows(data, len(table.dates), seq_len, pred_len, percent, table.path)
     scaler = StandardScaler().fit(own[: splits.train])
@@ -250,6 +252,7 @@ def load_series(
         target_index=columns.index(target) if features == "MS" else None,
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
         marks=time_marks(table.dates, freq or frequency(infer_step(table.dates)), embed),
         splits=splits,
         seq_len=seq_len,
@@ -282,6 +285,7 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
         target_index=None,  # it is the only column that is left
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
     )
 
 

@@ -29,9 +29,10 @@ class Table:
     columns: list[str]  # [N], a file's own order, without `date`
     values: np.ndarray  # [rows, N] float64, finite
     filled: int = 0  # cells that were empty
+    read_as: str = ""  # what was found out about the dates, for people
 
 
-def read_table(path: str | Path, fill: str | None = None) -> Table:
+def read_table(path: str | Path, fill: str | None = None, dayfirst: bool | None = None) -> Table:
     """Read a CSV with a `date` column and numeric columns.
 
     UTF-8 with or without a byte-order mark, any line ending. Bytes that are
@@ -42,6 +43,7 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
             "linear" draws a line, row by row, between the values before and after a gap (so a filled
             cell knows the value that follows it); at either end the nearest value is repeated.
             "ffill" repeats the last value before the gap; empty cells at the start stay an error.
+        dayfirst: see `read_timestamps`.
 
     Raises:
         InputError: no such file, nothing in it, no `date` column, a cell that
@@ -57,9 +59,9 @@ def read_table(path: str | Path, fill: str | None = None) -> Table:
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if cells.empty:
         raise input_error(path, "only a header and no rows", "rows of numbers")
-    dates = read_timestamps(cells["date"], str(path), FIRST_ROW_LINE)
+    dates, order = read_timestamps(cells["date"], str(path), FIRST_ROW_LINE, dayfirst)
     lines = pd.RangeIndex(FIRST_ROW_LINE, FIRST_ROW_LINE + len(cells))
-    return _table(path, cells, columns, dates, lines, fill)
+    return _table(path, cells, columns, dates, lines, fill, order)
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -101,7 +103,11 @@ def _parse(path: Path, encoding: str) -> pd.DataFrame:
 
 
 def tables_of(
-    frame: pd.DataFrame, columns: Sequence[str], id_column: str | None = None, fill: str | None = None
+    frame: pd.DataFrame,
+    columns: Sequence[str],
+    id_column: str | None = None,
+    fill: str | None = None,
+    dayfirst: bool | None = None,
 ) -> dict[Hashable, Table]:
     """Read a frame with a column `date` or a DatetimeIndex.
 
@@ -109,6 +115,7 @@ def tables_of(
         columns: those that are read, numbers; others are left alone.
         id_column: names the series that each row belongs to; None: all rows are one series, which is called None.
         fill: as that of `read_table`, within a series.
+        dayfirst: as that of `read_table`.
 
     Returns:
         The series by name, in the order of their first rows.
@@ -131,9 +138,9 @@ def tables_of(
         if found != 1:
             got = f"no column {name!r}" if not found else f"{found} columns {name!r}"
             raise input_error(FRAME, got, f"the columns {listed(list(map(repr, asked)))}, each once")
-    dates = read_timestamps(frame["date"], str(FRAME), 0)
+    dates, order = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
     if id_column is None:
-        return {None: _table(FRAME, frame, columns, dates, dates, fill)}
+        return {None: _table(FRAME, frame, columns, dates, dates, fill, order)}
     if id_column in (*columns, "date"):
         raise input_error("id_column", repr(id_column), "a column that is not forecast, with the names of the series")
     unnamed = np.flatnonzero(frame[id_column].isna())
@@ -142,7 +149,9 @@ def tables_of(
         raise input_error(place, "no name", "the name of the row's series")
     groups = frame.groupby(id_column, sort=False, observed=True).indices
     return {
-        name: _table(Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill)
+        name: _table(
+            Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill, order
+        )
         for name, rows in sorted(groups.items(), key=lambda group: group[1][0])
     }
 
@@ -154,6 +163,7 @@ def _table(
     dates: pd.DatetimeIndex,
     rows: pd.Index,  # what a message calls each row: a file's line, or a frame's date
     fill: str | None,
+    order: str,  # of the dates, for people
 ) -> Table:
     values, filled = np.empty((len(cells), len(columns)), order="F"), 0  # column after column, as they are read
     for place, name in enumerate(columns):
@@ -170,6 +180,7 @@ def _table(
             raise _wrong_cell(f"{path}: row {rows[int(wrong.argmax())]}", column, wrong, fill)
     steps = np.diff(dates.asi8)
     # A row that repeats the one above it whole is let through: no value is in doubt, and weather.csv as distributed has one.
+    # Of more they are left out: a window would see each value twice.
     bad = np.flatnonzero((steps < 0) | ((steps == 0) & (values[1:] != values[:-1]).any(axis=1)))
     if bad.size:
         above, own = (repr(str(cell)) for cell in cells["date"].iloc[bad[0] : bad[0] + 2])
@@ -181,7 +192,10 @@ def _table(
             "timestamps that increase",
             hint if rows is dates else "",
         )
-    return Table(path, dates, list(columns), values, filled)
+    if 10 * (repeats := int((steps == 0).sum())) > len(steps):
+        dates, values = dates[np.append(True, steps > 0)], values[np.append(True, steps > 0)]
+        order += f"{'; ' if order else ''}{path}: {repeats} rows that repeat the one above them are left out"
+    return Table(path, dates, list(columns), values, filled, order)
 
 
 def _wrong_cell(row: str, cells: pd.Series, wrong: np.ndarray, fill: str | None) -> InputError:
@@ -211,8 +225,10 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
         raise input_error(table.path, f"{len(table.dates)} rows", f"at least {length}, the seq_len of the training")
     own = infer_step(table.dates)
     if step not in (None, step_words(own)):
-        raise input_error(table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training")
-    gaps = gaps_in(table.dates[-length:], own)
+        raise input_error(
+            table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training", table.read_as
+        )
+    gaps = gaps_in(table.dates, own, length)
     if gaps:
         got = "no row between {} and {}".format(*gaps[0])
         raise input_error(table.path, got, f"a row every {step_words(own).removeprefix('1 ')}", "fill the gap")

@@ -54,7 +54,7 @@ def score_forecasts(folder: Path, data: Path | None = None) -> str:
     if data is None and not {"root_path", "data_path"} <= flags.keys():
         raise input_error("--data", "nothing", f"the CSV to score against, for {folder} has no checkpoint that names one")
     data = data or find_csv(flags["root_path"], flags["data_path"])
-    table = read_table(data, flags.get("fill_missing"))
+    table = read_table(data, flags.get("fill_missing"), flags.get("dayfirst"))
     known, _, std = checkpoint.scaler() if flags else (table.columns, None, table.values.std(axis=0))
     forecasts, columns = read_forecasts(path, known)
     if missing := [name for name in columns if name not in table.columns]:
@@ -137,7 +137,7 @@ def read_forecasts(path: Path, known: Sequence[str]) -> tuple[pd.DataFrame, list
     if len(wrong := np.argwhere(~np.isfinite(frame[columns].to_numpy()))):
         row, column = wrong[0]
         raise input_error(f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}", "no number", "a forecast")
-    frame[dates] = frame[dates].apply(lambda cells: read_timestamps(cells, str(path), FIRST_ROW_LINE))
+    frame[dates] = frame[dates].apply(lambda cells: read_timestamps(cells, str(path), FIRST_ROW_LINE)[0])
     return frame, columns
 
 

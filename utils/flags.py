@@ -113,6 +113,8 @@ FLAGS = [
          "custom files: read off their timestamps"),
     Flag("fill_missing", "data", "inherit", one_of("linear", "ffill"), None, "fill empty cells: linear between the values "
          "around them, ffill with the value before (default: they are an error)"),
+    Flag("dayfirst", "data", "inherit", BOOL, None, "True: 01/02/2020 is in February, False: in January, where dates can be "
+         "read in both orders (default: the order with even steps, else month first)"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -433,6 +435,7 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         (args.features != "M", "features", f"M with --data {M4}"),
         (args.percent != 100, "percent", f"100 with --data {M4}"),
         (args.fill_missing, "fill_missing", alone),
+        (args.dayfirst is not None, "dayfirst", alone),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),
     )
     args.pred_len, args.seq_len = horizon, given.get("seq_len", 2 * horizon)

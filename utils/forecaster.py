@@ -45,7 +45,8 @@ class Forecaster:
     """A trained model that forecasts; it prints nothing, writes nothing, and what a user can mend is an InputError.
 
     Attributes:
-        notes: lines that the command line would have printed: warnings, and why there are no prediction intervals.
+        notes: lines that the command line would have printed: warnings, why there are no prediction intervals, and how the
+            dates of frames were read.
     """
 
     def __init__(self, context: Context):
@@ -264,11 +265,14 @@ class Forecaster:
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
         context, found = self.context, {}
-        for name, table in tables_of(frame, context.series.columns, id_column, context.args.fill_missing).items():
+        for name, table in tables_of(
+            frame, context.series.columns, id_column, context.args.fill_missing, context.args.dayfirst
+        ).items():
             check_rows(table, context.args.seq_len, self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
                 raise input_error(table.path, got, expected)
+            self.notes += [table.read_as] if table.read_as not in ("", *self.notes) else []
             found[name] = on_the_trainings_scale(table, context.checkpoint, context.args)  # type: ignore[arg-type]
         return found
 

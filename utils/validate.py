@@ -15,7 +15,7 @@ import torch
 from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.splits import M4
-from data_provider.timestamps import frequency, gaps_in
+from data_provider.timestamps import frequency, gaps_in, step_words
 from layers.backbone import BackboneInfo, find_backbone, require_bitsandbytes
 from layers.errors import input_error, listed
 from models import model_class
@@ -287,6 +287,7 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
         for each in sets
         if each.synthetic
     ]
+    lines += [each.read_as for each in sets if each.read_as]
     if pretrain is not None:
         trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")
@@ -295,7 +296,7 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
         dates, splits = series.dates, series.splits
         forecast = "all columns are forecast" if args.features == "M" else f"{series.target} is forecast"
         lines += [
-            f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {series.step_words}",
+            f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {step_words(series.step, dates)}",
             f"{len(series.columns)} channels: {listed(series.columns)}; {forecast} (target: {series.target})",
             f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
         ]

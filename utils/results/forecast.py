@@ -20,7 +20,7 @@ from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
-from data_provider.timestamps import gaps_in
+from data_provider.timestamps import gaps_in, step_words
 from layers.errors import input_error, listed
 from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         path = next((place for place in places if place.is_file()), places[0])
         if not path.is_file():
             raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
-    table = read_table(path, args.fill_missing)
+    table = read_table(path, args.fill_missing, args.dayfirst)
     if len(table.dates) < args.seq_len:
         raise input_error(table.path, f"{len(table.dates)} rows", f"at least --seq_len {args.seq_len}")
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
@@ -83,11 +83,13 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
-    gaps = gaps_in(series.dates[-args.seq_len :], series.step)
+    gaps = gaps_in(series.dates, series.step, args.seq_len)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
-        between = "between {} and {}".format(*gaps[0])
-        notes.append(f"WARNING: rows are missing {between}{more}, where the forecast goes on from; fill them first")
+        notes.append(
+            f"WARNING: rows are missing between {gaps[0][0]} and {gaps[0][1]}{more}, where the forecast goes on from; fill "
+            "them first"
+        )
     args.enc_in = len(series.columns)
     return series, trained, notes
 
@@ -121,6 +123,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
         target_index=None,  # where there is one, it is the only column
         synthetic=is_synthetic(table.path),
         filled=table.filled,
+        read_as=table.read_as,
     )
 
 
@@ -193,7 +196,7 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     """
     args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
-    log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {series.step_words}")
+    log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {step_words(series.step, series.dates)}")
     if rows > horizon:
         times = (rows - 1) // horizon
         log(
