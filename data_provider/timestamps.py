@@ -204,7 +204,7 @@ def open_times(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> n
     None where rows stand all the time or without a pattern, and for less than two weeks of rows, which do not show one.
     """
     length = np.inf if step is None else (_START + step - _START).total_seconds()
-    recent = dates[dates > dates[-1] - pd.Timedelta(weeks=4)].unique().tz_localize(None)
+    recent = (wall := dates.unique().tz_localize(None))[wall > wall[-1] - pd.Timedelta(weeks=4)]
     if length > _DAY or length % 1 or recent[-1] - recent[0] < pd.Timedelta(weeks=2):
         return None
     times, counts = np.unique(_in_week(recent.round("s" if length % 60 else "min")), return_counts=True)

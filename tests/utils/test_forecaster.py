@@ -165,6 +165,29 @@ def test_frames_with_gaps_an_index_of_dates_and_columns_of_their_own(trained, lo
     assert filling.predict(holes).equals(filling.predict(line))
 
 
+def test_dates_are_read_in_the_order_of_the_training(backbones, tmp_path: Path, capsys) -> None:
+    days = write_csv(tmp_path / "series.csv", 335)  # to the 12th of a month
+    table = pd.read_csv(days).assign(date=pd.date_range("2019-01-12", periods=335).strftime("%d/%m/%y"))
+    table.to_csv(days, index=False)
+    off = {"plots": 0, "torch_checkpoint": 0, "save_predictions": 0, "model": "Ridge", "patch_len": 4, "seq_len": 8}
+    words = command_line(tmp_path, backbones["qwen2"], **off, dayfirst=True, do_predict=True)
+    utils.run.main(parse_flags(words))
+    printed = capsys.readouterr().out
+    assert (
+        "dates are read day first (12/12/19 is 2019-12-12 00:00:00), --dayfirst False" not in printed
+    )  # no other can be read
+    expected = list(pd.date_range("2019-12-13", periods=PRED_LEN))
+    assert list(pd.read_csv(run_folder(words) / "forecast.csv", parse_dates=["date"])["date"]) == expected
+    forecaster, frame = Forecaster.load(run_folder(words), device="cpu"), table.tail(12)  # days of December, or months
+    assert list(forecaster.predict(frame)["date"]) == expected
+    assert forecaster.notes[-1].startswith("frame: dates are read day first (12/12/19 is 2019-12-12")
+    other = Forecaster.load(run_folder(words), device="cpu", dayfirst=False)
+    with pytest.raises(
+        InputError, match="rows that are 1 month apart, expected 1 day, .*; frame: dates are read month first"
+    ):
+        other.predict(frame)
+
+
 def test_pictures(loaded, frame, tmp_path: Path) -> None:
     forecaster, many = loaded("DLinear"), pd.concat([frame.assign(shop=name) for name in "abc"])
     made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")
