@@ -230,5 +230,5 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
         )
     gaps = gaps_in(table.dates, own, length)
     if gaps:
-        got = "no row between {} and {}".format(*gaps[0])
-        raise input_error(table.path, got, f"a row every {step_words(own).removeprefix('1 ')}", "fill the gap")
+        got, expected = "no row between {} and {}".format(*gaps[0]), f"a row every {step_words(own).removeprefix('1 ')}"
+        raise input_error(table.path, got, expected, "fill the gap; gaps that recur show in two weeks of rows")

@@ -187,8 +187,8 @@ ROLES = {
     "d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_model_path llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
     "use_prompt prompt_lags moving_avg activation seasonal_patterns",
-    "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
-    "data_path_pretrain",
+    "inherit, of the data": "data root_path data_path target freq percent fill_missing dayfirst prompt_text enc_in "
+    "data_pretrain data_path_pretrain",
 }
 
 

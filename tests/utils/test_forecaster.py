@@ -188,6 +188,20 @@ def test_dates_are_read_in_the_order_of_the_training(backbones, tmp_path: Path, 
         other.predict(frame)
 
 
+def test_days_without_a_midnight_are_forecast_and_drawn(backbones, tmp_path: Path) -> None:
+    days = write_csv(tmp_path / "series.csv", 200)
+    table = pd.read_csv(days).assign(date=pd.date_range("2018-01-01", periods=200))
+    table.to_csv(days, index=False)
+    words = command_line(tmp_path, backbones["qwen2"], model="Ridge", plots=0, torch_checkpoint=0, save_predictions=0)
+    utils.run.main(parse_flags(words))
+    forecaster = Forecaster.load(run_folder(words), device="cpu")
+    whole = pd.date_range("2018-10-01", periods=50, tz="America/Sao_Paulo")  # the 4th of November begins at one
+    for rows in (34, 35, 40):
+        frame = table.iloc[:rows].drop(columns="date").set_index(whole[:rows])
+        assert list(forecaster.predict(frame)["date"]) == list(whole[rows : rows + PRED_LEN])
+        assert forecaster.plot(frame).axes
+
+
 def test_pictures(loaded, frame, tmp_path: Path) -> None:
     forecaster, many = loaded("DLinear"), pd.concat([frame.assign(shop=name) for name in "abc"])
     made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")

@@ -88,7 +88,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
         notes.append(
             f"WARNING: rows are missing between {gaps[0][0]} and {gaps[0][1]}{more}, where the forecast goes on from; fill "
-            "them first"
+            "them first (gaps that recur, as at night, show in two weeks of rows)"
         )
     args.enc_in = len(series.columns)
     return series, trained, notes
