@@ -80,8 +80,7 @@ def read_timestamps(
         best, note = _parse(text, "ISO8601"), ""
         if best.isna().any() and text.notna().all():
             best, note = _best_form(text.str.replace(r"\s*(?:UTC|GMT)$", "Z", regex=True), source, dayfirst)
-    unread = np.flatnonzero(best.isna())
-    if unread.size:
+    if (unread := np.flatnonzero(best.isna())).size:
         found = "an empty cell" if pd.isna(cell := cells.iloc[unread[0]]) else repr(cell)
         place = f"{source}: row {unread[0] + first_row}, column 'date'"
         raise input_error(place, found, "a timestamp such as 2016-07-01 00:00:00")
@@ -158,9 +157,8 @@ def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     common = pd.Timedelta(round(common), "us")
     if common == pd.Timedelta(days=1) and dates.day_of_week.max() < 5 and (dates[-1] - dates[0]).days >= 5:
         return pd.offsets.BDay()  # no Saturday or Sunday although the rows span one
-    # A whole day is one of the calendar, also across a change of clocks.
-    days = common.days if common % pd.Timedelta(days=1) == pd.Timedelta(0) else 0
-    return pd.offsets.Day(days) if days else pd.tseries.frequencies.to_offset(common)
+    whole = common % pd.Timedelta(days=1) == pd.Timedelta(0)  # days of the calendar, also across a change of clocks
+    return pd.offsets.Day(common.days) if whole else pd.tseries.frequencies.to_offset(common)
 
 
 def _month_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
@@ -246,12 +244,18 @@ def future_dates(dates: pd.DatetimeIndex, n: int, step: pd.offsets.BaseOffset | 
     """
     if step is None:
         uneven = int(np.abs(np.diff(dates.asi8, 2)).argmax()) if len(dates) > 2 else 0
-        rows = ", ".join(map(str, dates[uneven : uneven + 3]))
-        raise input_error("column 'date'", f"timestamps with no common step ({rows})", "even steps, to be continued")
+        raise input_error(
+            "column 'date'",
+            f"timestamps with no common step ({', '.join(map(str, dates[uneven : uneven + 3]))})",
+            "even steps, to be continued",
+        )
     times = open_times(dates, step)
     wall = dates if times is None and isinstance(step, pd.offsets.Tick) else dates.tz_localize(None)
     if times is None:
-        ahead = pd.DatetimeIndex(list(accumulate([wall[-1], *[step] * n]))[1:], dtype=wall.dtype)
+        # The last day may itself have lacked its usual time.
+        usual = wall[-2] + step if wall.tz is None and dates.tz is not None else wall[-1]
+        shifted = usual == wall[-1] or usual.tz_localize(dates.tz, ambiguous=False, nonexistent="shift_forward") == dates[-1]
+        ahead = pd.DatetimeIndex(list(accumulate([usual if shifted else wall[-1], *[step] * n]))[1:], dtype=wall.dtype)
     else:
         after = _WEEK * np.arange(n // len(times) + 2)[:, None] + times - _in_week(wall[-1:])
         ahead = (wall[-1] + pd.to_timedelta(after.ravel(), unit="s")).round("s").as_unit(dates.unit)

@@ -160,7 +160,7 @@ def test_days_go_by_the_clock_on_the_wall() -> None:
     for start in ("2020-03-01 02:30", "2020-10-01 02:30", "2020-10-01"):
         wall = pd.date_range(start, periods=60)
         whole = wall.tz_localize("Europe/Berlin", nonexistent="shift_forward", ambiguous=np.zeros(60, dtype=bool))
-        for rows in (20, 26, 40):
+        for rows in (20, 25, 26, 29, 40):
             step = infer_step(whole[:rows])
             assert step_words(step) == "1 day" and gaps_in(whole[:rows], step) == []
             assert list(future_dates(whole[:rows], 20, step)) == list(whole[rows : rows + 20])

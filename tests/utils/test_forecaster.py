@@ -195,7 +195,8 @@ def test_days_without_a_midnight_are_forecast_and_drawn(backbones, tmp_path: Pat
     words = command_line(tmp_path, backbones["qwen2"], model="Ridge", plots=0, torch_checkpoint=0, save_predictions=0)
     utils.run.main(parse_flags(words))
     forecaster = Forecaster.load(run_folder(words), device="cpu")
-    whole = pd.date_range("2018-10-01", periods=50, tz="America/Sao_Paulo")  # the 4th of November begins at one
+    whole = pd.date_range("2018-10-01", periods=50).tz_localize("America/Sao_Paulo", nonexistent="shift_forward")
+    assert whole[34].hour == 1  # the 4th of November has no midnight
     for rows in (34, 35, 40):
         frame = table.iloc[:rows].drop(columns="date").set_index(whole[:rows])
         assert list(forecaster.predict(frame)["date"]) == list(whole[rows : rows + PRED_LEN])
