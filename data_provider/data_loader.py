@@ -117,7 +117,7 @@ class Source:
     columns: list[str]  # [N], those that are read
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
-    read_as: str = ""  # what was found out about the file's format, for people
+    read_as: str = ""  # what was found out about the file's format and dates, for people
 
     @property
     def forecast_slice(self) -> slice:
@@ -250,6 +250,7 @@ def load_series(
     date_column: str | None = None,
     id_column: str | None = None,
     drop_columns: Sequence[str] | None = None,
+    dayfirst: bool | None = None,
 ) -> FileSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
@@ -262,7 +263,7 @@ def load_series(
     from sklearn.preprocessing import StandardScaler
 
     table, target = _choose(
-        read_table(find_csv(root_path, data_path), fill_missing, encoding, date_column, id_column, drop_columns),
+        read_table(find_csv(root_path, data_path), fill_missing, encoding, date_column, id_column, drop_columns, dayfirst),
         features,
         target,
     )

@@ -42,7 +42,7 @@ class Table:
     filled: int = 0  # cells that were empty, where `only` has chosen the columns
     empty: dict[str, int] = field(default_factory=dict)  # the same of each column
     wrong: dict[str, InputError] = field(default_factory=dict)  # columns that are no numbers, and what is wrong
-    read_as: str = ""  # what was found out about the file's format, for people
+    read_as: str = ""  # what was found out about the file's format and dates, for people
 
     def only(self, names: Sequence[str]) -> "Table":
         """The table of some of its columns.
@@ -63,6 +63,7 @@ def read_table(
     date_column: str | None = None,
     id_column: str | None = None,
     drop_columns: Sequence[str] | None = None,
+    dayfirst: bool | None = None,
 ) -> Table:
     """Read a CSV with a column of timestamps and columns of numbers (parameters as the flags of the same names).
 
@@ -80,6 +81,7 @@ def read_table(
         id_column: names the series of each row; they become columns, named "<series> <column>" where a row has several
             numbers. None: a row has all series.
         drop_columns: are not read.
+        dayfirst: see `read_timestamps`.
 
     Raises:
         InputError: no such file, nothing in it, no column of timestamps, or timestamps unreadable, out of order or
@@ -93,17 +95,16 @@ def read_table(
         raise input_error(path, "no column beside 'date'", "at least one column of numbers")
     if cells.empty:
         raise input_error(path, "only a header and no rows", "rows of numbers")
-    dates = read_timestamps(cells["date"], str(path), FIRST_ROW_LINE)
+    dates, order = read_timestamps(cells["date"], str(path), FIRST_ROW_LINE, dayfirst)
     rows: pd.Index = pd.RangeIndex(FIRST_ROW_LINE, FIRST_ROW_LINE + len(cells))
     if id_column is not None:
         cells = _pivot(path, cells, dates, rows, id_column)
         rows = dates = pd.DatetimeIndex(cells["date"], name=None)
     found = (tried != "utf-8-sig", f"encoding {tried}"), (separator != ",", f"{SEPARATORS[separator]}-separated")
     notes = [note for new, note in (*found, (decimal == ",", "decimal commas")) if new] + notes
-    return replace(
-        _table(path, cells, [*cells.columns.drop("date")], dates, rows, fill_missing, decimal),
-        read_as=f"{path} was read as: {', '.join(notes)}" if notes else "",
-    )
+    table = _table(path, cells, [*cells.columns.drop("date")], dates, rows, fill_missing, order, decimal)
+    told = [f"{path} was read as: {', '.join(notes)}"] * bool(notes) + [table.read_as] * bool(table.read_as)
+    return replace(table, read_as="; ".join(told))
 
 
 # The file's cells, encoding, separator and decimal sign; row i of the frame is line i + FIRST_ROW_LINE of the file.
@@ -229,6 +230,7 @@ def tables_of(
     fill: str | None = None,
     date_column: str | None = None,
     pivot_by: str | None = None,
+    dayfirst: bool | None = None,
 ) -> dict[Hashable, Table]:
     """Read a frame with a column `date` or a DatetimeIndex.
 
@@ -237,6 +239,7 @@ def tables_of(
         id_column: names the series that each row belongs to; None: all rows are one series, which is called None.
         fill: as `fill_missing` of `read_table`, within a series.
         date_column, pivot_by: as `date_column` and `id_column` of `read_table`, for a frame that has such columns.
+        dayfirst: as that of `read_table`.
 
     Returns:
         The series by name, in the order of their first rows.
@@ -256,7 +259,8 @@ def tables_of(
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
         frame = frame.assign(date=frame.index)
     if pivot_by in frame.columns and id_column is None:
-        frame = _pivot(FRAME, frame, read_timestamps(frame["date"], str(FRAME), 0), pd.RangeIndex(len(frame)), str(pivot_by))
+        dates, _ = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
+        frame = _pivot(FRAME, frame, dates, pd.RangeIndex(len(frame)), str(pivot_by))
     asked = [*columns, *([] if id_column is None else [id_column])]
     for name in ["date", *asked]:
         found = int((frame.columns == name).sum())
@@ -266,9 +270,9 @@ def tables_of(
                 f"no column {name!r}" if not found else f"{found} columns {name!r}",
                 f"the columns {listed(list(map(repr, asked)))}, each once",
             )
-    dates = read_timestamps(frame["date"], str(FRAME), 0)
+    dates, order = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
     if id_column is None:
-        return {None: _table(FRAME, frame, columns, dates, dates, fill).only(columns)}
+        return {None: _table(FRAME, frame, columns, dates, dates, fill, order).only(columns)}
     if id_column in (*columns, "date"):
         raise input_error("id_column", repr(id_column), "a column that is not forecast, with the names of the series")
     unnamed = np.flatnonzero(frame[id_column].isna())
@@ -277,7 +281,7 @@ def tables_of(
     groups = frame.groupby(id_column, sort=False, observed=True).indices
     return {
         name: _table(
-            Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill
+            Path(f"{FRAME}, series {str(name)[:60]!r}"), frame.iloc[rows], columns, (own := dates[rows]), own, fill, order
         ).only(columns)
         for name, rows in sorted(groups.items(), key=lambda group: group[1][0])
     }
@@ -290,6 +294,7 @@ def _table(
     dates: pd.DatetimeIndex,
     rows: pd.Index,  # what a message calls each row: a file's line, or a frame's date
     fill: str | None,
+    order: str,  # of the dates, for people
     decimal: str = ".",
 ) -> Table:
     values = np.empty((len(cells), len(columns)), order="F")  # column after column, as they are read
@@ -316,6 +321,7 @@ def _table(
             values[:, place] = 0
     steps = np.diff(dates.asi8)
     # A row that repeats the one above it whole is let through: no value is in doubt, and weather.csv as distributed has one.
+    # Of more they are left out: a window would see each value twice.
     bad = np.flatnonzero((steps < 0) | ((steps == 0) & (values[1:] != values[:-1]).any(axis=1)))
     if bad.size:
         above, own = (repr(str(cell)) for cell in cells["date"].iloc[bad[0] : bad[0] + 2])
@@ -327,7 +333,10 @@ def _table(
             "timestamps that increase",
             hint if rows is dates else "where a column names the series of each row, give it as --id_column",
         )
-    return Table(path, dates, list(columns), values, 0, counts, errors)
+    if 10 * (repeats := int((steps == 0).sum())) > len(steps):
+        dates, values = dates[np.append(True, steps > 0)], values[np.append(True, steps > 0)]
+        order += f"{'; ' if order else ''}{path}: {repeats} rows that repeat the one above them are left out"
+    return Table(path, dates, list(columns), values, 0, counts, errors, order)
 
 
 def _wrong_cell(row: str, cells: pd.Series, wrong: np.ndarray, fill: str | None) -> InputError:
@@ -361,8 +370,10 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
         raise input_error(table.path, f"{len(table.dates)} rows", f"at least {length}, the seq_len of the training")
     own = infer_step(table.dates)
     if step not in (None, step_words(own)):
-        raise input_error(table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training")
-    gaps = gaps_in(table.dates[-length:], own)
+        raise input_error(
+            table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training", table.read_as
+        )
+    gaps = gaps_in(table.dates, own, length)
     if gaps:
-        got = "no row between {} and {}".format(*gaps[0])
-        raise input_error(table.path, got, f"a row every {step_words(own).removeprefix('1 ')}", "fill the gap")
+        got, expected = "no row between {} and {}".format(*gaps[0]), f"a row every {step_words(own).removeprefix('1 ')}"
+        raise input_error(table.path, got, expected, "fill the gap; gaps that recur show in two weeks of rows")

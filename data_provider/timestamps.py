@@ -1,6 +1,7 @@
 """Timestamps: read from cells, their step and its name, how they go on, and the time marks that a model may read."""
 
 import calendar
+import re
 from itertools import accumulate, product
 
 import numpy as np
@@ -8,23 +9,20 @@ import pandas as pd
 
 from layers.errors import input_error
 
-# Written forms beside ISO 8601. Month-first comes first, as pandas has it;
-# a file whose timestamps would not increase under it is read day-first.
-_DAYS = (
-    "%m/%d/%Y",
-    "%d/%m/%Y",
-    "%d.%m.%Y",
-    "%d-%m-%Y",
-    "%m-%d-%Y",
-    "%d %b %Y",
-    "%b %d %Y",
-    "%d-%b-%Y",
-    "%Y年%m月%d日",
+# Written forms of a day beside ISO 8601, and whether the day is first; None: no other order is written so.
+# Month-first comes first, as pandas has it.
+_DAYS = {
+    order.replace("/", mark): order.startswith("%d")
+    for order, mark in product(("%m/%d/%Y", "%m/%d/%y", "%d/%m/%Y", "%d/%m/%y"), "/-")
+} | dict.fromkeys(
+    ("%d.%m.%Y", "%d.%m.%y", "%y-%m-%d", "%y/%m/%d", "%d %b %Y", "%d %b %y", "%b %d %Y", "%d-%b-%Y", "%d-%b-%y")
+    + ("%Y-%m-%d", "%Y/%m/%d", "%Y年%m月%d日")  # for the times that ISO 8601 does not have
 )
 _TIMES = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p")
 _MONTHLY = (pd.offsets.MonthBegin, pd.offsets.MonthEnd, pd.offsets.BMonthEnd, pd.offsets.BMonthBegin)
 _UNITS = ((604800, "week"), (86400, "day"), (3600, "hour"), (60, "minute"))
-_START = pd.Timestamp("2001-01-01")
+_START = pd.Timestamp("2001-01-01")  # a Monday
+_DAY, _WEEK = 86400, 604800  # seconds
 
 # Calendar fields as (name, function of the index, lowest value, highest value).
 _FIELDS = {
@@ -55,34 +53,38 @@ _OLD = {key: key for key in _SCALED} | {"y": "a", "l": "s", "u": "s", "n": "s"}
 _SPANS = {"s": "59s", "t": "59min", "h": "23h", "d": "1D", "w": "7D", "m": "40D", "q": "140D"}
 
 
-def read_timestamps(cells: pd.Series, source: str, first_row: int) -> pd.DatetimeIndex:
+def read_timestamps(
+    cells: pd.Series, source: str, first_row: int, dayfirst: bool | None = None
+) -> tuple[pd.DatetimeIndex, str]:
     """Cells `[rows]`, text or timestamps, as timestamps.
 
     Args:
         source: name of the file or frame, for the message.
         first_row: number of the first cell's row there.
+        dayfirst: whether 01/02/2020 is in February, where both orders can be read; None: the order with even steps.
+
+    Returns:
+        The timestamps; which order was taken, in words, empty where only one can be read.
 
     Raises:
         InputError: numbers, or naming the first cell that cannot be read.
     """
     if pd.api.types.is_datetime64_any_dtype(cells):
-        best = pd.DatetimeIndex(cells, name=None)
+        best, note = pd.DatetimeIndex(cells, name=None), ""
     elif pd.api.types.is_numeric_dtype(cells):
         raise input_error(f"{source}: column 'date'", f"numbers such as {cells.iloc[0]}", "timestamps")
     else:
         cells = cells.astype("string")
         # pandas reads words such as "now" as the present moment: a timestamp has a digit.
         text = cells.where(cells.str.contains(r"\d", na=False))
-        best = _parse(text, "ISO8601")
+        best, note = _parse(text, "ISO8601"), ""
         if best.isna().any() and text.notna().all():
-            best = _best_form(text, best)
-    unread = np.flatnonzero(best.isna())
-    if unread.size:
-        cell = cells.iloc[unread[0]]
-        found = "an empty cell" if pd.isna(cell) else repr(cell)
+            best, note = _best_form(text.str.replace(r"\s*(?:UTC|GMT)$", "Z", regex=True), source, dayfirst)
+    if (unread := np.flatnonzero(best.isna())).size:
+        found = "an empty cell" if pd.isna(cell := cells.iloc[unread[0]]) else repr(cell)
         place = f"{source}: row {unread[0] + first_row}, column 'date'"
         raise input_error(place, found, "a timestamp such as 2016-07-01 00:00:00")
-    return best
+    return best, note
 
 
 def _parse(text: pd.Series, form: str) -> pd.DatetimeIndex:
@@ -92,17 +94,37 @@ def _parse(text: pd.Series, form: str) -> pd.DatetimeIndex:
         return pd.DatetimeIndex(pd.to_datetime(text, format=form, errors="coerce", utc=True), name=None)
 
 
-def _best_form(text: pd.Series, best: pd.DatetimeIndex) -> pd.DatetimeIndex:
-    # The first form that reads every cell in increasing order, else the one that reads most.
-    for day, time in product(_DAYS, _TIMES):
-        if _parse(text.iloc[:1], day + time).isna().all():
-            continue
-        read = _parse(text, day + time)
-        if read.notna().all() and read.is_monotonic_increasing:
-            return read
-        if np.count_nonzero(read.notna()) > np.count_nonzero(best.notna()):
-            best = read
-    return best
+def _best_form(text: pd.Series, source: str, dayfirst: bool | None) -> tuple[pd.DatetimeIndex, str]:
+    # Of the forms that read most cells and step back least often, that of `dayfirst`, else the one with even steps:
+    # months that are read as days leap once a year.
+    marks = re.sub(r"\w", "", text.iloc[0])  # they rule out most forms at once
+    read = [(_parse(text, "ISO8601"), None)] + [
+        (_parse(text, form), order)
+        for (day, order), time, zone in product(_DAYS.items(), _TIMES, ("", "%z"))
+        if marks.startswith(re.sub(r"%.|\w", "", form := day + time + zone)) and _parse(text.iloc[:1], form).notna().all()
+    ]
+    found = [(_faults(dates, dayfirst not in (None, order)), dates, order) for dates, order in read]
+    faults, best, order = min(found, key=lambda form: form[0])
+    rivals = [  # of the other order, and as readable
+        other for other, dates, first in found if first is (not order) and other[:2] == faults[:2] and not dates.equals(best)
+    ]
+    taken, left = ("day", "month") if order else ("month", "day")
+    note = (
+        f"{source}: {'WARNING: both orders of the dates fit; they' if faults in rivals else 'dates'} are read {taken} first "
+        f"({text.iloc[-1]} is {best[-1]}), --dayfirst {not order} reads them {left} first"
+    )
+    return best, note if rivals and order is not None else ""
+
+
+def _faults(dates: pd.DatetimeIndex, unasked: bool) -> tuple[int, int, bool, int]:
+    # What speaks against a reading: cells not read, steps back, not the order that is asked for, uneven steps.
+    known, step = dates.dropna(), infer_step(dates.dropna())
+    return (
+        len(dates) - len(known),
+        int((np.diff(known.asi8) < 0).sum()),  # a frame of several series steps back in any order
+        unasked,
+        len(known) if step is None else len(gaps_in(known, step)),
+    )
 
 
 def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
@@ -112,23 +134,31 @@ def infer_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
         An offset to add to the last timestamp: a fixed length (hours, minutes,
         days, weeks), a business day, or months (first, last, last business or
         the same day of the month). None where fewer than two rows or no step
-        that at least half of the rows share exist.
+        that at least half of the rows share exist; below a day they share one
+        from which they differ by up to 15 %, as those of 30 Hz do that
+        are written in milliseconds.
     """
     deltas = np.diff(dates.as_unit("us").asi8)
-    lengths, counts = np.unique(deltas[deltas > 0], return_counts=True)
+    deltas = deltas[deltas > 0]
+    lengths, counts = np.unique(deltas, return_counts=True)
     if not lengths.size:
         return None
-    months = _month_step(dates.unique())
-    if months is not None:
+    if (months := _month_step(dates.unique())) is not None:
         return months
-    common = pd.Timedelta(int(lengths[counts.argmax()]), "us")
-    if 2 * counts.max() < counts.sum():
+    common, shared = lengths[counts.argmax()], 2 * counts.max() >= counts.sum()
+    away = np.abs(deltas / np.median(deltas) - 1)
+    mean = deltas[away < 0.5].mean() / 1e6 if 2 * np.count_nonzero(away < 0.15) >= deltas.size else np.inf
+    if mean < 1.2 * _DAY and not (shared and (common % (_DAY * 10**6) == 0 or abs(1e6 * mean / common - 1) < 1e-3)):
+        sign = 1 if mean >= 1 else -1  # below a second it is a rate; in few digits it is the same in any part of the rows
+        rate = next(few for n in range(1, 9) if abs((few := float(f"{mean**sign:.{n}g}")) / mean**sign - 1) < 3e-3)
+        common, shared = 1e6 * rate**sign, True
+    if not shared:
         return None
+    common = pd.Timedelta(round(common), "us")
     if common == pd.Timedelta(days=1) and dates.day_of_week.max() < 5 and (dates[-1] - dates[0]).days >= 5:
         return pd.offsets.BDay()  # no Saturday or Sunday although the rows span one
-    if common % pd.Timedelta(days=1) == pd.Timedelta(0):
-        return pd.offsets.Day(common.days)  # a calendar day, also across a change of clocks
-    return pd.tseries.frequencies.to_offset(common)
+    whole = common % pd.Timedelta(days=1) == pd.Timedelta(0)  # days of the calendar, also across a change of clocks
+    return pd.offsets.Day(common.days) if whole else pd.tseries.frequencies.to_offset(common)
 
 
 def _month_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
@@ -145,8 +175,11 @@ def _month_step(dates: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     return pd.DateOffset(months=step, day=day) if kept else None
 
 
-def step_words(step: pd.offsets.BaseOffset | None) -> str:
-    """A step of `infer_step` for people: "15 minutes", "1 hour", "1 business day", "1 month"; "irregular"."""
+def step_words(step: pd.offsets.BaseOffset | None, dates: pd.DatetimeIndex | None = None) -> str:
+    """A step of `infer_step` for people: "15 minutes", "1 hour", "1 business day", "1 month"; "irregular".
+
+    With the `dates` of the rows also how many `open_times` they have, where they have such.
+    """
     if step is None:
         return "irregular"
     months = step.n if isinstance(step, _MONTHLY) else step.kwds.get("months", 0)
@@ -157,28 +190,79 @@ def step_words(step: pd.offsets.BaseOffset | None) -> str:
     else:
         count = (_START + step - _START).total_seconds()
         length, unit = next((pair for pair in _UNITS if count % pair[0] == 0), (1, "second"))
-    return f"{count / length:.15g} {unit}{'' if count == length else 's'}"
+    times = None if dates is None or unit == "business day" else open_times(dates, step)
+    pattern = "" if times is None else f", at {len(times)} times of the week"
+    return f"{count / length:.6g} {unit}{'' if count == length else 's'}{pattern}"
 
 
-def gaps_in(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> list[tuple[pd.Timestamp, pd.Timestamp]]:
-    """Neighbouring timestamps that are not one step apart; none where no step is known, or for business days, whose gaps
-    are holidays."""
+def open_times(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> np.ndarray | None:
+    """The times of a week, in seconds `[times]` since its Monday, at which rows stand in the last four weeks, on the dates'
+    own clock: trading hours, or the days on which a shop is open.
+
+    None where rows stand all the time or without a pattern, and for less than two weeks of rows, which do not show one.
+    """
+    length = np.inf if step is None else (_START + step - _START).total_seconds()
+    recent = (wall := dates.unique().tz_localize(None))[wall > wall[-1] - pd.Timedelta(weeks=4)]
+    if length > _DAY or length % 1 or recent[-1] - recent[0] < pd.Timedelta(weeks=2):
+        return None
+    times, counts = np.unique(_in_week(recent.round("s" if length % 60 else "min")), return_counts=True)
+    often = 2 * counts >= counts.max()  # once in four weeks is an exception
+    regular = len(times := times[often]) * length < _WEEK and counts[often].mean() >= 0.8 * counts.max()
+    # Times closer than that are of rows that jitter by minutes.
+    return times if regular and np.diff(times, append=times[0] + _WEEK).min() >= length / 2 else None
+
+
+def _in_week(wall: pd.DatetimeIndex) -> np.ndarray:
+    return np.asarray((wall - _START).total_seconds() % _WEEK)
+
+
+def gaps_in(
+    dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None, rows: float = np.inf
+) -> list[tuple[pd.Timestamp, pd.Timestamp]]:
+    """Neighbouring timestamps among the last `rows` that are one and a half steps apart or more.
+
+    None where no step is known, or for business days, whose gaps are holidays. Where rows keep to some times of the week
+    (`open_times`), the times between are no gaps, nor are holidays: days without a row.
+    """
     if step is None or isinstance(step, pd.offsets.BDay) or len(dates) < 2:
         return []
-    expected = [date + step for date in dates[:-1]] if type(step) is pd.DateOffset else dates[:-1] + step
-    late = np.flatnonzero(dates[1:] > pd.DatetimeIndex(expected))
-    return list(zip(dates[late], dates[late + 1], strict=True))
+    wall = dates if isinstance(step, pd.offsets.Tick) else dates.tz_localize(None)  # days go by the clock on the wall
+    following = [date + step for date in wall[:-1]] if type(step) is pd.DateOffset else wall[:-1] + step
+    late = (apart := wall[1:] - wall[:-1]) >= 1.5 * (pd.DatetimeIndex(following) - wall[:-1])
+    if (times := open_times(dates, step)) is not None:
+        now, half = _in_week(dates.tz_localize(None)), (_START + step - _START).total_seconds() / 2
+        due, came = (np.searchsorted(times, at) % len(times) for at in (now[:-1] + half, now[1:] - half))
+        late &= (due != came) & (apart < pd.Timedelta(days=1))
+    return [(dates[place], dates[place + 1]) for place in np.flatnonzero(late).tolist() if place >= len(dates) - rows]
 
 
 def future_dates(dates: pd.DatetimeIndex, n: int, step: pd.offsets.BaseOffset | None) -> pd.DatetimeIndex:
-    """The n timestamps `[n]` that follow the last of `dates`.
+    """The n timestamps `[n]` that follow the last of `dates`, at its `open_times` where it has such.
 
     Raises:
         InputError: no step is common to half of the rows.
     """
     if step is None:
-        raise input_error("column 'date'", "timestamps with no common step", "evenly spaced rows, to be continued")
-    return pd.DatetimeIndex(list(accumulate([dates[-1], *[step] * n]))[1:], dtype=dates.dtype)
+        uneven = int(np.abs(np.diff(dates.asi8, 2)).argmax()) if len(dates) > 2 else 0
+        raise input_error(
+            "column 'date'",
+            f"timestamps with no common step ({', '.join(map(str, dates[uneven : uneven + 3]))})",
+            "even steps, to be continued",
+        )
+    times = open_times(dates, step)
+    wall = dates if times is None and isinstance(step, pd.offsets.Tick) else dates.tz_localize(None)
+    if times is None:
+        # The last day may itself have lacked its usual time.
+        usual = wall[-2] + step if wall.tz is None and dates.tz is not None else wall[-1]
+        shifted = usual == wall[-1] or usual.tz_localize(dates.tz, ambiguous=False, nonexistent="shift_forward") == dates[-1]
+        ahead = pd.DatetimeIndex(list(accumulate([usual if shifted else wall[-1], *[step] * n]))[1:], dtype=wall.dtype)
+    else:
+        after = _WEEK * np.arange(n // len(times) + 2)[:, None] + times - _in_week(wall[-1:])
+        ahead = (wall[-1] + pd.to_timedelta(after.ravel(), unit="s")).round("s").as_unit(dates.unit)
+        ahead = ahead[ahead >= wall[-1] + (_START + step - _START) / 2][:n]
+    if ahead.tz is None:  # of an hour that clocks leave out the next is taken, of two the second
+        ahead = ahead.tz_localize(dates.tz, ambiguous=np.zeros(n, dtype=bool), nonexistent="shift_forward")
+    return ahead.round("ms") if dates.tz is None and (dates == dates.round("ms")).all() else ahead
 
 
 def frequency(step: pd.offsets.BaseOffset | None) -> str:

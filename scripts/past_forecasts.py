@@ -147,7 +147,7 @@ def read_forecasts(path: Path, known: Sequence[str]) -> tuple[pd.DataFrame, list
     if len(wrong := np.argwhere(~np.isfinite(frame[columns].to_numpy()))):
         row, column = wrong[0]
         raise input_error(f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}", "no number", "a forecast")
-    frame[dates] = frame[dates].apply(lambda cells: read_timestamps(cells, str(path), FIRST_ROW_LINE))
+    frame[dates] = frame[dates].apply(lambda cells: read_timestamps(cells, str(path), FIRST_ROW_LINE)[0])
     return frame, columns
 
 

@@ -121,6 +121,8 @@ FLAGS = [
     Flag("id_column", "data", "inherit", TEXT, None, "column that names the series of each row, where a row has not all of "
          "them (long format); each series is read as a column"),
     Flag("drop_columns", "data", "inherit", NAMES, None, "columns that are not read"),
+    Flag("dayfirst", "data", "inherit", BOOL, None, "True: 01/02/2020 is in February, False: in January, where dates can be "
+         "read in both orders (default: the order with even steps, else month first)"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -469,6 +471,7 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
             (getattr(args, name), name, alone)
             for name in ("fill_missing", "encoding", "date_column", "id_column", "drop_columns")
         ),
+        (args.dayfirst is not None, "dayfirst", alone),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),
     )
     args.pred_len, args.seq_len = horizon, given.get("seq_len", 2 * horizon)

@@ -51,7 +51,8 @@ class Forecaster:
     each, and what the threads get is what one thread would.
 
     Attributes:
-        notes: lines that the command line would have printed: warnings, and why there are no prediction intervals.
+        notes: lines that the command line would have printed: warnings, why there are no prediction intervals, and how the
+            dates of frames were read.
     """
 
     def __init__(self, context: Context):
@@ -275,12 +276,13 @@ class Forecaster:
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
         context, found, args = self.context, {}, self.context.args
         for name, table in tables_of(
-            frame, context.series.columns, id_column, args.fill_missing, args.date_column, pivot_by=args.id_column
+            frame, context.series.columns, id_column, args.fill_missing, args.date_column, args.id_column, args.dayfirst
         ).items():
             check_rows(table, context.args.seq_len, self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
                 raise input_error(table.path, got, expected)
+            self.notes += [table.read_as] if table.read_as not in ("", *self.notes) else []
             found[name] = on_the_trainings_scale(table, context.checkpoint, context.args)  # type: ignore[arg-type]
         return found
 

@@ -15,7 +15,7 @@ import torch
 from data_provider.data_loader import FileSeries, Series, SplitSeries
 from data_provider.description import LISTED, bank_file, dataset_description, make_description
 from data_provider.splits import M4
-from data_provider.timestamps import frequency, gaps_in
+from data_provider.timestamps import frequency, gaps_in, step_words
 from layers.backbone import BackboneInfo, find_backbone, require_bitsandbytes
 from layers.errors import input_error, listed
 from models import model_class
@@ -300,7 +300,7 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
         dates, splits = series.dates, series.splits
         forecast = "all columns are forecast" if args.features == "M" else f"{series.target} is forecast"
         lines += [
-            f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {series.step_words}",
+            f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {step_words(series.step, dates)}",
             f"{len(series.columns)} channels: {listed(series.columns)}; {forecast} (target: {series.target})",
             f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
         ]

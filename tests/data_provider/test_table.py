@@ -190,6 +190,17 @@ def test_empty_cells_are_filled_or_named(tmp_path, how, column, expected) -> Non
     assert framed.filled == table.filled and framed.values[:, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_rows_that_all_stand_twice_are_read_once(tmp_path, times) -> None:
+    once = pd.DataFrame({"date": pd.date_range("2020-01-01", periods=9, freq="h").astype(str), "x": range(9)})
+    frame = once.loc[once.index.repeat(times)]
+    for table in (read(tmp_path, frame.to_csv(index=False)), tables_of(frame, ["x"])[None]):
+        assert table.values.tolist() == [[value] for value in range(9)] and list(table.dates) == list(
+            once["date"].astype("M8[us]")
+        )
+        assert table.read_as.endswith(f": {9 * times - 9} rows that repeat the one above them are left out")
+
+
 def test_weather_as_distributed() -> None:
     table = read_table(real_data("weather"))
     assert table.values.shape == (52696, 21) and table.values.flags.f_contiguous

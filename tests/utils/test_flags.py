@@ -188,7 +188,7 @@ ROLES = {
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
     "use_prompt prompt_lags moving_avg activation seasonal_patterns",
     "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
-    "data_path_pretrain encoding date_column id_column drop_columns",
+    "data_path_pretrain encoding date_column id_column drop_columns dayfirst",
 }
 
 

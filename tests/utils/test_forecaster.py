@@ -180,6 +180,44 @@ def test_frames_with_gaps_an_index_of_dates_and_columns_of_their_own(trained, lo
     assert filling.predict(holes).equals(filling.predict(line))
 
 
+def test_dates_are_read_in_the_order_of_the_training(backbones, tmp_path: Path, capsys) -> None:
+    days = write_csv(tmp_path / "series.csv", 335)  # to the 12th of a month
+    table = pd.read_csv(days).assign(date=pd.date_range("2019-01-12", periods=335).strftime("%d/%m/%y"))
+    table.to_csv(days, index=False)
+    off = {"plots": 0, "torch_checkpoint": 0, "save_predictions": 0, "model": "Ridge", "patch_len": 4, "seq_len": 8}
+    words = command_line(tmp_path, backbones["qwen2"], **off, dayfirst=True, do_predict=True)
+    utils.run.main(parse_flags(words))
+    printed = capsys.readouterr().out
+    assert (
+        "dates are read day first (12/12/19 is 2019-12-12 00:00:00), --dayfirst False" not in printed
+    )  # no other can be read
+    expected = list(pd.date_range("2019-12-13", periods=PRED_LEN))
+    assert list(pd.read_csv(run_folder(words) / "forecast.csv", parse_dates=["date"])["date"]) == expected
+    forecaster, frame = Forecaster.load(run_folder(words), device="cpu"), table.tail(12)  # days of December, or months
+    assert list(forecaster.predict(frame)["date"]) == expected
+    assert forecaster.notes[-1].startswith("frame: dates are read day first (12/12/19 is 2019-12-12")
+    other = Forecaster.load(run_folder(words), device="cpu", dayfirst=False)
+    with pytest.raises(
+        InputError, match="rows that are 1 month apart, expected 1 day, .*; frame: dates are read month first"
+    ):
+        other.predict(frame)
+
+
+def test_days_without_a_midnight_are_forecast_and_drawn(backbones, tmp_path: Path) -> None:
+    days = write_csv(tmp_path / "series.csv", 200)
+    table = pd.read_csv(days).assign(date=pd.date_range("2018-01-01", periods=200))
+    table.to_csv(days, index=False)
+    words = command_line(tmp_path, backbones["qwen2"], model="Ridge", plots=0, torch_checkpoint=0, save_predictions=0)
+    utils.run.main(parse_flags(words))
+    forecaster = Forecaster.load(run_folder(words), device="cpu")
+    whole = pd.date_range("2018-10-01", periods=50).tz_localize("America/Sao_Paulo", nonexistent="shift_forward")
+    assert whole[34].hour == 1  # the 4th of November has no midnight
+    for rows in (34, 35, 40):
+        frame = table.iloc[:rows].drop(columns="date").set_index(whole[:rows])
+        assert list(forecaster.predict(frame)["date"]) == list(whole[rows : rows + PRED_LEN])
+        assert forecaster.plot(frame).axes
+
+
 def test_pictures(loaded, frame, tmp_path: Path) -> None:
     forecaster, many = loaded("DLinear"), pd.concat([frame.assign(shop=name) for name in "abc"])
     made = forecaster.predict(many, steps=2 * PRED_LEN, id_column="shop")

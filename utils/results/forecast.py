@@ -21,7 +21,7 @@ from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
-from data_provider.timestamps import gaps_in
+from data_provider.timestamps import gaps_in, step_words
 from layers.errors import input_error, listed
 from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
@@ -85,11 +85,13 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
     notes += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
-    gaps = gaps_in(series.dates[-args.seq_len :], series.step)
+    gaps = gaps_in(series.dates, series.step, args.seq_len)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
-        between = "between {} and {}".format(*gaps[0])
-        notes.append(f"WARNING: rows are missing {between}{more}, where the forecast goes on from; fill them first")
+        notes.append(
+            f"WARNING: rows are missing between {gaps[0][0]} and {gaps[0][1]}{more}, where the forecast goes on from; fill "
+            "them first (gaps that recur, as at night, show in two weeks of rows)"
+        )
     args.enc_in = len(series.columns)
     return series, trained, notes
 
@@ -196,7 +198,7 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     """
     args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
-    log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {series.step_words}")
+    log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {step_words(series.step, series.dates)}")
     if rows > horizon:
         times = (rows - 1) // horizon
         log(

@@ -287,4 +287,4 @@ def glyphs() -> frozenset[int]:
 
 # A date without the time where that is midnight.
 def day_of(date: pd.Timestamp) -> str:
-    return f"{date:%Y-%m-%d}" if date == date.normalize() else f"{date:%Y-%m-%d %H:%M}"
+    return f"{date:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
