@@ -34,6 +34,7 @@ class WindowDataset(Dataset):
         marks: time marks, `[rows, F]` float32.
         dates: `[rows]`.
         target_index: the one column that counts (`--features MS`), else None.
+        history: values once more, with rows before them, `[h + rows, N]`: an item then has the h rows before its window.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class WindowDataset(Dataset):
         label_len: int,
         pred_len: int,
         target_index: int | None = None,
+        history: np.ndarray | None = None,
     ):
-        self.values, self.marks, self.dates = values, marks, dates
+        self.values, self.marks, self.dates, self.history = values, marks, dates, history
         self.seq_len, self.label_len, self.pred_len = seq_len, label_len, pred_len
         self.target_index = target_index
 
@@ -54,12 +56,16 @@ class WindowDataset(Dataset):
         return len(self.values) - self.seq_len - self.pred_len + 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index."""
+        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index, and history `[h, N]`."""
         if not 0 <= index < len(self):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
         x, y = slice(index, now), slice(now - self.label_len, now + self.pred_len)
-        return {
+        earlier: dict[str, torch.Tensor | int] = {}
+        if self.history is not None:
+            h = len(self.history) - len(self.values)
+            earlier = {"history": torch.from_numpy(self.history[index : index + h])}
+        return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),
             "x_mark": torch.from_numpy(self.marks[x]),
@@ -179,17 +185,19 @@ class FileSeries(Series, SplitSeries):
 
     marks: np.ndarray  # [rows, F] float32, time marks
     splits: Splits
+    history: int = 0  # rows before each window that come with it; training windows without them are left out
 
     def windows(self, flag: str) -> WindowDataset:
-        splits, T = self.splits, self.seq_len
+        splits, T, h = self.splits, self.seq_len, self.history
         tested = splits.train + splits.val
         rows = {  # validation and test look back seq_len rows
-            "train": slice(0, splits.few_shot),
+            "train": slice(h, splits.few_shot),
             "val": slice(splits.train - T, tested),
             "test": slice(tested - T, tested + splits.test),
         }[flag]
         lengths = T, self.label_len, self.pred_len
-        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index)
+        history = self.values[rows.start - h : rows.stop] if h else None
+        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index, history)
 
     def as_record(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 import os
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from layers.backbone import Backbone, BackboneInfo
 from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
+from models.LinearStack import Model as LinearStack
 from models.TimeLLM import embeddings_on_host, layers_of
 from utils import validate
 from utils.flags import recorded, run_name
-from utils.results.baselines import doubts, fit_ridge
+from utils.results.baselines import doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -150,6 +151,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     accelerator, device = find_device(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
+    args.stack_windows = args.stack_windows or (checkpoint.flags.get("stack_windows") if checkpoint else None)
     series: Series
     if checkpoint is not None and forecasts_only:
         series, same_data, notes = read_history(args, checkpoint, in_program)
@@ -163,6 +165,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     info = validate.complete_from_model(args, pretrain or series)
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    if isinstance(series, FileSeries):
+        series = replace(series, history=outline.history)
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
@@ -334,6 +338,13 @@ def start_or_resume(context: Context, start: Start) -> Training:
             if against := doubts(weights, penalty, val):
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
+        for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
+            began = time.perf_counter()
+            found = fit_stack(context.windows, stack.members, stack.deviating)
+            for tensor, values in zip((stack.maps, stack.weights, stack.deviations), found, strict=True):
+                tensor.copy_(torch.from_numpy(values))
+            rows = " ".join(str(T) for T, _ in stack.members)
+            log(f"Linear stack in closed form: windows of {rows} rows, {time.perf_counter() - began:.1f} s")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
         part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     return Training(optimizer, saver, progress, journal, start.lock)

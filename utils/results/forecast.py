@@ -22,6 +22,7 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
 from data_provider.timestamps import gaps_in
 from layers.errors import input_error, listed
+from utils.flags import longest_window
 from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import write_text, writing
@@ -64,8 +65,9 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if not path.is_file():
             raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
     table = read_table(path, args.fill_missing)
-    if len(table.dates) < args.seq_len:
-        raise input_error(table.path, f"{len(table.dates)} rows", f"at least --seq_len {args.seq_len}")
+    if len(table.dates) < (rows := longest_window(args)):
+        longest = "--seq_len" if rows == args.seq_len else "the longest of --stack_windows,"
+        raise input_error(table.path, f"{len(table.dates)} rows", f"at least {longest} {rows}")
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
     if trained:
@@ -83,7 +85,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
-    gaps = gaps_in(series.dates[-args.seq_len :], series.step)
+    gaps = gaps_in(series.dates[-rows:], series.step)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
         between = "between {} and {}".format(*gaps[0])
