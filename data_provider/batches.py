@@ -37,7 +37,7 @@ class Batch:
     x_mask: torch.Tensor | None = None  # (M, T) 1 where x has a value, 0 where it is padded; None: no padding
     y_mask: torch.Tensor | None = None  # (M, H)
     history: torch.Tensor | None = None  # (M, h) the rows before x
-    channel: torch.Tensor | None = None  # (M,) which of the N channels each sequence is of
+    channel: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (M,) of the N channels
     index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (B,) window numbers
 
     def __len__(self) -> int:

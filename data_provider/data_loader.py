@@ -61,10 +61,8 @@ class WindowDataset(Dataset):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
         x, y = slice(index, now), slice(now - self.label_len, now + self.pred_len)
-        earlier: dict[str, torch.Tensor | int] = {}
-        if self.history is not None:
-            h = len(self.history) - len(self.values)
-            earlier = {"history": torch.from_numpy(self.history[index : index + h])}
+        history = None if self.history is None else self.history[index : index + len(self.history) - len(self.values)]
+        earlier: dict[str, Any] = {} if history is None else {"history": torch.from_numpy(history)}
         return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),
@@ -78,9 +76,11 @@ class WindowDataset(Dataset):
         """Windows times the channels that count."""
         return len(self) * (self.values.shape[1] if self.target_index is None else 1)
 
-    def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
-        values = self.values if self.target_index is None else self.values[:, [self.target_index]]
+    def sequences(self, every: int = 1, column: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and of the channels that count, or one column, in
+        chunks."""
+        column = self.target_index if column is None else column
+        values = self.values if column is None else self.values[:, [column]]
         length = self.seq_len + self.pred_len
         view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
         step = max(1, CHUNK_SEQUENCES // values.shape[1])
@@ -187,8 +187,9 @@ class FileSeries(Series, SplitSeries):
     splits: Splits
     history: int = 0  # rows before each window that come with it; training windows without them are left out
 
-    def windows(self, flag: str) -> WindowDataset:
-        splits, T, h = self.splits, self.seq_len, self.history
+    def windows(self, flag: str, seq_len: int | None = None) -> WindowDataset:
+        """See `SplitSeries`; with `seq_len` windows of so many rows instead, without history."""
+        splits, T, h = self.splits, seq_len or self.seq_len, 0 if seq_len else self.history
         tested = splits.train + splits.val
         rows = {  # validation and test look back seq_len rows
             "train": slice(h, splits.few_shot),

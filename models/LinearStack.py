@@ -48,7 +48,6 @@ class Model(ForecastModel):
 
     # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
-        assert batch.channel is not None
         x = batch.x if batch.history is None else torch.cat([batch.history, batch.x], dim=1)  # (M, L)
         level = batch.x.mean(dim=1, keepdim=True)  # any will do: each column of a map has the sum 1
         z, out = x - level, x.new_empty(len(x), self.maps.shape[2])

@@ -155,7 +155,6 @@ class Forecaster:
             raise input_error("steps", repr(steps), "a whole number of at least 1")
         dates = [series.future_dates(int(steps)) for series in histories]
         windows = np.stack([series.values[-L:, series.forecast_slice] for series in histories])  # (S, L, N)
-        channel = torch.arange(windows.shape[2], device=context.device)
         if whole:  # it reads the calendar, too
             days = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
             each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in days]
@@ -168,8 +167,8 @@ class Forecaster:
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
                 sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, L)
                 earlier, window = sequences.split([L - T, T], dim=1)
-                of = channel.repeat(len(x[part]))
-                batch = Batch(window, window.new_empty(len(window), 0), history=earlier, channel=of)
+                channel = torch.arange(x.shape[2], device=context.device).repeat(len(x[part]))
+                batch = Batch(window, window.new_empty(len(window), 0), history=earlier, channel=channel)
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))

@@ -165,8 +165,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     info = validate.complete_from_model(args, pretrain or series)
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
-    if isinstance(series, FileSeries):
-        series = replace(series, history=outline.history)
+    series = replace(series, history=outline.history) if isinstance(series, FileSeries) else series
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
@@ -340,9 +339,7 @@ def start_or_resume(context: Context, start: Start) -> Training:
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
         for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
             began = time.perf_counter()
-            found = fit_stack(context.windows, stack.members, stack.deviating)
-            for tensor, values in zip((stack.maps, stack.weights, stack.deviations), found, strict=True):
-                tensor.copy_(torch.from_numpy(values))
+            stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))
             rows = " ".join(str(T) for T, _ in stack.members)
             log(f"Linear stack in closed form: windows of {rows} rows, {time.perf_counter() - began:.1f} s")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place

@@ -125,8 +125,7 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
     if isinstance(series, FileSeries) and uses_stack(args):
         args.stack_windows = args.stack_windows or stack_windows(series)
         most = series.splits.few_shot - args.pred_len
-        wrong = longest_window(args) > most
-        refuse(args, (wrong, "stack_windows", f"at most {most} rows each, for a training window of {series.path}"))
+        refuse(args, (longest_window(args) > most, "stack_windows", f"at most {most} rows, the most that {series.path} has"))
     asked = args.prompt_domain and not args.checkpoint  # with a checkpoint the flag may be the training's
     if isinstance(series, FileSeries) and args.data == "custom" and not (args.prompt_text or asked or bank_file(args)):
         args.prompt_text = checkpoint.prompt_text if checkpoint is not None and same_data else None

@@ -3,7 +3,6 @@
 All are measured on the standardised test windows of a series, as the model is.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -114,15 +113,14 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
 def _row(
     name: str, title: str, detail: str, series: FileSeries, levels: tuple[float, ...], began: float, forecast: Forecast
 ) -> dict[str, Any]:
-    kept, columns, val, intervals = series.forecast_slice, series.forecast_columns, series.windows("val"), None
+    kept, columns, intervals = series.forecast_slice, series.forecast_columns, None
     if levels:
         offsets = []
         for n, place in enumerate(range(len(series.columns))[kept]):
-            channel = copy.copy(val)
-            channel.target_index = place
-            errors = [((y - forecast(x, np.full(len(x), n))) / stds(x)).astype(np.float32) for x, y in channel.sequences()]
+            own = series.windows("val").sequences(column=place)
+            errors = [((y - forecast(x, np.full(len(x), n))) / stds(x)).astype(np.float32) for x, y in own]
             offsets.append(quantiles(np.concatenate(errors), probabilities(levels)))
-        intervals = Intervals(levels, np.stack(offsets, axis=1), len(val))
+        intervals = Intervals(levels, np.stack(offsets, axis=1), len(series.windows("val")))
     metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals)
     for x, y in series.windows("test").sequences():
         made = forecast(x, np.resize(np.arange(len(columns)), len(x)))
@@ -160,9 +158,9 @@ def fitted_every(windows: Windows) -> int:
 # All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
 #
 # Each sequence of every k-th window is weighted by its deviation to the `power`.
-def _moments(windows: Windows, power: int, every: int) -> Moments:
+def _moments(windows: Windows, power: int, every: int, *column: int) -> Moments:
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
-    for x, y in windows.sequences(every):
+    for x, y in windows.sequences(every, *column):
         z, mean, std = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
         weighted = z * std ** (power / 2)  # (m, T); its product with itself takes half the time of another one
         xx, xy = xx + weighted.T @ weighted, xy + weighted.T @ ((y - mean) * std ** (power / 2 - 1))
@@ -205,9 +203,7 @@ def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
     return _choose(_moments(train, 1, fitted_every(train)), chosen_by, PENALTIES, np.ones(train.seq_len))
 
 
-def fit_stack(
-    series: FileSeries, members: Sequence[tuple[int, float]], deviating: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviating: Sequence[int]) -> dict[str, torch.Tensor]:
     """A few linear maps, and for each channel the weights of their mean; never one that validation alone has picked.
 
     Of wide files and long windows every k-th window is fitted to (STACK_COST); memory holds one channel's windows.
@@ -218,36 +214,34 @@ def fit_stack(
         deviating: places of members; each channel has one more map beside each, which deviates from it as validation says.
 
     Returns:
-        maps `[K, L, H]` of windows of L rows, which take a level to itself; weights `[N, K]`; and deviations
-        `[N, rows, H]`, what is to be added for each channel: see `models.LinearStack`.
+        The tensors of a `models.LinearStack`: maps `[K, L, H]` of windows of L rows, which take a level to itself; weights
+        `[N, K]`; and deviations `[N, rows, H]`, what is to be added for each channel.
     """
     from scipy.optimize import nnls  # type: ignore[import-untyped]  # only now: it takes half a second to load
 
-    L, H, day = series.seq_len + series.history, series.pred_len, season_length(series.step)
+    L, H, season = series.seq_len + series.history, series.pred_len, season_length(series.step)
     places = range(len(series.columns))[series.forecast_slice]
     every = math.ceil(series.windows("train").sequence_count * L**2 / STACK_COST)
 
-    def windows(flag: str, T: int, place: int | None = None) -> WindowDataset:
-        found = replace(series, seq_len=T, history=0).windows(flag)
-        found.target_index = found.target_index if place is None else place
-        return found
+    # A map `[T, H]` of what the shared one leaves to explain, of all columns or of one.
+    def fit(k: int, penalties: Iterable[float], shared: np.ndarray, *column: int) -> np.ndarray:
+        T, q = members[k]
+        train, val = (
+            (xx, xy - xx @ shared, total)
+            for flag, power in (("train", 1), ("val", 2))
+            for xx, xy, total in [_moments(series.windows(flag, T), power, every, *column)]
+        )
+        return _choose(train, val, penalties, (1 + np.arange(T)[::-1] / season) ** -q)[0]
 
-    def fit(member: tuple[int, float], penalties: Iterable[float], place: int | None, shared: np.ndarray) -> np.ndarray:
-        T, q = member
-        train, val = (_moments(windows(flag, T, place), power, every) for flag, power in (("train", 1), ("val", 2)))
-        # What the shared map leaves to explain.
-        train, val = ((xx, xy - xx @ shared, total) for xx, xy, total in (train, val))
-        return _choose(train, val, penalties, (1 + np.arange(T)[::-1] / day) ** -q)[0]
-
-    fitted = [fit(member, STACK_PENALTIES, None, np.zeros((member[0], H))) for member in members]
+    fitted = [fit(k, STACK_PENALTIES, np.zeros((T, H))) for k, (T, _) in enumerate(members)]
     maps = np.stack([np.pad(of - of.mean(axis=0) + 1 / len(of), ((L - len(of), 0), (0, 0))) for of in fitted])
-    rows, count = max((members[k][0] for k in deviating), default=0), len(members) + len(deviating)
-    weights, deviations = np.zeros((len(places), len(members))), np.zeros((len(places), rows, H))
+    rows, shared, count = max((members[k][0] for k in deviating), default=0), len(members), len(members) + len(deviating)
+    weights, deviations = np.zeros((len(places), shared)), np.zeros((len(places), rows, H))
     for n, place in enumerate(places):
-        own = [fit(members[k], DEVIATION_PENALTIES, place, fitted[k]) for k in deviating]
+        own = [fit(k, DEVIATION_PENALTIES, fitted[k], place) for k in deviating]
         own = [np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0))) for of in own]
         products = np.zeros((count, count))
-        for x, y in windows("val", L, place).sequences(every):
+        for x, y in series.windows("val", L).sequences(every, place):
             z = x - x[:, -1:]
             errors = [z @ of - (y - x[:, -1:]) for of in maps]
             errors += [errors[k] + z[:, L - rows :] @ of for k, of in zip(deviating, own, strict=True)]
@@ -257,11 +251,11 @@ def fit_stack(
         # The least w'(products)w of weights from 0 on with the sum 1, where |w - 1/K|^2 is |w|^2 but for a number.
         root = np.vstack([np.linalg.cholesky(products).T, np.full(count, 1e4)])
         found = nnls(root, np.append(np.zeros(count), 1e4))[0]
-        found /= found.sum()
-        weights[n] = found[: len(members)]
-        np.add.at(weights[n], deviating, found[len(members) :])
-        deviations[n] = sum((w * of for w, of in zip(found[len(members) :], own, strict=True)), start=np.zeros((rows, H)))
-    return maps, weights, deviations
+        weights[n] = found[:shared]
+        np.add.at(weights[n], deviating, found[shared:])
+        deviations[n] = np.tensordot(found[shared:], np.reshape(own, (len(own), rows, H)), 1)
+    found = {"maps": maps, "weights": weights, "deviations": deviations}
+    return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
 
 def doubts(weights: np.ndarray, penalty: float, val: Windows) -> str:

@@ -135,8 +135,7 @@ class TestPass:
             **self.metrics.result(),
             "baselines": measured(replace(self.series, history=0), self.levels),
         }
-        stack = getattr(context.model, "stack", None)
-        if stack is not None:
+        if (stack := getattr(context.model, "stack", None)) is not None:
             found["baselines"]["rows"].append(stack_row(self.series, stack, self.levels))
         write_json(self.folder / METRICS, found)
         small = {

@@ -99,7 +99,7 @@ def test_a_stack_of_one_map_is_the_ridge(tmp_path, frame, monkeypatch):
     series = small(tmp_path, frame)
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
     monkeypatch.setattr(module, "STACK_PENALTIES", [penalty])
-    maps, shares, deviations = fit_stack(series, [(30, 0.0)], [])
+    maps, shares, deviations = (tensor.double().numpy() for tensor in fit_stack(series, [(30, 0.0)], []).values())
     x, _ = stacked(series.windows("test"))
     mean = x.mean(axis=1, keepdims=True)
     np.testing.assert_allclose((x - mean) @ maps[0] + mean, ridge_forecast(x, weights), atol=1e-6)
@@ -126,8 +126,7 @@ def test_a_stack_by_hand(tmp_path, frame, monkeypatch, features):
     stack = LinearStack.Model(Namespace(seq_len=30, pred_len=5, features=features, enc_in=3, stack_windows=[48]))
     assert (stack.members, stack.deviating, stack.history) == ([(48, 0.5), (30, 0.0)], [0], 18)
     series = replace(series, history=stack.history)
-    for tensor, values in zip(stack.parameters(), fit_stack(series, stack.members, stack.deviating), strict=True):
-        tensor.copy_(torch.from_numpy(values))
+    stack.load_state_dict(fit_stack(series, stack.members, stack.deviating))
 
     values, train = series.values.astype(float), series.splits.train
     ends = {"train": range(48, train - 4), "val": range(train, train + series.splits.val - 4)}
