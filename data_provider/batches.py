@@ -47,11 +47,10 @@ class Batch:
         """Micro-batches of at most `size` sequences (0: one of all); whole windows are not split."""
         if self.windows is not None or not 0 < size < len(self):
             return [self]
-        prompts = self.prompts
         return [
             replace(
                 self._map(operator.itemgetter(some)),
-                prompts=None if prompts is None else prompts.rows(some.start, some.stop),
+                prompts=None if self.prompts is None else self.prompts.rows(some.start, some.stop),
             )
             for some in (slice(start, start + size) for start in range(0, len(self), size))
         ]

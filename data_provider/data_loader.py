@@ -61,8 +61,11 @@ class WindowDataset(Dataset):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
         x, y = slice(index, now), slice(now - self.label_len, now + self.pred_len)
-        history = None if self.history is None else self.history[index : index + len(self.history) - len(self.values)]
-        earlier: dict[str, Any] = {} if history is None else {"history": torch.from_numpy(history)}
+        earlier: dict[str, Any] = (
+            {}
+            if self.history is None
+            else {"history": torch.from_numpy(self.history[index : index + len(self.history) - len(self.values)])}
+        )
         return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),

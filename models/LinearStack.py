@@ -33,10 +33,10 @@ class Model(ForecastModel):
 
     def __init__(self, configs: Namespace):
         super().__init__()
-        T, H = configs.seq_len, configs.pred_len
+        T, H, windows = configs.seq_len, configs.pred_len, configs.stack_windows
         channels = 1 if configs.features == "MS" else configs.enc_in
-        windows = configs.stack_windows
         self.members = [(rows, DECAY) for rows in windows] + [(T, 0.0)]
+        self.title = f"linear stack, windows of {' '.join(str(rows) for rows, _ in self.members)} rows"
         self.history = max(T, *windows) - T
         self.deviating = [place for place, rows in enumerate(windows) if any(rows in lengths for lengths in DEVIATING)]
         rows = max((windows[place] for place in self.deviating), default=0)

@@ -51,12 +51,11 @@ class ForecastModel(nn.Module):
             return super().__call__(batch, *rest)
         x_mark, _, y_mark = (*rest, None, None, None)[:3]
         B, _, N = batch.shape
-        h, channel = self.history, torch.arange(N, device=batch.device).repeat(B)
-        x = batch.transpose(1, 2).flatten(0, 1)
+        x, channel = batch.transpose(1, 2).flatten(0, 1), torch.arange(N, device=batch.device).repeat(B)
         windows = None if self.channel_independent else Windows(batch, x_mark, y_mark, slice(None))
         return (
             super()
-            .__call__(Batch(x[:, h:], x[:, :0], windows=windows, history=x[:, :h], channel=channel))
+            .__call__(Batch(x[:, self.history :], x[:, :0], windows=windows, history=x[:, : self.history], channel=channel))
             .view(B, N, -1)
             .transpose(1, 2)
         )

@@ -369,7 +369,8 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     args = argparse.Namespace(**DEFAULTS | DEFAULTS_OF.get(prog, {}) | given)
     if args.intervals is not None:
         args.intervals = tuple(sorted({level for level in args.intervals if level is not None}))
-    args.stack_windows = args.stack_windows if uses_stack(args) else None
+    # A list, which the data complete, where there is a stack.
+    args.stack_windows = (args.stack_windows or []) if args.model == "LinearStack" or args.skip == "stack" else None
     if DATASETS[args.data].borders is None:  # None: read off the file
         args.target, args.freq = given.get("target"), given.get("freq")
     if args.data == M4:
@@ -457,10 +458,6 @@ def refuse(args: argparse.Namespace, *rows: tuple[object, str, str]) -> None:
             value = getattr(args, name)
             found = " ".join(map("{:g}".format, value)) if isinstance(value, tuple) else value
             raise input_error(f"--{name}", "nothing" if value is None else found, expected)
-
-
-def uses_stack(args: argparse.Namespace) -> bool:
-    return args.model == "LinearStack" or args.skip == "stack"
 
 
 def longest_window(args: argparse.Namespace) -> int:

@@ -167,8 +167,12 @@ class Forecaster:
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
                 sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, L)
                 earlier, window = sequences.split([L - T, T], dim=1)
-                channel = torch.arange(x.shape[2], device=context.device).repeat(len(x[part]))
-                batch = Batch(window, window.new_empty(len(window), 0), history=earlier, channel=channel)
+                batch = Batch(
+                    window,
+                    window.new_empty(len(window), 0),
+                    history=earlier,
+                    channel=torch.arange(x.shape[2], device=x.device).repeat(len(x[part])),
+                )
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))

@@ -151,7 +151,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     accelerator, device = find_device(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
-    args.stack_windows = args.stack_windows or (checkpoint.flags.get("stack_windows") if checkpoint else None)
+    args.stack_windows = args.stack_windows or (checkpoint and checkpoint.flags.get("stack_windows")) or args.stack_windows
     series: Series
     if checkpoint is not None and forecasts_only:
         series, same_data, notes = read_history(args, checkpoint, in_program)
@@ -340,8 +340,7 @@ def start_or_resume(context: Context, start: Start) -> Training:
         for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
             began = time.perf_counter()
             stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))
-            rows = " ".join(str(T) for T, _ in stack.members)
-            log(f"Linear stack in closed form: windows of {rows} rows, {time.perf_counter() - began:.1f} s")
+            log(f"{stack.title.capitalize()}, in closed form: {time.perf_counter() - began:.1f} s")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
         part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     return Training(optimizer, saver, progress, journal, start.lock)

@@ -3,7 +3,6 @@
 All are measured on the standardised test windows of a series, as the model is.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,14 +20,13 @@ from models.LinearStack import Model as LinearStack
 from utils.results.bands import Intervals, probabilities, quantiles, stds
 from utils.results.metrics import Metrics
 
-LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
-STACK = "linear stack"
+LAST, SEASON, RIDGE, STACK = "last value", "last season", "ridge", "linear stack"  # names in metrics.json
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 STACK_PENALTIES = 1e-6, 1e-4, 1e-3, 5e-3, 0.02, 0.07, 0.25, 1, 4
 DEVIATION_PENALTIES = 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, np.inf  # the last one: the shared map as it is
 EVENNESS = 0.03  # how strongly the weights of a stack are drawn towards equal ones
-STACK_COST = 2e11  # multiplications of all pairs of a longest window's rows; beyond, every k-th window is fitted to
+STACK_COST = 2 * 10**11  # multiplications of all pairs of a longest window's rows; beyond, every k-th window is fitted to
 STACK_SEASONS, STACK_WINDOWS, STACK_ROWS = (5, 10, 15, 21, 30, 42), 4, 2200
 
 Forecast = Callable[[np.ndarray, np.ndarray], np.ndarray]  # x [M, T] and channels [M] -> [M, H]
@@ -91,11 +89,10 @@ def stack_row(series: FileSeries, stack: LinearStack, levels: tuple[float, ...] 
     longest = replace(series, seq_len=stack.maps.shape[1], history=0)
 
     def forecast(x: np.ndarray, channel: np.ndarray) -> np.ndarray:
-        rows = torch.from_numpy(x).float().to(device)
-        return stack(Batch(rows, rows[:, :0], channel=torch.from_numpy(channel).to(device))).cpu().double().numpy()
+        rows, columns = torch.from_numpy(x).float().to(device), torch.from_numpy(channel).to(device)
+        return stack(Batch(rows, rows[:, :0], channel=columns)).cpu().double().numpy()
 
-    detail = f"linear maps of {' '.join(str(rows) for rows, _ in stack.members)} rows, weighted for each channel"
-    return _row(STACK, "linear stack", detail, longest, levels, began, forecast)
+    return _row(STACK, "linear stack", stack.title, longest, levels, began, forecast)
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:
@@ -221,7 +218,7 @@ def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviatin
 
     L, H, season = series.seq_len + series.history, series.pred_len, season_length(series.step)
     places = range(len(series.columns))[series.forecast_slice]
-    every = math.ceil(series.windows("train").sequence_count * L**2 / STACK_COST)
+    every = -(-series.windows("train").sequence_count * L**2 // STACK_COST)
 
     # A map `[T, H]` of what the shared one leaves to explain, of all columns or of one.
     def fit(k: int, penalties: Iterable[float], shared: np.ndarray, *column: int) -> np.ndarray:
@@ -236,10 +233,12 @@ def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviatin
     fitted = [fit(k, STACK_PENALTIES, np.zeros((T, H))) for k, (T, _) in enumerate(members)]
     maps = np.stack([np.pad(of - of.mean(axis=0) + 1 / len(of), ((L - len(of), 0), (0, 0))) for of in fitted])
     rows, shared, count = max((members[k][0] for k in deviating), default=0), len(members), len(members) + len(deviating)
-    weights, deviations = np.zeros((len(places), shared)), np.zeros((len(places), rows, H))
+    weights, deviations, ones = np.zeros((len(places), shared)), np.zeros((len(places), rows, H)), np.full(count, 1e4)
     for n, place in enumerate(places):
-        own = [fit(k, DEVIATION_PENALTIES, fitted[k], place) for k in deviating]
-        own = [np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0))) for of in own]
+        own = [
+            np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0)))
+            for of in (fit(k, DEVIATION_PENALTIES, fitted[k], place) for k in deviating)
+        ]
         products = np.zeros((count, count))
         for x, y in series.windows("val", L).sequences(every, place):
             z = x - x[:, -1:]
@@ -249,13 +248,11 @@ def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviatin
             products += flat @ flat.T
         products = products * count / max(np.trace(products), np.finfo(float).tiny) + EVENNESS * np.eye(count)
         # The least w'(products)w of weights from 0 on with the sum 1, where |w - 1/K|^2 is |w|^2 but for a number.
-        root = np.vstack([np.linalg.cholesky(products).T, np.full(count, 1e4)])
-        found = nnls(root, np.append(np.zeros(count), 1e4))[0]
-        weights[n] = found[:shared]
-        np.add.at(weights[n], deviating, found[shared:])
-        deviations[n] = np.tensordot(found[shared:], np.reshape(own, (len(own), rows, H)), 1)
-    found = {"maps": maps, "weights": weights, "deviations": deviations}
-    return {name: torch.from_numpy(values).float() for name, values in found.items()}
+        shares = nnls(np.vstack([np.linalg.cholesky(products).T, ones]), np.append(np.zeros(count), ones[0]))[0]
+        weights[n] = shares @ np.vstack([np.eye(shared), np.eye(shared)[list(deviating)]])
+        deviations[n] = np.tensordot(shares[shared:], np.reshape(own, (len(own), rows, H)), 1)
+    tensors = (torch.from_numpy(values).float() for values in (maps, weights, deviations))
+    return dict(zip(("maps", "weights", "deviations"), tensors, strict=True))
 
 
 def doubts(weights: np.ndarray, penalty: float, val: Windows) -> str:

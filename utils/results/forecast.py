@@ -66,8 +66,11 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
             raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
     table = read_table(path, args.fill_missing)
     if len(table.dates) < (rows := longest_window(args)):
-        longest = f"--seq_len {rows}" if rows == args.seq_len else f"{rows}, the longest of --stack_windows"
-        raise input_error(table.path, f"{len(table.dates)} rows", f"at least {longest}")
+        raise input_error(
+            table.path,
+            f"{len(table.dates)} rows",
+            f"at least {f'{rows}, the longest of --stack_windows' if rows > args.seq_len else f'--seq_len {rows}'}",
+        )
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
     notes = [f"{table.filled} empty cells filled (--fill_missing {args.fill_missing})"] if table.filled else []
     if trained:
