@@ -4,14 +4,17 @@ Shapes: B windows, N forecast channels, M = B*N sequences (window by window, cha
 H = pred_len, F time marks, C columns of the data.
 """
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import default_collate
 
 from layers.prompt import PromptEncoder, Prompts, pad_prompts
+
+SEQUENCES = ("x", "y", "x_mask", "y_mask", "history", "channel")  # what a batch has a row a sequence of
 
 
 class Windows(NamedTuple):
@@ -33,6 +36,8 @@ class Batch:
     windows: Windows | None = None
     x_mask: torch.Tensor | None = None  # (M, T) 1 where x has a value, 0 where it is padded; None: no padding
     y_mask: torch.Tensor | None = None  # (M, H)
+    history: torch.Tensor | None = None  # (M, h) the rows before x
+    channel: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (M,) of the N channels
     index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (B,) window numbers
 
     def __len__(self) -> int:
@@ -44,12 +49,8 @@ class Batch:
             return [self]
         return [
             replace(
-                self,
-                x=self.x[some],
-                y=self.y[some],
+                self._map(operator.itemgetter(some)),
                 prompts=None if self.prompts is None else self.prompts.rows(some.start, some.stop),
-                x_mask=None if self.x_mask is None else self.x_mask[some],
-                y_mask=None if self.y_mask is None else self.y_mask[some],
             )
             for some in (slice(start, start + size) for start in range(0, len(self), size))
         ]
@@ -65,14 +66,9 @@ class Batch:
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         w = self.windows
-        return replace(
-            self,
-            x=move(self.x),
-            y=move(self.y),
-            windows=None if w is None else Windows(move(w.x), move(w.x_mark), move(w.y_mark), w.channels),
-            x_mask=None if self.x_mask is None else move(self.x_mask),
-            y_mask=None if self.y_mask is None else move(self.y_mask),
-        )
+        moved: dict[str, Any] = {name: move(v) for name in SEQUENCES if (v := getattr(self, name)) is not None}
+        moved["windows"] = None if w is None else Windows(move(w.x), move(w.x_mark), move(w.y_mark), w.channels)
+        return replace(self, **moved)
 
 
 class WindowCollate:
@@ -94,7 +90,8 @@ class WindowCollate:
 
     def __call__(self, items: list[dict]) -> Batch:
         held = default_collate(items)
-        channels = {name: held[name][..., self.channels] for name in ("x", "x_mask", "y_mask") if name in held}
+        names = ("x", "x_mask", "y_mask", "history")
+        channels = {name: held[name][..., self.channels] for name in names if name in held}
         prompts = None
         if self.encoder is not None:
             described: Iterable[torch.Tensor] = channels["x"]  # (B, T, N)
@@ -104,6 +101,7 @@ class WindowCollate:
         return Batch(
             y=_sequences(held["y"][:, -self.pred_len :, self.channels]),
             index=held["index"],
+            channel=held.get("channel", torch.arange(channels["x"].shape[2]).repeat(len(held["index"]))),
             prompts=prompts,
             windows=Windows(held["x"], held["x_mark"], held["y_mark"], self.channels) if self.whole else None,
             **{name: _sequences(values) for name, values in channels.items()},

@@ -34,6 +34,7 @@ class WindowDataset(Dataset):
         marks: time marks, `[rows, F]` float32.
         dates: `[rows]`.
         target_index: the one column that counts (`--features MS`), else None.
+        history: values once more, with rows before them, `[h + rows, N]`: an item then has the h rows before its window.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class WindowDataset(Dataset):
         label_len: int,
         pred_len: int,
         target_index: int | None = None,
+        history: np.ndarray | None = None,
     ):
-        self.values, self.marks, self.dates = values, marks, dates
+        self.values, self.marks, self.dates, self.history = values, marks, dates, history
         self.seq_len, self.label_len, self.pred_len = seq_len, label_len, pred_len
         self.target_index = target_index
 
@@ -54,12 +56,17 @@ class WindowDataset(Dataset):
         return len(self.values) - self.seq_len - self.pred_len + 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index."""
+        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index, and history `[h, N]`."""
         if not 0 <= index < len(self):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
         x, y = slice(index, now), slice(now - self.label_len, now + self.pred_len)
-        return {
+        earlier: dict[str, Any] = (
+            {}
+            if self.history is None
+            else {"history": torch.from_numpy(self.history[index : index + len(self.history) - len(self.values)])}
+        )
+        return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),
             "x_mark": torch.from_numpy(self.marks[x]),
@@ -72,9 +79,11 @@ class WindowDataset(Dataset):
         """Windows times the channels that count."""
         return len(self) * (self.values.shape[1] if self.target_index is None else 1)
 
-    def sequences(self, every: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and channels that count, in chunks."""
-        values = self.values if self.target_index is None else self.values[:, [self.target_index]]
+    def sequences(self, every: int = 1, column: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs `[m, T]` and truths `[m, H]`, float64, of the windows and of the channels that count, or one column, in
+        chunks."""
+        column = self.target_index if column is None else column
+        values = self.values if column is None else self.values[:, [column]]
         length = self.seq_len + self.pred_len
         view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
         step = max(1, CHUNK_SEQUENCES // values.shape[1])
@@ -96,13 +105,12 @@ class ChannelItems(Dataset):
     def __len__(self) -> int:
         return len(self.windows) * self.channels
 
-    def channel(self, index: int) -> int:
-        return index // len(self.windows)
-
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """Item `index`: x `[T, 1]`, y `[label_len + H, 1]`, x_mark, y_mark `[.., F]`, index."""
-        item, one = self.windows[index % len(self.windows)], slice(self.channel(index), self.channel(index) + 1)
-        return item | {"x": item["x"][:, one], "y": item["y"][:, one], "index": index}  # type: ignore[index]
+        """Item `index`: x `[T, 1]`, y `[label_len + H, 1]`, x_mark, y_mark `[.., F]`, index, channel."""
+        channel, window = divmod(index, len(self.windows))
+        item: dict[str, Any] = self.windows[window]
+        own = {name: item[name][:, channel : channel + 1] for name in ("x", "y", "history") if name in item}
+        return item | own | {"index": index, "channel": channel}
 
     def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
         """The first input date and the first forecast date of item `index`."""
@@ -202,17 +210,20 @@ class FileSeries(Series, SplitSeries):
 
     marks: np.ndarray  # [rows, F] float32, time marks
     splits: Splits
+    history: int = 0  # rows before each window that come with it; training windows without them are left out
 
-    def windows(self, flag: str) -> WindowDataset:
-        splits, T = self.splits, self.seq_len
+    def windows(self, flag: str, seq_len: int | None = None) -> WindowDataset:
+        """See `SplitSeries`; with `seq_len` windows of so many rows instead, without history."""
+        splits, T, h = self.splits, seq_len or self.seq_len, 0 if seq_len else self.history
         tested = splits.train + splits.val
         rows = {  # validation and test look back seq_len rows
-            "train": slice(0, splits.few_shot),
+            "train": slice(h, splits.few_shot),
             "val": slice(splits.train - T, tested),
             "test": slice(tested - T, tested + splits.test),
         }[flag]
         lengths = T, self.label_len, self.pred_len
-        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index)
+        history = self.values[rows.start - h : rows.stop] if h else None
+        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index, history)
 
     def as_record(self) -> dict[str, Any]:
         return {

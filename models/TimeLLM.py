@@ -22,6 +22,7 @@ from layers.patch import FlattenHead, PatchEmbedding, patch_count
 from layers.prompt import PromptEncoder, Prompts, PromptTemplate, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
 from models.base import ForecastModel
+from models.LinearStack import Model as LinearStack
 
 PROTOTYPES = 1000
 
@@ -101,9 +102,12 @@ class Model(ForecastModel):
             backbone.keep_embeddings_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
         self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
+        self.stack = LinearStack(configs) if configs.skip == "stack" else None
+        self.history = 0 if self.stack is None else self.stack.history
         if configs.skip != "none":  # a linear map of the normalised window, and what the head adds to it, from zero on
             zeros = torch.zeros(configs.seq_len, configs.pred_len)
-            self.linear_map = zeros if configs.skip == "ridge" else nn.Parameter(zeros)  # ridge's: saved, not trained
+            if self.stack is None:
+                self.linear_map = zeros if configs.skip == "ridge" else nn.Parameter(zeros)  # ridge's: saved, not trained
             for parameter in self.output_projection.parameters():
                 nn.init.zeros_(parameter)
 
@@ -152,7 +156,7 @@ class Model(ForecastModel):
         if self.linear_map is not None:
             with torch.autocast(x.device.type, enabled=False):
                 out = out + z @ self.linear_map
-        return out * std + mean
+        return out * std + (mean if self.stack is None else self.stack(batch))
 
     def prototype_kv(self) -> tuple[torch.Tensor, ...]:
         """Keys and values of the K text prototypes, each `[1, h, K, f]`; without reprogramming nothing.

@@ -25,6 +25,7 @@ class ForecastModel(nn.Module):
         reads_masks: whether it can be told which values of a window exist, as series shorter than the window ask for.
         is_trained: whether gradients train it; else its linear map is all that it has.
         linear_map: a map `[T, H]` of normalised windows that ridge regression fits before the first iteration.
+        history: how many rows before a window it reads, too: the batch's `history`.
         prompts, mapping_layer: what writes prompts, and the layer whose gradient may come in factors; None without.
     """
 
@@ -33,6 +34,7 @@ class ForecastModel(nn.Module):
     whole_batches = False
     reads_masks = False
     is_trained = True
+    history = 0
     prompts: PromptEncoder | None = None
     linear_map: torch.Tensor | None
 
@@ -43,15 +45,20 @@ class ForecastModel(nn.Module):
         self.register_buffer("linear_map", None)
 
     def __call__(self, batch, *rest):
-        """`forward`; or, as the Time-Series-Library calls a model, windows `[B, T, N]`, their marks, the decoder's input
-        (not read) and its marks -> forecasts `[B, H, N]`."""
+        """`forward`; or, as the Time-Series-Library calls a model, windows `[B, history + T, N]`, their marks, the decoder's
+        input (not read) and its marks -> forecasts `[B, H, N]`."""
         if isinstance(batch, Batch):
             return super().__call__(batch, *rest)
         x_mark, _, y_mark = (*rest, None, None, None)[:3]
         B, _, N = batch.shape
-        x = batch.transpose(1, 2).flatten(0, 1)
+        x, channel = batch.transpose(1, 2).flatten(0, 1), torch.arange(N, device=batch.device).repeat(B)
         windows = None if self.channel_independent else Windows(batch, x_mark, y_mark, slice(None))
-        return super().__call__(Batch(x, x[:, :0], windows=windows)).view(B, N, -1).transpose(1, 2)
+        return (
+            super()
+            .__call__(Batch(x[:, self.history :], x[:, :0], windows=windows, history=x[:, : self.history], channel=channel))
+            .view(B, N, -1)
+            .transpose(1, 2)
+        )
 
     def forward(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """M sequences, and what `prototype_kv` gave (None: made here) -> forecasts `[M, H]` on the series' own scale."""

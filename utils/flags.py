@@ -52,6 +52,7 @@ def one_of(*names: str) -> ArgType:
     return ArgType(lambda text: known[text.lower()], f"one of {', '.join(names)}", choices=names)
 
 
+COUNTS = whole(2, 100_000)  # several
 COUNT, COUNT_OR_0, SWITCH = whole(1), whole(0), whole(0, 1)
 TEXT, FOLDER, FILE = (ArgType(str, expected, str.strip) for expected in ("some text", "a folder", "a file name"))
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -155,10 +156,13 @@ FLAGS = [
          "dropout rate"),
     Flag("patch_len", "model", "inherit resume fixed", COUNT, 16, "rows in a patch"),
     Flag("stride", "model", "inherit resume fixed", COUNT, 8, "rows from one patch to the next"),
-    Flag("skip", "model", "inherit resume fixed", one_of("none", "ridge", "linear"), "none",
+    Flag("skip", "model", "inherit resume fixed", one_of("none", "ridge", "stack", "linear"), "none",
          "TimeLLM's forecast is a linear map of the window, and what the head adds to it; ridge: in closed form, not "
-         "trained, poor where training windows are few (the log warns then); linear: trained from there on (ours, not the "
-         "paper's)"),
+         "trained, poor where training windows are few (the log warns then); stack: the maps of --model LinearStack; "
+         "linear: ridge, trained from there on (ours, not the paper's)"),
+    Flag("stack_windows", "model", "inherit resume fixed", COUNTS, None, "rows of the windows that the maps of "
+         "LinearStack and --skip stack read, longer than --seq_len or shorter (default: the longest four of 5 to 42 days "
+         "that the file allows)"),
     Flag("use_reprogramming", "model", "inherit resume", SWITCH, 1, "0: w/o reprogramming, a linear map of the patches in "
          "its place"),
     Flag("prompt_domain", "model", "inherit resume", SWITCH, 0, "1: describe the data set by its text in "
@@ -284,7 +288,7 @@ def build_parser(prog: str = "run_main.py") -> FlagParser:
     groups = {flag.group: parser.add_argument_group(flag.group) for flag in {f.group: f for f in FLAGS}.values()}
     words: dict[ArgType, dict[str, Any]] = {
         BOOL: {"nargs": "?", "const": True},
-        **dict.fromkeys((LEVEL, NAMES), {"nargs": "+"}),
+        **dict.fromkeys((LEVEL, NAMES, COUNTS), {"nargs": "+"}),
     }
     for flag in FLAGS:
         default = DEFAULTS_OF.get(prog, {}).get(flag.name, flag.default)
@@ -396,6 +400,8 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     args.names_rate = bool(given.keys() & {"learning_rate", "lradj"})
     if args.intervals is not None:
         args.intervals = tuple(sorted({level for level in args.intervals if level is not None}))
+    # A list, which the data complete, where there is a stack.
+    args.stack_windows = (args.stack_windows or []) if args.model == "LinearStack" or args.skip == "stack" else None
     if DATASETS[args.data].borders is None:  # None: read off the file
         args.target, args.freq = given.get("target"), given.get("freq")
     if args.data == M4:
@@ -487,6 +493,11 @@ def refuse(args: argparse.Namespace, *rows: tuple[object, str, str]) -> None:
             value = getattr(args, name)
             found = " ".join(map("{:g}".format, value)) if isinstance(value, tuple) else value
             raise input_error(f"--{name}", "nothing" if value is None else found, expected)
+
+
+def longest_window(args: argparse.Namespace) -> int:
+    """Rows that a forecast reads: `seq_len`, or more with a linear stack."""
+    return max([args.seq_len, *(args.stack_windows or ())])
 
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from data_provider.table import check_rows, tables_of
 from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
 from layers.norm import instance_norm
-from utils.flags import flags_for
+from utils.flags import flags_for, longest_window
 from utils.results.bands import Intervals, name_of
 from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
 from utils.results.log import RunLog
@@ -157,31 +157,38 @@ class Forecaster:
         """
         context, args, S = self.context, self.context.args, len(histories)
         T, H, whole = args.seq_len, args.pred_len, not context.model.channel_independent
+        L = T + context.model.history
         steps = H if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise input_error("steps", repr(steps), "a whole number of at least 1")
         dates = [series.future_dates(int(steps)) for series in histories]
-        windows = np.stack([series.values[-T:, series.forecast_slice] for series in histories])  # (S, T, N)
+        windows = np.stack([series.values[-L:, series.forecast_slice] for series in histories])  # (S, L, N)
         if whole:  # it reads the calendar, too
             days = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
             each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in days]
             marks = torch.from_numpy(np.stack(each)).to(context.device)  # (S, T + steps + H, F)
         # Side by side, so that the sums of each series are those that it has alone.
-        rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (T, S*N), and longer each time
+        rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (L, S*N), and longer each time
         for start in range(0, steps, H):  # where a forecast ends, the next goes on from it
-            x, ahead = rows[-T:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, T, N)
+            x, ahead = rows[-L:].unflatten(1, (S, -1)).transpose(0, 1), []  # (S, L, N)
             at_once, most = (args.eval_batch_size, 0) if whole else (S, AT_ONCE)  # whole windows are not cut any smaller
             for part in (slice(first, first + at_once) for first in range(0, S, at_once)):
-                sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, T)
-                batch = Batch(sequences, sequences.new_empty(len(sequences), 0))
+                sequences = x[part].transpose(1, 2).flatten(0, 1)  # (M, L)
+                earlier, window = sequences.split([L - T, T], dim=1)
+                batch = Batch(
+                    window,
+                    window.new_empty(len(window), 0),
+                    history=earlier,
+                    channel=torch.arange(x.shape[2], device=x.device).repeat(len(x[part])),
+                )
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
                 with ONE_AT_A_TIME:
                     ahead.append(forecast_within_memory(context, batch, self.prototype_kv, most))  # (M, H)
             rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
-        values = rows[T : T + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
-        return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows, strict=True)]
+        values = rows[L : L + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
+        return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows[:, -T:], strict=True)]
 
     def evaluate(self, frame: pd.DataFrame, intervals: Levels = "auto", id_column: str | None = None) -> dict[str, Any]:
         """Score every window of a frame: forecasts of its rows from those before them.
@@ -198,11 +205,12 @@ class Forecaster:
             InputError: see `predict`; a series shorter than seq_len + pred_len.
         """
         context, args = self.context, self.context.args
-        T, H, parts, starts = args.seq_len, args.pred_len, [], []
-        for series in self._histories(frame, id_column, T + H).values():
+        T, H, h, parts, starts = args.seq_len, args.pred_len, context.model.history, [], []
+        for series in self._histories(frame, id_column, h + T + H).values():
             marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
-            parts.append(WindowDataset(series.values, marks, series.dates, T, args.label_len, H))
-            starts += [series.dates[T], series.dates[len(series.dates) - H]]
+            rows, history = (series.values[h:], marks[h:], series.dates[h:]), series.values if h else None
+            parts.append(WindowDataset(*rows, T, args.label_len, H, history=history))
+            starts += [series.dates[h + T], series.dates[len(series.dates) - H]]
         kept = context.series.forecast_slice
         columns, mean, std = self.columns, context.series.mean[kept], context.series.std[kept]
         metrics = Metrics(columns, mean, std, H, self._intervals(intervals), context.device)
@@ -278,7 +286,7 @@ class Forecaster:
         for name, table in tables_of(
             frame, context.series.columns, id_column, args.fill_missing, args.date_column, args.id_column, args.dayfirst
         ).items():
-            check_rows(table, context.args.seq_len, self._step)
+            check_rows(table, longest_window(args), self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"
                 raise input_error(table.path, got, expected)

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from layers.backbone import Backbone, BackboneInfo
 from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
+from models.LinearStack import Model as LinearStack
 from models.TimeLLM import embeddings_on_host, layers_of
 from utils import validate
 from utils.flags import recorded, run_name
-from utils.results.baselines import doubts, fit_ridge
+from utils.results.baselines import doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -156,6 +157,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     info = validate.complete_from_model(args)
     folder = Path(args.checkpoints) / run_name(args, repeat)
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
+    args.stack_windows = args.stack_windows or (checkpoint and checkpoint.flags.get("stack_windows")) or args.stack_windows
     series: Series
     if checkpoint is not None and forecasts_only:
         series, same_data, notes = read_history(args, checkpoint, in_program)
@@ -168,6 +170,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     pretrain = pretraining_series(args) if trains and args.data_pretrain else None
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    series = replace(series, history=outline.history) if isinstance(series, FileSeries) else series
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
@@ -347,6 +350,10 @@ def start_or_resume(context: Context, start: Start) -> Training:
             if against := doubts(weights, penalty, val):
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
+        for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
+            began = time.perf_counter()
+            stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))
+            log(f"{stack.title.capitalize()}, in closed form: {time.perf_counter() - began:.1f} s")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
         part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     done = min(progress.epoch - 1, args.train_epochs)

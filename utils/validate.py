@@ -20,8 +20,9 @@ from layers.backbone import BackboneInfo, find_backbone, require_bitsandbytes
 from layers.errors import input_error, listed
 from models import model_class
 from models.base import ForecastModel
-from utils.flags import DEFAULTS, FLAGS, refuse, resumed
+from utils.flags import DEFAULTS, FLAGS, longest_window, refuse, resumed
 from utils.results.bands import LEVELS, Intervals, fewest_windows, name_of
+from utils.results.baselines import stack_windows
 from utils.saving.checkpoint import Checkpoint, shapes_of
 
 
@@ -54,6 +55,12 @@ def check_flags(args: Namespace) -> None:
         ),
         (not model.uses_llm and args.llm_ablation != "off", "llm_ablation", f"off, {no_llm}"),
         (not model.uses_llm and args.skip != "none", "skip", f"none, {no_llm}"),
+        (args.skip == "stack" and args.data == M4, "skip", f"none, ridge or linear with --data {M4}"),
+        (
+            args.stack_windows is not None and args.data_pretrain,
+            "data_pretrain",
+            "nothing with a linear stack, which weighs its maps for each channel of --data",
+        ),
         (not model.uses_llm and args.load_in_4bit, "load_in_4bit", f"False, {no_llm}"),
         (
             args.llm_ablation == "random" and args.load_in_4bit,
@@ -120,6 +127,10 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
     model = model_class(args.model)
     if not model.channel_independent and args.freq is None:
         args.freq = frequency(series.step)  # tells how many time marks there are
+    if isinstance(series, FileSeries) and args.stack_windows is not None:
+        args.stack_windows = args.stack_windows or stack_windows(series)
+        most = series.splits.few_shot - args.pred_len
+        refuse(args, (longest_window(args) > most, "stack_windows", f"at most {most} rows, with which {series.path} trains"))
     asked = args.prompt_domain and not args.checkpoint  # with a checkpoint the flag may be the training's
     if isinstance(series, FileSeries) and args.data == "custom" and not (args.prompt_text or asked or bank_file(args)):
         args.prompt_text = checkpoint.prompt_text if checkpoint is not None and same_data else None

@@ -68,6 +68,8 @@ def refuse(no_weights, tmp_path: Path, capsys) -> Callable[..., str]:
         ({"is_training": 0, "checkpoint": "a_test_mean-run"}, ["--checkpoint", "the mean of repeats has none"]),
         # What a model cannot do.
         ({"model": "DLinear", "llm_ablation": "none"}, ["--llm_ablation", "none", "expected off", "DLinear"]),
+        ({"model": "LinearStack", "stack_windows": 400}, ["--stack_windows", "400", "at most 216", "series.csv"]),
+        ({"skip": "stack", "data_pretrain": "ETTh1"}, ["--data_pretrain", "ETTh1", "linear stack"]),
         ({"model": "Ridge", "skip": "ridge"}, ["--skip", "ridge", "expected none", "Ridge"]),
         ({"model": "PatchTST", "load_in_4bit": True}, ["--load_in_4bit", "PatchTST"]),
         ({"model": "PatchTST", "max_sequences": 8}, ["--max_sequences", "8", "expected 0", "PatchTST"]),

@@ -93,7 +93,7 @@ def test_a_wrong_value_is_named(flag, capsys: pytest.CaptureFixture[str]) -> Non
             ("pct_start", "1", "a number between 0 and 1"),
             ("intervals", "100", "numbers between 0 and 100"), ("intervals", "0", "numbers"),
             ("freq", "every!", "a pandas frequency"), ("encoding", "base64", "an encoding that Python knows"),
-            ("model", "TimeLM", "one of Autoformer, DLinear, PatchTST, Ridge, TimeLLM; perhaps TimeLLM"),
+            ("model", "TimeLM", "one of Autoformer, DLinear, LinearStack, PatchTST, Ridge, TimeLLM; perhaps TimeLLM"),
             ("llm_ablation", "Atention", "one of off, none, attention, transformer, random; perhaps attention"),
         ]
     ]

@@ -23,6 +23,7 @@ MODELS = {
     "DLinear": {"model": "DLinear"},
     "Autoformer": {"model": "Autoformer"},
     "TimeLLM": {"model": "TimeLLM"},
+    "stack": {"model": "LinearStack", "stack_windows": 48},
     "target alone": {"model": "Ridge", "features": "MS", "target": "flow"},
 }
 

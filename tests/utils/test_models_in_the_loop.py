@@ -27,12 +27,13 @@ OTHERS = {
     "PatchTST": {"model": "PatchTST"},
     "Autoformer": {"model": "Autoformer"},
     "Ridge": {"model": "Ridge"},
+    "LinearStack": {"model": "LinearStack", "stack_windows": 48},
 }
 VARIANTS = OTHERS | {
     "none": {"llm_ablation": "none", "use_reprogramming": 0},
     "attention": {"llm_ablation": "attention", "skip": "linear"},
     "transformer": {"llm_ablation": "transformer", "prompt_lags": "peaks"},
-    "random": {"llm_ablation": "random", "skip": "ridge"},
+    "random": {"llm_ablation": "random", "skip": "stack", "stack_windows": 48},
     "patches alone": {"use_prompt": 0, "use_reprogramming": 0},
 }  # fmt: skip
 
@@ -161,6 +162,25 @@ def test_the_linear_skip_starts_at_ridge(small, capsys, tmp_path: Path) -> None:
     table[:] = np.random.default_rng(5).standard_normal(table.shape).cumsum(axis=0)  # a walk, which no map is good for
     table.to_csv(tmp_path / "series.csv")
     held(said=True, skip="linear", max_iters=1, percent=50)
+
+
+def test_the_skip_stack_starts_at_the_stack(small, capsys) -> None:
+    def tested(**flags: object) -> tuple[dict[str, float], dict[str, dict], Path]:
+        words = small(stack_windows=48, **flags)
+        train(words, capsys)
+        rows = json.loads((run_folder(words) / "metrics.json").read_text())["baselines"]["rows"]
+        return scores(run_folder(words)), {row["name"]: row for row in rows}, run_folder(words)
+
+    alone, rows, folder = tested(model="LinearStack")
+    found, beside, _ = tested(skip="stack", max_iters=1, learning_rate=1e-30)
+    assert found == pytest.approx(alone, abs=1e-6)  # the head begins at zero
+    assert beside["linear stack"]["mse"] == pytest.approx(alone["mse"], abs=1e-6)
+    assert beside["ridge"]["mse"] == rows["ridge"]["mse"]  # fitted to all training windows, as in every report
+    moved, beside, own = tested(skip="stack", learning_rate=1e-2, des="moved")
+    fitted = load_file(folder / "checkpoint.safetensors")
+    held = load_file(own / "checkpoint.safetensors")
+    assert all(torch.equal(held[f"stack.{name}"], fitted[name]) for name in ("maps", "weights", "deviations"))
+    assert moved != found and beside["linear stack"]["mse"] == pytest.approx(alone["mse"], abs=1e-6)
 
 
 def test_a_drawn_language_model_is_that_of_the_training(small, capsys) -> None:

@@ -3,27 +3,35 @@
 All are measured on the standardised test windows of a series, as the model is.
 """
 
-import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from data_provider.batches import Batch
 from data_provider.data_loader import FileSeries, WindowDataset
 from data_provider.m4 import M4Windows
 from layers.norm import instance_norm
+from models.LinearStack import Model as LinearStack
 from utils.results.bands import Intervals, probabilities, quantiles, stds
 from utils.results.metrics import Metrics
 
-LAST, SEASON, RIDGE = "last value", "last season", "ridge"  # names in metrics.json
+LAST, SEASON, RIDGE, STACK = "last value", "last season", "ridge", "linear stack"  # names in metrics.json
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
+STACK_PENALTIES = 1e-6, 1e-4, 1e-3, 5e-3, 0.02, 0.07, 0.25, 1, 4
+DEVIATION_PENALTIES = 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, np.inf  # the last one: the shared map as it is
+EVENNESS = 0.03  # how strongly the weights of a stack are drawn towards equal ones
+STACK_COST = 2 * 10**11  # multiplications of all pairs of a longest window's rows; beyond, every k-th window is fitted to
+STACK_SEASONS, STACK_WINDOWS, STACK_ROWS = (5, 10, 15, 21, 30, 42), 4, 2200
 
-Forecast = Callable[[np.ndarray], np.ndarray]  # x [M, T] -> [M, H]
+Forecast = Callable[[np.ndarray, np.ndarray], np.ndarray]  # x [M, T] and channels [M] -> [M, H]
 Windows = WindowDataset | M4Windows
+Moments = tuple[np.ndarray, np.ndarray, float]  # see `_moments`
 
 
 def measured(series: FileSeries, levels: tuple[float, ...] = ()) -> dict[str, Any]:
@@ -58,18 +66,30 @@ def baselines(series: FileSeries, levels: tuple[float, ...] = ()) -> list[dict[s
         detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `Metrics`.
     """
     H, step, season, began = series.pred_len, series.step, season_length(series.step), time.perf_counter()
-    rows = [_row(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began, lambda x: x[:, np.full(H, -1)])]
+    rows = [_row(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began, lambda x, _: x[:, np.full(H, -1)])]
     if 1 < season <= series.seq_len:
         began, start, last_season = time.perf_counter(), pd.Timestamp("2001-01-01"), np.arange(H) % season - season
         daily = step is not None and start + season * step - start == pd.Timedelta(days=1)
         title, detail = f"repeat the last {'24 h' if daily else f'{season} rows'}", f"repeats the last {season} rows"
-        rows.append(_row(SEASON, title, detail, series, levels, began, lambda x: x[:, last_season]))
+        rows.append(_row(SEASON, title, detail, series, levels, began, lambda x, _: x[:, last_season]))
     began, train = time.perf_counter(), series.windows("train")
     weights, penalty = fit_ridge(train, series.windows("val"))
     thinned = f", fitted to one training window in {every}" if (every := fitted_every(train)) > 1 else ""
     detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
-    rows.append(_row(RIDGE, "ridge regression", detail, series, levels, began, lambda x: ridge_forecast(x, weights)))
+    rows.append(_row(RIDGE, "ridge regression", detail, series, levels, began, lambda x, _: ridge_forecast(x, weights)))
     return rows
+
+
+def stack_row(series: FileSeries, stack: LinearStack, levels: tuple[float, ...] = ()) -> dict[str, Any]:
+    """The row of a fitted stack by itself, as those of `baselines`."""
+    began, device = time.perf_counter(), stack.maps.device
+    longest = replace(series, seq_len=stack.maps.shape[1], history=0)
+
+    def forecast(x: np.ndarray, channel: np.ndarray) -> np.ndarray:
+        rows, columns = torch.from_numpy(x).float().to(device), torch.from_numpy(channel).to(device)
+        return stack(Batch(rows, rows[:, :0], channel=columns)).cpu().double().numpy()
+
+    return _row(STACK, "linear stack", stack.title, longest, levels, began, forecast)
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:
@@ -87,18 +107,18 @@ def season_length(step: pd.offsets.BaseOffset | None) -> int:
 def _row(
     name: str, title: str, detail: str, series: FileSeries, levels: tuple[float, ...], began: float, forecast: Forecast
 ) -> dict[str, Any]:
-    kept, columns, val, intervals = series.forecast_slice, series.forecast_columns, series.windows("val"), None
+    kept, columns, intervals = series.forecast_slice, series.forecast_columns, None
     if levels:
         offsets = []
-        for place in range(len(series.columns))[kept]:
-            channel = copy.copy(val)
-            channel.target_index = place
-            errors = [((y - forecast(x)) / stds(x)).astype(np.float32) for x, y in channel.sequences()]
+        for n, place in enumerate(range(len(series.columns))[kept]):
+            own = series.windows("val").sequences(column=place)
+            errors = [((y - forecast(x, np.full(len(x), n))) / stds(x)).astype(np.float32) for x, y in own]
             offsets.append(quantiles(np.concatenate(errors), probabilities(levels)))
-        intervals = Intervals(levels, np.stack(offsets, axis=1), len(val))
+        intervals = Intervals(levels, np.stack(offsets, axis=1), len(series.windows("val")))
     metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals)
     for x, y in series.windows("test").sequences():
-        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (forecast(x), y, stds(x))))
+        made = forecast(x, np.resize(np.arange(len(columns)), len(x)))
+        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, stds(x))))
     found = metrics.result()
     held = found.get("intervals", {"levels": {}, "wql": None})
     brief = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in held["levels"].items()}
@@ -111,6 +131,14 @@ def _row(
         "detail": detail,
         "intervals": {"levels": brief, "wql": held["wql"]} if levels else None,
     }
+
+
+def stack_windows(series: FileSeries) -> list[int]:
+    """Rows of the windows of a linear stack: the longest of 5 to 42 days (of rows a day or more apart, see `season_length`)
+    which leave half of the training rows for other windows; `seq_len` where there is none."""
+    season, most = season_length(series.step), min(STACK_ROWS, series.splits.few_shot // 2 - series.pred_len)
+    found = [times * season for times in STACK_SEASONS if season > 1 and times * season <= most]
+    return found[-STACK_WINDOWS:] or [series.seq_len]
 
 
 def ridge_forecast(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -127,15 +155,35 @@ def fitted_every(windows: Windows) -> int:
 
 # All that least squares needs of the normalised windows: xx `[T, T]`, xy `[T, H]`, and the total weight.
 #
-# Each sequence is weighted by its deviation to the `power`. Of very many, see `fitted_every`.
-def _moments(windows: Windows, power: int) -> tuple[np.ndarray, np.ndarray, float]:
+# Each sequence of every k-th window is weighted by its deviation to the `power`.
+def _moments(windows: Windows, power: int, every: int, *column: int) -> Moments:
     xx, xy, total = np.zeros(()), np.zeros(()), 0.0
-    for x, y in windows.sequences(fitted_every(windows)):
+    for x, y in windows.sequences(every, *column):
         z, mean, std = (v.numpy() for v in instance_norm(torch.from_numpy(x)))
-        weighted = z * std**power  # (m, T)
-        xx, xy = xx + weighted.T @ z, xy + weighted.T @ ((y - mean) / std)
+        weighted = z * std ** (power / 2)  # (m, T); its product with itself takes half the time of another one
+        xx, xy = xx + weighted.T @ weighted, xy + weighted.T @ ((y - mean) * std ** (power / 2 - 1))
         total += float((std**power).sum())
     return xx, xy, total
+
+
+# The map `[T, H]` of least squares with the penalty that has the lowest validation error, and that penalty: a part of the
+# total weight. Input j is scaled by `scale[j]` before: a small one is penalised more.
+def _choose(train: Moments, val: Moments, penalties: Iterable[float], scale: np.ndarray) -> tuple[np.ndarray, float]:
+    xx, xy, total = train
+    # All penalties from one eigendecomposition; without one, the least-squares solution of smallest norm.
+    eigenvalues, vectors = np.linalg.eigh(xx * scale * scale[:, None])
+    eigenvalues = np.maximum(eigenvalues, 0)  # the sum of a normalised window is 0: one is, up to rounding
+    none = eigenvalues <= eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps
+    vectors *= scale[:, None]
+    projected, lowest, best = vectors.T @ xy, np.inf, (np.zeros_like(xy), np.inf)
+    for penalty in penalties:
+        divisor = np.where(none & (penalty * total == 0), np.inf, eigenvalues + penalty * total)
+        weights = vectors @ (projected / divisor[:, None])
+        # |z w - y|^2 summed over validation, without the part that no w changes
+        error = np.sum(weights * (val[0] @ weights - 2 * val[1]))
+        if error < lowest:
+            lowest, best = error, (weights, float(penalty))
+    return best
 
 
 def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
@@ -149,21 +197,63 @@ def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
     Returns:
         weights `[T, H]`, and the penalty as a part of the total weight of the training sequences.
     """
-    xx, xy, total = _moments(train, 1)
-    val_xx, val_xy, _ = _moments(val, 2)  # errors count on the standardised scale
-    # All penalties from one eigendecomposition; without one, the least-squares solution of smallest norm.
-    eigenvalues, vectors = np.linalg.eigh(xx)
-    eigenvalues = np.maximum(eigenvalues, 0)  # the sum of a normalised window is 0: one is, up to rounding
-    none = eigenvalues <= eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps
-    projected = vectors.T @ xy
-    candidates, errors = [], []
-    for penalty in PENALTIES:
-        scale = np.where(none & (penalty * total == 0), np.inf, eigenvalues + penalty * total)
-        candidates.append(vectors @ (projected / scale[:, None]))
-        # |z w - y|^2 summed over validation, without the part that no w changes
-        errors.append(np.sum(candidates[-1] * (val_xx @ candidates[-1] - 2 * val_xy)))
-    best = int(np.argmin(errors))
-    return candidates[best], float(PENALTIES[best])
+    chosen_by = _moments(val, 2, fitted_every(val))  # errors count on the standardised scale
+    return _choose(_moments(train, 1, fitted_every(train)), chosen_by, PENALTIES, np.ones(train.seq_len))
+
+
+def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviating: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A few linear maps, and for each channel the weights of their mean; never one that validation alone has picked.
+
+    Of wide files and long windows every k-th window is fitted to (STACK_COST); memory holds one channel's windows.
+
+    Args:
+        series: has the rows that the longest window takes before its own.
+        members: of each map the rows T of its window, and q: input j is scaled by (1 + lag of j in seasons)^-q.
+        deviating: places of members; each channel has one more map beside each, which deviates from it as validation says.
+
+    Returns:
+        The tensors of a `models.LinearStack`: maps `[K, L, H]` of windows of L rows, which take a level to itself; weights
+        `[N, K]`; and deviations `[N, rows, H]`, what is to be added for each channel.
+    """
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # only now: it takes half a second to load
+
+    L, H, season = series.seq_len + series.history, series.pred_len, season_length(series.step)
+    places = range(len(series.columns))[series.forecast_slice]
+    every = -(-series.windows("train").sequence_count * L**2 // STACK_COST)
+
+    # A map `[T, H]` of what the shared one leaves to explain, of all columns or of one.
+    def fit(k: int, penalties: Iterable[float], shared: np.ndarray, *column: int) -> np.ndarray:
+        T, q = members[k]
+        train, val = (
+            (xx, xy - xx @ shared, total)
+            for flag, power in (("train", 1), ("val", 2))
+            for xx, xy, total in [_moments(series.windows(flag, T), power, every, *column)]
+        )
+        return _choose(train, val, penalties, (1 + np.arange(T)[::-1] / season) ** -q)[0]
+
+    fitted = [fit(k, STACK_PENALTIES, np.zeros((T, H))) for k, (T, _) in enumerate(members)]
+    maps = np.stack([np.pad(of - of.mean(axis=0) + 1 / len(of), ((L - len(of), 0), (0, 0))) for of in fitted])
+    rows, shared, count = max((members[k][0] for k in deviating), default=0), len(members), len(members) + len(deviating)
+    weights, deviations, ones = np.zeros((len(places), shared)), np.zeros((len(places), rows, H)), np.full(count, 1e4)
+    for n, place in enumerate(places):
+        own = [
+            np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0)))
+            for of in (fit(k, DEVIATION_PENALTIES, fitted[k], place) for k in deviating)
+        ]
+        products = np.zeros((count, count))
+        for x, y in series.windows("val", L).sequences(every, place):
+            z = x - x[:, -1:]
+            errors = [z @ of - (y - x[:, -1:]) for of in maps]
+            errors += [errors[k] + z[:, L - rows :] @ of for k, of in zip(deviating, own, strict=True)]
+            flat = np.reshape(errors, (count, -1))
+            products += flat @ flat.T
+        products = products * count / max(np.trace(products), np.finfo(float).tiny) + EVENNESS * np.eye(count)
+        # The least w'(products)w of weights from 0 on with the sum 1, where |w - 1/K|^2 is |w|^2 but for a number.
+        shares = nnls(np.vstack([np.linalg.cholesky(products).T, ones]), np.append(np.zeros(count), ones[0]))[0]
+        weights[n] = shares @ np.vstack([np.eye(shared), np.eye(shared)[list(deviating)]])
+        deviations[n] = np.tensordot(shares[shared:], np.reshape(own, (len(own), rows, H)), 1)
+    tensors = (torch.from_numpy(values).float() for values in (maps, weights, deviations))
+    return dict(zip(("maps", "weights", "deviations"), tensors, strict=True))
 
 
 def doubts(weights: np.ndarray, penalty: float, val: Windows) -> str:

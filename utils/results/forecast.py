@@ -23,6 +23,7 @@ from data_provider.synthetic import is_synthetic
 from data_provider.table import FRAME, Table, read_table
 from data_provider.timestamps import gaps_in, step_words
 from layers.errors import input_error, listed
+from utils.flags import longest_window
 from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import write_text, writing
@@ -65,8 +66,12 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if not path.is_file():
             raise input_error("--predict_path", f"no file {path}", f"a CSV in one of {', '.join(map(str, places))}")
     table = read_table(path, **series_flags(args, read_table))
-    if len(table.dates) < args.seq_len:
-        raise input_error(table.path, f"{len(table.dates)} rows", f"at least --seq_len {args.seq_len}")
+    if len(table.dates) < (rows := longest_window(args)):
+        raise input_error(
+            table.path,
+            f"{len(table.dates)} rows",
+            f"at least {f'{rows}, the longest of --stack_windows' if rows > args.seq_len else f'--seq_len {rows}'}",
+        )
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
     notes = []
     if trained:
@@ -85,7 +90,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
     notes += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
-    gaps = gaps_in(series.dates, series.step, args.seq_len)
+    gaps = gaps_in(series.dates, series.step, rows)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
         notes.append(

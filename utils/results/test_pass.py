@@ -20,7 +20,7 @@ from data_provider.data_factory import batch_loader, series_flags
 from data_provider.m4 import M4Series
 from layers.norm import instance_norm
 from utils.results.bands import make_array, mean_intervals, name_of
-from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
+from utils.results.baselines import LAST, RIDGE, fit_ridge, measured, stack_row
 from utils.results.log import peak_memory_gib
 from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
@@ -128,8 +128,10 @@ class TestPass:
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(context.args),  # on what data the test was made
             **self.metrics.result(),
-            "baselines": measured(self.series, context.levels if context.intervals else ()),
+            "baselines": measured(replace(self.series, history=0), self.levels),
         }
+        if (stack := getattr(context.model, "stack", None)) is not None:
+            found["baselines"]["rows"].append(stack_row(self.series, stack, self.levels))
         write_json(self.folder / METRICS, found)
         small = {
             "start": starts.tz_localize(None).to_numpy().astype("datetime64[ns]"),

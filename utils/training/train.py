@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
-from data_provider.data_loader import ChannelItems
 from layers.errors import LoaderError, RunError
 from models.base import ForecastModel
 from utils.results.bands import Calibration
@@ -249,10 +248,8 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
         forecast = forecast_in_parts(model, context.precision, batch, prototype_kv, context.step_limit.sequences)
     bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
     is_here, bad = bool(bad.any()), bad if bad.any() else torch.ones_like(bad)
-    items = batch.index[bad.any(1)].tolist()
-    windows = [str(data.window_dates(item)[0]) for item in items]  # type: ignore[attr-defined]
-    numbers = map(data.channel, items) if isinstance(data, ChannelItems) else bad.any(0).nonzero().flatten().tolist()
-    wrong = [columns[number] for number in numbers]
+    windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
+    wrong = [columns[number] for number in batch.channel.cpu()[bad.flatten()].unique().tolist()]
     told = gather_object([(is_here, windows, wrong)])  # of all processes; some may have sound windows alone
     told = [found for found in told if found[0]] or told
     windows = [window for found in told for window in found[1]]

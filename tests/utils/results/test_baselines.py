@@ -1,16 +1,36 @@
 """The baselines against other ways to compute them."""
 
+from argparse import Namespace
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.optimize import minimize
 from sklearn.linear_model import Ridge
 
 from data_provider import data_loader
+from data_provider.batches import WindowCollate
 from data_provider.data_loader import load_series
 from data_provider.timestamps import infer_step
+from models import LinearStack
 from tests.realdata import real_data
 from utils.results import baselines as module
-from utils.results.baselines import PENALTIES, baselines, doubts, fit_ridge, ridge_forecast, season_length
+from utils.results.baselines import (
+    DEVIATION_PENALTIES,
+    EVENNESS,
+    PENALTIES,
+    STACK_PENALTIES,
+    baselines,
+    doubts,
+    fit_ridge,
+    fit_stack,
+    ridge_forecast,
+    season_length,
+    stack_row,
+    stack_windows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +93,110 @@ def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
     assert PENALTIES[best] == penalty
     np.testing.assert_allclose(weights, fits[best].coef_.T, atol=1e-7)
     np.testing.assert_allclose(ridge_forecast(x, weights), fits[best].predict(z_val) * std + mean, atol=1e-7)
+
+
+def test_a_stack_of_one_map_is_the_ridge(tmp_path, frame, monkeypatch):
+    series = small(tmp_path, frame)
+    weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
+    monkeypatch.setattr(module, "STACK_PENALTIES", [penalty])
+    maps, shares, deviations = (tensor.double().numpy() for tensor in fit_stack(series, [(30, 0.0)], []).values())
+    x, _ = stacked(series.windows("test"))
+    mean = x.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose((x - mean) @ maps[0] + mean, ridge_forecast(x, weights), atol=1e-6)
+    assert shares == pytest.approx(1) and deviations.shape == (3, 0, 5)
+
+
+# Weighted least squares by scikit-learn, penalised as a part of the total weight: the fit of lowest validation error.
+def best_fit(penalties, scale, train, val):
+    (z, target, weight), (z_val, target_val, _) = train, val
+    fits = [np.zeros((z.shape[1], target.shape[1]))]
+    for each in penalties:
+        if np.isfinite(each):
+            fit = Ridge(alpha=each * weight.sum(), fit_intercept=False, solver="svd").fit(z * scale, target, weight)
+            fits.append(scale[:, None] * fit.coef_.T)
+    return min(fits, key=lambda of: np.square(z_val @ of - target_val).sum())
+
+
+@pytest.mark.parametrize("features", ["M", "MS"])
+def test_a_stack_by_hand(tmp_path, frame, monkeypatch, features):
+    """Maps of 48 and 30 rows; each channel deviates from the first; all are weighed by the validation errors."""
+    monkeypatch.setattr(LinearStack, "DEVIATING", (range(48, 49),))
+    series = small(tmp_path, frame, features=features)
+    columns = [0, 1, 2] if features == "M" else [1]
+    stack = LinearStack.Model(Namespace(seq_len=30, pred_len=5, features=features, enc_in=3, stack_windows=[48]))
+    assert (stack.members, stack.deviating, stack.history) == ([(48, 0.5), (30, 0.0)], [0], 18)
+    series = replace(series, history=stack.history)
+    stack.load_state_dict(fit_stack(series, stack.members, stack.deviating))
+
+    values, train = series.values.astype(float), series.splits.train
+    ends = {"train": range(48, train - 4), "val": range(train, train + series.splits.val - 4)}
+    ends["test"] = range(train + series.splits.val, 600 - 4)
+
+    def sequences(flag, T, channels):  # by channel: inputs and truths less their window's mean, that mean, the deviation
+        first = T if flag == "train" else 0  # a map's training windows are all that have its own rows
+        moments = range(first, train - 4) if flag == "train" else ends[flag]
+        x = np.concatenate([[values[now - T : now, c] for now in moments] for c in channels])
+        y = np.concatenate([[values[now : now + 5, c] for now in moments] for c in channels])
+        mean = x.mean(axis=1, keepdims=True)
+        return x - mean, y - mean, mean, np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+
+    def fit(T, q, penalties, channels, shared):
+        scale, made = (1 + np.arange(T)[::-1] / 24) ** -q, []
+        for flag in ("train", "val"):
+            z, target, _, std = sequences(flag, T, channels)
+            target = target - z @ shared
+            made.append((z / std, target / std, std[:, 0]) if flag == "train" else (z, target, None))
+        return best_fit(penalties, scale, *made)
+
+    shared = {T: fit(T, q, STACK_PENALTIES, columns, np.zeros((T, 5))) for T, q in stack.members}
+    forecasts, truths = [], []
+    for channel in columns:
+        own = shared[48] + fit(48, 0.5, DEVIATION_PENALTIES, [channel], shared[48])
+        made = {}
+        for flag in ("val", "test"):
+            windows = {T: sequences(flag, T, [channel]) for T in (48, 30)}
+            made[flag] = [windows[T][0] @ of + windows[T][2] for T, of in ((48, shared[48]), (30, shared[30]), (48, own))]
+            truth = windows[30][1] + windows[30][2]
+            if flag == "val":
+                errors = np.reshape([forecast - truth for forecast in made[flag]], (3, -1))
+        G = errors @ errors.T
+        G *= 3 / np.trace(G)
+        weights = minimize(
+            lambda w, G=G: w @ G @ w + EVENNESS * np.square(w - 1 / 3).sum(), np.full(3, 1 / 3), bounds=[(0, 1)] * 3,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, options={"ftol": 1e-14, "maxiter": 500},
+        ).x  # fmt: skip
+        forecasts.append(np.tensordot(weights, made["test"], 1))
+        truths.append(truth)
+    forecasts, truths = np.stack(forecasts, axis=1), np.stack(truths, axis=1)  # (W, N, H)
+
+    test = series.windows("test")  # through the loader, which gives the rows before the window
+    batch = WindowCollate(5, series.target_index)([test[number] for number in range(len(test))])
+    found = torch.cat([stack(part) for part in batch.split(7)]).unflatten(0, (-1, len(columns))).numpy()
+    np.testing.assert_allclose(found, forecasts, atol=2e-4)
+    row = stack_row(series, stack, (80.0,))
+    assert row["mse"] == pytest.approx(np.square(forecasts - truths).mean(), rel=1e-4)
+    assert 0 < row["intervals"]["levels"]["80"]["coverage"] <= 1
+    assert len(series.windows("train")) == len(ends["train"])
+    if features == "M":  # as the Time-Series-Library calls a model
+        now = ends["test"][0]
+        x = torch.from_numpy(values[now - 48 : now]).float()[None]
+        np.testing.assert_allclose(stack(x)[0].T, forecasts[0], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("freq", "rows", "expected"),
+    [
+        ("15min", 60_000, [480, 960, 1440, 2016]),
+        ("h", 17_420, [360, 504, 720, 1008]),
+        ("h", 1000, [120, 240]),  # 700 rows train
+        ("D", 4000, [105, 147, 210, 294]),  # in weeks
+        ("h", 200, [32]),  # no day fits: seq_len
+    ],
+)
+def test_the_windows_of_a_stack_are_days_that_the_file_allows(tmp_path, freq, rows, expected):
+    days = pd.date_range("2016-07-01", periods=rows, freq=freq, name="date")
+    series = small(tmp_path, pd.DataFrame({"OT": np.arange(rows) % 7.0}, index=days), seq_len=32)
+    assert stack_windows(series) == expected
 
 
 @pytest.mark.parametrize(
