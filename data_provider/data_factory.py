@@ -132,8 +132,9 @@ class Loader(DataLoader):
         try:
             batches = super().__iter__()
             # PyTorch's handler raises its error in the middle of a step; its loader finds out by itself, some seconds later.
-            with suppress(AttributeError, ValueError):  # Windows, or another thread than the main one: there is none
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self.num_workers:  # else a handler is the caller's own
+                with suppress(AttributeError, ValueError):  # Windows, or another thread than the main one: there is none
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from batches
         except (OSError, RuntimeError) as error:
             reason, about = str(error).strip().splitlines()[-1], ("DataLoader worker (pid", "shared memory", "the workers")

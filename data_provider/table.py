@@ -29,6 +29,8 @@ CHINESE = re.compile("(?:[\xb0-\xd7][\xa1-\xfe]){2}")
 # A whole number without or with groups of thousands (1.234), to which decimals come behind a comma.
 GROUP = "[.' \u00a0\u202f]"
 WHOLE = rf"[+-]?(?:\d*|[1-9]\d{{0,2}}(?:{GROUP}\d{{3}})+)"
+EXPONENT = r"(?:[eE][+-]?\d+)?"
+ENGLISH = r"[+-]?(?:\d{1,3}|[1-9]\d{0,2}(?:,\d{3})+)"  # a whole number, with commas between thousands
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) ->
     # The one that every line has as often, else the one that the header has most.
     separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
     # In a comma-separated file "1,234" could be thousands, too: it does not show that commas are decimal.
-    comma = WHOLE + (r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+")
+    comma = WHOLE + (r",(?:\d{1,2}|\d{4,})" if separator == "," else r",\d+") + EXPONENT
     for decimal in ".,":
         file.seek(0)
         # Blank lines stay, so that a row's place tells its line in the file.
@@ -155,7 +157,10 @@ def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) ->
             file, sep=separator, decimal=decimal, skip_blank_lines=False, low_memory=False,
             dtype=dict.fromkeys(["date", "Date", "DATE", *texts], str),
         )  # fmt: skip
-        if not any(text.astype(str).str.fullmatch(comma).any() for _, text in cells.select_dtypes(exclude="number").items()):
+        unread = [text.dropna().astype(str) for _, text in cells.select_dtypes(exclude="number").items()]
+        # 999 beside 1,234 in a column of no other cells: there commas part thousands.
+        unread = [text for text in unread if text.str.contains(",").all() or not text.str.fullmatch(ENGLISH).all()]
+        if not any(text.str.fullmatch(comma).any() for text in unread):
             break
     if not isinstance(cells.index, pd.RangeIndex):  # pandas takes cells beyond the header for an index
         raise input_error(
@@ -305,7 +310,7 @@ def _table(
         text = column if usable else column.astype(str)
         if decimal == "," and not usable:  # what pandas leaves: groups of thousands, and what is no number
             text = (
-                text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?(?:[eE][+-]?\d+)?"))
+                text.where(text.str.fullmatch(WHOLE + r"(?:,\d*)?" + EXPONENT))
                 .str.replace(GROUP, "", regex=True)
                 .str.replace(",", ".")
             )

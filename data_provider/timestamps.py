@@ -206,8 +206,11 @@ def open_times(dates: pd.DatetimeIndex, step: pd.offsets.BaseOffset | None) -> n
     if length > _DAY or length % 1 or recent[-1] - recent[0] < pd.Timedelta(weeks=2):
         return None
     times, counts = np.unique(_in_week(recent.round("s" if length % 60 else "min")), return_counts=True)
-    often = 2 * counts >= counts.max()  # once in four weeks is an exception
-    regular = len(times := times[often]) * length < _WEEK and counts[often].mean() >= 0.8 * counts.max()
+    weeks = (recent[-1] - recent[0]).total_seconds() / _WEEK
+    often = 2 * counts >= int(weeks)  # once in four weeks is an exception
+    closed, missing = 1 - len(times := times[often]) * length / _WEEK, 1 - len(recent) * length / (weeks * _WEEK + length)
+    # Rows that are missing at random, or in one long gap, are mostly missing at other times.
+    regular = 1e-9 < closed < 1 and closed >= 2 / 3 * missing and counts[often].mean() >= 0.7 * weeks
     # Times closer than that are of rows that jitter by minutes.
     return times if regular and np.diff(times, append=times[0] + _WEEK).min() >= length / 2 else None
 

@@ -369,6 +369,7 @@ def start_or_resume(context: Context, start: Start) -> Training:
         seen = f"{args.batch_size} windows of one channel a step in each process"
         log(f"recipe published: learning rate {group['lr']:g}, Adam's betas {group['betas']}, {seen}")
     elif args.names_rate and model.is_trained:
-        would = "lower it along a cosine of 20 epochs" if args.lradj == "COS" else f"train at {args.learning_rate / 25:g}"
+        others = {"COS": "lower it along a cosine of 20 epochs", "TST": "cycle Adam's first beta, too"}
+        would = others.get(args.lradj, f"train at {args.learning_rate / 25:g}")
         log(f"learning rate {args.learning_rate:g} as it stands; the published code would {would} (--recipe published)")
     return Training(optimizer, scheduler, scheduler_steps, saver, progress, journal, start.lock)

@@ -1,5 +1,6 @@
 """Loaders made from flags, and what they yield."""
 
+import signal
 from argparse import Namespace
 
 import pytest
@@ -24,6 +25,7 @@ def flags(tmp_path_factory):
 
 
 def test_four_tensors_of_the_field_and_the_batch_that_models_take(flags, backbones):
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
     args = Namespace(**vars(flags) | {"features": "MS", "eval_batch_size": 3})
     data, fields = data_provider(args, "val")
     batch_x, batch_y, batch_x_mark, batch_y_mark = next(iter(fields))
@@ -36,6 +38,8 @@ def test_four_tensors_of_the_field_and_the_batch_that_models_take(flags, backbon
     _, loader = batch_loader(args, "val", series_from_args(args), encoder)
     batch = next(iter(loader))
     assert torch.equal(batch.x, batch_x[:, :, 6]) and torch.equal(batch.y, batch_y[:, 48:, 6])
+    assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL  # without workers a program's own handler stays
+    signal.signal(signal.SIGCHLD, before)
     ids, length = batch.prompts
     assert ids[2, : length[2]].tolist() == encoder.for_windows([batch_x[2, :, 6:]])[0]
     assert torch.cat([batch.index for batch in loader]).tolist() == list(range(len(data)))

@@ -37,6 +37,7 @@ FOUND = {
     "groups of thousands": ("date;x;y\n2020-01-01;1,5;1.234\n2020-01-02;2;1 234 567\n", {}, "x,y", [[1.5, 1234],
         [2, 1234567]], "semicolon-separated, decimal commas"),
     "commas in names": ("date;load, kW;a,b,c\n2020-01-01;1.5;1\n", {}, "load, kW;a,b,c", [[1.5, 1]], "semicolon-separated"),
+    "small decimals": ("date;x\n2020-01-01;2,5e-06\n", {}, "x", [[2.5e-6]], "semicolon-separated, decimal commas"),
     "quoted decimals": ('date,x\n2020-01-01,"1,5"\n2020-01-02,"2,25"\n', {}, "x", [[1.5], [2.25]], "decimal commas"),
     "tabs": (GOOD.replace(",", "\t"), {}, "b,a", [[1, 2.5], [-3, 1e40], [5, 6]], "tab-separated"),
     "index": (",date,x\n0,2020-01-01,1\n1,2020-01-02,5\n\n", {}, "x", [[1], [5]], "without column 'Unnamed: 0'"),
@@ -58,6 +59,7 @@ BAD_FORMAT = {
     "encoding": (OWN.encode("gbk"), {"encoding": "utf-8"}, "got bytes that are not utf-8, expected text; --encoding names"),
     "decimal point": ("date;x;y\n2020-01-01;1,5;3\n2020-01-02;2;1.5\n", {}, "row 3, column 'y': got '1.5' (1 such cell in "
                       "this column), expected a number with a decimal comma"),
+    "commas between thousands": ("date\tx\n2020-01-01\t1,234\n2020-01-02\t999\n", {}, "row 2, column 'x': got '1,234'"),
     "thousands or decimals": ('date,x\n2020-01-01,"1,234"\n', {}, "row 2, column 'x': got '1,234'"),
     "text": ("date,x,note\n2020-01-01,1,dry\n", {}, "row 2, column 'note': got 'dry' (1 such cell in this column), expected "
              "a number; --drop_columns 'note' leaves the column out"),
@@ -152,9 +154,10 @@ def test_a_broken_archive_is_named(tmp_path) -> None:
 
 def test_only_the_columns_that_are_used_need_be_numbers(tmp_path) -> None:
     content = "date,note,x,half\n2020-01-01,dry,1,\n2020-01-02,wet,5,2\n2020-01-02,dry,5,\n"
+    content += "".join(f"2020-02-{day},dry,0,0\n" for day in range(10, 20))  # of rows that often repeat one is left out
     (tmp_path / "data.csv").write_text(content)
     table = read_table(tmp_path / "data.csv", "ffill")
-    assert table.only(["x"]).values.tolist() == [[1], [5], [5]] and table.only(["x"]).filled == 0
+    assert table.only(["x"]).values.tolist() == [[1], [5], [5], *[[0]] * 10] and table.only(["x"]).filled == 0
     with pytest.raises(InputError, match="row 2, column 'half': got an empty cell .*ffill has no value"):
         table.only(["x", "half"])
 

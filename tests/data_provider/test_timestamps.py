@@ -149,8 +149,13 @@ def test_rows_go_on_at_the_times_of_the_last_weeks(name, zone) -> None:
 
 
 def test_no_calendar_where_rows_are_missing_at_random() -> None:
+    """Neither where a time of the week lacks rows twice by chance, nor where all rows of some weeks are missing."""
     rng = np.random.default_rng(0)
-    for rows in (HOURS[rng.random(len(HOURS)) > 0.3], HOURS[(HOURS < "2020-03-05") | (HOURS > "2020-03-17")], HOURS[:300:2]):
+    few = [HOURS[: 24 * 18].delete([30, 200]), *(QUARTERS[rng.random(len(QUARTERS)) > 0.05] for _ in range(10))]
+    outages = [
+        HOURS[(HOURS < start) | (HOURS > end)] for start, end in (("2020-03-05", "2020-03-17"), ("2020-03-03", "2020-03-25"))
+    ]
+    for rows in (HOURS[rng.random(len(HOURS)) > 0.3], *few, *outages, HOURS[:300:2]):
         step = infer_step(rows)
         assert open_times(rows, step) is None and list(future_dates(rows, 2, step)) == [rows[-1] + step, rows[-1] + 2 * step]
 
