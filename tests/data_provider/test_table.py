@@ -28,6 +28,8 @@ LONG = "id,date,v\n07,2020-01-01,1\n07,2020-01-02,2\n12,2020-01-01,3\n12,2020-01
 FOUND = {
     "GBK, semicolons, decimal commas": (OWN.encode("gbk"), {"date_column": "时间"}, "温度 (°C),负荷", [[1.5, 1234.5],
         [2, -0.25]], "encoding gb18030, semicolon-separated, decimal commas, timestamps in column '时间'"),
+    "GBK, one character a name": ("date,温,压,a\n2020-01-01,1,2,3\n".encode("gbk"), {}, "温,压,a", [[1, 2, 3]],
+        "encoding gb18030"),
     "UTF-16": (GOOD.encode("utf-16"), {}, "b,a", [[1, 2.5], [-3, 1e40], [5, 6]], "encoding utf-16"),
     "Big5": ("date,溫度\n2020-01-01,1\n".encode("big5"), {"encoding": "big5"}, "溫度", [[1]], "encoding big5"),
     "Latin-1 that could be GBK": ("date,W/(m²·K),Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "W/(m²·K),Größe", [[1, 2]],
@@ -137,6 +139,18 @@ def test_the_format_of_a_file_is_found_and_said(tmp_path, content, flags: dict, 
     assert packed.columns == table.columns and packed.values.tolist() == values and packed.dates.equals(table.dates)
 
 
+def test_a_long_frame_is_read_as_its_file(tmp_path) -> None:
+    months = pd.date_range("2008-01-01", periods=24, freq="MS")
+    rows = pd.DataFrame({"id": ["n"] * 24 + ["s"] * 24, "date": "2001-01-01", "Zeit": [*months.strftime("%d/%m/%Y")] * 2})
+    rows = rows.assign(note="dry", v=np.arange(48.0))
+    table = read(tmp_path, rows.to_csv(), date_column="Zeit", id_column="id", drop_columns=["note"])
+    frame = pd.read_csv(tmp_path / "data.csv")
+    framed = tables_of(frame, table.columns, date_column="Zeit", pivot_by="id", drop_columns=["note"])[None]
+    for found in (table, framed):
+        assert found.columns == ["n", "s"] and found.dates.equals(months) and "read day first" in found.read_as
+        np.testing.assert_array_equal(found.values.T, np.arange(48).reshape(2, 24))
+
+
 @pytest.mark.parametrize(("content", "flags", "message"), BAD_FORMAT.values(), ids=BAD_FORMAT)
 def test_a_format_that_cannot_be_read_is_named_in_one_line(tmp_path, content, flags: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -154,7 +168,7 @@ def test_only_the_columns_that_are_used_need_be_numbers(tmp_path) -> None:
     content = "date,note,x,half\n2020-01-01,dry,1,\n2020-01-02,wet,5,2\n2020-01-02,dry,5,\n"
     (tmp_path / "data.csv").write_text(content)
     table = read_table(tmp_path / "data.csv", "ffill")
-    assert table.only(["x"]).values.tolist() == [[1], [5], [5]] and table.only(["x"]).filled == 0
+    assert table.only(["x"]).values.tolist() == [[1], [5]] and table.only(["x"]).filled == 0
     with pytest.raises(InputError, match="row 2, column 'half': got an empty cell .*ffill has no value"):
         table.only(["x", "half"])
 
@@ -199,6 +213,12 @@ def test_rows_that_all_stand_twice_are_read_once(tmp_path, times) -> None:
             once["date"].astype("M8[us]")
         )
         assert table.read_as.endswith(f": {9 * times - 9} rows that repeat the one above them are left out")
+
+
+def test_rows_that_stand_twice_are_filled_as_if_they_stood_once(tmp_path) -> None:
+    once = pd.DataFrame({"date": pd.date_range("2020-01-01", periods=4, freq="h").astype(str), "x": [1, np.nan, np.nan, 4]})
+    table = read(tmp_path, once.loc[once.index.repeat(2)].to_csv(index=False), "linear")
+    assert table.values.tolist() == [[1], [2], [3], [4]] and table.filled == 2
 
 
 def test_weather_as_distributed() -> None:
