@@ -24,8 +24,11 @@ FRAME = Path("frame")  # what a message calls a frame
 LARGEST = 1e150  # squares of more overflow float64
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 NAMELESS = re.compile(r"Unnamed: [\d.]+")  # what pandas calls a column without a name
-# Two common characters of GB 2312 in a row, or one alone, which no words of western languages are in Latin-1.
-CHINESE = re.compile("(?:[\xb0-\xd7][\xa1-\xfe]){2}|(?<![\\w\x80-\xff])[\xb0-\xd7][\xa1-\xfe](?![\\w\x80-\xff])")
+# Two common characters of GB 2312 in a row, or one alone that is no two signs, which no words of western languages are in
+# Latin-1.
+CHINESE = re.compile(
+    "(?:[\xb0-\xd7][\xa1-\xfe]){2}|(?<![\\w\x80-\xff])(?:[\xb0-\xbf][\xc0-\xfe]|[\xc0-\xd7][\xa1-\xfe])(?![\\w\x80-\xff])"
+)
 # A whole number without or with groups of thousands (1.234), to which decimals come behind a comma.
 GROUP = "[.' \u00a0\u202f]"
 WHOLE = rf"[+-]?(?:\d*|[1-9]\d{{0,2}}(?:{GROUP}\d{{3}})+)"

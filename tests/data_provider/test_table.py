@@ -34,6 +34,7 @@ FOUND = {
     "Big5": ("date,溫度\n2020-01-01,1\n".encode("big5"), {"encoding": "big5"}, "溫度", [[1]], "encoding big5"),
     "Latin-1 that could be GBK": ("date,W/(m²·K),Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "W/(m²·K),Größe", [[1, 2]],
         "encoding latin-1"),
+    "signs of Latin-1": ("date,±°,Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "±°,Größe", [[1, 2]], "encoding latin-1"),
     "decimals after whole numbers": ("date;x\n" + "".join(f"{y}-01-01;0\n" for y in range(1990, 2020)) + "2020-01-01;0,5\n",
         {}, "x", [*[[0]] * 30, [0.5]], "semicolon-separated, decimal commas"),
     "groups of thousands": ("date;x;y\n2020-01-01;1,5;1.234\n2020-01-02;2;1 234 567\n", {}, "x,y", [[1.5, 1234],
