@@ -257,8 +257,8 @@ def tables_of(
     if frame.empty:
         raise input_error(FRAME, f"{len(frame)} rows of {len(frame.columns)} columns", "rows with a date and numbers")
     if date_column in frame.columns:  # another column of the name `date` is left alone, as in a file
-        own = (frame.columns == date_column) | (frame.columns != "date")
-        frame = frame.loc[:, own].rename(columns={date_column: "date"})
+        kept = (frame.columns == date_column) | (frame.columns != "date")
+        frame = frame.loc[:, kept].rename(columns={date_column: "date"})
     if "date" not in frame.columns:
         if not isinstance(frame.index, pd.DatetimeIndex):
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
