@@ -24,8 +24,11 @@ FRAME = Path("frame")  # what a message calls a frame
 LARGEST = 1e150  # squares of more overflow float64
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 NAMELESS = re.compile(r"Unnamed: [\d.]+")  # what pandas calls a column without a name
-# Two common characters of GB 2312 in a row, which no words of western languages are in Latin-1.
-CHINESE = re.compile("(?:[\xb0-\xd7][\xa1-\xfe]){2}")
+# Two common characters of GB 2312 in a row, or one alone that is no two signs, which no words of western languages are in
+# Latin-1.
+CHINESE = re.compile(
+    "(?:[\xb0-\xd7][\xa1-\xfe]){2}|(?<![\\w\x80-\xff])(?:[\xb0-\xbf][\xc0-\xfe]|[\xc0-\xd7][\xa1-\xfe])(?![\\w\x80-\xff])"
+)
 # A whole number without or with groups of thousands (1.234), to which decimals come behind a comma.
 GROUP = "[.' \u00a0\u202f]"
 WHOLE = rf"[+-]?(?:\d*|[1-9]\d{{0,2}}(?:{GROUP}\d{{3}})+)"
@@ -236,6 +239,7 @@ def tables_of(
     date_column: str | None = None,
     pivot_by: str | None = None,
     dayfirst: bool | None = None,
+    drop_columns: Sequence[str] | None = None,
 ) -> dict[Hashable, Table]:
     """Read a frame with a column `date` or a DatetimeIndex.
 
@@ -244,7 +248,7 @@ def tables_of(
         id_column: names the series that each row belongs to; None: all rows are one series, which is called None.
         fill: as `fill_missing` of `read_table`, within a series.
         date_column, pivot_by: as `date_column` and `id_column` of `read_table`, for a frame that has such columns.
-        dayfirst: as that of `read_table`.
+        dayfirst, drop_columns: as those of `read_table`.
 
     Returns:
         The series by name, in the order of their first rows.
@@ -257,14 +261,18 @@ def tables_of(
         raise input_error(FRAME, f"a {type(frame).__name__}", "a pandas.DataFrame")
     if frame.empty:
         raise input_error(FRAME, f"{len(frame)} rows of {len(frame.columns)} columns", "rows with a date and numbers")
-    if date_column in frame.columns and "date" not in frame.columns:
-        frame = frame.rename(columns={date_column: "date"})
+    if date_column in frame.columns:  # another column of the name `date` is left alone, as in a file
+        kept = (frame.columns == date_column) | (frame.columns != "date")
+        frame = frame.loc[:, kept].rename(columns={date_column: "date"})
     if "date" not in frame.columns:
         if not isinstance(frame.index, pd.DatetimeIndex):
             raise input_error(FRAME, f"the columns {list(frame.columns)}"[:200], "a column 'date' or a DatetimeIndex")
         frame = frame.assign(date=frame.index)
+    told = ""
     if pivot_by in frame.columns and id_column is None:
-        dates, _ = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
+        unread = [name for name in frame.columns if name in (drop_columns or ()) or NAMELESS.fullmatch(str(name))]
+        frame = frame.drop(columns=unread)
+        dates, told = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
         frame = _pivot(FRAME, frame, dates, pd.RangeIndex(len(frame)), str(pivot_by))
     asked = [*columns, *([] if id_column is None else [id_column])]
     for name in ["date", *asked]:
@@ -277,7 +285,7 @@ def tables_of(
             )
     dates, order = read_timestamps(frame["date"], str(FRAME), 0, dayfirst)
     if id_column is None:
-        return {None: _table(FRAME, frame, columns, dates, dates, fill, order).only(columns)}
+        return {None: _table(FRAME, frame, columns, dates, dates, fill, told or order).only(columns)}
     if id_column in (*columns, "date"):
         raise input_error("id_column", repr(id_column), "a column that is not forecast, with the names of the series")
     unnamed = np.flatnonzero(frame[id_column].isna())
@@ -304,6 +312,8 @@ def _table(
 ) -> Table:
     values = np.empty((len(cells), len(columns)), order="F")  # column after column, as they are read
     counts, errors = {}, {}
+    steps = np.diff(dates.asi8)
+    new = np.append(True, steps != 0)
     for place, name in enumerate(columns):
         column = cells[name]
         usable = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
@@ -317,14 +327,14 @@ def _table(
         numbers = pd.to_numeric(text, errors="coerce").astype(np.float64)
         empty = column.isna().to_numpy()
         if fill and np.isfinite(numbers[~empty]).all():
-            numbers = numbers.ffill() if fill == "ffill" else numbers.interpolate(limit_direction="both")
+            once = numbers[new].ffill() if fill == "ffill" else numbers[new].interpolate(limit_direction="both")
+            numbers = numbers.where(~empty, once.to_numpy()[np.cumsum(new) - 1])  # a row that stands twice is filled alike
         values[:, place] = numbers
-        counts[name] = int(empty.sum())
+        counts[name] = int((empty & new).sum())
         wrong = ~(np.abs(values[:, place]) <= LARGEST)  # NaN is wrong, too
         if wrong.any():
             errors[name] = _wrong_cell(f"{path}: row {rows[int(wrong.argmax())]}", column, wrong, fill)
             values[:, place] = 0
-    steps = np.diff(dates.asi8)
     # A row that repeats the one above it whole is let through: no value is in doubt, and weather.csv as distributed has one.
     # Of more they are left out: a window would see each value twice.
     bad = np.flatnonzero((steps < 0) | ((steps == 0) & (values[1:] != values[:-1]).any(axis=1)))
@@ -339,7 +349,7 @@ def _table(
             hint if rows is dates else "where a column names the series of each row, give it as --id_column",
         )
     if 10 * (repeats := int((steps == 0).sum())) > len(steps):
-        dates, values = dates[np.append(True, steps > 0)], values[np.append(True, steps > 0)]
+        dates, values = dates[new], values[new]
         order += f"{'; ' if order else ''}{path}: {repeats} rows that repeat the one above them are left out"
     return Table(path, dates, list(columns), values, 0, counts, errors, order)
 

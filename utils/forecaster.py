@@ -284,8 +284,9 @@ class Forecaster:
     def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
         context, found, args = self.context, {}, self.context.args
         for name, table in tables_of(
-            frame, context.series.columns, id_column, args.fill_missing, args.date_column, args.id_column, args.dayfirst
-        ).items():
+            frame, context.series.columns, id_column, args.fill_missing, args.date_column, args.id_column, args.dayfirst,
+            args.drop_columns,
+        ).items():  # fmt: skip
             check_rows(table, longest_window(args), self._step)
             if len(table.dates) < rows:
                 got, expected = f"{len(table.dates)} rows", f"at least {rows}, a window of history and horizon"

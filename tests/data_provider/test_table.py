@@ -28,10 +28,13 @@ LONG = "id,date,v\n07,2020-01-01,1\n07,2020-01-02,2\n12,2020-01-01,3\n12,2020-01
 FOUND = {
     "GBK, semicolons, decimal commas": (OWN.encode("gbk"), {"date_column": "时间"}, "温度 (°C),负荷", [[1.5, 1234.5],
         [2, -0.25]], "encoding gb18030, semicolon-separated, decimal commas, timestamps in column '时间'"),
+    "GBK, one character a name": ("date,温,压,a\n2020-01-01,1,2,3\n".encode("gbk"), {}, "温,压,a", [[1, 2, 3]],
+        "encoding gb18030"),
     "UTF-16": (GOOD.encode("utf-16"), {}, "b,a", [[1, 2.5], [-3, 1e40], [5, 6]], "encoding utf-16"),
     "Big5": ("date,溫度\n2020-01-01,1\n".encode("big5"), {"encoding": "big5"}, "溫度", [[1]], "encoding big5"),
     "Latin-1 that could be GBK": ("date,W/(m²·K),Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "W/(m²·K),Größe", [[1, 2]],
         "encoding latin-1"),
+    "signs of Latin-1": ("date,±°,Größe\n2020-01-01,1,2\n".encode("latin-1"), {}, "±°,Größe", [[1, 2]], "encoding latin-1"),
     "decimals after whole numbers": ("date;x\n" + "".join(f"{y}-01-01;0\n" for y in range(1990, 2020)) + "2020-01-01;0,5\n",
         {}, "x", [*[[0]] * 30, [0.5]], "semicolon-separated, decimal commas"),
     "groups of thousands": ("date;x;y\n2020-01-01;1,5;1.234\n2020-01-02;2;1 234 567\n", {}, "x,y", [[1.5, 1234],
@@ -139,6 +142,18 @@ def test_the_format_of_a_file_is_found_and_said(tmp_path, content, flags: dict, 
     assert packed.columns == table.columns and packed.values.tolist() == values and packed.dates.equals(table.dates)
 
 
+def test_a_long_frame_is_read_as_its_file(tmp_path) -> None:
+    months = pd.date_range("2008-01-01", periods=24, freq="MS")
+    rows = pd.DataFrame({"id": ["n"] * 24 + ["s"] * 24, "date": "2001-01-01", "Zeit": [*months.strftime("%d/%m/%Y")] * 2})
+    rows = rows.assign(note="dry", v=np.arange(48.0))
+    table = read(tmp_path, rows.to_csv(), date_column="Zeit", id_column="id", drop_columns=["note"])
+    frame = pd.read_csv(tmp_path / "data.csv")
+    framed = tables_of(frame, table.columns, date_column="Zeit", pivot_by="id", drop_columns=["note"])[None]
+    for found in (table, framed):
+        assert found.columns == ["n", "s"] and found.dates.equals(months) and "read day first" in found.read_as
+        np.testing.assert_array_equal(found.values.T, np.arange(48).reshape(2, 24))
+
+
 @pytest.mark.parametrize(("content", "flags", "message"), BAD_FORMAT.values(), ids=BAD_FORMAT)
 def test_a_format_that_cannot_be_read_is_named_in_one_line(tmp_path, content, flags: dict, message: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -202,6 +217,12 @@ def test_rows_that_all_stand_twice_are_read_once(tmp_path, times) -> None:
             once["date"].astype("M8[us]")
         )
         assert table.read_as.endswith(f": {9 * times - 9} rows that repeat the one above them are left out")
+
+
+def test_rows_that_stand_twice_are_filled_as_if_they_stood_once(tmp_path) -> None:
+    once = pd.DataFrame({"date": pd.date_range("2020-01-01", periods=4, freq="h").astype(str), "x": [1, np.nan, np.nan, 4]})
+    table = read(tmp_path, once.loc[once.index.repeat(2)].to_csv(index=False), "linear")
+    assert table.values.tolist() == [[1], [2], [3], [4]] and table.filled == 2
 
 
 def test_weather_as_distributed() -> None:
