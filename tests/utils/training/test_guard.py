@@ -122,7 +122,6 @@ def test_killed_workers_end_the_run_between_two_steps_with_its_state(begin, smal
         fit(hit)
     done = hit.training.progress.iteration
     assert 3 <= done < hit.steps_per_epoch
-    hit.close()
     monkeypatch.undo()
     args = {"checkpoints": hit.folder.parent, "save_steps": 0, "resume": True}
     assert f"Resuming from state.1.pt: epoch 1, iteration {done}" in train(small(**flags | args), capsys)
