@@ -1,5 +1,6 @@
 """Numbers that go wrong, number types with their loss scale, and memory that runs out, on real runs with a tiny backbone."""
 
+import gc
 import multiprocessing
 import sys
 import time
@@ -145,6 +146,17 @@ def test_no_worker_and_no_shared_memory_are_one_line_and_a_wrong_number_is_not(m
     monkeypatch.setattr("os.fork", no_fork)
     with pytest.raises(LoaderError, match="temporarily unavailable.*--num_workers 0"):
         list(Loader([1, 2], num_workers=1, multiprocessing_context="fork"))
+
+    def no_queue(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracebacks: list[object] = []  # of what fails while it is given back
+    monkeypatch.setattr("sys.unraisablehook", tracebacks.append)
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", no_queue)
+    with pytest.raises(LoaderError, match="No space left on device"):
+        list(Loader([1, 2], num_workers=1, multiprocessing_context="fork"))
+    gc.collect()
+    assert not tracebacks
 
 
 def short_of_memory(context: Context, limit: int) -> list[int]:
