@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data_provider.batches import WindowCollate
 from data_provider.data_loader import ChannelItems, FileSeries, SplitSeries, load_series
@@ -123,6 +124,10 @@ def epoch_batches(
         raise input_error("--batch_size", size, f"at least {world}, a window of each step for each process")
     seed = args.seed if seed is None else seed
     return EpochBatches(len(dataset), size, seed, train, rank, world, draws=train and getattr(dataset, "drawn", False))
+
+
+# One that could not be started has nothing to shut down; its end would print a traceback for lack of this attribute.
+_MultiProcessingDataLoaderIter._shutdown = True
 
 
 class Loader(DataLoader):

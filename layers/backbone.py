@@ -443,10 +443,11 @@ def _config(info: BackboneInfo, layers: int) -> Any:
     return config
 
 
-# The configuration of the first layers; what it says layer by layer (`layer_types`, for one) is cut to them.
+# The configuration of the first layers; what it says layer by layer (`layer_types`, Longformer's windows) is cut to them.
 def _first_layers(config: Any, layers: int) -> Any:
     for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == config.num_hidden_layers:
+        is_by_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
+        if is_by_layer and ("layer" in name or "window" in name):  # not `pos_att_type` or `mlp_multipliers` of a tiny model
             setattr(config, name, value[:layers])
     config.num_hidden_layers = layers
     return config

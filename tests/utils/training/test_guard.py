@@ -1,5 +1,6 @@
 """Numbers that go wrong, number types with their loss scale, and memory that runs out, on real runs with a tiny backbone."""
 
+import gc
 import multiprocessing
 import sys
 import time
@@ -122,7 +123,6 @@ def test_killed_workers_end_the_run_between_two_steps_with_its_state(begin, smal
         fit(hit)
     done = hit.training.progress.iteration
     assert 3 <= done < hit.steps_per_epoch
-    hit.close()
     monkeypatch.undo()
     args = {"checkpoints": hit.folder.parent, "save_steps": 0, "resume": True}
     assert f"Resuming from state.1.pt: epoch 1, iteration {done}" in train(small(**flags | args), capsys)
@@ -146,6 +146,17 @@ def test_no_worker_and_no_shared_memory_are_one_line_and_a_wrong_number_is_not(m
     monkeypatch.setattr("os.fork", no_fork)
     with pytest.raises(LoaderError, match="temporarily unavailable.*--num_workers 0"):
         list(Loader([1, 2], num_workers=1, multiprocessing_context="fork"))
+
+    def no_queue(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracebacks: list[object] = []  # of what fails while it is given back
+    monkeypatch.setattr("sys.unraisablehook", tracebacks.append)
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Queue", no_queue)
+    with pytest.raises(LoaderError, match="No space left on device"):
+        list(Loader([1, 2], num_workers=1, multiprocessing_context="fork"))
+    gc.collect()
+    assert not tracebacks
 
 
 def short_of_memory(context: Context, limit: int) -> list[int]:
