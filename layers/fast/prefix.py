@@ -47,9 +47,11 @@ def choose_path(
                 with torch.no_grad():
                     expected = backbone.plain(start, ids[:, :n], length, sample)
                 if fast and not reason:
-                    path = path or FastPath(backbone)
-                    found = path(start, ids[:, :n], length, sample.requires_grad_())
-                    found.sum().backward()
+                    short, path = path is None, path or FastPath(backbone)
+                    with torch.set_grad_enabled(short):  # the long sample's graph could take more memory than a run has
+                        found = path(start, ids[:, :n], length, sample.requires_grad_(short))
+                    if short:
+                        found.sum().backward()
                     if not (difference := ((found - expected).norm() / expected.norm()).item()) <= (
                         EXACT if backbone.dtype == torch.float32 else ROUNDED
                     ):
