@@ -17,7 +17,7 @@ from layers.fast.decoder import make_twin
 from layers.fast.linear import prepack_weights
 
 BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
-EXACT, ROUNDED = 1e-4, 0.05  # how far the paths may be apart, in float32 and in half the bits; see `choose_path`
+EXACT, ROUNDED = 1e-4, 0.1  # how far the paths may be apart, in float32 and in half the bits; see `choose_path`
 
 # (ids of the prompt prefix, ids [M, n], their lengths [M], patches [M, L, D]) -> last hidden states at the patches [M, L, D]
 LanguageModel = Callable[[list[int], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

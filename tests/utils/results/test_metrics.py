@@ -80,6 +80,7 @@ def test_memory_does_not_grow_with_the_predictions(tmp_path):
     context = SimpleNamespace(
         windows=series, folder=tmp_path / "run", intervals=None, levels=(), device=torch.device("cpu"), log=print,
         accelerator=Accelerator(cpu=True), args=Namespace(save_predictions=1, num_workers=0, eval_batch_size=8, seed=0),
+        model=None,
     )  # fmt: skip
     results, windows = TestPass(context), len(series.windows("test"))
     tracemalloc.start()
