@@ -77,11 +77,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 import layers.backbone
-import models.TimeLLM
 import utils.saving.checkpoint
 import utils.setup
 from data_provider.batches import Batch
-from layers.fast import FastPath
 from layers.prompt import Prompts
 from tests.small_run import PRED_LEN, SEQ_LEN, command_line
 from tests.test_cuda_path import BATCHES, CASES, PLACES, RETRY, STEPS
@@ -279,10 +277,9 @@ class Bench:
         (large / "config.json").write_text(json.dumps(config | {"vocab_size": self.VOCABULARY}), encoding="utf-8")
         usual = {"device": "cuda", "llm_layers": 2, "log_every": 10**6, "save_steps": 0, "max_sequences": 0}
         layers.backbone._load = fake_load
-        # The proof of the fast path compares values, and here are none.
-        models.TimeLLM.choose_path = lambda backbone, *sizes: (FastPath(backbone) if sizes[-1] else backbone.plain, "")
         utils.setup.find_device = lambda _args: (Accelerator(cpu=True), GPU)
         self.context = utils.setup.setup(parse_flags(command_line(folder, large, **usual | flags)), 0, Interrupts())
+        assert not self.context.model.why_plain, self.context.model.why_plain  # the proof ran on this device
         self.context.loaders = {"train": self, "val": self}
         saver = self.context.training.saver
         save = saver.save
