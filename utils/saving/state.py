@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
 from layers.errors import RunError, StorageError, input_error
-from utils.flags import resumed
+from utils.flags import DEFAULTS, resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
 from utils.saving.files import FULL, TENSORS
@@ -82,7 +82,9 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> None:
         InputError: it was saved by another run; what differs is named.
     """
     now, was = json.loads(json.dumps(now)), saved["identity"]
-    different = [name for name in now | was if now.get(name) != was.get(name)]
+    # A flag that came to be after the state was saved had its default then.
+    defaults = {f"--{name}": value for name, value in DEFAULTS.items()}
+    different = [name for name in now | was if now.get(name) != was.get(name, defaults.get(name))]
     if different:
         sizes = {name: 8 if name.endswith(("(SHA-256)", "fingerprint")) else 60 for name in different}
         found, expected = ("; ".join(f"{name} {str(of.get(name))[:n]}" for name, n in sizes.items()) for of in (now, was))

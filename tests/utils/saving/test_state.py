@@ -119,6 +119,9 @@ def test_a_full_disk_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_another_runs_and_an_earlier_versions_states_are_one_line(run: Run, tmp_path: Path) -> None:
     state, _ = find_state(run.saver.folder)
     compare(state, IDENTITY)
+    compare(state, IDENTITY | {"--recipe": "own"})  # the default of a flag that the state does not know
+    with pytest.raises(InputError, match="--resume: got --recipe published, expected --recipe None"):
+        compare(state, IDENTITY | {"--recipe": "published"})
     line = "--resume: got --seed 2; the data's columns None, expected --seed 1; the data's columns .*, with which .* saved"
     with pytest.raises(InputError, match=line) as error:
         compare(state, IDENTITY | {"--seed": 2, "the data's columns": None})
