@@ -21,7 +21,7 @@ from layers.errors import input_error, listed
 # The model squares standardised values in float32, which ends at 3.4e38.
 LARGEST_STANDARDISED = 1e18
 PIECE = 1 << 20  # values of a wide series that are computed with at a time
-CHUNK_SEQUENCES = 8192  # sequences in memory at a time: 40 MB at T + H = 608
+CHUNK = 5_000_000  # values of windows in memory at a time: 40 MB
 
 
 class WindowDataset(Dataset):
@@ -86,7 +86,7 @@ class WindowDataset(Dataset):
         values = self.values if column is None else self.values[:, [column]]
         length = self.seq_len + self.pred_len
         view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)[::every]  # [windows, N, T + H]
-        step = max(1, CHUNK_SEQUENCES // values.shape[1])
+        step = max(1, CHUNK // (values.shape[1] * length))
         for start in range(0, len(view), step):
             chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
             yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
@@ -136,6 +136,11 @@ class Source:
     def forecast_columns(self) -> list[str]:
         return self.columns[self.forecast_slice]
 
+    @property
+    def standard_bounds(self) -> np.ndarray | None:
+        """The least and the largest value of each forecast column, `[2, N]` standardised; None: there are none."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series(Source):
@@ -147,6 +152,7 @@ class Series(Source):
     std: np.ndarray  # [N] float64
     target: str | None  # the column that S and MS forecast, given or chosen
     filled: int = 0  # cells that were empty in the file
+    bounds: np.ndarray | None = None  # [2, N] the least and the largest value that there can be, in the columns' own units
 
     @cached_property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -170,6 +176,14 @@ class Series(Source):
         """Values of the forecast columns `[..., N]` on the standardised scale -> float64 in their own units."""
         kept = self.forecast_slice
         return standardised.astype(np.float64) * self.std[kept] + self.mean[kept]
+
+    def within_bounds(self, own: np.ndarray) -> np.ndarray:
+        """Forecasts or ends of bands `[..., N]` in own units, none beyond the bounds."""
+        return own if self.bounds is None else own.clip(*self.bounds[:, self.forecast_slice])
+
+    @property
+    def standard_bounds(self) -> np.ndarray | None:
+        return None if self.bounds is None else ((self.bounds - self.mean) / self.std)[:, self.forecast_slice]
 
     def future_dates(self, n: int) -> pd.DatetimeIndex:
         """The n timestamps `[n]` that follow the last row.
@@ -262,6 +276,7 @@ def load_series(
     id_column: str | None = None,
     drop_columns: Sequence[str] | None = None,
     dayfirst: bool | None = None,
+    bounds: Sequence[str] | None = None,
 ) -> FileSeries:
     """Read, split and standardise a file (parameters as the flags of the same names).
 
@@ -294,6 +309,7 @@ def load_series(
         synthetic=is_synthetic(table.path),
         filled=table.filled,
         read_as=table.read_as,
+        bounds=bounds_of(bounds, columns),
         marks=time_marks(table.dates, freq or frequency(infer_step(table.dates)), embed),
         splits=splits,
         seq_len=seq_len,
@@ -303,12 +319,40 @@ def load_series(
     )
 
 
-def own_scale(table: Table, features: str, target: str | None) -> Series:
+def bounds_of(words: Sequence[str] | None, columns: list[str]) -> np.ndarray | None:
+    """What --bounds says, `[2, N]`: the least and the largest value of each column, infinite where there is none.
+
+    Args:
+        words: a pair for all columns, ["0", "none"], or parts such as "rain:0:none" (or one word with commas);
+            None: no bounds.
+
+    Raises:
+        InputError: another form, a column that there is not, or a least value that is not below the largest.
+    """
+    if not words:
+        return None
+    none = -np.inf, np.inf
+    found = np.repeat(np.reshape(none, (2, 1)), len(columns), axis=1)
+    parts = [":".join([":", *words])] if len(words) == 2 and not any(":" in word for word in words) else words
+    for part in ",".join(parts).split(","):
+        name, *ends = part.rsplit(":", 2)
+        try:
+            low, high = (free if end.lower() == "none" else float(end) for free, end in zip(none, ends, strict=True))
+        except ValueError:
+            low = high = np.nan
+        if not low < high or name not in (":", *columns):
+            expected = "a least and a largest value, --bounds 0 none, or parts such as rain:0:none of the columns "
+            raise input_error("--bounds", repr(part.strip(":")), expected + listed(columns))
+        found[:, [name in (":", column) for column in columns]] = [[low], [high]]
+    return found
+
+
+def own_scale(table: Table, features: str, target: str | None, bounds: Sequence[str] | None = None) -> Series:
     """The columns of a file that are forecast, on the file's own scale, for one that no training saw:
     the mean and deviation of all its rows.
 
     Args:
-        features, target: as the flags of the same names.
+        features, target, bounds: as the flags of the same names.
 
     Raises:
         InputError: no such column.
@@ -328,6 +372,7 @@ def own_scale(table: Table, features: str, target: str | None) -> Series:
         synthetic=is_synthetic(table.path),
         filled=table.filled,
         read_as=table.read_as,
+        bounds=bounds_of(bounds, columns),
     )
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from data_provider.data_loader import CHUNK_SEQUENCES, LARGEST_STANDARDISED, SplitSeries
+from data_provider.data_loader import CHUNK, LARGEST_STANDARDISED, SplitSeries
 from data_provider.splits import PATTERNS, Pattern, find_m4
 from data_provider.synthetic import SYNTHETIC_ID
 from layers.errors import input_error
@@ -140,8 +140,9 @@ class M4Windows(Dataset):
         """Inputs `[m, T]` and truths `[m, H]` of every k-th window that is whole on both sides, each in units of its
         history's deviation, so that all count alike; a history that stands still is left out."""
         rows = [row for number in range(len(self)) for row in self.whole(number)][::every]
-        for start in range(0, len(rows), CHUNK_SEQUENCES):
-            chunk = np.stack(rows[start : start + CHUNK_SEQUENCES])
+        step = max(1, CHUNK // (self.seq_len + self.pred_len))
+        for start in range(0, len(rows), step):
+            chunk = np.stack(rows[start : start + step])
             x = chunk[:, : self.seq_len]
             moves, mean, std = self.moves(x), x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
             chunk = (chunk[moves] - mean[moves]) / std[moves]

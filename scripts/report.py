@@ -1,11 +1,15 @@
 """Report of a run: its test error beside what simple forecasts reach on the same windows, best first.
 
     python scripts/report.py checkpoints/<run name>
+    python scripts/report.py checkpoints/<run name> --html report.html    # one file with the pictures in it
 
 The simple forecasts are measured by the run's test, which keeps them in its metrics.json.
 """
 
+import base64
+import html
 import json
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -20,29 +24,46 @@ import pandas as pd  # noqa: E402
 
 from data_provider.data_factory import series_from_args  # noqa: E402
 from layers.errors import input_error  # noqa: E402
-from utils.results.baselines import RIDGE, measured  # noqa: E402
+from utils.flags import DEFAULTS  # noqa: E402
+from utils.results.baselines import RIDGE  # noqa: E402
 from utils.results.m4 import scores_of, warnings_of  # noqa: E402
 from utils.results.m4 import table as table_of_m4  # noqa: E402
-from utils.results.metrics import METRICS  # noqa: E402
-from utils.saving.files import RECORD  # noqa: E402
+from utils.results.metrics import METRICS, missed  # noqa: E402
+from utils.saving.files import RECORD, write_text  # noqa: E402
 from utils.study.cells import interval_figures  # noqa: E402
 
-ALIKE = 0.005  # relative difference of two errors below which neither is called the winner
-ARGUMENTS = {
-    "folder": dict(type=Path, metavar="checkpoints/RUN", help="the run's folder, which run_main.py prints at its end")
+ARGUMENTS: dict[str, dict] = {
+    "folder": dict(type=Path, metavar="checkpoints/RUN", help="the run's folder, which run_main.py prints at its end"),
+    "--html": dict(type=Path, metavar="FILE", help="write the report with its pictures to this file, too"),
 }
+# Light and dark, on a phone and on a wide screen; nothing is loaded from elsewhere.
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 0 1rem }}
+pre, .wide {{ overflow-x: auto }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100%; background: #fff; border-radius: 4px }}
+</style></head><body><h1>{title}</h1>
+{parts}
+</body></html>
+"""
 
 
 def main(argv: list[str]) -> int:
     args = script_parser("report.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
-    return exit_code("report.py", lambda: print(report(args.folder)))
+    return exit_code("report.py", lambda: print(report(args.folder, args.html)))
 
 
-def report(folder: Path) -> str:
-    """The table and what it says, as text.
+def report(folder: Path, page: Path | None = None) -> str:
+    """The table and what it says, as text; with `page`, written to that file as HTML, too.
 
     Raises:
         InputError: the folder lacks a record or test figures, or its data are gone.
+        StorageError: the file system refused.
     """
     # A test on other data lies in a folder on_<file> in the run's, and has the record of its checkpoint.
     elsewhere = folder.resolve().name.startswith("on_") and not (folder / RECORD).is_file()
@@ -50,34 +71,34 @@ def report(folder: Path) -> str:
     metrics = _read(folder / METRICS, "test")
     if "m4" in metrics:
         return table_of_m4(scores_of(metrics), warnings_of(metrics))
-    series = series_from_args(Namespace(**record["flags"] | metrics.get("flags", {})))  # the data that were tested on
-    levels = list(metrics.get("intervals", {}).get("levels", {}))
-    found = metrics.get("baselines") or measured(series, tuple(map(float, levels)))
+    flags = record["flags"] | metrics.get("flags", {})
+    series = series_from_args(Namespace(**flags))  # the data that were tested on
     trained_on = metrics.get("trained_on", {})  # named where it is not the data of the test
-    title = f"{record['flags'].get('model', 'TimeLLM').replace('TimeLLM', 'Time-LLM')} (this run)"
+    skip = {"none": "", "stack": " on a linear stack"}.get(flags.get("skip", "none"), " on a ridge map")
+    title = f"{flags.get('model', 'TimeLLM').replace('TimeLLM', 'Time-LLM')}{skip} (this run)"
     test = metrics["test"] | {"title": title, "intervals": metrics.get("intervals")}
+    rows = _read(folder / METRICS, "baselines")["baselines"]["rows"]
     source = f" after training on {trained_on['file']}" if trained_on.get("file") else ""
-    lines = [
-        "",
-        f"Test windows of {series.path.name}{source}, {series.seq_len} rows -> {series.pred_len} rows, standardised scale "
-        "(lower is better):",
-        "",
-        _table([test, *found["rows"]]),
-        "",
-    ]
-    if levels:
-        lines += [
-            "in 80 %: truths inside the 80 % prediction interval; width: its mean width, standardised; "
-            "WQL: weighted quantile loss.",
-            "",
-        ]
-    lines += verdict(test["mse"], found["rows"])
-    if record.get("backbone", {}).get("note"):
-        lines += ["", f"Language model: {record['backbone']['note']}"]
+    windows = f"{series.seq_len} rows -> {series.pred_len} rows, standardised scale (lower is better)"
+    head, table = f"Test windows of {series.path.name}{source}, {windows}:", _table([test, *rows])
+    keys = (
+        "in 80 %: truths inside that prediction interval; width: its mean width, standardised; WQL: weighted quantile loss."
+    )
+    said = [*verdict(test, rows), *(missed(metrics["intervals"]) if "intervals" in metrics else ())]
+    if "no season" in metrics["baselines"]:
+        said.append(f"No last season among them: {metrics['baselines']['no season']}.")
+    note, drawn = record.get("backbone", {}).get("note", ""), record.get("backbone", {}).get("random_seed") is not None
+    if drawn or "random weights" in note:
+        said.append("The language model has read nothing, for its weights are random: what it adds, any network may.")
+    if note:
+        said.append(f"Language model: {note}")
     if series.synthetic or trained_on.get("synthetic"):
-        lines += ["", "*** SYNTHETIC DATA: this series was generated, not measured. ***"]
-        lines += ["*** The figures say nothing about real data or about the paper's. ***"]
-    return "\n".join(lines)
+        said += ["", "*** SYNTHETIC DATA: this series was generated, not measured. ***"]
+        said += ["*** The figures say nothing about real data or about the paper's. ***"]
+    if page is not None:
+        write_text(page, _page(folder, f"{title}: {series.path.name}", head, table, said, metrics, flags))
+    return "\n".join(["", head, "", table.to_string(na_rep="-", col_space=9, index_names=False), "",
+                      *([keys, ""] if "intervals" in metrics else []), *said])  # fmt: skip
 
 
 # A JSON file that has a `part`.
@@ -93,33 +114,73 @@ def _read(path: Path, part: str) -> dict[str, Any]:
 
 
 # A line a forecast, best first: title, errors, and how good its prediction intervals were.
-def _table(rows: list[dict]) -> str:
+def _table(rows: list[dict]) -> pd.DataFrame:
     errors = [{"": row["title"], "MSE": row["mse"], "MAE": row["mae"]} | interval_figures(row) for row in rows]
     frame = pd.DataFrame(errors).set_index("").sort_values("MSE", kind="stable")
     for name in frame:
         form = "{:.1%}" if name.startswith("in ") else "{:.3f}" if name.startswith("width ") else "{:.4f}"
         frame[name] = frame[name].map(form.format, na_action="ignore")
-    return frame.to_string(na_rep="-", col_space=9, index_names=False)
+    return frame
 
 
-def verdict(mse: float, rows: list[dict]) -> list[str]:
-    """Plain sentences: which simple forecasts beat the run, and which it beats."""
-    lines, beaten = [], False
+def verdict(ours: dict, rows: list[dict]) -> list[str]:
+    """Plain sentences: which simple forecasts beat the run, and which it beats, in MSE, MAE and weighted quantile loss.
+
+    A difference whose 95 % interval, from one window of the test to another, has 0 in it is none.
+    """
+    lines, beaten = (
+        ["How far this run's errors lie from the others', with 95 % intervals; where 0 is in one, they are level:"],
+        False,
+    )
     for row in sorted(rows, key=lambda row: row["mse"]):
-        other, name = row["mse"], row["title"].replace("repeat ", "repeating ", 1)
-        if other < mse * (1 - ALIKE):
-            beaten = beaten or row["name"] == RIDGE
-            cost = f", fitted and tested in {row['seconds']:.0f} s," if row["name"] == RIDGE else ""
-            lower = f"its MSE is {100 * (1 - other / mse):.1f} % lower ({other:.4f} against {mse:.4f})"
-            lines.append(f"{name[0].upper()}{name[1:]}{cost} beats this run: {lower}.")
-        elif other > mse * (1 + ALIKE):
-            lower = f"its MSE is {100 * (1 - mse / other):.1f} % lower ({mse:.4f} against {other:.4f})"
-            lines.append(f"This run beats {name}: {lower}.")
-        else:
-            lines.append(f"This run and {name} are level (MSE {mse:.4f} and {other:.4f}).")
+        better, worse, parts = 0, 0, []
+        for figure, held in (("mse", row), ("mae", row), ("wql", row.get("intervals") or {})):
+            found = row.get("difference", {}).get(figure)
+            if found is not None and held[figure]:
+                part, low, high = (100 * value / held[figure] for value in found)
+                parts.append(f"{figure.upper()} {part:+.1f} % ({low:+.1f} to {high:+.1f})")
+                better, worse = better + (high < 0), worse + (low > 0)
+        name = row["title"].replace("repeat ", "repeating ", 1)
+        beaten = beaten or (row["name"] == RIDGE and worse > 0 == better)
+        said = f"This run and {name} are level" if parts else f"Too few test windows to tell this run from {name}"
+        if worse:
+            said = (
+                f"{name[0].upper()}{name[1:]} beats this run"
+                if not better
+                else f"Neither this run nor {name} is better in all"
+            )
+        elif better:
+            said = f"This run beats {name}"
+        parts = parts or [f"MSE {ours['mse']:.4f} and {row['mse']:.4f}"]
+        lines.append(f"- {said}: {', '.join(parts)}.")
     if beaten:
         lines.append("A forecaster that a linear map beats has more training ahead of it, or is not needed here.")
     return lines
+
+
+# The report as one HTML file: what the text has, the pictures, the columns, and the command to repeat the run.
+def _page(
+    folder: Path, title: str, head: str, table: pd.DataFrame, said: list[str], metrics: dict[str, Any], flags: dict[str, Any]
+) -> str:
+    parts = [f"<p>{html.escape(head)}</p><div class=wide>{table.to_html(na_rep='-', border=0, index_names=False)}</div>"]
+    parts.append(f"<pre>{html.escape(chr(10).join(said))}</pre>")
+    for picture in sorted((folder / "plots").glob("*.png")):
+        name = picture.stem.replace("_", " ").capitalize()
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    columns = pd.DataFrame(metrics["standardised"]["channels"]).T[["mse", "mae"]]
+    for level, held in metrics.get("intervals", {"levels": {}})["levels"].items():
+        columns[f"in {level} %"] = pd.Series({name: figures["coverage"] for name, figures in held["channels"].items()})
+    by_column = columns.to_html(border=0, float_format="{:.4f}".format)
+    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    given = [
+        f"--{name} {shlex.join(map(str, words[name]))}" for name in DEFAULTS if flags.get(name) not in (None, DEFAULTS[name])
+    ]
+    command = html.escape("python run_main.py --is_training 1 " + " ".join(given))
+    parts.append(
+        f"<h2>By column, standardised</h2><div class=wide>{by_column}</div><h2>To repeat it</h2><pre>{command}</pre>"
+    )
+    return PAGE.format(title=html.escape(title), parts="\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,10 @@ FLAGS = [
     Flag("drop_columns", "data", "inherit", NAMES, None, "columns that are not read"),
     Flag("dayfirst", "data", "inherit", BOOL, None, "True: 01/02/2020 is in February, False: in January, where dates can be "
          "read in both orders (default: the order with even steps, else month first)"),
+    Flag("bounds", "data", "inherit resume", NAMES, None, "least and largest value of forecasts and their bands: 0 none for "
+         "all columns, or for some rain:0:none,humidity:0:100"),
+    Flag("season", "data", "inherit", whole(2), None, "rows of the season that a simple forecast repeats (default: the "
+         "day, week or year that repeats itself best in the training rows)"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -475,7 +479,7 @@ def _complete_m4(args: argparse.Namespace, given: dict[str, Any], held: dict[str
         (args.percent != 100, "percent", f"100 with --data {M4}"),
         *(
             (getattr(args, name), name, alone)
-            for name in ("fill_missing", "encoding", "date_column", "id_column", "drop_columns")
+            for name in ("fill_missing", "encoding", "date_column", "id_column", "drop_columns", "bounds", "season")
         ),
         (args.dayfirst is not None, "dayfirst", alone),
         (args.data_pretrain, "data_pretrain", f"{alone}: it trains on its own series"),

@@ -26,9 +26,8 @@ from data_provider.data_loader import Series, WindowDataset
 from data_provider.table import check_rows, tables_of
 from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
-from layers.norm import instance_norm
 from utils.flags import flags_for, longest_window
-from utils.results.bands import Intervals, name_of
+from utils.results.bands import Intervals, name_of, units
 from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
 from utils.results.log import RunLog
 from utils.results.metrics import Metrics
@@ -217,7 +216,7 @@ class Forecaster:
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
             pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
-            metrics.add(pred, true, instance_norm(x)[2])
+            metrics.add(pred, true, units(x))
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, context.model.prompts, whole=not context.model.channel_independent)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pandas as pd
 
+from data_provider.data_loader import FileSeries
 from data_provider.splits import M4
-from layers.errors import RunError
+from layers.errors import RunError, listed
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.results.bands import KEPT, Calibration, mean_intervals, name_of
+from utils.results.bands import KEPT, Calibration, all_intervals, has_errors, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
-from utils.results.metrics import line_of
+from utils.results.metrics import lines_of
 from utils.results.test_pass import open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
 from utils.saving.files import LEGACY
@@ -68,7 +69,7 @@ def run(context: Context, repeat: int, forecasts: list[pd.DataFrame]) -> None:
         if means:
             draw(context, *means)
     if args.do_predict:
-        mean = mean_forecast(forecasts, context.series, args.seq_len, mean_intervals(context, repeats))
+        mean = mean_forecast(forecasts, context.series, args.seq_len, all_intervals(context, repeats, context.levels))
         context.log(f"Mean of {len(repeats)} repeats:")
         leave_forecast(replace(context, folder=folder), mean)
 
@@ -111,7 +112,7 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     if found is not None:
         results, scores = found
     else:
-        checkpoint = calibrate(context, checkpoint)
+        calibrate(context, checkpoint)
         results = open_pass(context)
         try:
             scores = score(context, "test", results.consume)
@@ -119,6 +120,7 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
             context.log(f"{signal}: the test has not ended; {checkpoint.file} is unharmed")
             context.log(f"To resume: {resume_command(context.args)}")
             raise
+    checkpoint = keep_intervals(context, checkpoint)
     context.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = context.record["backbone"].get("note")
@@ -126,8 +128,8 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
-    if "intervals" in metrics:
-        context.log(line_of(metrics["intervals"]))
+    for line in lines_of(metrics["intervals"]) if "intervals" in metrics else ():
+        context.log(line)
     draw(context, results, metrics)
     return scores
 
@@ -140,39 +142,51 @@ def draw(context: Context, results: Any, metrics: dict[str, Any]) -> None:
         draw_test(results, metrics)
 
 
-def calibrate(context: Context, checkpoint: Checkpoint) -> Checkpoint:
+def calibrate(context: Context, checkpoint: Checkpoint) -> None:
     """Give the run its prediction intervals, unless it has them: one pass over the validation windows.
-
-    A checkpoint of these data keeps them. Returns it as it is then.
 
     Raises:
         Interrupted: a signal has come; nothing is lost.
     """
-    kept = (
-        context.args.itr == 1 or not context.args.is_training or (context.folder / KEPT).is_file()
-    )  # for the repeats' mean
-    if not context.levels or (context.intervals is not None and context.intervals.has(context.levels) and kept):
-        return checkpoint
-    held = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
-    levels = tuple(sorted({*context.levels, *(held.levels if held else ())}))  # what it had is not taken from it
+    held = context.intervals
+    whole = held is not None and held.newest is not None and context.args.itr == 1  # the repeats' mean needs their errors
+    if not context.levels or (held is not None and (whole or has_errors(context.folder, context.series))):
+        return
+    before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
+    levels = tuple(sorted({*context.levels, *(before.levels if before else ())}))  # what it had is not taken from it
     with Calibration(context, levels) as calibration:
         score(context, "val", calibration.consume)
         calibration.end()
-    found = context.intervals
+    if context.intervals is not None:
+        found, context.intervals = context.intervals, context.intervals.only(context.levels)
+        named = " and ".join(f"{name_of(level)} %" for level in context.levels)
+        context.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
+
+
+def keep_intervals(context: Context, checkpoint: Checkpoint) -> Checkpoint:
+    """After a test, add those that were calibrated on its windows, too, for forecasts of the future; a checkpoint of these
+    data keeps both. Returns it as it is then."""
+    context.accelerator.wait_for_everyone()  # all have written their errors
+    before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
+    levels = tuple(sorted({*context.levels, *(before.levels if before else ())}))
+    found = all_intervals(context, [context.folder], levels) if isinstance(context.series, FileSeries) else None
     if found is None:
         return checkpoint
     context.intervals = found.only(context.levels)
-    named = " and ".join(f"{name_of(level)} %" for level in context.levels)
-    context.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
-    if not checkpoint.belongs_to(context.series, context.args):
-        return checkpoint
+    still = [name for n, name in enumerate(context.series.forecast_columns) if (found.offsets[-2:, n] != 0).any()]
+    if still:
+        context.log(
+            f"WARNING: {listed(still)} hardly ever changed: bands there reach to the mean error instead of having no width"
+        )
+    context.accelerator.wait_for_everyone()  # all have read them
     if context.accelerator.is_main_process:
-        now = Checkpoint.open(checkpoint.file)  # a training may have written it anew meanwhile
-        if now != checkpoint:
-            context.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
-        else:
-            checkpoint = add_intervals(checkpoint, found)
-            context.log(f"They are kept in {checkpoint.file}, which has {' '.join(map(name_of, found.levels))} now")
+        if checkpoint.belongs_to(context.series, context.args):
+            if Checkpoint.open(checkpoint.file) != checkpoint:  # a training has written it anew meanwhile
+                context.log(f"They are not kept: {checkpoint.file} is no longer the one that was tested")
+            else:
+                context.checkpoint = checkpoint = add_intervals(checkpoint, found)
+        if context.args.itr == 1:
+            (context.folder / KEPT).unlink()
     context.accelerator.wait_for_everyone()
     return checkpoint
 

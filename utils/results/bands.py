@@ -1,10 +1,14 @@
-"""Prediction intervals, calibrated on the errors of the validation windows.
+"""Prediction intervals, calibrated on the errors of the validation windows; of forecasts of the future, of the test's too.
 
 Split-conformal prediction (Papadopoulos et al., ECML 2002) with signed errors, so that both sides have their own
 length (Linusson et al., PAKDD 2014), each divided by the deviation of its window's history (Lei et al., JASA 2018,
 section 5.2): quiet hours get narrow bands. Of n errors that can be exchanged with the next one, the k-th smallest lies
 above it with probability k / (n + 1); from this come the ranks below, and with them the promise: a truth lies below
-the band's lower end with at most, and above its upper end with at most, half of what the level leaves.
+the band's lower end with at most, and above its upper end with at most, half of what the level leaves. Each band reaches
+at least to its own forecast, so that a biased model's holds it, too; its coverage is then more than was promised.
+
+The best epoch, and the penalty of a linear map, are chosen on the same validation windows: docs/measured.md has what that
+costs.
 
 Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
 """
@@ -12,9 +16,9 @@ Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +33,8 @@ if TYPE_CHECKING:  # it holds such intervals itself
 LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
 DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
 LARGEST = 1e30  # an offset beyond is no number of deviations
-KEPT = "validation_errors.npy"  # of the repeats of a run, for the mean of their forecasts
+KEPT = "errors.npy"  # `[W, N, H]` of the validation windows, then of the test's, in deviations of their histories
+FLOOR = 0.05  # the least deviation of a history, as a part of the training's: a sensor stands still, rain has not begun
 ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
 EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
 
@@ -56,8 +61,14 @@ def name_of(level: float) -> str:
 
 
 def stds(x: np.ndarray) -> np.ndarray:
-    """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it."""
-    return np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON)
+    """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it, and at
+    least FLOOR."""
+    return np.maximum(np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON), FLOOR)
+
+
+def units(x: torch.Tensor) -> torch.Tensor:
+    """As `stds`, for a tensor."""
+    return instance_norm(x)[2].clamp(min=FLOOR)
 
 
 def quantiles(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray:
@@ -80,14 +91,17 @@ class Intervals:
 
     Attributes:
         levels: per cent, those that were asked for.
-        offsets: `[Q, N, H]` float32, in deviations of a window's history: a quantile of the truth is the forecast plus
-            offset times deviation. NaN where the windows were too few.
+        offsets: `[Q + 2, N, H]` float32, in units of a window, see `stds`: a quantile of the truth is the forecast plus
+            offset times unit. NaN where the windows were too few. The last two rows are how far below and above its
+            forecast each band reaches at least: see `intervals_of`.
         windows: how many were calibrated on, W.
+        newest: calibrated on the test windows, too: for forecasts of rows that neither split has.
     """
 
     levels: tuple[float, ...]
     offsets: np.ndarray
     windows: int
+    newest: "Intervals | None" = None
 
     def has(self, levels: Iterable[float]) -> bool:
         """Whether the ends of these levels were calibrated: those asked for, and 20, 40, 60 and 80 %."""
@@ -96,16 +110,18 @@ class Intervals:
     # Offsets of the lower and the upper end, each `[N, H]`.
     def band(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         low, high = (self.offsets[probabilities(self.levels).index(end)] for end in ends(level))
-        return low, high
+        return np.minimum(low, self.offsets[-2]), np.maximum(high, self.offsets[-1])
 
     # These levels, of which all `has` to be there.
     def only(self, levels: Iterable[float]) -> "Intervals":
         levels, held = tuple(levels), probabilities(self.levels)
-        return Intervals(levels, self.offsets[[held.index(end) for end in probabilities(levels)]], self.windows)
+        kept = self.offsets[[*(held.index(end) for end in probabilities(levels)), -2, -1]]
+        return Intervals(levels, kept, self.windows, self.newest and self.newest.only(levels))
 
     # Those of some channels.
     def of(self, places: Sequence[int]) -> "Intervals":
-        return Intervals(self.levels, self.offsets[:, list(places)], self.windows)
+        kept = self.offsets[:, list(places)]
+        return Intervals(self.levels, kept, self.windows, self.newest and self.newest.of(places))
 
 
 def continued(offsets: np.ndarray, steps: int) -> np.ndarray:
@@ -143,8 +159,8 @@ def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
 class Calibration(AbstractContextManager):
     """Takes in the batches of a pass over the validation split: pass `consume` to `score`, then call `end`, within `with`.
 
-    The errors `[W, N, H]` lie on the disk meanwhile, where all processes of a group write theirs. The file goes, however
-    the pass ends.
+    The errors lie on the disk meanwhile, where all processes of a group write theirs. After `end` they stay in the run's
+    folder, as KEPT, with room for those of the test; else the file goes.
 
     Args:
         levels: per cent; none: the run's.
@@ -157,7 +173,8 @@ class Calibration(AbstractContextManager):
         series = context.windows
         self.context, self.levels, self.path = context, levels or context.levels, context.folder / f".{KEPT}{PARTIAL}"
         if context.accelerator.is_main_process:
-            shape = len(series.windows("val")), len(series.forecast_columns), series.pred_len
+            windows = len(series.windows("val")) + len(series.windows("test"))
+            shape = windows, len(series.forecast_columns), series.pred_len
             make_array(self.path, shape, context.folder / KEPT)
         context.accelerator.wait_for_everyone()
 
@@ -168,39 +185,70 @@ class Calibration(AbstractContextManager):
 
     def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
         """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
-        first, B = int(batch.index[0]), len(batch.index)
-        errors = (batch.y - forecast) / instance_norm(batch.x)[2]  # (M, H)
-        held = np.load(self.path, mmap_mode="r+")  # anew for each batch, so that memory holds no more than that
-        held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
+        write_errors(self.path, batch, forecast)
 
     def end(self) -> None:
-        """Give the run the intervals that the pass comes to, none where errors are no finite numbers; the errors of
-        repeats (`--itr`) stay in the run's folder."""
+        """Give the run the intervals that the pass comes to, none where errors are no finite numbers."""
         context = self.context
         context.accelerator.wait_for_everyone()  # all have written their windows
-        found = intervals_of([self.path], self.levels)
+        found = intervals_of([self.path], self.levels, len(context.windows.windows("val")))
         finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
         context.intervals = found if finite else None
         if not finite:
             context.log("No prediction intervals: errors of the validation windows are no finite numbers")
         context.accelerator.wait_for_everyone()
-        if finite and context.args.itr > 1 and context.accelerator.is_main_process:
+        if finite and context.accelerator.is_main_process:
             with writing(self.path):
                 self.path.replace(context.folder / KEPT)
+        context.accelerator.wait_for_everyone()
 
 
-def intervals_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
-    """The intervals of the mean of the errors `[W, N, H]` in these files; memory holds some of the channels."""
-    W, N, H = np.load(files[0], mmap_mode="r").shape
+def write_errors(path: Path, batch: Batch, forecast: torch.Tensor, after: int = 0) -> None:
+    """Write the errors of whole windows, with their standardised forecasts `[M, H]`, into a file such as KEPT; `after` so
+    many others."""
+    first, B = after + int(batch.index[0]), len(batch.index)
+    held = np.load(path, mmap_mode="r+")  # anew for each batch, so that memory holds no more than that
+    errors = (batch.y - forecast) / units(batch.x)  # (M, H)
+    held[first : first + B] = errors.view(B, *held.shape[1:]).float().cpu().numpy()  # batches are neighbours
+
+
+def offsets_of(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray:
+    """The offsets of `Intervals`, `[Q + 2, ...]`, of errors `[W, ...]` in units of their windows.
+
+    A column that is mostly constant, such as rain, has errors of 0 nearly always, and a band between their quantiles has no
+    width. Where that from 10 to 90 % is narrower than the mean absolute error, bands reach to the mean error of each side;
+    else they reach to the forecast.
+    """
+    found = quantiles(errors, probabilities)
+    low, high = (found[probabilities.index(end)] for end in ends(80))
+    reach = np.stack([errors.clip(max=0).mean(axis=0), errors.clip(min=0).mean(axis=0)])
+    return np.concatenate([found, np.where(high - low < np.abs(errors).mean(axis=0), reach, 0)]).astype(np.float32)
+
+
+def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: int | None = None) -> Intervals:
+    """The intervals of the mean of the errors in these files, of their first `windows` or all; memory holds some of the
+    channels."""
+    W, N, H = np.load(files[0], mmap_mode="r")[:windows].shape
     step = max(1, ERRORS_AT_ONCE // (W * H * len(files)))
     rows = []
     for first in range(0, N, step):
-        errors = np.mean([np.load(file, mmap_mode="r")[:, first : first + step] for file in files], axis=0)
-        rows.append(quantiles(errors, probabilities(levels)))
+        errors = np.mean([np.load(file, mmap_mode="r")[:windows, first : first + step] for file in files], axis=0)
+        rows.append(offsets_of(errors, probabilities(levels)))
     return Intervals(levels, np.concatenate(rows, axis=1), W)
 
 
-def mean_intervals(context: "Context", repeats: Sequence[Path]) -> Intervals | None:
-    """Those of the mean of the repeats' forecasts, whose errors are the mean of theirs; None where one has not left them."""
-    files = [folder / KEPT for folder in repeats]
-    return intervals_of(files, context.levels) if context.levels and all(file.is_file() for file in files) else None
+def has_errors(folder: Path, series: Any) -> bool:
+    """Whether a pass over the validation windows of this series has left its errors in a folder."""
+    windows, file = len(series.windows("val")) + len(series.windows("test")), folder / KEPT
+    shape = windows, len(series.forecast_columns), series.pred_len
+    return file.is_file() and np.load(file, mmap_mode="r").shape == shape
+
+
+def all_intervals(context: "Context", folders: Sequence[Path], levels: tuple[float, ...]) -> Intervals | None:
+    """Those of the mean of the forecasts that runs have left in these folders, whose errors are the mean of theirs, with the
+    newest; None where one has not left them."""
+    if not levels or not all(has_errors(folder, context.series) for folder in folders):
+        return None
+    files = [folder / KEPT for folder in folders]
+    val = intervals_of(files, levels, len(context.windows.windows("val")))
+    return replace(val, newest=intervals_of(files, levels))

@@ -17,8 +17,8 @@ from data_provider.data_loader import FileSeries, WindowDataset
 from data_provider.m4 import M4Windows
 from layers.norm import instance_norm
 from models.LinearStack import Model as LinearStack
-from utils.results.bands import Intervals, probabilities, quantiles, stds
-from utils.results.metrics import Metrics
+from utils.results.bands import Intervals, offsets_of, probabilities, stds
+from utils.results.metrics import Metrics, difference
 
 LAST, SEASON, RIDGE, STACK = "last value", "last season", "ridge", "linear stack"  # names in metrics.json
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
@@ -34,9 +34,30 @@ Windows = WindowDataset | M4Windows
 Moments = tuple[np.ndarray, np.ndarray, float]  # see `_moments`
 
 
-def measured(series: FileSeries, levels: tuple[float, ...] = ()) -> dict[str, Any]:
-    """What metrics.json has of the baselines: {"of": what they were measured on, "rows": see `baselines`}."""
-    every = fitted_every(series.windows("train"))
+def measured(
+    series: FileSeries,
+    levels: tuple[float, ...] = (),
+    ours: np.ndarray | None = None,
+    stack: LinearStack | None = None,
+    source: FileSeries | None = None,
+    season: int | None = None,
+) -> dict[str, Any]:
+    """What metrics.json has of the baselines, which are measured on the test windows of a series.
+
+    Args:
+        levels: of the prediction intervals that they get as the models do, per cent.
+        ours: a model's figures by window, see `Metrics`, that theirs are compared with.
+        stack: a fitted one, which gets a row.
+        source: what the model was trained on, where that is another series: a ridge regression of it gets a row, too.
+        season: rows of the season that is repeated; None: see `find_season`.
+
+    Returns:
+        "of": what they were measured on; "no season": why there is no such row; "rows": name, title (for people), mse and
+        mae on the standardised scale, both by step, seconds (fit and test), detail, intervals: None, or "levels" with their
+        coverage and width, and "wql", see `Metrics`; "difference": for mse, mae and wql what `difference` finds, ours less
+        theirs.
+    """
+    every, rows, began = fitted_every(series.windows("train")), [], time.perf_counter()
     of = {
         "file": series.path.name,
         "rows": len(series.dates),
@@ -49,87 +70,119 @@ def measured(series: FileSeries, levels: tuple[float, ...] = ()) -> dict[str, An
         **({"levels": list(levels)} if levels else {}),
         **({"fitted_every": every} if every > 1 else {}),
     }
-    return {"of": of, "rows": baselines(series, levels=levels)}
+    H, spans = series.pred_len, natural_seasons(series.step)
+    season = find_season(series) if season is None else season
+
+    # A row of the comparison, of a forecast from windows of `rows_read` rows.
+    def add(name: str, title: str, detail: str, forecast: Forecast, rows_read: int = series.seq_len) -> None:
+        nonlocal began
+        rows.append(
+            _row(name, title, detail, replace(series, seq_len=rows_read, history=0), levels, began, forecast, ours, block)
+        )
+        began = time.perf_counter()
+
+    block = max(H, season)
+    add(LAST, "repeat the last value", "repeats x[T-1]", lambda x, _: x[:, np.full(H, -1)])
+    if season > 1:
+        last_season, words = np.arange(H) % season - season, {spans.get("day"): "24 h", spans.get("week"): "week"}
+        title = f"repeat the last {words.get(season, f'{season} rows')}"
+        add(SEASON, title, f"repeats the last {season} rows of the file", lambda x, _: x[:, last_season], season)
+    thinned = f", fitted to one training window in {every}" if every > 1 else ""
+    for origin in (series, source):
+        if origin is not None:
+            weights, penalty = fit_ridge(*origin.windows_for_a_map())
+            title = "ridge regression" + (f" fitted to {origin.path.name}" if origin is source else "")
+            detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
+            add(RIDGE, title, detail, lambda x, _, weights=weights: ridge_forecast(x, weights))  # type: ignore[misc]
+    if stack is not None:
+        add(STACK, STACK, stack.title, lambda x, channel: _of_a_stack(stack, x, channel), stack.maps.shape[1])
+    none = f"no natural season of rows {series.step_words} apart fits into the training rows (--season N sets one)"
+    return {"of": of, "rows": rows} | ({} if season > 1 else {"no season": none})
 
 
-def baselines(series: FileSeries, levels: tuple[float, ...] = ()) -> list[dict[str, Any]]:
-    """Measure the naive forecasts and the ridge regression on the test windows.
-
-    A season is that of the data's step (24 hours for steps below a day). Its row is left out where a season is one row or
-    does not fit in seq_len.
-
-    Args:
-        levels: of the prediction intervals that they get as the models do, per cent.
-
-    Returns:
-        Rows of the comparison: name, title (for people), mse and mae on the standardised scale, seconds (fit and test),
-        detail, and intervals: None, or "levels" with their coverage and width, and "wql", see `Metrics`.
-    """
-    H, step, season, began = series.pred_len, series.step, season_length(series.step), time.perf_counter()
-    rows = [_row(LAST, "repeat the last value", "repeats x[T-1]", series, levels, began, lambda x, _: x[:, np.full(H, -1)])]
-    if 1 < season <= series.seq_len:
-        began, start, last_season = time.perf_counter(), pd.Timestamp("2001-01-01"), np.arange(H) % season - season
-        daily = step is not None and start + season * step - start == pd.Timedelta(days=1)
-        title, detail = f"repeat the last {'24 h' if daily else f'{season} rows'}", f"repeats the last {season} rows"
-        rows.append(_row(SEASON, title, detail, series, levels, began, lambda x, _: x[:, last_season]))
-    began, train = time.perf_counter(), series.windows("train")
-    weights, penalty = fit_ridge(train, series.windows("val"))
-    thinned = f", fitted to one training window in {every}" if (every := fitted_every(train)) > 1 else ""
-    detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
-    rows.append(_row(RIDGE, "ridge regression", detail, series, levels, began, lambda x, _: ridge_forecast(x, weights)))
-    return rows
+def find_season(series: FileSeries) -> int:
+    """Rows of the day, week or year that repeats itself best in the training rows, by the mean square of what changes; 1
+    where none of them fits in there twice."""
+    known = series.values[: series.splits.few_shot, series.forecast_slice]
+    fitting = [length for length in natural_seasons(series.step).values() if 2 * length <= len(known) - series.pred_len]
+    return min(fitting, key=lambda length: np.square(known[length:] - known[:-length]).mean(), default=1)
 
 
-def stack_row(series: FileSeries, stack: LinearStack, levels: tuple[float, ...] = ()) -> dict[str, Any]:
-    """The row of a fitted stack by itself, as those of `baselines`."""
-    began, device = time.perf_counter(), stack.maps.device
-    longest = replace(series, seq_len=stack.maps.shape[1], history=0)
+def natural_seasons(step: pd.offsets.BaseOffset | None) -> dict[str, int]:
+    """Rows of a day, a week and a year of a series with this step between rows, where that is at least 2."""
+    if step is None or isinstance(step, pd.offsets.BDay):
+        return {} if step is None else {"week": 5, "year": 261}
+    start = pd.Timestamp("2001-01-01")
+    length = (start + 12 * step - start) / 12  # months differ in length
+    spans = {"day": pd.Timedelta(days=1), "week": pd.Timedelta(days=7), "year": pd.Timedelta(days=365.25)}
+    return {name: round(span / length) for name, span in spans.items() if 2 * length <= span}
 
-    def forecast(x: np.ndarray, channel: np.ndarray) -> np.ndarray:
-        rows, columns = torch.from_numpy(x).float().to(device), torch.from_numpy(channel).to(device)
-        return stack(Batch(rows, rows[:, :0], channel=columns)).cpu().double().numpy()
 
-    return _row(STACK, "linear stack", stack.title, longest, levels, began, forecast)
+def _of_a_stack(stack: LinearStack, x: np.ndarray, channel: np.ndarray) -> np.ndarray:
+    rows, columns = (torch.from_numpy(v).to(stack.maps.device) for v in (x, channel))
+    return stack(Batch(rows.float(), rows[:, :0].float(), channel=columns)).cpu().double().numpy()
 
 
 def season_length(step: pd.offsets.BaseOffset | None) -> int:
-    """Rows of the shortest natural season of a series with this step between rows: a day, else a week, else a
-    year; 1 where none is known."""
-    if step is None or isinstance(step, pd.offsets.BDay):
-        return 1 if step is None else 5
-    start = pd.Timestamp("2001-01-01")
-    length = (start + 12 * step - start) / 12  # months differ in length
-    spans = (pd.Timedelta(days=days) for days in (1, 7, 365.25))
-    return next((round(span / length) for span in spans if 2 * length <= span), 1)
+    """Rows of the shortest natural season of a series with this step between rows; 1 where none is known."""
+    return next(iter(natural_seasons(step).values()), 1)
 
 
 # A row of the comparison; memory holds the errors of one channel.
 def _row(
-    name: str, title: str, detail: str, series: FileSeries, levels: tuple[float, ...], began: float, forecast: Forecast
+    name: str,
+    title: str,
+    detail: str,
+    series: FileSeries,
+    levels: tuple[float, ...],
+    began: float,
+    forecast: Forecast,
+    ours: np.ndarray | None,
+    block: int,
 ) -> dict[str, Any]:
-    kept, columns, intervals = series.forecast_slice, series.forecast_columns, None
+    kept, columns, intervals, bounds = series.forecast_slice, series.forecast_columns, None, series.standard_bounds
+
+    def made(x: np.ndarray, channel: np.ndarray) -> np.ndarray:
+        return forecast(x, channel) if bounds is None else forecast(x, channel).clip(*bounds[:, channel, None])
+
     if levels:
         offsets = []
         for n, place in enumerate(range(len(series.columns))[kept]):
             own = series.windows("val").sequences(column=place)
-            errors = [((y - forecast(x, np.full(len(x), n))) / stds(x)).astype(np.float32) for x, y in own]
-            offsets.append(quantiles(np.concatenate(errors), probabilities(levels)))
+            errors = np.concatenate([(y - made(x, np.full(len(x), n))) / stds(x) for x, y in own]).astype(np.float32)
+            offsets.append(offsets_of(errors, probabilities(levels)))
         intervals = Intervals(levels, np.stack(offsets, axis=1), len(series.windows("val")))
-    metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals)
+    W, first = len(series.windows("test")), 0
+    metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals, bounds=bounds, windows=W)
     for x, y in series.windows("test").sequences():
-        made = forecast(x, np.resize(np.arange(len(columns)), len(x)))
-        metrics.add(*(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in (made, y, stds(x))))
-    found = metrics.result()
+        values = (made(x, np.resize(np.arange(len(columns)), len(x))), y, stds(x))
+        count = len(x) // len(columns)
+        metrics.add(
+            *(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in values), torch.arange(first, first + count)
+        )
+        first += count
+    found, theirs = metrics.result(), metrics.by_window.numpy()
     held = found.get("intervals", {"levels": {}, "wql": None})
     brief = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in held["levels"].items()}
+    of_all, compared = found["standardised"]["all"], {}
+    if ours is not None:
+        scales = {"mse": 1.0, "mae": 1.0}
+        if held["wql"] is not None and theirs[2].any():
+            scales["wql"] = held["wql"] / theirs[2].mean()
+        compared = {
+            figure: difference(ours[row] * scale, theirs[row] * scale, block)
+            for row, (figure, scale) in enumerate(scales.items())
+        }
     return {
         "name": name,
         "title": title,
-        "mse": found["standardised"]["all"]["mse"],
-        "mae": found["standardised"]["all"]["mae"],
+        "mse": of_all["mse"],
+        "mae": of_all["mae"],
+        "steps": {figure: found["standardised"]["steps"][figure] for figure in ("mse", "mae")},
         "seconds": time.perf_counter() - began,
         "detail": detail,
         "intervals": {"levels": brief, "wql": held["wql"]} if levels else None,
+        "difference": compared,
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data_provider.data_factory import series_flags
-from data_provider.data_loader import Series, check_size, own_scale
+from data_provider.data_loader import Series, bounds_of, check_size, own_scale
 from data_provider.description import bank_file, make_description
 from data_provider.splits import csv_places, find_csv
 from data_provider.synthetic import is_synthetic
@@ -84,7 +84,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         if step not in (None, series.step_words):
             notes.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {step}")
     else:
-        series = own_scale(table, args.features, args.target)
+        series = own_scale(table, args.features, args.target, args.bounds)
         notes.append(f"zero-shot: {table.path.name} is not the data of the checkpoint; its own mean and deviation are used")
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
@@ -131,6 +131,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
         synthetic=is_synthetic(table.path),
         filled=table.filled,
         read_as=table.read_as,
+        bounds=bounds_of(args.bounds, names),
     )
 
 
@@ -143,13 +144,14 @@ def forecast_frame(
         dates: `[steps]`.
         values: `[steps, N]` of the forecast columns, standardised.
         window: `[T, N]`, the rows that the forecast goes on from, standardised.
-        intervals: all their levels become bands; None: no bands.
+        intervals: all levels of the newest become bands; None: no bands.
     """
+    intervals = intervals and (intervals.newest or intervals)
     columns, levels = series.forecast_columns, () if intervals is None else intervals.levels
-    parts = {"date": dates} | dict(zip(columns, series.to_own_units(values).T, strict=True))
+    parts = {"date": dates} | dict(zip(columns, series.within_bounds(series.to_own_units(values)).T, strict=True))
     unit = stds(window.T)  # (N, 1)
     ends = [
-        series.to_own_units(values + (unit * continued(offsets, len(values))).T).T  # (N, steps)
+        series.within_bounds(series.to_own_units(values + (unit * continued(offsets, len(values))).T)).T  # (N, steps)
         for level in levels
         for offsets in intervals.band(level)  # type: ignore[union-attr]  # without intervals there are no levels
     ]
@@ -204,13 +206,19 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
     log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {step_words(series.step, series.dates)}")
+    columns, bands = series.forecast_columns, bands_of(forecast, series.forecast_columns)
+    lowest = np.min([forecast[columns].to_numpy(), *(low for low, _ in bands.values())], axis=(0, 1))
+    below = (series.own[:, series.forecast_slice].min(axis=0) >= 0) & (lowest < 0)
+    if below.any() and series.bounds is None:
+        names = listed([columns[place] for place in np.flatnonzero(below)])
+        log(f"No value of {names} is below 0, but its forecast or a band is: --bounds 0 none keeps them at 0 or above")
     if rows > horizon:
         times = (rows - 1) // horizon
         log(
             f"--predict_steps {rows} is more than --pred_len {horizon}: the forecast was continued "
             f"from itself {times} time{'s' if times > 1 else ''}, so its errors add up"
         )
-        if bands_of(forecast, series.forecast_columns):
+        if bands:
             first = f"row {horizon + 1}, {forecast['date'][horizon]}"
             log(f"Prediction intervals: from {first}, on they are not calibrated, only widened")
     if context.accelerator.is_main_process:

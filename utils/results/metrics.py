@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.results.bands import DECILES, Intervals, ends, name_of, probabilities
+from utils.results.bands import DECILES, Intervals, name_of, probabilities
 
 METRICS = "metrics.json"
 NEAR_ZERO = 0.01  # truths nearer to zero than this part of the channel's deviation say nothing in per cent
+SHORT, SHORT_COLUMN = 3, 10  # points below its level at which a band missed its promise: in all, in one column
+DRAWS, FEWEST = 2000, 4  # of the bootstrap, and the blocks that it takes at least
 AT_ONCE = 1 << 18  # values of a batch that are computed with at a time: 2 MB in float64
 
 
@@ -27,7 +29,7 @@ class Metrics:
     For quantile q at probability p, and a band from low to high, on the standardised scale:
 
     - coverage: the part of the truths that lie in the band; width: mean of high - low.
-    - pinball: mean of max(p (y - q), (p - 1) (y - q)).
+    - pinball: mean of max(p (y - q), (p - 1) (y - q)). With `bounds` band and quantiles end there, too.
     - wql: the weighted quantile loss, twice the sum of the pinball losses over the sum of |y|, averaged over the
       deciles (Park et al., AISTATS 2022; GluonTS's mean_weighted_sum_quantile_loss). In own units, whose |y| is that of the
       data.
@@ -36,7 +38,13 @@ class Metrics:
     Shapes: B windows, N channels, H steps ahead, Q probabilities.
 
     Args:
-        columns, mean, deviation: `[N]`, names, and from standardised values to own units.
+        columns, mean, std: `[N]`, names, and from standardised values to own units.
+        bounds: `[2, N]`, the least and the largest value that there can be, standardised; None: none.
+        windows: how many are counted in all, for `by_window`.
+
+    Attributes:
+        by_window: `[3, windows]`, each window's mse and mae (standardised), and its weighted quantile loss, not yet divided
+            by |y| (0 without intervals).
     """
 
     def __init__(
@@ -47,9 +55,15 @@ class Metrics:
         pred_len: int,
         intervals: Intervals | None = None,
         device: torch.device | str = "cpu",
+        bounds: np.ndarray | None = None,
+        windows: int = 0,
     ):
         self.columns, self.intervals = columns, intervals
+        self.bounds = None if bounds is None else torch.from_numpy(bounds).float().to(device)[..., None]  # (2, N, 1)
+        self.by_window = torch.zeros(3, windows, dtype=torch.float64, device=device)
         self.probabilities = probabilities(intervals.levels) if intervals else ()
+        bands = [intervals.band(level) for level in intervals.levels] if intervals else []
+        self.bands = [torch.from_numpy(np.stack(ends)).to(device) for ends in bands]  # (2, N, H) each
         self.offsets = torch.from_numpy(intervals.offsets).to(device) if intervals else None  # (Q, N, H)
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float64, device=device)[:, None] for v in (mean, std))
         # The windows, squares, absolutes; on both scales relative errors, how many of these, symmetric errors; |y| in own
@@ -57,36 +71,48 @@ class Metrics:
         rows = 10 + (len(self.probabilities) + 2 * len(intervals.levels) if intervals else 0)
         self.sums = torch.zeros(rows, len(columns), pred_len, dtype=torch.float64, device=device)
 
-    def add(self, forecast: torch.Tensor, truth: torch.Tensor, std: torch.Tensor) -> None:
-        """Count standardised forecasts and truths `[B, N, H]`, and the deviations of their histories `[B, N, 1]`."""
+    def add(
+        self, forecast: torch.Tensor, truth: torch.Tensor, unit: torch.Tensor, index: torch.Tensor | None = None
+    ) -> None:
+        """Count standardised forecasts and truths `[B, N, H]`, the units of their bands `[B, N, 1]`, and with `windows` the
+        windows' numbers `[B]`."""
 
         def total(values: torch.Tensor) -> torch.Tensor:
             return values.sum(dim=0, dtype=torch.float64)
 
         B, N, H = forecast.shape
+        own = torch.zeros(3, B, dtype=torch.float64, device=forecast.device)
         step = max(1, AT_ONCE // (B * H))  # channels, so that the memory does not grow with their number
         for part in (slice(start, start + step) for start in range(0, N, step)):
             p, y, mean, spread = forecast[:, part].double(), truth[:, part].double(), self.mean[part], self.std[part]
             error, own_y = (p - y).abs(), y * spread + mean
+            own[:2] += torch.stack([error.square().sum((1, 2)), error.sum((1, 2))]) / (N * H)
             sums = [torch.full_like(p[0], B), total(error.square()), total(error)]
-            for distance, a, b, unit in ((error, p, y, 1), (error * spread, p * spread + mean, own_y, spread)):
+            for distance, a, b, scale in ((error, p, y, 1), (error * spread, p * spread + mean, own_y, spread)):
                 size, both = b.abs(), a.abs().add_(b.abs())
-                near = size <= NEAR_ZERO * unit
+                near = size <= NEAR_ZERO * scale
                 sums.append(total((distance / size).masked_fill_(near, 0)))
                 sums += B - total(near), total((2 * distance).div_(both).masked_fill_(both == 0, 0))
             sums.append(total(own_y.abs()))
-            if self.intervals is not None and self.offsets is not None:
-                offsets, unit = self.offsets[:, part], std[:, part].float()
-                error = truth[:, part].float() - forecast[:, part].float()
-                all_error, all_unit = total(error), total(unit)  # (n, H), (n, 1)
-                for probability, offset in zip(self.probabilities, offsets, strict=True):
-                    # p u where u > 0, else (p - 1) u: that is p u less its negative part.
-                    below = total(torch.addcmul(error, unit, offset, value=-1).clamp_(max=0))
-                    sums.append(probability * (all_error - all_unit * offset) - below)
-                for level in self.intervals.levels:
-                    low, high = (offsets[self.probabilities.index(end)] for end in ends(level))
-                    sums += [total((error >= unit * low) & (error <= unit * high)), all_unit * (high - low)]
+            if self.offsets is not None:
+                p, y, units = forecast[:, part].float(), truth[:, part].float(), unit[:, part].float()
+                deciles = torch.zeros_like(p)
+                for probability, offset in zip(self.probabilities, self.offsets[:-2, part], strict=True):
+                    error = y - self._bounded(torch.addcmul(p, units, offset), part)
+                    loss = (error * probability).sub_(error.clamp_(max=0))  # p u where u > 0, else (p - 1) u
+                    deciles += loss if probability in DECILES else 0
+                    sums.append(total(loss))
+                own[2] += (deciles * spread).sum((1, 2)) * 2 / len(DECILES)
+                for low, high in self.bands:
+                    low, high = (self._bounded(torch.addcmul(p, units, end[part]), part) for end in (low, high))
+                    sums += [total((y >= low) & (y <= high)), total(high - low)]
             self.sums[:, part] += torch.stack(sums)
+        if index is not None:
+            self.by_window[:, index.to(self.by_window.device)] = own.to(self.by_window.device)
+
+    # Values `[B, n, H]` of some channels, not beyond the bounds.
+    def _bounded(self, values: torch.Tensor, part: slice) -> torch.Tensor:
+        return values if self.bounds is None else values.clamp(self.bounds[0, part], self.bounds[1, part])
 
     def result(self) -> dict[str, Any]:
         """As metrics.json has them: for each scale "all", "channels" by name and "steps" (lists `[H]`); and "intervals",
@@ -144,9 +170,39 @@ def _figures(sums: np.ndarray, count: float) -> dict[str, list[float | None]]:
     }
 
 
-def line_of(intervals: dict[str, Any]) -> str:
-    """The figures of prediction intervals, as metrics.json has them, in a line for the log."""
+def lines_of(intervals: dict[str, Any]) -> list[str]:
+    """The figures of prediction intervals, as metrics.json has them, for the log; and which of them missed their promise."""
     levels = [f"{name} %: coverage {100 * level['coverage']:.1f} %, width {level['width']:.3f}"
               for name, level in intervals["levels"].items()]  # fmt: skip
     wql = "" if intervals["wql"] is None else f"; weighted quantile loss: {intervals['wql']:.4f}"
-    return f"Prediction intervals: {'; '.join(levels)}{wql}"
+    return [f"Prediction intervals: {'; '.join(levels)}{wql}", *missed(intervals)]
+
+
+def missed(intervals: dict[str, Any]) -> list[str]:
+    """A sentence for each band that held clearly fewer truths than promised, in all or in one column."""
+    lines = []
+    for name, level in intervals["levels"].items():
+        column, worst = min(level["channels"].items(), key=lambda item: item[1]["coverage"])
+        held, least, promised = 100 * level["coverage"], 100 * worst["coverage"], float(name)
+        if held < promised - SHORT or least < promised - SHORT_COLUMN:
+            lines.append(
+                f"The {name} % band missed its promise: it held {held:.1f} % of the test's truths; of the worst column, "
+                f"{column}, {least:.1f} %"
+            )
+    return lines
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray, block: int) -> tuple[float, float, float] | None:
+    """The mean of `ours` less `theirs`, figures `[W]` of the same windows in the order of time, and its 95 % interval.
+
+    By a moving-block bootstrap (Kuensch, Annals of Statistics 1989; blocks wrap around): neighbouring windows share most of
+    their rows, so blocks of `block` windows are drawn, not windows. None where there are fewer than FEWEST blocks.
+    """
+    difference, W = ours - theirs, len(ours)
+    if W < FEWEST * block or not np.isfinite(difference).all():
+        return None
+    sums = np.append(0, np.cumsum(np.append(difference, difference)))
+    starts = np.random.default_rng(0).integers(0, W, (DRAWS, -(-W // block)))
+    means = (sums[starts + block] - sums[starts]).mean(axis=1) / block
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(difference.mean()), float(low), float(high)

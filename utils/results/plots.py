@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.results.bands import name_of
 from utils.results.forecast import bands_of
-from utils.results.test_pass import SHOWN_WINDOWS, M4Pass
+from utils.results.test_pass import M4Pass
 from utils.saving.files import write_atomic, writing
 from utils.training.context import Context
 
@@ -26,6 +26,7 @@ PANELS = 7  # channels on a page
 MOST_DRAWN = 28  # channels of which all are drawn; of more, a page of them is chosen
 HISTORY, TRUTH, FORECAST = "#7f7f7f", "#1f77b4", "#d95f02"
 SHADES = (0.3, 0.16)  # of the narrowest band, and of the widest
+SIMPLE = {"ridge": "#2ca02c", "last season": "#9467bd"}  # colours of the simple forecasts' errors
 SHOWN_HORIZONS, SHOWN_ROWS = 2, 24  # history in a picture: so many horizons, and at least so many rows
 # Column names in Chinese need a font that has them; those that are installed stand behind the usual one.
 CJK = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "SimHei", "PingFang SC", "WenQuanYi Zen Hei")
@@ -54,7 +55,7 @@ def draw_test(results: Any, metrics: dict) -> None:
     step, H = results.series.step_words, results.series.pred_len
     if isinstance(results, M4Pass):
         row, ids, ahead = [], results.series.ids, range(1, H + 1)
-        places = np.unique(np.linspace(0, len(ids) - 1, SHOWN_WINDOWS).round().astype(int)).tolist()
+        places = np.unique(np.linspace(0, len(ids) - 1, 3).round().astype(int)).tolist()
         for place in places:
             history = pd.DataFrame({"": results.series.known[place]})
             history.index -= len(history) - 1
@@ -63,32 +64,45 @@ def draw_test(results: Any, metrics: dict) -> None:
         title = f"{results.series.pattern}: first, middle and last series, in their units (1 step: {step})"
         _draw_panels(results.folder / PLOTS / "test_windows.png", [row], title, [ids[place] for place in places])
         return
-    scale, columns = metrics["standardised"], results.columns
+    scale, columns, about = metrics["standardised"], results.columns, f"{metrics['model']} on {results.series.path.name}"
     places, note = choose(columns, [scale["channels"][name]["mse"] for name in columns])
     if note:
         results.context.log(f"Pictures of test windows: {note}: {', '.join(columns[place] for place in places)}")
-    windows, panels = [results.windows[number] for number in sorted(results.windows)], []
-    for window in windows:
+    panels = []
+    for window in results.windows.values():
         history = pd.DataFrame(window.history, window.dates[:-H], columns)
         forecast, truth = (pd.DataFrame(values, window.dates[-H:], columns) for values in (window.pred, window.true))
         levels = {float(name[2:]): name[2:] for name in window.bands if name.startswith("lo")}
         bands = {level: (window.bands[f"lo{name}"], window.bands[f"hi{name}"]) for level, name in levels.items()}
         panels.append(panels_of(history, forecast, bands, H, truth))
-    grid = [[of_window[place] for of_window in panels] for place in places]
-    title = f"Test windows, first, middle and last by date (1 row: {step}; units of the file)"
+    grid = [[of_window[place] for of_window in panels] for place in places] if panels else []
+    title = f"{about}: test windows (1 row: {step}; units of the file)"
     for path, part in _pages(results.folder, "test_windows", len(grid)):
-        heads = [f"forecast from {day_of(window.dates[-H])}" for window in windows]
+        heads = [f"{name}, from {day_of(window.dates[-H])}" for name, window in results.windows.items()]
         _draw_panels(path, grid[part], f"{title}\n{note}".rstrip(), heads)
 
-    label = f"rows ahead (1 row: {step})"
-    path = results.folder / PLOTS / "error_by_step.png"
-    with _lines(path, H, "Test error by horizon step", label, "error, standardised scale") as axes:
-        for name, colour in (("mse", FORECAST), ("mae", TRUTH)):
-            values, mean = scale["steps"][name], scale["all"][name]
-            axes.plot(range(1, H + 1), values, color=colour, marker="o" if H < 30 else None, label=name.upper())
-            label = f"{name.upper()} over all steps: {mean:.3f}"
-            axes.axhline(mean, color=colour, linestyle=":", linewidth=1, label=label)
+    first, last = (day_of(pd.Timestamp(day)) for day in metrics["first_forecast_row"])
+    label, title = f"rows ahead (1 row: {step})", f"{about}, forecasts from {first} to {last}"
+    path, marker = results.folder / PLOTS / "error_by_step.png", "." if H < 30 else None
+    with _lines(path, H, f"{title}: error by row ahead", label, "error, standardised scale") as axes:
+        for figure, width in (("mse", 1.6), ("mae", 0.9)):
+            mean = scale["all"][figure]
+            lines = [(f"{figure.upper()}, over all rows {mean:.3f}", FORECAST, scale["steps"][figure])]
+            lines += [
+                (f"{figure.upper()} of {row['title']}", SIMPLE[row["name"]], row["steps"][figure])
+                for row in metrics["baselines"]["rows"]
+                if row["name"] in SIMPLE
+            ]
+            for name, colour, values in lines:
+                axes.plot(range(1, H + 1), values, color=colour, linewidth=width, marker=marker, label=name)
         axes.set_ylim(bottom=0)
+    if "intervals" in metrics:
+        path = path.with_name("coverage_by_step.png")
+        with _lines(path, H, f"{title}: truths in the bands", label, "per cent") as axes:
+            for name, level in metrics["intervals"]["levels"].items():
+                values = 100 * np.array(level["steps"]["coverage"])
+                (line,) = axes.plot(range(1, H + 1), values, marker=marker, label=f"in the {name} % band")
+                axes.axhline(float(name), color=line.get_color(), linestyle=":", linewidth=1)
 
 
 def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardised scale") -> None:
@@ -120,7 +134,8 @@ def draw_forecast(context: Context, forecast: pd.DataFrame) -> None:
     bands = bands_of(forecast, columns)
     panels = panels_of(history, forecast.set_index("date")[columns], bands, context.args.pred_len)
     for path, part in _pages(context.folder, "forecast", len(places)):
-        forecast_figure([panels[place] for place in places[part]], series.step_words, path, note)
+        about = f"{context.args.model} on {series.path.name}: "
+        forecast_figure([panels[place] for place in places[part]], series.step_words, path, note, about)
 
 
 def panels_of(
@@ -155,15 +170,15 @@ def panels_of(
     ]
 
 
-def forecast_figure(panels: list[Panel], step: str, path: Path | None = None, note: str = "") -> Figure:
-    """A figure of forecasts, one below the other, written to `path` where one is given.
+def forecast_figure(panels: list[Panel], step: str, path: Path | None = None, note: str = "", about: str = "") -> Figure:
+    """A figure of forecasts, one below the other, written to `path` where one is given; `about` begins its title.
 
     Raises:
         StorageError: the file system refused.
     """
     days = panels[0].forecast.index
     apart = any(panel.forecast.index[0] != days[0] for panel in panels)  # series that end on different dates
-    title = f"{len(days)} row{'s' if len(days) > 1 else ''} ahead{'' if apart else f' from {day_of(days[0])}'}"
+    title = f"{about}{len(days)} row{'s' if len(days) > 1 else ''} ahead{'' if apart else f' from {day_of(days[0])}'}"
     return _draw_panels(path, [[panel] for panel in panels], f"{title} (1 row: {step}; units of the file)\n{note}".rstrip())
 
 
@@ -184,7 +199,7 @@ def choose(columns: Sequence[str], errors: Sequence[float] | None = None) -> tup
 
 
 def _pages(folder: Path, kind: str, count: int) -> Iterator[tuple[Path, slice]]:
-    pages = np.array_split(np.arange(count), -(-count // PANELS))
+    pages = np.array_split(np.arange(count), -(-count // PANELS)) if count else []
     for number, rows in enumerate(pages, 1):
         name = f"{kind}.png" if len(pages) == 1 else f"{kind}_{number}.png"
         yield folder / PLOTS / name, slice(rows[0], rows[-1] + 1)

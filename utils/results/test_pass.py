@@ -19,8 +19,8 @@ from data_provider.batches import Batch
 from data_provider.data_factory import batch_loader, series_flags
 from data_provider.m4 import M4Series
 from layers.norm import instance_norm
-from utils.results.bands import make_array, mean_intervals, name_of
-from utils.results.baselines import LAST, RIDGE, fit_ridge, measured, stack_row
+from utils.results.bands import KEPT, all_intervals, has_errors, make_array, name_of, units, write_errors
+from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
 from utils.results.log import peak_memory_gib
 from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
@@ -30,7 +30,6 @@ from utils.training.context import Context
 from utils.training.evaluate import Scores, evaluate
 
 PREDICTIONS = "predictions.npz"
-SHOWN_WINDOWS = 3  # in the pictures: the first, the middle and the last test window
 
 
 # A test window for a picture, in the data's own units: dates `[T + H]`, history `[T, N]`, true and pred `[H, N]`, and bands,
@@ -58,11 +57,14 @@ class TestPass:
         self.data, self.columns = self.series.windows("test"), self.series.forecast_columns
         kept, shape = self.series.forecast_slice, (len(self.data), self.series.pred_len, len(self.columns))
         self.mean, self.std = self.series.mean[kept], self.series.std[kept]
-        self.metrics = Metrics(self.columns, self.mean, self.std, shape[1], context.intervals, context.device)
-        self.shown = set(np.linspace(0, len(self.data) - 1, SHOWN_WINDOWS).round().astype(int).tolist())
-        self.windows: dict[int, Window] = {}
+        intervals, bounds = context.intervals, self.series.standard_bounds
+        self.metrics = Metrics(
+            self.columns, self.mean, self.std, shape[1], intervals, context.device, bounds, len(self.data)
+        )
+        self.windows: dict[str, Window] = {}  # for the pictures, by what they are
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(context.args.save_predictions)
+        self.writes_errors = has_errors(self.folder, self.series)
         self.levels = levels = context.intervals.levels if context.intervals else ()
         size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
         free = free_bytes(self.folder)  # 0: that cannot be told
@@ -84,24 +86,33 @@ class TestPass:
         """Count a batch of M = B*N sequences, window by window, and its standardised forecasts `[M, H]`."""
         index = batch.index.tolist()
         pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
-        std = instance_norm(x)[2]  # (B, N, 1)
-        self.metrics.add(pred, true, std)
-        if not self.saves_predictions and not self.shown.intersection(index):
+        unit = units(x)  # (B, N, 1)
+        self.metrics.add(pred, true, unit, batch.index)
+        if self.writes_errors:
+            write_errors(self.folder / KEPT, batch, forecast, after=len(self.series.windows("val")))
+        if not self.saves_predictions:
             return
         values = {"pred": pred, "true": true}
         for level in self.levels:
             assert self.context.intervals is not None  # they have these levels
             for side, offsets in zip(("lo", "hi"), self.context.intervals.band(level), strict=True):
-                values[side + name_of(level)] = pred + std * torch.from_numpy(offsets).to(pred.device)
+                values[side + name_of(level)] = pred + unit * torch.from_numpy(offsets).to(pred.device)
         own = {name: self._own_units(rows) for name, rows in values.items()}
-        if self.saves_predictions:
-            for name, rows in own.items():  # a batch's windows are neighbours
-                np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
-        for place in [place for place, number in enumerate(index) if number in self.shown]:
-            dates = self.data.dates[index[place] :][: self.series.seq_len + self.series.pred_len]
-            shown = {name: rows[place] for name, rows in own.items()}
-            history = self._own_units(x[place : place + 1])[0]
-            self.windows[index[place]] = Window(dates, history, shown.pop("true"), shown.pop("pred"), shown)
+        own |= {name: self.series.within_bounds(rows) for name, rows in own.items() if name != "true"}
+        for name, rows in own.items():  # a batch's windows are neighbours
+            np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
+
+    # The first and the last window, and those with the median and the largest MSE.
+    def _windows_to_show(self, errors: np.ndarray) -> dict[str, Window]:
+        order, T, shown = np.argsort(errors, kind="stable"), self.series.seq_len, {}
+        places = {"first": 0, "median error": order[len(order) // 2], "largest error": order[-1], "last": len(order) - 1}
+        held = {file.stem: np.load(file, mmap_mode="r") for file in self.parts.glob("*.npy")}
+        for name, place in places.items():
+            bands = {end: np.array(rows[place]) for end, rows in held.items()}
+            history = self.series.to_own_units(self.data.values[place : place + T, self.series.forecast_slice])
+            dates = self.data.dates[place : place + T + self.series.pred_len]
+            shown[name] = Window(dates, history, bands.pop("true"), bands.pop("pred"), bands)
+        return shown
 
     # Standardised `[B, N, rows]` -> `[B, rows, N]`.
     def _own_units(self, values: torch.Tensor) -> np.ndarray:
@@ -117,7 +128,7 @@ class TestPass:
             figures: "test" (mse, mae), "data", "checkpoint" and what else metrics.json shall hold.
         """
         context = self.context
-        self.metrics.sums = context.accelerator.reduce(self.metrics.sums)
+        self.metrics.sums, ours = (context.accelerator.reduce(held) for held in (self.metrics.sums, self.metrics.by_window))
         context.accelerator.wait_for_everyone()  # all have written their windows
         if not context.accelerator.is_main_process:
             return figures
@@ -128,10 +139,13 @@ class TestPass:
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(context.args),  # on what data the test was made
             **self.metrics.result(),
-            "baselines": measured(replace(self.series, history=0), self.levels),
-        }
-        if (stack := getattr(context.model, "stack", None)) is not None:
-            found["baselines"]["rows"].append(stack_row(self.series, stack, self.levels))
+            "baselines": measured(
+                self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None), context.pretrain,
+                context.args.season,
+            ),
+        }  # fmt: skip
+        if self.saves_predictions:
+            self.windows = self._windows_to_show(ours[0].cpu().numpy())
         write_json(self.folder / METRICS, found)
         small = {
             "start": starts.tz_localize(None).to_numpy().astype("datetime64[ns]"),
@@ -248,7 +262,7 @@ def score_mean(context: Context, repeats: list[Path], folder: Path) -> tuple[Tes
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record)
     accelerator.wait_for_everyone()
-    context = replace(context, folder=folder, intervals=mean_intervals(context, repeats))
+    context = replace(context, folder=folder, intervals=all_intervals(context, repeats, context.levels))
     results = TestPass(context)
     rank, world = accelerator.process_index, accelerator.num_processes
     _, loader = batch_loader(context.args, "test", context.windows, rank=rank, world=world)

@@ -28,11 +28,11 @@ from data_provider.data_loader import FileSeries, Series, fingerprint
 from data_provider.m4 import M4Series
 from data_provider.table import Table, read_table
 from layers.errors import input_error
-from utils.results.bands import Intervals
-from utils.saving.files import OFFSETS, RECORD, TENSORS, find_checkpoint, read_header, write_atomic, write_json
+from utils.results.bands import Intervals, probabilities
+from utils.saving.files import NEWEST, OFFSETS, RECORD, TENSORS, find_checkpoint, read_header, write_atomic, write_json
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "numpy", "pandas")
-NOT_TRAINED = ("llm_model.", "word_embeddings", OFFSETS)  # what a file may hold besides the trained tensors
+NOT_TRAINED = ("llm_model.", "word_embeddings", OFFSETS, NEWEST)  # what a file may hold besides the trained tensors
 DECIDE = {  # the flags that decide about a tensor
     "patch_embedding": "--patch_len --d_model",
     "mapping_layer": "--llm_model_path --prototypes",
@@ -112,8 +112,14 @@ class Checkpoint:
         held = self.record.get("intervals")
         if held is None:
             return None
-        offsets = load_file(self.file)[OFFSETS].clone()  # else a window that keeps the whole file's space taken
-        return Intervals(tuple(held["levels"]), offsets.numpy(), held["windows"])
+        tensors, levels = load_file(self.file), tuple(held["levels"])
+        offsets = [
+            tensors[name].numpy().copy() for name in (OFFSETS, NEWEST) if name in tensors
+        ]  # not the whole file's space
+        if len(offsets[0]) == len(probabilities(levels)):  # an older file's bands reach to their forecasts
+            offsets[0] = np.pad(offsets[0], ((0, 2), (0, 0), (0, 0)))
+        newest = Intervals(levels, offsets[1], held["newest_windows"]) if offsets[1:] else None
+        return Intervals(levels, offsets[0], held["windows"], newest)
 
     def scaler(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The training's columns, and their mean and deviation `[N]` float64.
@@ -223,6 +229,9 @@ def _write(file: Path, tensors: Mapping[str, torch.Tensor], record: dict[str, An
     if intervals is not None:
         record = record | {"intervals": {"levels": list(intervals.levels), "windows": intervals.windows}}
         content[OFFSETS] = torch.from_numpy(intervals.offsets)
+        if intervals.newest is not None:
+            record["intervals"]["newest_windows"] = intervals.newest.windows
+            content[NEWEST] = torch.from_numpy(intervals.newest.offsets)
     # One entry: the library writes several in another order each time.
     write_atomic(file, lambda path: path.write_bytes(save(content, {"record": json.dumps(record, ensure_ascii=False)})))
 

@@ -14,7 +14,7 @@ from typing import Any
 from layers.errors import StorageError, input_error
 
 TENSORS, LEGACY, RECORD = "checkpoint.safetensors", "checkpoint", "checkpoint.json"
-OFFSETS = "intervals.offsets"  # the tensor of the prediction intervals in TENSORS
+OFFSETS, NEWEST = "intervals.offsets", "intervals.newest"  # the tensors of the prediction intervals in TENSORS
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PARTIAL = ".partial"  # how the names of unfinished files end
 
@@ -47,7 +47,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     try:
         with safe_open(file, framework="np") as held:
             metadata = held.metadata() or {}
-            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if name != OFFSETS}
+            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if name not in (OFFSETS, NEWEST)}
     except SafetensorError as error:
         raise ValueError(f"a damaged file: {error}") from None
     record = json.loads(metadata.get("record", "{}"))

@@ -80,13 +80,18 @@ def forecast_in_parts(
 
 
 def forecast_within_memory(context: Context, batch: Batch, prototype_kv: PrototypeKV, most: int = 0) -> torch.Tensor:
-    """As `forecast_in_parts`, with as many at once as `context.evaluation_limit` says, and at most `most` (0: no limit)."""
+    """As `forecast_in_parts`, with as many at once as `context.evaluation_limit` says, and at most `most` (0: no limit),
+    not beyond the series' bounds."""
 
     def work(size: int) -> torch.Tensor:
         size = min(size or most, most) if most else size
         return forecast_in_parts(context.model, context.precision, batch, prototype_kv, size)
 
-    return halve_on_out_of_memory(context, context.evaluation_limit, min(len(batch), most or len(batch)), work)
+    forecast = halve_on_out_of_memory(context, context.evaluation_limit, min(len(batch), most or len(batch)), work)
+    if context.series.standard_bounds is None:
+        return forecast
+    low, high = torch.from_numpy(context.series.standard_bounds).to(forecast)[:, batch.channel, None]
+    return forecast.clamp(low, high)
 
 
 def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:

@@ -76,7 +76,7 @@ def test_rows_by_hand(tmp_path, frame, flags, columns, places):
 
 
 def test_ridge_is_scikit_learns(tmp_path, frame, monkeypatch):
-    monkeypatch.setattr(data_loader, "CHUNK_SEQUENCES", 50)  # many chunks, the last one short
+    monkeypatch.setattr(data_loader, "CHUNK", 5000)  # many chunks, the last one short
     series = small(tmp_path, frame)
     weights, penalty = fit_ridge(series.windows("train"), series.windows("val"))
     found = {}
