@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -225,13 +225,14 @@ class FileSeries(Series, SplitSeries):
     marks: np.ndarray  # [rows, F] float32, time marks
     splits: Splits
     history: int = 0  # rows before each window that come with it; training windows without them are left out
+    all_rows: bool = False  # all rows of the file train (`--refit`)
 
     def windows(self, flag: str, seq_len: int | None = None) -> WindowDataset:
         """See `SplitSeries`; with `seq_len` windows of so many rows instead, without history."""
         splits, T, h = self.splits, seq_len or self.seq_len, 0 if seq_len else self.history
         tested = splits.train + splits.val
         rows = {  # validation and test look back seq_len rows
-            "train": slice(h, splits.few_shot),
+            "train": slice(h, len(self.dates) if self.all_rows else splits.few_shot),
             "val": slice(splits.train - T, tested),
             "test": slice(tested - T, tested + splits.test),
         }[flag]
@@ -239,13 +240,18 @@ class FileSeries(Series, SplitSeries):
         history = self.values[rows.start - h : rows.stop] if h else None
         return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index, history)
 
+    def windows_for_a_map(self) -> tuple[WindowDataset, WindowDataset]:
+        return replace(self, all_rows=False).windows("train"), self.windows("val")
+
     def as_record(self) -> dict[str, Any]:
+        learned = len(self.dates) if self.all_rows else self.splits.few_shot
         return {
             "data": {
                 "file": self.path.name,
                 "rows": len(self.dates),
                 "synthetic": self.synthetic,
                 "step": self.step_words,
+                "learned_until": str(self.dates[learned - 1]),
                 "mark": {"rows": self.splits.train, "sha256": self.fingerprint},
             },
             "columns": self.columns,

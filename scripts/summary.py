@@ -89,7 +89,7 @@ def read_runs(folder: Path) -> Iterator[dict]:
 
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
-    for record in sorted(folder.rglob(RECORD)):
+    for record in sorted(path for path in folder.rglob(RECORD) if path.parent.name != "refit"):
         held = _read(record)
         for metrics in [record.parent / METRICS, *sorted(record.parent.glob(f"on_*/{METRICS}"))]:
             found, own = _read(metrics), metrics.parent == record.parent

@@ -241,6 +241,8 @@ FLAGS = [
          "itself (default: --pred_len)"),
     Flag("append", "output", "", BOOL, False, "with --do_predict: keep the forecast in forecasts.csv, too, the history of "
          "all forecasts by the last date that they knew"),
+    Flag("refit", "output", "", BOOL, False, "with --do_predict: before the forecast, train once more on all rows of the file, "
+         "for as many steps as the best epoch had; the test is of the model before"),
     Flag("intervals", "output", "", LEVEL, None, "per cent of the truths that each prediction interval is to hold; none: "
          "no intervals (default: 80 95; of a forecast, what its checkpoint has)"),
     Flag("save_predictions", "output", "", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz"),
@@ -401,6 +403,7 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
         raise input_error(missing[0], "nothing", "a value", others)
 
     args = argparse.Namespace(**DEFAULTS | DEFAULTS_OF.get(prog, {}) | given)
+    args.all_rows = False  # run.refit sets it
     args.names_rate = bool(given.keys() & {"learning_rate", "lradj"})
     if args.intervals is not None:
         args.intervals = tuple(sorted({level for level in args.intervals if level is not None}))
@@ -449,8 +452,15 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
         ),
         *(
             (getattr(args, name) not in (None, False) and not args.do_predict, name, "--do_predict with it")
-            for name in ("predict_path", "predict_steps", "append")
+            for name in ("predict_path", "predict_steps", "append", "refit")
         ),
+        (
+            args.refit and not args.is_training,
+            "refit",
+            "--is_training 1 with it (later: --checkpoint RUN/refit)",
+        ),
+        (args.refit and args.itr > 1, "itr", "1 with --refit"),
+        (args.refit and args.data_pretrain, "refit", "False with --data_pretrain"),
     )
     return args
 

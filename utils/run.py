@@ -12,7 +12,7 @@ from data_provider.splits import M4
 from layers.errors import RunError, listed
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.results.bands import KEPT, Calibration, all_intervals, has_errors, name_of
+from utils.results.bands import KEPT, Calibration, Intervals, all_intervals, has_errors, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.metrics import lines_of
 from utils.results.test_pass import open_pass, score_mean
@@ -44,10 +44,39 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
             context.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
             raise
         context.close()
-        device = context.device
+        device, again, intervals = context.device, settings_of_a_refit(context) if args.refit else None, context.intervals
         del context
         free_memory(device)  # the next repeat loads its model into the memory of this one's
+        if again is not None:
+            refit(again, repeat, interrupts or Interrupts(), intervals)
     return 0
+
+
+def settings_of_a_refit(context: Context) -> Namespace:
+    # All rows train, for as many steps as the best epoch had.
+    best = load_checkpoint(context).record["epoch"]
+    steps = {"train_epochs": best, "patience": best, "max_iters": context.steps_per_epoch, "test_every": 0, "intervals": ()}
+    return Namespace(**vars(context.args) | steps | {"all_rows": True})
+
+
+def refit(args: Namespace, repeat: int, interrupts: Interrupts, intervals: Intervals | None) -> None:
+    """Train on all rows, in the folder refit of the run's, and forecast with that model.
+
+    Args:
+        intervals: of the model before, which are the best that is known: no row is left to calibrate on.
+
+    Raises:
+        InputError, RunError, Interrupted: see `main`.
+    """
+    context = setup(args, repeat, interrupts)
+    context.log(f"Refit on all rows for {args.train_epochs} x {context.steps_per_epoch} steps: Vali Loss is the training's")
+    fit(context)
+    if intervals is not None:
+        context.intervals = intervals
+        if context.accelerator.is_main_process:
+            add_intervals(load_checkpoint(context), intervals)
+    predict(replace(context, folder=context.folder.parent))
+    context.close()
 
 
 def run(context: Context, repeat: int, forecasts: list[pd.DataFrame]) -> None:
@@ -56,7 +85,7 @@ def run(context: Context, repeat: int, forecasts: list[pd.DataFrame]) -> None:
     found = fit(context) if args.is_training else None
     if args.is_training or not args.do_predict:
         test(context, found)
-    if args.do_predict:
+    if args.do_predict and not args.refit:
         forecasts.append(predict(context))
     # With --checkpoint all repeats are of one; a test on other data than the training's lies in another folder.
     own = context.folder == Path(args.checkpoints) / run_name(args, repeat) and not args.checkpoint

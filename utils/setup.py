@@ -67,6 +67,8 @@ class Plan:
         """The splits that the run goes through, with the series; a history that is gone on from has none."""
         if not isinstance(self.series, SplitSeries):
             return []
+        if self.args.all_rows:
+            return [("train", self.series)]
         calibrates = bool(self.intervals.levels) and self.intervals.kept is None
         first = 0 if self.args.is_training else 1 if calibrates else 2
         series = {"train": self.pretrain or self.series}
@@ -155,7 +157,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.check_flags(args)
     accelerator, device = find_device(args)
     info = validate.complete_from_model(args)
-    folder = Path(args.checkpoints) / run_name(args, repeat)
+    folder = Path(args.checkpoints) / run_name(args, repeat) / ("refit" if args.all_rows else "")
     checkpoint = None if trains else Checkpoint.open(Path(args.checkpoint or folder))
     args.stack_windows = args.stack_windows or (checkpoint and checkpoint.flags.get("stack_windows")) or args.stack_windows
     series: Series
@@ -170,7 +172,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     pretrain = pretraining_series(args) if trains and args.data_pretrain else None
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
-    series = replace(series, history=outline.history) if isinstance(series, FileSeries) else series
+    if isinstance(series, FileSeries):
+        series = replace(series, history=outline.history, all_rows=args.all_rows)
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
@@ -344,7 +347,7 @@ def start_or_resume(context: Context, start: Start) -> Training:
         if model.linear_map is not None:
             began = time.perf_counter()
             (train, _), (_, val) = context.trained_series.windows_for_a_map(), context.windows.windows_for_a_map()
-            weights, penalty = fit_ridge(train, val)
+            weights, penalty = fit_ridge(train, val, context.windows.windows("train") if args.all_rows else None)
             model.linear_map.detach().copy_(torch.from_numpy(weights))
             log(f"Linear map in closed form: relative penalty {penalty:.2g}, {time.perf_counter() - began:.1f} s")
             if against := doubts(weights, penalty, val):

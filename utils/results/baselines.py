@@ -239,7 +239,7 @@ def _choose(train: Moments, val: Moments, penalties: Iterable[float], scale: np.
     return best
 
 
-def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
+def fit_ridge(train: Windows, val: Windows, final: Windows | None = None) -> tuple[np.ndarray, float]:
     """One linear map for all channels, the penalty with the lowest validation MSE.
 
     A training sequence is weighted by its deviation. Unweighted, the few windows in which a sensor stood
@@ -247,11 +247,18 @@ def fit_ridge(train: Windows, val: Windows) -> tuple[np.ndarray, float]:
     de-normalised loss does, the few wildest would. Of the three this one has the lowest validation error
     on ETTh1 and on ETTh2.
 
+    Args:
+        final: fitted to in the end, with the penalty that was chosen, in the place of `train`.
+
     Returns:
         weights `[T, H]`, and the penalty as a part of the total weight of the training sequences.
     """
     chosen_by = _moments(val, 2, fitted_every(val))  # errors count on the standardised scale
-    return _choose(_moments(train, 1, fitted_every(train)), chosen_by, PENALTIES, np.ones(train.seq_len))
+    ones, penalties = np.ones(train.seq_len), PENALTIES
+    for windows in (train, final):
+        if windows is not None:
+            weights, *penalties = _choose(_moments(windows, 1, fitted_every(windows)), chosen_by, penalties, ones)
+    return weights, penalties[0]
 
 
 def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviating: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -260,7 +267,8 @@ def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviatin
     Of wide files and long windows every k-th window is fitted to (STACK_COST); memory holds one channel's windows.
 
     Args:
-        series: has the rows that the longest window takes before its own.
+        series: has the rows that the longest window takes before its own. Where `all_rows` train, penalties and weights are
+            still those of its splits.
         members: of each map the rows T of its window, and q: input j is scaled by (1 + lag of j in seasons)^-q.
         deviating: places of members; each channel has one more map beside each, which deviates from it as validation says.
 
@@ -274,37 +282,46 @@ def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviatin
     places = range(len(series.columns))[series.forecast_slice]
     every = -(-series.windows("train").sequence_count * L**2 // STACK_COST)
 
+    chosen: dict[tuple[int, ...], list[float]] = {}  # penalties, by the member and the column
+    split, shares = replace(series, all_rows=False), {}
+
     # A map `[T, H]` of what the shared one leaves to explain, of all columns or of one.
-    def fit(k: int, penalties: Iterable[float], shared: np.ndarray, *column: int) -> np.ndarray:
+    def fit(rows: FileSeries, penalties: Iterable[float], shared: np.ndarray, k: int, *column: int) -> np.ndarray:
         T, q = members[k]
         train, val = (
             (xx, xy - xx @ shared, total)
-            for flag, power in (("train", 1), ("val", 2))
-            for xx, xy, total in [_moments(series.windows(flag, T), power, every, *column)]
+            for windows, power in ((rows.windows("train", T), 1), (split.windows("val", T), 2))
+            for xx, xy, total in [_moments(windows, power, every, *column)]
         )
-        return _choose(train, val, penalties, (1 + np.arange(T)[::-1] / season) ** -q)[0]
+        scale = (1 + np.arange(T)[::-1] / season) ** -q
+        weights, *chosen[k, *column] = _choose(train, val, chosen.get((k, *column), penalties), scale)
+        return weights
 
-    fitted = [fit(k, STACK_PENALTIES, np.zeros((T, H))) for k, (T, _) in enumerate(members)]
-    maps = np.stack([np.pad(of - of.mean(axis=0) + 1 / len(of), ((L - len(of), 0), (0, 0))) for of in fitted])
-    rows, shared, count = max((members[k][0] for k in deviating), default=0), len(members), len(members) + len(deviating)
-    weights, deviations, ones = np.zeros((len(places), shared)), np.zeros((len(places), rows, H)), np.full(count, 1e4)
-    for n, place in enumerate(places):
-        own = [
-            np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0)))
-            for of in (fit(k, DEVIATION_PENALTIES, fitted[k], place) for k in deviating)
-        ]
-        products = np.zeros((count, count))
-        for x, y in series.windows("val", L).sequences(every, place):
-            z = x - x[:, -1:]
-            errors = [z @ of - (y - x[:, -1:]) for of in maps]
-            errors += [errors[k] + z[:, L - rows :] @ of for k, of in zip(deviating, own, strict=True)]
-            flat = np.reshape(errors, (count, -1))
-            products += flat @ flat.T
-        products = products * count / max(np.trace(products), np.finfo(float).tiny) + EVENNESS * np.eye(count)
-        # The least w'(products)w of weights from 0 on with the sum 1, where |w - 1/K|^2 is |w|^2 but for a number.
-        shares = nnls(np.vstack([np.linalg.cholesky(products).T, ones]), np.append(np.zeros(count), ones[0]))[0]
-        weights[n] = shares @ np.vstack([np.eye(shared), np.eye(shared)[list(deviating)]])
-        deviations[n] = np.tensordot(shares[shared:], np.reshape(own, (len(own), rows, H)), 1)
+    for part in (split, series) if series.all_rows else (split,):  # penalties and shares are those of the first
+        fitted = [fit(part, STACK_PENALTIES, np.zeros((T, H)), k) for k, (T, _) in enumerate(members)]
+        maps = np.stack([np.pad(of - of.mean(axis=0) + 1 / len(of), ((L - len(of), 0), (0, 0))) for of in fitted])
+        rows, shared = max((members[k][0] for k in deviating), default=0), len(members)
+        count = shared + len(deviating)
+        weights, deviations = np.zeros((len(places), shared)), np.zeros((len(places), rows, H))
+        for n, place in enumerate(places):
+            own = [
+                np.pad(of - of.mean(axis=0), ((rows - len(of), 0), (0, 0)))
+                for of in (fit(part, DEVIATION_PENALTIES, fitted[k], k, place) for k in deviating)
+            ]
+            if n not in shares:
+                products = np.zeros((count, count))
+                for x, y in split.windows("val", L).sequences(every, place):
+                    z = x - x[:, -1:]
+                    errors = [z @ of - (y - x[:, -1:]) for of in maps]
+                    errors += [errors[k] + z[:, L - rows :] @ of for k, of in zip(deviating, own, strict=True)]
+                    flat = np.reshape(errors, (count, -1))
+                    products += flat @ flat.T
+                products = products * count / max(np.trace(products), np.finfo(float).tiny) + EVENNESS * np.eye(count)
+                # The least w'(products)w of weights from 0 on with the sum 1, where |w - 1/K|^2 is |w|^2 but for a number.
+                tall = np.vstack([np.linalg.cholesky(products).T, np.full(count, 1e4)])
+                shares[n] = nnls(tall, np.append(np.zeros(count), 1e4))[0]
+            weights[n] = shares[n] @ np.vstack([np.eye(shared), np.eye(shared)[list(deviating)]])
+            deviations[n] = np.tensordot(shares[n][shared:], np.reshape(own, (len(own), rows, H)), 1)
     tensors = (torch.from_numpy(values).float() for values in (maps, weights, deviations))
     return dict(zip(("maps", "weights", "deviations"), tensors, strict=True))
 

@@ -206,6 +206,9 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
     log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {step_words(series.step, series.dates)}")
+    learned = context.checkpoint.record.get("data", {}).get("learned_until") if context.checkpoint else None
+    if learned:
+        log(f"The model has learned from rows up to {learned}")
     columns, bands = series.forecast_columns, bands_of(forecast, series.forecast_columns)
     lowest = np.min([forecast[columns].to_numpy(), *(low for low, _ in bands.values())], axis=(0, 1))
     below = (series.own[:, series.forecast_slice].min(axis=0) >= 0) & (lowest < 0)

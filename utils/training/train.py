@@ -60,8 +60,8 @@ def train(context: Context) -> TestFound | None:
             context.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
             with context.training.saver.explained():  # validation and test write to the disk
-                vali = validate(context)
-                results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss)
+                vali = Scores(train_loss, train_loss, train_loss) if args.all_rows else validate(context)
+                results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss and not args.all_rows)
             if results and test:
                 best_test = results, test
             elif vali.loss < progress.best_vali_loss:
@@ -295,7 +295,7 @@ def end_epoch(context: Context, train_loss: float, vali: Scores, test: Scores | 
         {"epoch": progress.epoch, "train_loss": train_loss, "vali_loss": vali.loss,
          "test_loss": test.loss if test else None, "test_mae": test.mae if test else None}
     )  # fmt: skip
-    improved = vali.loss < progress.best_vali_loss
+    improved = vali.loss < progress.best_vali_loss or context.args.all_rows  # without rows to choose by the last is kept
     progress.epochs_without_improvement = 0 if improved else progress.epochs_without_improvement + 1
     context.log(f"EarlyStopping counter: {progress.epochs_without_improvement} out of {patience}")
     if improved:
@@ -339,7 +339,8 @@ class Clock:
 
     def __init__(self, context: Context):
         self.context = context
-        self.windows = {split: len(context.windows.windows(split)) for split in ("val", "test")}
+        evaluated = not context.args.all_rows
+        self.windows = {split: evaluated * len(context.windows.windows(split)) for split in ("val", "test")}
         self.evaluation: float | None = None  # seconds a window, once an evaluation has been timed
         self.restart()
 
@@ -348,7 +349,7 @@ class Clock:
 
     def take(self, seconds: float, tested: bool) -> None:
         """Note the seconds of an epoch's evaluation: validation, and the test where it was `tested`."""
-        self.evaluation = seconds / (self.windows["val"] + tested * self.windows["test"])
+        self.evaluation = seconds / max(1, self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
         speed = (time.perf_counter() - self.since) / self.steps
