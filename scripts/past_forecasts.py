@@ -1,6 +1,7 @@
 """Past forecasts of a run, scored against what has come true since, beside the last value that was known.
 
     python scripts/past_forecasts.py checkpoints/<run name> [--data FILE]
+    python scripts/past_forecasts.py checkpoints/<run name> --recalibrate adaptive    # bands learn from what has come true
 
 They are those of forecasts.csv, which `run_main.py --do_predict --append` keeps. A row of a forecast has come true once
 the data file has a row of its date.
@@ -9,6 +10,7 @@ the data file has a row of its date.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
@@ -25,29 +27,34 @@ from data_provider.table import FIRST_ROW_LINE, read_table  # noqa: E402
 from data_provider.timestamps import read_timestamps  # noqa: E402
 from layers.errors import NAMED, input_error  # noqa: E402
 from utils.flags import inherited  # noqa: E402
-from utils.results.bands import name_of  # noqa: E402
+from utils.results.bands import fewest_windows, follow, name_of, recalibrated, stds  # noqa: E402
 from utils.results.forecast import HISTORY, ORIGIN, band_columns, bands_of  # noqa: E402
-from utils.saving.checkpoint import Checkpoint  # noqa: E402
+from utils.saving.checkpoint import Checkpoint, add_intervals  # noqa: E402
 from utils.saving.files import LEGACY, TENSORS  # noqa: E402
 
 ENDS = 5  # columns of very many that have a line: so many at each end
 ARGUMENTS = {
     "folder": dict(type=Path, nargs="?", default=Path(), help="the run's folder, which has a forecasts.csv"),
     "--data": dict(type=Path, help="the CSV as it is now (default: the file of the training)"),
+    "--recalibrate": dict(
+        choices=("plain", "adaptive"),
+        help="give the checkpoint's next forecasts bands from the errors of these; adaptive: whose level follows the misses",
+    ),
 }
 
 
 def main(argv: list[str]) -> int:
     args = script_parser("past_forecasts.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
-    return exit_code("past_forecasts.py", lambda: print(score_forecasts(args.folder, args.data)))
+    return exit_code("past_forecasts.py", lambda: print(score_forecasts(args.folder, args.data, args.recalibrate)))
 
 
-def score_forecasts(folder: Path, data: Path | None = None) -> str:
+def score_forecasts(folder: Path, data: Path | None = None, kind: str | None = None) -> str:
     """The table of a run's past forecasts, as text: by origin and in all, and by column.
 
     Args:
         folder: of the run, or `on_<file>` in it, or whatever folder holds a forecasts.csv.
         data: the CSV to score against, as it is now; None: the file of the training.
+        kind: "plain" or "adaptive", to recalibrate the checkpoint's bands; None: they stay.
 
     Raises:
         InputError: no history, no data, or other columns in them.
@@ -106,7 +113,50 @@ def score_forecasts(folder: Path, data: Path | None = None) -> str:
     if bands:
         named = name_of(min(bands))
         lines.append(f"Under {named} % stands how many of the truths lay in that band: it should be about {named} %.")
+    if kind is not None:
+        if not flags:
+            raise input_error("--recalibrate", f"{folder}, which has no checkpoint", "a run's folder")
+        lines += ["", recalibrate(checkpoint, forecasts, truths, kind)]
     return "\n".join(lines)
+
+
+def recalibrate(checkpoint: Checkpoint, forecasts: pd.DataFrame, truths: pd.DataFrame, kind: str) -> str:
+    """Give a checkpoint bands from the errors of its past forecasts; return what is to be said.
+
+    Args:
+        forecasts, truths: as `read_forecasts` and the file have them.
+        kind: "plain": their quantiles; "adaptive": see `bands.follow`.
+
+    Raises:
+        InputError: too few of them have come true, or the checkpoint has no bands.
+        StorageError: the file system refused.
+    """
+    held, columns, flags = checkpoint.intervals, checkpoint.forecast_columns, checkpoint.flags
+    T, H = flags["seq_len"], flags["pred_len"]
+    names, mean, std = checkpoint.scaler()
+    if held is None or list(truths.columns) != columns:
+        raise input_error(
+            "--recalibrate", f"{checkpoint.file} without bands of these columns", "one that was tested with them"
+        )
+    mean, std = (of[[names.index(name) for name in columns]] for of in (mean, std))
+    values, errors, origins, dates = (truths.to_numpy() - mean) / std, [], [], []
+    for origin, rows in forecasts.groupby(ORIGIN):
+        place = truths.index.get_indexer([origin])[0] + 1
+        if place >= T and len(rows) >= H:
+            error = (truths.reindex(rows["date"][:H]).to_numpy() - rows[columns][:H].to_numpy()) / std
+            errors.append(error.T / stds(values[place - T : place].T))  # (N, H)
+            origins.append(origin)
+            dates.append(rows["date"][:H])
+    least = max(map(fewest_windows, held.levels))
+    if (found := sum(np.isfinite(error).all() for error in errors)) < least:
+        raise input_error("--recalibrate", f"{found} forecasts whose rows have all come true", f"at least {least}")
+    made, times = np.array(errors), (np.array(origins, "datetime64[ns]"), np.array(dates, "datetime64[ns]"))
+    beyond, said = {}, []
+    for level in held.levels if kind == "adaptive" else ():
+        beyond[level], inside = follow(made, *times, level)
+        said.append(f"such bands of {name_of(level)} % would have held {100 * np.nanmean(inside):.1f} %")
+    add_intervals(checkpoint, replace(held, newest=recalibrated(made, held.levels, beyond)))
+    return "; ".join([f"The next forecasts of {checkpoint.file} have {kind} bands from {len(made)} forecasts", *said])
 
 
 def figures(cells: pd.DataFrame, columns: int) -> pd.Series:

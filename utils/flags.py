@@ -241,8 +241,8 @@ FLAGS = [
          "itself (default: --pred_len)"),
     Flag("append", "output", "", BOOL, False, "with --do_predict: keep the forecast in forecasts.csv, too, the history of "
          "all forecasts by the last date that they knew"),
-    Flag("refit", "output", "", BOOL, False, "with --do_predict: before the forecast, train once more on all rows of the file, "
-         "for as many steps as the best epoch had; the test is of the model before"),
+    Flag("refit", "output", "", BOOL, False, "with --do_predict: before the forecast, train once more on all rows of the "
+         "file, for as many steps as the best epoch had; the test is of the model before"),
     Flag("intervals", "output", "", LEVEL, None, "per cent of the truths that each prediction interval is to hold; none: "
          "no intervals (default: 80 95; of a forecast, what its checkpoint has)"),
     Flag("save_predictions", "output", "", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz"),

@@ -18,12 +18,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from data_provider.batches import Batch
+from data_provider.data_loader import Series, SplitSeries
 from layers.norm import EPSILON, instance_norm
 from utils.saving.files import PARTIAL, writing
 
@@ -32,10 +33,13 @@ if TYPE_CHECKING:  # it holds such intervals itself
 
 LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
 DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
+LEAST = 0.2  # units that a band reaches to each side at least, where a column is mostly constant
 LARGEST = 1e30  # an offset beyond is no number of deviations
 KEPT = "errors.npy"  # `[W, N, H]` of the validation windows, then of the test's, in deviations of their histories
 FLOOR = 0.05  # the least deviation of a history, as a part of the training's: a sensor stands still, rain has not begun
 ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
+POOL = 500  # past forecasts whose errors count, where bands learn from what has come true
+RATE = 0.05  # how far a miss moves an adaptive band's level
 EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
 
 
@@ -122,6 +126,60 @@ class Intervals:
     def of(self, places: Sequence[int]) -> "Intervals":
         kept = self.offsets[:, list(places)]
         return Intervals(self.levels, kept, self.windows, self.newest and self.newest.of(places))
+
+
+def follow(errors: np.ndarray, origins: np.ndarray, dates: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bands whose level follows their misses (adaptive conformal inference: Gibbs and Candes, NeurIPS 2021), each side by
+    itself.
+
+    Args:
+        errors: `[O, N, H]` of past forecasts in units of their windows; NaN where they have not come true.
+        origins: `[O]` the last date that each knew, in order.
+        dates: `[O, H]` of their rows.
+
+    Returns:
+        The probabilities beyond the lower and the upper end that hold now, `[2, N]`; and `[O, N, H]` which truths lay in the
+        bands that would have been forecast at the time, NaN where there were too few errors for one.
+    """
+    each, ranks, inside = ends(level)[0], np.full(errors.shape, np.nan), np.full(errors.shape, np.nan)
+    beyond, at = np.full((2, errors.shape[1]), each), np.empty((len(errors), 2, errors.shape[1]))
+    times = np.concatenate([origins[:1], origins, [dates.max()]])
+    for o, (before, now) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        new = np.nonzero((before < dates) & (dates <= now))
+        found = ranks[new[0], :, new[1]]  # (rows that have just come true, N)
+        if np.isfinite(found).any():
+            missed = np.stack([found <= at[new[0], 0], 1 - found <= at[new[0], 1]]).sum(axis=1)
+            beyond = beyond + RATE * (each - missed / np.isfinite(found).sum(axis=0).clip(min=1))
+        if o == len(errors):
+            break
+        at[o] = beyond
+        for h, error in enumerate(errors[o].T):  # its place among the errors that were known
+            known = errors[: np.searchsorted(dates[:, h], now, side="right"), :, h][-POOL:]
+            if len(known) >= fewest_windows(level):
+                ranks[o, :, h] = ((known < error).sum(axis=0) + (known <= error).sum(axis=0) + 1) / (2 * len(known) + 2)
+        ranks[o] += 0 * errors[o]
+        held = (ranks[o] > beyond[0][:, None]) & (1 - ranks[o] > beyond[1][:, None])
+        inside[o] = np.where(np.isnan(ranks[o]), np.nan, held)
+    return beyond, inside
+
+
+def recalibrated(errors: np.ndarray, levels: tuple[float, ...], beyond: dict[float, np.ndarray]) -> Intervals:
+    """Intervals from the errors `[O, N, H]` of past forecasts, NaN where they have not come true; the newest POOL count.
+
+    Args:
+        beyond: of levels whose ends shall have other probabilities, those that `follow` has found.
+    """
+    held, rows = probabilities(levels), []
+    for h in range(errors.shape[2]):
+        known = errors[np.isfinite(errors[:, 0, h])][-POOL:, :, h]
+        found = offsets_of(known, held)
+        for level, (low, high) in beyond.items():
+            for end, shares in zip(ends(level), (low, 1 - high), strict=True):
+                found[held.index(end)] = [
+                    np.quantile(of, share) for of, share in zip(known.T, shares.clip(0, 1), strict=True)
+                ]
+        rows.append(found)
+    return Intervals(levels, np.stack(rows, axis=-1), len(errors))
 
 
 def continued(offsets: np.ndarray, steps: int) -> np.ndarray:
@@ -216,13 +274,13 @@ def offsets_of(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray
     """The offsets of `Intervals`, `[Q + 2, ...]`, of errors `[W, ...]` in units of their windows.
 
     A column that is mostly constant, such as rain, has errors of 0 nearly always, and a band between their quantiles has no
-    width. Where that from 10 to 90 % is narrower than the mean absolute error, bands reach to the mean error of each side;
-    else they reach to the forecast.
+    width. Where that from 10 to 90 % is no wider than the mean absolute error, bands reach to the mean error of each side,
+    and LEAST; else they reach to the forecast.
     """
     found = quantiles(errors, probabilities)
     low, high = (found[probabilities.index(end)] for end in ends(80))
-    reach = np.stack([errors.clip(max=0).mean(axis=0), errors.clip(min=0).mean(axis=0)])
-    return np.concatenate([found, np.where(high - low < np.abs(errors).mean(axis=0), reach, 0)]).astype(np.float32)
+    reach = np.stack([errors.clip(max=0).mean(axis=0).clip(max=-LEAST), errors.clip(min=0).mean(axis=0).clip(min=LEAST)])
+    return np.concatenate([found, np.where(high - low <= np.abs(errors).mean(axis=0), reach, 0)]).astype(np.float32)
 
 
 def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: int | None = None) -> Intervals:
@@ -237,18 +295,19 @@ def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: int 
     return Intervals(levels, np.concatenate(rows, axis=1), W)
 
 
-def has_errors(folder: Path, series: Any) -> bool:
+def has_errors(folder: Path, series: Series) -> bool:
     """Whether a pass over the validation windows of this series has left its errors in a folder."""
-    windows, file = len(series.windows("val")) + len(series.windows("test")), folder / KEPT
-    shape = windows, len(series.forecast_columns), series.pred_len
-    return file.is_file() and np.load(file, mmap_mode="r").shape == shape
+    file = folder / KEPT
+    if not file.is_file() or not isinstance(series, SplitSeries):
+        return file.is_file()
+    windows = len(series.windows("val")) + len(series.windows("test"))
+    return np.load(file, mmap_mode="r").shape == (windows, len(series.forecast_columns), series.pred_len)
 
 
 def all_intervals(context: "Context", folders: Sequence[Path], levels: tuple[float, ...]) -> Intervals | None:
     """Those of the mean of the forecasts that runs have left in these folders, whose errors are the mean of theirs, with the
     newest; None where one has not left them."""
-    if not levels or not all(has_errors(folder, context.series) for folder in folders):
+    if context.intervals is None or not levels or not all(has_errors(folder, context.series) for folder in folders):
         return None
     files = [folder / KEPT for folder in folders]
-    val = intervals_of(files, levels, len(context.windows.windows("val")))
-    return replace(val, newest=intervals_of(files, levels))
+    return replace(intervals_of(files, levels, context.intervals.windows), newest=intervals_of(files, levels))

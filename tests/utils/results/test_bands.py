@@ -11,10 +11,12 @@ import torch
 
 import utils.run
 from data_provider.batches import Batch
-from tests.small_run import COLUMNS, PRED_LEN, refusal, run_folder, train, write_csv
+from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, refusal, run_folder, train, write_csv
 from utils.flags import parse_flags
+from utils.forecaster import Forecaster
 from utils.results import bands
-from utils.results.bands import ends, fewest_windows, quantiles
+from utils.results.bands import ends, fewest_windows, follow, probabilities, quantiles, recalibrated
+from utils.results.metrics import missed
 from utils.saving.checkpoint import Checkpoint, save_checkpoint
 
 N = len(COLUMNS)
@@ -64,8 +66,8 @@ def errors_by_hand(words: list[str], split: str) -> tuple[np.ndarray, np.ndarray
     return (y[..., -PRED_LEN:] - forecast).numpy(), np.sqrt(x.numpy().var(axis=2, keepdims=True) + 1e-5)
 
 
-def test_intervals_of_a_run_against_numpy(dlinear, capsys) -> None:
-    words = dlinear(intervals="80")
+def test_intervals_of_a_run_against_numpy(dlinear, tmp_path: Path, capsys) -> None:
+    words = dlinear(intervals="80", do_predict=True)
     train(words, capsys)
     folder = run_folder(words)
     scores = json.loads((folder / "metrics.json").read_text())
@@ -88,6 +90,15 @@ def test_intervals_of_a_run_against_numpy(dlinear, capsys) -> None:
         np.testing.assert_allclose(held["lo80"], own * held["deviation"] + held["mean"], rtol=1e-4, atol=1e-4)
         own_widths = (held["hi80"] - held["lo80"]).mean(axis=(0, 1))
     np.testing.assert_allclose([level["channels"][name]["width_own_units"] for name in COLUMNS], own_widths, rtol=1e-4)
+    # what is forecast beyond the file has those of validation and test, and its own forecast in each
+    both = [np.concatenate(parts) for parts in zip(errors_by_hand(words, "val"), (errors, units), strict=True)]
+    n, ordered = len(both[0]), np.sort(both[0] / both[1], axis=0)
+    low, high = ordered[(n + 1) // 10 - 1].clip(max=0), ordered[-(-9 * (n + 1) // 10) - 1].clip(min=0)
+    frame, history = pd.read_csv(folder / "forecast.csv"), pd.read_csv(tmp_path / "series.csv")[list(COLUMNS)][-SEQ_LEN:]
+    for place, name in enumerate(COLUMNS):
+        for end, offset in (("lo80", low), ("hi80", high)):
+            expected = frame[name] + history[name].std(ddof=0) * offset[place]
+            np.testing.assert_allclose(frame[f"{name}_{end}"], expected, rtol=1e-3, atol=1e-3 * history[name].std())
     # the simple forecasts have theirs
     for row in scores["baselines"]["rows"]:
         assert 0 < row["intervals"]["levels"]["80"]["coverage"] < 1 and row["intervals"]["wql"] > 0
@@ -156,8 +167,10 @@ def test_the_mean_of_the_repeats(dlinear, capsys, monkeypatch) -> None:
     np.testing.assert_allclose(frames[2][list(COLUMNS)], middle, rtol=1e-5)
     assert all((frames[2][f"{n}_lo80"] < middle[n]).all() and (middle[n] < frames[2][f"{n}_hi80"]).all() for n in COLUMNS)
     # its bands are those of the mean of the errors
-    errors = [np.load(folder / "validation_errors.npy") for folder in (first, second)]
-    n, ordered = len(errors[0]), np.sort((errors[0] + errors[1]) / 2, axis=0)
+    errors = [np.load(folder / "errors.npy") for folder in (first, second)]  # of validation, then of the test
+    n = json.loads((first / "metrics.json").read_text())["intervals"]["calibration_windows"]
+    assert len(errors[0]) == n + len(held[0]["pred"])
+    ordered = np.sort((errors[0][:n] + errors[1][:n]) / 2, axis=0)
     offsets = ordered[-(-9 * (n + 1) // 10) - 1] - ordered[(n + 1) // 10 - 1]  # in deviations of the histories
     scores = json.loads((mean / "metrics.json").read_text())
     at = scores["intervals"]["levels"]["80"]["steps"]["width"]
@@ -193,3 +206,74 @@ def test_other_data_get_intervals_of_their_own_and_the_target_those_of_all(dline
         frames.append(pd.read_csv(folder / "forecast.csv"))
     assert list(frames[0].columns) == ["date", "OT", *(f"OT_{end}" for end in ("lo80", "hi80", "lo95", "hi95"))]
     pd.testing.assert_frame_equal(frames[0], frames[1][list(frames[0])], rtol=1e-5)
+
+
+def test_a_column_that_is_mostly_zero_has_a_band_with_its_forecast_in_it(argv, tmp_path: Path, capsys) -> None:
+    rng, rows = np.random.default_rng(4), 1500
+    frame = pd.read_csv(write_csv(tmp_path / "series.csv", rows, ("rain", "OT")))
+    frame["rain"] = np.where(rng.uniform(size=rows) < 0.995, 0.0, rng.exponential(5, rows)).round(2)
+    frame.to_csv(tmp_path / "series.csv", index=False)
+    words = argv(model="Ridge", do_predict=True, plots=0, torch_checkpoint=0)
+    lines = train(words, capsys)
+    assert any(line.startswith("WARNING: rain hardly changes") for line in lines)
+    assert any(line.startswith("No value of rain is below 0") for line in lines)
+    level = json.loads((run_folder(words) / "metrics.json").read_text())["intervals"]["levels"]["80"]
+    assert level["channels"]["rain"]["coverage"] > 0.9 and level["channels"]["rain"]["width"] > 0.01
+    frame = pd.read_csv(run_folder(words) / "forecast.csv")
+    for level in (80, 95):
+        low, high = frame[f"rain_lo{level}"], frame[f"rain_hi{level}"]
+        assert (low <= frame["rain"]).all() and (frame["rain"] <= high).all() and (low < high).all()
+
+    words = argv(model="Ridge", do_predict=True, plots=0, torch_checkpoint=0, des="bounded", bounds="rain:0:6,OT:none:none")
+    assert not any("--bounds" in line for line in train(words, capsys))
+    folder = run_folder(words)
+    bounded, held = pd.read_csv(folder / "forecast.csv"), dict(np.load(folder / "predictions.npz"))
+    for name in (name for name in frame if name != "date"):  # where nothing is beyond, all is as it was
+        limits = (0, 6) if name.startswith("rain") else (-np.inf, np.inf)
+        np.testing.assert_allclose(bounded[name], frame[name].clip(*limits), rtol=1e-6)
+    assert all(held[name][..., 0].min() >= 0 and held[name][..., 0].max() <= 6 for name in ("pred", "lo95", "hi95"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    own = metrics["own_units"]["channels"]["rain"]
+    assert own["mse"] == pytest.approx(np.square(held["pred"] - held["true"])[..., 0].mean(), rel=1e-4)
+    width = metrics["intervals"]["levels"]["95"]["channels"]["rain"]["width_own_units"]
+    assert width == pytest.approx((held["hi95"] - held["lo95"])[..., 0].mean(), rel=1e-4)
+    # a program that loads it has them, too
+    predicted = Forecaster.load(folder).predict(pd.read_csv(tmp_path / "series.csv"))
+    np.testing.assert_allclose(predicted["rain_lo80"], bounded["rain_lo80"], rtol=1e-4, atol=1e-6)
+    for wrong in ("snow:0:none", "rain:3", "5", "rain:2:1"):
+        assert refusal(argv(model="Ridge", bounds=wrong), capsys).startswith(f"--bounds: got '{wrong}', expected a least")
+
+
+def test_a_band_reaches_to_its_own_forecast_and_both_kinds_say_what_they_missed() -> None:
+    errors = np.random.default_rng(2).normal(3, 1, (200, 1, 4))  # a biased model: all truths lie above it
+    intervals = bands.Intervals((80.0,), bands.offsets_of(errors, probabilities((80.0,))), 200)
+    low, high = intervals.band(80.0)
+    assert (low == 0).all()
+    np.testing.assert_allclose(high, np.sort(errors, axis=0)[180], rtol=1e-6)
+    levels = {"80": {"coverage": 0.81, "channels": {"a": {"coverage": 0.9}, "b": {"coverage": 0.65}}}}
+    (line,) = missed({"levels": levels})
+    assert line == "The 80 % band missed its promise: it held 81.0 % of the test's truths; of the worst column, b, 65.0 %"
+    assert not missed({"levels": {"80": {"coverage": 0.78, "channels": {"a": {"coverage": 0.71}}}}})
+
+
+@pytest.mark.parametrize("kind", ["a longer day", "more variance", "neither"])
+def test_adaptive_bands_hold_what_they_promise_where_the_data_change(kind: str) -> None:
+    """Errors of an hourly forecast of 6 rows, before and after a change that fixed bands do not survive."""
+    rng, count, H = np.random.default_rng(8), 1600, 6
+    spread = np.where(np.arange(count + H) < 600, 1, {"more variance": 3.0}.get(kind, 1.0))
+    bias = np.where(np.arange(count + H) < 600, 0, {"a longer day": 4.0}.get(kind, 0.0)) * np.sin(np.arange(count + H) / 30)
+    shocks = rng.standard_normal((count + H, 2)) * spread[:, None] + bias[:, None]
+    errors = np.stack([shocks[o + 1 : o + 1 + H].T for o in range(count)])  # origins, columns, steps
+    origins = np.arange(count).astype("datetime64[h]").astype("datetime64[ns]")
+    dates = origins[:, None] + np.arange(1, H + 1).astype("timedelta64[h]")
+    fixed = quantiles(errors[:500], (0.1, 0.9))
+    before = ((errors >= fixed[0]) & (errors <= fixed[1]))[1100:].mean()
+    assert before > 0.75 if kind == "neither" else before < 0.6
+    beyond, inside = follow(errors, origins, dates, 80.0)
+    assert abs(np.nanmean(inside[1100:]) - 0.8) < 0.03  # 500 forecasts after the change
+    made = recalibrated(errors, (80.0,), {80.0: beyond}).band(80.0)
+    assert made[0].shape == (2, H) and (np.abs(made[1]) > 0.5).all()
+    # what has not come true is not known: rows cut off at the end change nothing before them
+    later = errors.copy()
+    later[dates.repeat(2, axis=0).reshape(errors.shape) > origins[1200]] = np.nan
+    np.testing.assert_array_equal(follow(later, origins, dates, 80.0)[1][: 1200 - H], inside[: 1200 - H])
