@@ -9,6 +9,8 @@ import pytest
 from layers.errors import InputError
 from scripts.past_forecasts import main, score_forecasts
 from tests.small_run import command_line, run_folder, train, write_csv
+from utils.forecaster import Forecaster
+from utils.saving.checkpoint import Checkpoint
 
 DAYS = pd.date_range("2024-01-01", periods=8, freq="D")
 
@@ -98,3 +100,39 @@ def test_a_runs_own_history_by_its_script(tmp_path: Path, backbones, capsys) -> 
         assert main(words) == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith(f"past_forecasts.py: error: {message}") and err.count("\n") == 1
+
+
+def test_bands_learn_from_what_has_come_true(backbones, tmp_path: Path, capsys) -> None:
+    """After the training the series swings three times as far: the bands of the next forecast know it, the test's stay."""
+    words = command_line(
+        tmp_path, backbones["qwen2"], model="DLinear", max_iters=3, plots=0, do_predict=True, intervals="80"
+    )
+    train(words, capsys)
+    folder, data = run_folder(words), tmp_path / "series.csv"
+    frame = pd.read_csv(data)
+    later = frame.copy()
+    later["date"] = pd.date_range(pd.Timestamp(frame["date"].iloc[-1]) + pd.Timedelta("1h"), periods=len(later), freq="h")
+    noise = np.random.default_rng(3).standard_normal((len(later), 3)) * frame.iloc[:, 1:].std().to_numpy() * 3
+    later.iloc[:, 1:] += noise
+    pd.concat([frame, later]).to_csv(data, index=False)
+    whole, forecaster, history = pd.read_csv(data), Forecaster.load(folder), []
+    for end in range(len(frame), len(whole), 4):
+        made = forecaster.predict(whole[:end])
+        made.insert(0, "origin", whole["date"][end - 1])
+        history.append(made)
+    pd.concat(history).to_csv(folder / "forecasts.csv", index=False)
+    before, test = Checkpoint.open(folder).intervals, (folder / "metrics.json").read_bytes()
+    widths = []
+    for kind in ("plain", "adaptive"):
+        text = score_forecasts(folder, data, kind)
+        assert f"have {kind} bands from {len(history)} forecasts" in text
+        after = Checkpoint.open(folder).intervals
+        np.testing.assert_array_equal(after.offsets, before.offsets)
+        assert after.newest.windows == len(history) and (folder / "metrics.json").read_bytes() == test
+        frame = Forecaster.load(folder).predict(whole)
+        widths.append((frame["OT_hi80"] - frame["OT_lo80"]).mean())
+    assert (np.array(widths) > 1.1 * (made["OT_hi80"] - made["OT_lo80"]).mean()).all()
+    assert "such bands of 80 % would have held" in text
+    (folder / "forecasts.csv").write_text("\n".join((folder / "forecasts.csv").read_text().splitlines()[:20]))
+    assert main([str(folder), "--data", str(data), "--recalibrate", "plain"]) == 2
+    assert "got 2 forecasts whose rows have all come true, expected at least 9" in capsys.readouterr().err

@@ -22,15 +22,16 @@ from utils.results.baselines import (
     EVENNESS,
     PENALTIES,
     STACK_PENALTIES,
-    baselines,
     doubts,
+    find_season,
     fit_ridge,
     fit_stack,
+    measured,
     ridge_forecast,
     season_length,
-    stack_row,
     stack_windows,
 )
+from utils.results.metrics import difference
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def stacked(windows, columns=(0, 1, 2)):
         ({"features": "M"}, [0, 1, 2], range(6, 11)),  # 24 rows before each of the five
         ({"features": "MS"}, [1], range(6, 11)),
         ({"pred_len": 30}, [0, 1, 2], [*range(6, 30), *range(6, 12)]),  # the season repeats within the horizon
-        ({"seq_len": 23}, [0, 1, 2], None),  # none fits
+        ({"seq_len": 23}, [0, 1, 2], None),  # the season lies before the window
     ],
 )
 def test_rows_by_hand(tmp_path, frame, flags, columns, places):
@@ -67,8 +68,12 @@ def test_rows_by_hand(tmp_path, frame, flags, columns, places):
     x, y = stacked(series.windows("test"), columns)
     weights, _ = fit_ridge(series.windows("train"), series.windows("val"))
     forecasts = {"last value": x[:, -1:], "ridge": ridge_forecast(x, weights)}
-    forecasts |= {"last season": x[:, list(places)]} if places else {}
-    rows = {row["name"]: row for row in baselines(series)}
+    values, first, H = series.values[:, columns].astype(float), series.splits.train + series.splits.val, series.pred_len
+    starts = first + np.arange(len(series.windows("test")))
+    before = np.concatenate([values[start - 24 + np.arange(H) % 24].T for start in starts])
+    assert places is None or np.array_equal(before, x[:, list(places)])
+    forecasts["last season"] = before
+    rows = {row["name"]: row for row in measured(series, season=24)["rows"]}
     assert rows.keys() == forecasts.keys()
     for name, forecast in forecasts.items():
         found = rows[name]["mse"], rows[name]["mae"]
@@ -173,7 +178,8 @@ def test_a_stack_by_hand(tmp_path, frame, monkeypatch, features):
     batch = WindowCollate(5, series.target_index)([test[number] for number in range(len(test))])
     found = torch.cat([stack(part) for part in batch.split(7)]).unflatten(0, (-1, len(columns))).numpy()
     np.testing.assert_allclose(found, forecasts, atol=2e-4)
-    row = stack_row(series, stack, (80.0,))
+    row = measured(series, (80.0,), stack=stack)["rows"][-1]
+    assert row["name"] == "linear stack"
     assert row["mse"] == pytest.approx(np.square(forecasts - truths).mean(), rel=1e-4)
     assert 0 < row["intervals"]["levels"]["80"]["coverage"] <= 1
     assert len(series.windows("train")) == len(ends["train"])
@@ -227,7 +233,7 @@ def test_very_many_sequences_are_fitted_to_every_kth_window(tmp_path, frame, mon
     x, y = (rows.reshape(-1, 3, rows.shape[-1])[::every].reshape(-1, rows.shape[-1]) for rows in stacked(train))
     for found, expected in zip(zip(*train.sequences(every), strict=True), (x, y), strict=True):
         np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-6)
-    assert baselines(series)[-1]["detail"].endswith(f", fitted to one training window in {every}")
+    assert measured(series)["rows"][-1]["detail"].endswith(f", fitted to one training window in {every}")
 
 
 @pytest.mark.parametrize(
@@ -238,9 +244,53 @@ def test_season_length(freq, rows):
     assert season_length(infer_step(pd.date_range("2019-01-01", periods=40, freq=freq))) == rows
 
 
+def test_the_season_is_that_which_repeats_itself_best_and_may_be_longer_than_a_window(tmp_path) -> None:
+    weeks = pd.date_range("2010-01-03", periods=400, freq="7D", name="date")
+    year = np.sin(2 * np.pi * np.arange(400) / 52) + 0.1 * np.random.default_rng(1).standard_normal(400)
+    series = small(tmp_path, pd.DataFrame({"ill": year}, weeks))  # windows of 30 weeks
+    (row,) = [row for row in measured(series)["rows"] if row["name"] == "last season"]
+    assert find_season(series) == 52 and row["title"] == "repeat the last 52 rows" and row["mse"] < 0.1
+    hours = pd.date_range("2020-01-01", periods=2000, freq="h", name="date")
+    for weekly, expected in ((0.0, 24), (3.0, 168)):
+        shape = np.sin(2 * np.pi * np.arange(2000) / 24) + weekly * (np.arange(2000) // 24 % 7 > 4) + 0.002 * np.arange(2000)
+        assert find_season(small(tmp_path, pd.DataFrame({"load": shape}, hours))) == expected
+    years = pd.date_range("1700-01-01", periods=300, freq="YS", name="date")
+    found = measured(small(tmp_path, pd.DataFrame({"spots": year[:300]}, years)))
+    assert found["no season"].startswith("no natural season of rows 1 year apart") and len(found["rows"]) == 2
+
+
+def test_differences_have_the_interval_of_their_mean() -> None:
+    """Of independent windows the usual one; of windows that go together a wider one, as the theory of means has it."""
+    rng, W = np.random.default_rng(3), 4000
+    noise = rng.standard_normal(W + 9)
+    alone, together = noise[:W] + 0.1, np.convolve(noise, np.ones(10), "valid")  # each shock counts in ten windows
+    for values, block, sd in ((alone, 1, 1), (together, 100, 10)):
+        mean, low, high = difference(values, np.zeros(W), block)
+        assert mean == pytest.approx(values.mean())
+        assert (high - low) / 2 == pytest.approx(1.96 * sd / np.sqrt(W), rel=0.15)
+        assert low < mean < high
+    assert difference(alone[:399], np.zeros(399), 100) is None
+
+
+def test_a_map_is_fitted_to_all_rows_with_the_penalty_of_the_training(tmp_path, frame) -> None:
+    series = small(tmp_path, frame)
+    _, penalty = fit_ridge(series.windows("train"), series.windows("val"))
+    everything = replace(series, all_rows=True).windows("train")
+    assert len(everything) == 600 - 35 + 1
+    found, held = fit_ridge(series.windows("train"), series.windows("val"), everything)
+    x, y = stacked(everything)
+    mean, std = x.mean(axis=1, keepdims=True), np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    weight = std[:, 0]
+    fit = Ridge(alpha=penalty * weight.sum(), fit_intercept=False, solver="svd").fit(
+        (x - mean) / std, (y - mean) / std, weight
+    )
+    assert held == penalty
+    np.testing.assert_allclose(found, fit.coef_.T, rtol=1e-5, atol=1e-8)
+
+
 def test_figures_on_real_data():
     path = real_data("ETTh1")
-    last, season, ridge = baselines(load_series("ETTh1", path.parent, path.name, seq_len=512, pred_len=96))
+    last, season, ridge = measured(load_series("ETTh1", path.parent, path.name, seq_len=512, pred_len=96), season=24)["rows"]
     assert (last["mse"], season["mse"]) == (pytest.approx(1.294, abs=1e-3), pytest.approx(0.512, abs=1e-3))
     assert (ridge["mse"], ridge["mae"]) == (pytest.approx(0.365, abs=1e-3), pytest.approx(0.391, abs=1e-3))
     # On ETTm1 validation is the better the smaller the penalty: a grid of powers alone would end at its edge.
@@ -251,5 +301,5 @@ def test_figures_on_real_data():
     assert np.abs(weights.sum(axis=0)).max() < 1e-9  # of the solutions the smallest: a normalised window has no mean
     # Windows of a dead sensor in ETTh2 do not decide the map: 1.14 of the season's error without the weights.
     path = real_data("ETTh2")
-    _, season, ridge = baselines(load_series("ETTh2", path.parent, path.name, seq_len=192, pred_len=96))
+    _, season, ridge = measured(load_series("ETTh2", path.parent, path.name, seq_len=192, pred_len=96))["rows"]
     assert ridge["mse"] < 0.8 * season["mse"]
