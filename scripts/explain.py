@@ -201,7 +201,7 @@ def draw(figure: Figure, panel: Panel, maps: list[tuple], patch: int, stride: in
     left.xaxis.set_major_locator(MaxNLocator(3))
     dress(left)
     for axes, (title, shares, names) in zip(places, maps, strict=True):
-        mesh = axes.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis", vmin=0)
+        mesh = axes.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis")
         axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=9, parse_math=False)
         axes.set_title(title, fontsize=10)
         below.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01, label="attention, times an equal share")

@@ -2,10 +2,12 @@
 
     python scripts/summary.py checkpoints/
     python scripts/summary.py checkpoints/ --sort mae --csv runs.csv
+    python scripts/summary.py checkpoints/ --columns seed vali minutes
 
-A row a run: the flags in which the runs differ, the best epoch with its validation loss, the test
-errors, the time of training and the peak memory. What a run lacks (it still trains, or has no
-language model) is "-".
+A row a run: the flags in which the runs differ, the best epoch with its validation loss, the test errors, that of the ridge
+regression beside it, the share of the truths in the 80 % band, the time of training and the peak memory. Printed are the
+flags, a few of the figures and the run, or --columns; the CSV has all. What a run lacks (it still trains, or has no language
+model) is "-".
 """
 
 import json
@@ -31,25 +33,28 @@ from utils.saving.files import write_text  # noqa: E402
 RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
 # Of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them.
 M4_ERRORS = ["smape", "mase", "owa"]
-FIGURES = ["epochs", "best_epoch", "vali", "mse", "mae", *M4_ERRORS, "minutes", "memory_gib"]
+FIGURES = ["epochs", "best_epoch", "vali", "mse", "mae", *M4_ERRORS, "ridge", "in_80", "minutes", "memory_gib"]
+WIDE = {"epochs", "best_epoch", "vali", "memory_gib"}  # printed with --columns alone
 WIDEST = 28  # characters of a cell in the table; the CSV has them whole
 ARGUMENTS = {
     "folder": dict(type=Path, nargs="?", default=Path("checkpoints"), help="folder of the runs' folders"),
     "--sort": dict(default="mse", metavar="COLUMN", help="column to sort by (default: mse)"),
     "--reverse": dict(action="store_true", help="largest first"),
+    "--columns": dict(nargs="+", metavar="COLUMN", help="those that are printed (default: a few)"),
     "--csv": dict(type=Path, metavar="FILE", help="write the table to this file too"),
 }
 
 
 def main(argv: list[str]) -> int:
     args = script_parser("summary.py", str(__doc__).splitlines()[0], ARGUMENTS).parse_args(argv)
-    return exit_code("summary.py", lambda: show(summary(args.folder), args.sort, args.reverse, args.csv))
+    return exit_code("summary.py", lambda: show(summary(args.folder), args.sort, args.reverse, args.csv, args.columns))
 
 
-def show(table: pd.DataFrame, column: str, descending: bool, file: Path | None) -> None:
+def show(table: pd.DataFrame, column: str, descending: bool, file: Path | None, columns: list[str] | None = None) -> None:
     # Print the table of runs in the order of a column; write it, too, where a file is named.
-    if column not in table:
-        raise input_error("--sort", repr(column), f"one of {', '.join(table)}")
+    for flag, name in [("--sort", column), *(("--columns", name) for name in columns or ())]:
+        if name not in table:
+            raise input_error(flag, repr(name), f"one of {', '.join(table)}")
     numbers = pd.to_numeric(table[column], errors="coerce")
     order = table[column].astype(str) if numbers.isna().all() else numbers
     table = table.loc[order.sort_values(ascending=not descending, kind="stable").index]
@@ -58,7 +63,7 @@ def show(table: pd.DataFrame, column: str, descending: bool, file: Path | None) 
         text = "-" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
         return text if len(text) <= WIDEST or "/" in text else f"{text[: WIDEST - 9]}…{text[-8:]}"
 
-    print(table.map(cell).to_string(index=False))
+    print(table[columns or [name for name in table if name not in WIDE]].map(cell).to_string(index=False))
     if file:
         write_text(file, table.to_csv(index=False, lineterminator="\n"))
         print(f"Written: {file}")
@@ -107,6 +112,9 @@ def read_runs(folder: Path) -> Iterator[dict]:
             silent |= set() if flags.get("data") == M4 else {"seasonal_patterns"}
             run = {name: value for name, value in flags.items() if name not in silent}
             run |= {name: found.get("test", {}).get(name) for name in (M4_ERRORS if "m4" in found else ["mse", "mae"])}
+            ridge = [row for row in found.get("baselines", {}).get("rows", ()) if row["name"] == "ridge"]
+            run["ridge"] = ridge[0].get("mse", ridge[0].get("owa")) if ridge else None
+            run["in_80"] = found.get("intervals", {}).get("levels", {}).get("80", {}).get("coverage")
             run |= {"memory_gib": found.get("peak_memory_gib"), "run": str(metrics.parent.relative_to(folder))}
             history = pd.DataFrame(read_rows(metrics.parent / HISTORY)).apply(pd.to_numeric, errors="coerce")
             if own and "vali_loss" in history:

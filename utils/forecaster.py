@@ -28,6 +28,7 @@ from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
 from utils.flags import flags_for, longest_window
 from utils.results.bands import Intervals, name_of, units
+from utils.results.baselines import LAST, SEASON, season_length
 from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
 from utils.results.log import RunLog
 from utils.results.metrics import Metrics
@@ -97,6 +98,11 @@ class Forecaster:
             set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
             context.notes += log.lines
             return cls(context)
+
+    def __repr__(self) -> str:
+        args, bands = self.context.args, self.context.intervals
+        levels = f", bands of {' '.join(map(name_of, bands.levels))} %" if bands else ""
+        return f"Forecaster({args.model}, {args.seq_len} -> {args.pred_len} rows, {len(self.columns)} columns{levels})"
 
     @property
     def columns(self) -> list[str]:
@@ -199,6 +205,9 @@ class Forecaster:
         Returns:
             As metrics.json: `test` (mse, mae on the standardised scale), `windows`, `first_forecast_row`, `standardised`
             and `own_units` (by channel and step), and `intervals` (coverage, width, losses) with prediction intervals.
+            `learned_until` is the date of the last row that the training saw, and `windows_after` how many windows forecast
+            later rows alone; `baselines` has mse and mae of repeating the last value, and the last season that a window
+            holds.
 
         Raises:
             InputError: see `predict`; a series shorter than seq_len + pred_len.
@@ -213,10 +222,15 @@ class Forecaster:
         kept = context.series.forecast_slice
         columns, mean, std = self.columns, context.series.mean[kept], context.series.std[kept]
         metrics = Metrics(columns, mean, std, H, self._intervals(intervals), context.device)
+        season = args.season or season_length(series.step)
+        simple = {LAST: [-1] * H} | ({SEASON: np.arange(H) % season - season} if 1 < season <= T else {})
+        others = {name: Metrics(columns, mean, std, H, None, context.device) for name in simple}
 
         def consume(batch: Batch, forecast: torch.Tensor) -> None:
             pred, true, x = (v.view(len(batch.index), len(columns), -1) for v in (forecast, batch.y, batch.x))
             metrics.add(pred, true, units(x))
+            for name, rows in simple.items():
+                others[name].add(x[..., rows], true, units(x))
 
         windows: ConcatDataset[Any] = ConcatDataset(parts)
         collate = WindowCollate(H, None, context.model.prompts, whole=not context.model.channel_independent)
@@ -224,7 +238,12 @@ class Forecaster:
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
         with ONE_AT_A_TIME:
             scores = score(replace(context, loaders={"test": loader}), "test", consume)
+        learned = context.checkpoint.record.get("data", {}).get("learned_until")  # type: ignore[union-attr]
+        first = pd.DatetimeIndex(np.concatenate([part.dates[T : len(part) + T] for part in parts]))
         return {
+            "learned_until": learned,
+            "windows_after": int((first > pd.Timestamp(learned)).sum()) if learned else None,
+            "baselines": {name: held.result()["standardised"]["all"] for name, held in others.items()},
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),
             "first_forecast_row": [str(min(starts)), str(max(starts))],

@@ -154,8 +154,14 @@ def test_threads_get_what_one_thread_gets(trained, loaded, frame, capsys) -> Non
 def test_windows_of_a_frame_are_scored_as_those_of_a_test(trained, loaded, frame, name: str) -> None:
     held = json.loads((run_folder(trained(name)) / "metrics.json").read_text())
     found = loaded(name).evaluate(frame.iloc[ROWS - 120 - SEQ_LEN :])
+    simple = {row["name"]: row for row in held["baselines"]["rows"]}
+    for row, scores in found.pop("baselines").items():
+        assert (scores["mse"], scores["mae"]) == pytest.approx((simple[row]["mse"], simple[row]["mae"]), rel=1e-6)
+    assert found.pop("learned_until") == held["data"]["learned_until"] and found.pop("windows_after") == held["windows"]
     assert found == {key: held[key] for key in found}
     assert {"test", "windows", "standardised", "own_units", "intervals", "first_forecast_row"} == set(found)
+    early = loaded(name).evaluate(frame.iloc[: ROWS - 100])  # of which most rows trained
+    assert 0 < early["windows_after"] < early["windows"]
     # in two parts they do not cross from one series to the other
     parts = pd.concat([frame.iloc[: ROWS - 50].assign(id="a"), frame.iloc[ROWS - 50 :].assign(id="b")])
     scores = [loaded(name).evaluate(part, id_column="id") for part in (parts, *(part for _, part in parts.groupby("id")))]
