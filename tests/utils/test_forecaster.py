@@ -86,7 +86,7 @@ def test_many_series_are_forecast_as_each_alone(loaded, frame, name: str) -> Non
 
 def test_bands_are_forecast_plus_deviation_times_offset(trained, loaded, frame) -> None:
     """By hand: the checkpoint's offsets, the deviation of the last window, squares that add up beyond pred_len."""
-    intervals = Checkpoint.open(run_folder(trained("DLinear"))).intervals
+    intervals = Checkpoint.open(run_folder(trained("DLinear"))).intervals.newest
     training = frame[list(COLUMNS)].to_numpy()[:420]
     scale = training.std(axis=0)
     window = frame[list(COLUMNS)].to_numpy()[-SEQ_LEN:] / scale
