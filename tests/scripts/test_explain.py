@@ -83,7 +83,7 @@ def test_the_script_leaves_two_files_and_changes_none(runs, capsys) -> None:
     assert (found["channel"], found["prompt"]["other_description"]) == ("load", "Something else.")
 
 
-def test_the_window_is_the_one_that_begins_at_the_date_or_last_before_it(runs, tmp_path, capsys) -> None:
+def test_the_window_is_the_one_that_begins_at_the_date_or_last_before_it(runs, tmp_path) -> None:
     # Rows 256 to 319 are tested: forecasts begin from 2020-01-11 16:00 to 2020-01-14 00:00.
     for date, begins, number in (
         ("2020-01-12", "2020-01-12 00:00:00", 8),
@@ -93,7 +93,6 @@ def test_the_window_is_the_one_that_begins_at_the_date_or_last_before_it(runs, t
         assert main([str(runs["bare"]), "--window", date, "--out", str(tmp_path)]) == 0
         window = json.loads((tmp_path / "explain.json").read_text())["window"]
         assert (window["number"], window["first_forecast_row"]) == (number, begins)
-        assert ("or before" in capsys.readouterr().out) == (begins[:16] != (date + " 00:00")[:16])
 
 
 def test_what_a_run_does_not_have_is_left_out_with_a_sentence(runs, tmp_path, capsys) -> None:
@@ -168,7 +167,7 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
     for name in ("vocab", "direct", "bert"):
         model = cast(Model, opened(runs[name], tmp_path).model)
         asked = [7, 0, 999]
-        near, mixtures = explain.nearest_words(model, asked)
+        near = explain.nearest_words(model, asked)
         with torch.no_grad():
             prototypes = model.text_prototypes().double().numpy()
         tokenizer = model.backbone.tokenizer
@@ -179,9 +178,6 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
             best = np.argsort(-cosines[prototype])[:5]
             assert [word for word, _ in near[place]] == [explain.readable(tokenizer, int(i)) for i in best]
             assert np.allclose([cosine for _, cosine in near[place]], cosines[prototype, best], atol=1e-4)
-        random = np.random.default_rng(0).standard_normal((400, len(words))) @ centred
-        random = random @ centred.T / np.linalg.norm(random, axis=1)[:, None] / np.linalg.norm(centred, axis=1)
-        assert mixtures == pytest.approx(random.max(1).mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("fast_path", ["auto", "plain"])
