@@ -10,8 +10,6 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +28,6 @@ from layers.errors import InputError, input_error
 from layers.fp16 import make_safe
 
 MAX_HEADER = 100_000_000  # bytes of a safetensors file's header, the format's own limit
-ABOUT = "backbone.json"  # what scripts/get_backbone.py says of a folder that it made
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -111,10 +108,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
     # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
-    try:
-        note = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("note", "") if (folder / ABOUT).is_file() else ""
-    except (OSError, ValueError, AttributeError) as error:
-        raise unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
+    about = folder / "backbone.json"  # of scripts/get_backbone.py
     return BackboneInfo(
         family=family,
         folder=folder,
@@ -133,7 +127,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "vocab_size": vocab_size,
             "fingerprint": fingerprint,
         },
-        note=" ".join(str(note).split())[:200],
+        note=json.loads(about.read_text(encoding="utf-8"))["note"] if about.is_file() else "",
     )
 
 
@@ -288,7 +282,6 @@ class Backbone:
         recompute: bool = False,
         dtype: torch.dtype | None = None,
         random_seed: int | None = None,
-        embeddings_on_host: bool = False,
     ):
         """Read the first `layers` layers; with 0, the word embeddings alone.
 
@@ -297,8 +290,6 @@ class Backbone:
                 CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
             random_seed: draw the weights, of the same architecture, instead of reading them.
-            embeddings_on_host: the embeddings go to the computer's memory, whatever the device: for who looks words up in
-                them, and multiplies with no more than a block of them at once.
 
         Raises:
             InputError: more layers than there are, or weights that the folder lacks.
@@ -311,16 +302,16 @@ class Backbone:
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
         if random_seed is not None:
-            self.model = _draw(info, layers, device, dtype, random_seed, embeddings_on_host)
+            self.model = _draw(info, layers, dtype, random_seed).to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
         else:
-            self.model = _load(info, layers, device, four_bit, dtype, embeddings_on_host)
+            self.model = _load(info, layers, device, four_bit, dtype)
         if dtype == torch.float16:
             make_safe(self.model)
         self.model.pooler = None  # type: ignore[assignment]  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-        self._embeddings_on_host = embeddings_on_host
+        self._embeddings_on_host = False
         if recompute:
             for layer in list(self.model.modules()):
                 if isinstance(layer, GradientCheckpointingLayer):
@@ -359,13 +350,9 @@ class Backbone:
         return found.to(self.device, self.stream_dtype, non_blocking=True)
 
     def keep_embeddings_on_host(self) -> None:
-        """Bring the embeddings to the computer's memory, where `embeddings_on_host` would have put them at once.
-
-        The GPU's memory is left with a hole of their size.
-        """
+        """Keep the embeddings in the computer's memory, whatever the device: for who only looks words up in them."""
         self._embeddings_on_host = True
-        if self.embeddings.device.type != "cpu":
-            self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
+        self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
     def plain(
         self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
@@ -399,7 +386,9 @@ class Backbone:
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
-        _move(self.model, device, self._embeddings_on_host)
+        self.model.to(device)  # type: ignore[arg-type]
+        if self._embeddings_on_host:
+            self.keep_embeddings_on_host()
         return self
 
     def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:
@@ -453,59 +442,38 @@ def _first_layers(config: Any, layers: int) -> Any:
     return config
 
 
-# Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back.
-def _move(model: PreTrainedModel, device: torch.device, embeddings_on_host: bool) -> None:
-    layer: Any = model.get_input_embeddings()
-    words, where = layer.weight, layer.weight.device
-    if embeddings_on_host:
-        layer.weight = nn.Parameter(words.new_empty(0), requires_grad=False)
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
-    if embeddings_on_host:
-        layer.weight = words
-        layer.to(where)  # what it has besides
-
-
 # The architecture, with weights as its authors' training would have begun.
-def _draw(
-    info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, embeddings_on_host: bool
-) -> PreTrainedModel:
+def _draw(info: BackboneInfo, layers: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(_config(info, layers), dtype=dtype)
-    _move(model, device, embeddings_on_host)
-    return model
+        return AutoModel.from_config(_config(info, layers), dtype=dtype)
 
 
-def _load(
-    info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
-) -> PreTrainedModel:
-    config, options = _config(info, layers), {}
-    places: dict[str, torch.device | str] = {"": device}
-    apart = embeddings_on_host and device.type != "cpu"
-    if apart:
-        with torch.device("meta"):
-            outline = AutoModel.from_config(config)
-        layer = outline.get_input_embeddings()
-        places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
+def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
+    options = {}
     if four_bit:
         require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_enable_fp32_cpu_offload=apart,  # allows any part on the CPU, in any number type
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    with _transformers_settings():
+    verbosity = transformers.logging.get_verbosity()
+    # It would report the layers left out as unexpected; what is missing is checked below.
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
         model, found = AutoModel.from_pretrained(
             info.folder,
-            config=config,
+            config=_config(info, layers),
             dtype=dtype,
-            device_map=places,
+            device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             **options,
         )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")
@@ -518,23 +486,3 @@ def _load(
             # A cycle, for which a model would stay in memory until the garbage collector comes.
             module.weight.module = None
     return model
-
-
-# Settings of transformers while it loads a model.
-#
-# It would report the layers left out as unexpected; what is missing is checked by `_load`. And a model whose parts
-# are on several devices it would leave to accelerate, whose hooks would copy the embeddings to the GPU for each
-# look-up, and drop them again: `Backbone.token_embeddings` brings the ids to the embeddings instead.
-@contextmanager
-def _transformers_settings() -> Iterator[None]:
-    module: Any = transformers.modeling_utils
-    dispatch, verbosity = module.accelerate_dispatch, transformers.logging.get_verbosity()
-    module.accelerate_dispatch = lambda *_: None
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        module.accelerate_dispatch = dispatch
-        transformers.logging.set_verbosity(verbosity)

@@ -58,11 +58,6 @@ class MappingLayer(nn.Module):
             mapped = mapped * scale
         return mapped + self.bias.to(embeddings.device)[:, None]
 
-    @torch.no_grad()
-    def once(self, embeddings: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
-        """What `forward` gives, without gradient; E may lie elsewhere than `device`, which multiplies."""
-        return (_multiply(self.weight, embeddings, device) * scale).to(self.bias.device) + self.bias[:, None]
-
     def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Some words after the other, and their gradient `[words, K]`; the scale of `forward` is in G."""
         if self.gradient_factor is not None:
@@ -74,7 +69,7 @@ class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, embeddings: torch.Tensor, layer: MappingLayer) -> torch.Tensor:
         ctx.layer, ctx.embeddings = layer, embeddings
-        return _multiply(weight, embeddings, embeddings.device)
+        return _multiply(weight, embeddings)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -89,13 +84,13 @@ class _Mapped(torch.autograd.Function):
         return whole, None, None
 
 
-# W·E `[K, D]` on `device`, multiplied in E's type, in W's type.
-def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
+# W·E `[K, D]` on E's device, multiplied in E's type, in W's type.
+def _multiply(weight: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are as exact as W.
-    size = _block_size(weight, device)
-    out = torch.zeros(weight.shape[1], embeddings.shape[1], dtype=weight.dtype, device=device)
+    size = _block_size(weight, embeddings.device)
+    out = torch.zeros(weight.shape[1], embeddings.shape[1], dtype=weight.dtype, device=embeddings.device)
     for some, E in zip(weight.split(size), embeddings.split(size), strict=True):
-        out += _times(some.t(), E.to(device))
+        out += _times(some.t(), E)
     return out
 
 

@@ -21,7 +21,7 @@ from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
 from models.LinearStack import Model as LinearStack
-from models.TimeLLM import embeddings_on_host, layers_of
+from models.TimeLLM import layers_of
 from utils import validate
 from utils.flags import recorded, run_name
 from utils.results.baselines import doubts, fit_ridge, fit_stack
@@ -304,7 +304,6 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
                 args.grad_checkpoint,
                 plan.precision.weights_dtype,
                 plan.random_seed(repeat),
-                embeddings_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
             model.to(device)
