@@ -81,15 +81,14 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows syncs no folders
+    try:
+        handle = os.open(path.parent, os.O_RDONLY)
         try:
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            _warn_unsynced(path.parent, error.strerror)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        _warn_unsynced(path.parent, error.strerror)
 
 
 @cache
@@ -128,6 +127,14 @@ def write_json(path: Path, value: object) -> None:
 def size_text(size: float) -> str:
     """Bytes for people: 1.8 GB, 340 MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them: 45 s, 12 min, 1 h 50 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def free_bytes(folder: Path) -> int:

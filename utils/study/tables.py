@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
-from utils.saving.files import write_atomic, write_text
-from utils.study.cells import DONE, VARIANT, Cell, Study, measure, time_text
+from utils.saving.files import duration, write_atomic, write_text
+from utils.study.cells import DONE, VARIANT, Cell, Study, measure
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts" / "published.toml"
 ERRORS = ["mse", "mae"]
@@ -165,7 +165,7 @@ def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
 
 def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
     # What stands below the tables: how much is done, where, on which windows, and what others did otherwise.
-    spent = time_text(sum(result["seconds"] for result in found))
+    spent = duration(sum(result["seconds"] for result in found))
     facts = [
         f"{len(found)} of {len(study.cells)} cells done, {spent} of computing in all.",
         *(f"Machine: {name}." for name in sorted({result["machine"] for result in found})),
