@@ -53,6 +53,11 @@ def check_flags(args: Namespace) -> None:
             "recipe",
             f"own, for {name} reads all channels at once",
         ),
+        (
+            not model.channel_independent and args.embed != "timeF",
+            "embed",
+            f"timeF, for {name} maps scaled time marks",
+        ),
         (not model.uses_llm and args.llm_ablation != "off", "llm_ablation", f"off, {no_llm}"),
         (not model.uses_llm and args.skip != "none", "skip", f"none, {no_llm}"),
         (args.skip == "stack" and args.data == M4, "skip", f"none, ridge or linear with --data {M4}"),
