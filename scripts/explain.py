@@ -3,7 +3,7 @@ its forecasts depend on the prompt.
 
     python scripts/explain.py checkpoints/<run name> --window 2018-01-31 --channel OT
 
-It leaves explain.png and explain.json in the run's folder and changes nothing else there. Flags of run_main.py
+It leaves explain.png in the run's folder and changes nothing else there. Flags of run_main.py
 (--device cpu, --data ETTh1 --root_path DIR, ...) may follow; those left out are what they were in the run's training.
 
 Shapes: B windows, N forecast channels, M = B*N sequences, T = seq_len, H = pred_len, L patches, h heads, K text prototypes,
@@ -38,7 +38,6 @@ from models.TimeLLM import Model  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
 from utils.results.plots import HISTORY, drawing, dress  # noqa: E402
-from utils.saving.files import write_json  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
@@ -56,7 +55,7 @@ ARGUMENTS = {
     "--channel": dict(metavar="NAME", help="column to look at (default: the target)"),
     "--windows": dict(type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)"),
     "--description": dict(metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)"),
-    "--out": dict(type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)"),
+    "--out": dict(type=Path, metavar="DIR", help="folder for explain.png (default: the run's)"),
 }
 
 
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def explain(args: Namespace, context: Context, folder: Path) -> None:
-    """Print what there is to see in a run, and write explain.png and explain.json into a folder.
+    """Print what there is to see in a run, and draw explain.png into a folder.
 
     Raises:
         InputError: no such window or channel.
@@ -111,11 +110,6 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
     channel, dates = columns.index(name), data.dates[number : number + T + series.pred_len]
     print(f"Window: {dates[0]} to {dates[T - 1]}, forecast from {dates[T]}; channel: {name}")
-    found: dict[str, Any] = {
-        "window": {"number": number, "first_row": str(dates[0]), "first_forecast_row": str(dates[T])},
-        "channel": name,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
 
     if isinstance(model.reprogramming_layer, ReprogrammingLayer):
         batch = read_windows(context, [number], model.prompts)
@@ -123,7 +117,6 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         K, entropy = weights.shape[-1], torch.special.entr(weights).sum(-1)  # (h, L)
         head = int(entropy.mean(1).argmin())  # it chooses most
         maps = {"mean of the heads": weights.mean(0), f"strongest head ({head + 1} of {len(weights)})": weights[head]}
-        found["attention"] = {"prototypes": K, "effective": entropy.exp().mean().item()}
         print(f"\nAttention of {weights.shape[1]} patches over {K} text prototypes: each is spread as over "
               f"{entropy.exp().mean():.0f} of them (strongest head: {entropy[head].exp().mean():.0f})")  # fmt: skip
         panels = []
@@ -134,7 +127,6 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
             table = pd.DataFrame({"prototype": chosen, "times an equal share": (weight.mean(0)[chosen] * K).tolist()})
             table["nearest words, cosine"] = near
             print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
-            found["attention"][title] = table.assign(words=words).drop(columns="nearest words, cosine").to_dict("records")
             names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
             panels.append((title, weight[:, chosen] * K, names))
         history = pd.Series(series.to_own_units(batch.x.t().cpu().numpy())[:, channel], dates[:T])
@@ -153,15 +145,11 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         # A description that did not fit was cut at its end.
         other = args.description or next(text for text in bank if not text.startswith(own))
         trials = try_prompts(context, windows, other)
-        found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
-        found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
         print(f"\nForecasts of {len(windows)} test windows, {len(columns)} channels, with another prompt")
         shown = trials.set_axis(["changed", "forecast moves by", "MSE", "MSE changes by"], axis=1)
         formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": "{:+.2%}".format}
         print(shown.to_string(index=False, formatters=formats, justify="right"))
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
-    write_json(folder / "explain.json", found)
-    print(f"Figures saved at: {folder / 'explain.json'}")
 
 
 def draw(figure: Figure, name: str, history: pd.Series, maps: list[tuple], patch: int, stride: int) -> None:
