@@ -46,7 +46,7 @@ class BlockAdam(torch.optim.Adam):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        for words, gradient in self._mapping.gradient_blocks():
+        for words, gradient in self._mapping.gradient_blocks(self._mapping.gradient_factor):
             self._kernel(
                 [weight[words]], [gradient], [state["exp_avg"][words]], [state["exp_avg_sq"][words]], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
