@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,18 +28,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from layers.errors import InputError, input_error
 from layers.fp16 import make_safe
 
-MAX_HEADER = 100_000_000  # bytes of a safetensors file's header, the format's own limit
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What one `--llm_model` name stands for."""
-
-    model_type: str  # how the model types of its configurations begin
-    hub_id: str  # fetched where no folder is given or found
-
-
+# What one `--llm_model` name stands for: how the model types of its configurations begin; what is fetched where no folder
+# is given or found.
+Family = namedtuple("Family", "model_type hub_id")
 FAMILIES = {
     "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
     "LLAMA": Family("llama", "huggyllama/llama-7b"),
@@ -52,7 +47,6 @@ FAMILIES = {
 class BackboneInfo:
     """What a model folder says of itself, read without its weights."""
 
-    family: Family
     folder: Path
     hidden_size: int  # of its token embeddings; ALBERT's layers, among others, are wider
     vocab_size: int
@@ -84,11 +78,10 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         raise unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
+        # From a configuration alone transformers makes a tokenizer to which every text is empty.
+        tokenizer("0 statistics", add_special_tokens=False)["input_ids"][0]
     except Exception as error:  # the Rust reader raises plain Exceptions
         raise unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
-    if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
-        raise unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
     # Old folders of bitsandbytes do not name it.
     quantised = (getattr(config, "quantization_config", None) or {"quant_method": None}).get("quant_method", "bitsandbytes")
     if quantised == "bitsandbytes":
@@ -110,7 +103,6 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
     about = folder / "backbone.json"  # of scripts/get_backbone.py
     return BackboneInfo(
-        family=family,
         folder=folder,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
@@ -241,7 +233,7 @@ def _fingerprint(folder: Path, family: Family) -> str:
             raise unusable(folder, got, "the whole file", "fetch it again") from error
         with shard.open("rb") as file:
             digest.update(str(size).encode())
-            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))  # the header
             file.seek(max(0, size - 65536))
             digest.update(file.read())
     return digest.hexdigest()
@@ -301,8 +293,11 @@ class Backbone:
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
-        if random_seed is not None:
-            self.model = _draw(info, layers, dtype, random_seed).to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
+        if random_seed is not None:  # weights as the authors' training would have begun
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(random_seed)
+                self.model = AutoModel.from_config(_config(info, layers), dtype=dtype)
+            self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
         else:
             self.model = _load(info, layers, device, four_bit, dtype)
         if dtype == torch.float16:
@@ -440,13 +435,6 @@ def _first_layers(config: Any, layers: int) -> Any:
             setattr(config, name, value[:layers])
     config.num_hidden_layers = layers
     return config
-
-
-# The architecture, with weights as its authors' training would have begun.
-def _draw(info: BackboneInfo, layers: int, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModel.from_config(_config(info, layers), dtype=dtype)
 
 
 def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from torch import nn
 
 from data_provider.batches import Batch
 from data_provider.description import dataset_description
-from layers.ablation import SUBSTITUTES, Nothing, make_substitute
+from layers.ablation import SUBSTITUTES, Nothing
 from layers.backbone import Backbone, BackboneInfo, find_backbone
 from layers.fast import FastPath, LanguageModel, choose_path, cross_attention
 from layers.mapping import MappingLayer
@@ -96,7 +96,8 @@ class Model(ForecastModel):
         if isinstance(backbone, Backbone) and self.mapping_layer is None:  # no step multiplies with them
             backbone.keep_embeddings_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
+        substitute = SUBSTITUTES.get(configs.llm_ablation)
+        self.substitute = substitute(backbone.hidden_size, backbone.heads) if substitute else None
         self.stack = LinearStack(configs) if configs.skip == "stack" else None
         self.history = 0 if self.stack is None else self.stack.history
         if configs.skip != "none":  # a linear map of the normalised window, and what the head adds to it, from zero on

@@ -62,12 +62,10 @@ def train(context: Context) -> TestFound | None:
             with context.training.saver.explained():  # validation and test write to the disk
                 vali = validate(context)
                 results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss)
-            if results and test:
-                best_test = results, test
-            elif vali.loss < progress.best_vali_loss:
-                best_test = None
+            if vali.loss < progress.best_vali_loss:
+                best_test = (results, test) if results and test else None
             evaluation = time.perf_counter() - began
-            clock.take(evaluation, tested=test is not None)
+            clock.evaluation = evaluation / (clock.windows["val"] + (test is not None) * clock.windows["test"])
             end_epoch(context, train_loss, vali, test)
             if journal:
                 costs = {"seconds": seconds, "evaluation_seconds": evaluation,
@@ -345,10 +343,6 @@ class Clock:
 
     def restart(self) -> None:
         self.since, self.steps = time.perf_counter(), 0
-
-    def take(self, seconds: float, tested: bool) -> None:
-        """Note the seconds of an epoch's evaluation: validation, and the test where it was `tested`."""
-        self.evaluation = seconds / (self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
         speed = (time.perf_counter() - self.since) / self.steps
