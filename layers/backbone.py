@@ -87,11 +87,12 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     if quantised == "bitsandbytes":
         require_bitsandbytes("llm_model_path")
     elif quantised not in (None, "fp8"):
-        got, hint = (
+        raise unusable(
+            folder,
             f"weights quantised by {quantised}",
+            "whole ones, or such of bitsandbytes or fp8",
             "give the model that it was made from, with --load_in_4bit if needed",
         )
-        raise unusable(folder, got, "whole ones, or such of bitsandbytes or fp8", hint)
     outline = _outline(folder, config)
     vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
     # RoBERTa and its like count positions from the one behind the padding's.
@@ -133,22 +134,33 @@ def _find_folder(family: Family, path: str | None) -> Path:
     if local.is_dir():
         return local
     if local.is_file() or (path and path.lower().endswith(".gguf")):
-        expected = "a folder with safetensors weights or a hub id"
-        raise input_error("--llm_model_path", f"the file {path}", expected, "give the model that it was made from")
+        raise input_error(
+            "--llm_model_path",
+            f"the file {path}",
+            "a folder with safetensors weights or a hub id",
+            "give the model that it was made from",
+        )
     hub_id = path or family.hub_id
     first, slash, rest = hub_id.partition("/")
     # A hub id is `owner/name`, where no folder `owner` is here.
     is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
     if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
-        expected = "a model folder or a hub id"
-        raise input_error("--llm_model_path", f"no weights in {path} (no such folder)", expected, _fetch(family, local))
+        raise input_error(
+            "--llm_model_path",
+            f"no weights in {path} (no such folder)",
+            "a model folder or a hub id",
+            _fetch(family, local),
+        )
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
         place = ROOT / "base_models" / hub_id.split("/")[-1]
-        hint = f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}"
-        got = f"no weights in {path or place} ({first_line(error)})"
-        raise input_error("--llm_model_path", got, "a model folder or a hub id", hint) from error
+        raise input_error(
+            "--llm_model_path",
+            f"no weights in {path or place} ({first_line(error)})",
+            "a model folder or a hub id",
+            f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}",
+        ) from error
 
 
 # How to fill a folder: with its family's model where it has that one's name; else with what its user took it for.
@@ -177,8 +189,12 @@ def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise unusable(folder, f"a config.json that cannot be used ({first_line(error)})", "a readable one") from error
     if not config.model_type.startswith(family.model_type):
-        got, hint = f"a model of type {config.model_type} in {folder}", f"name its own family ({', '.join(FAMILIES)})"
-        raise input_error(f"--llm_model {name}", got, family.model_type, hint)
+        raise input_error(
+            f"--llm_model {name}",
+            f"a model of type {config.model_type} in {folder}",
+            family.model_type,
+            f"name its own family ({', '.join(FAMILIES)})",
+        )
     sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
     nested = config.is_encoder_decoder or config.get_text_config() is not config
     if nested or not all(isinstance(size, int) for size in sizes):
@@ -197,8 +213,9 @@ def _outline(folder: Path, config: PreTrainedConfig) -> Any:
         with torch.device("meta"):
             outline = AutoModel.from_config(_first_layers(copy.deepcopy(config), 1))
     except Exception as error:  # each architecture asks for its own packages and sizes, in its own way
-        got = f"a model of type {config.model_type} that cannot be built ({first_line(error)})"
-        raise unusable(folder, got, expected) from error
+        raise unusable(
+            folder, f"a model of type {config.model_type} that cannot be built ({first_line(error)})", expected
+        ) from error
     if not {"inputs_embeds", "attention_mask"} <= inspect.signature(outline.forward).parameters.keys():
         raise unusable(folder, f"a model of type {config.model_type}", expected)
     return outline
@@ -220,8 +237,12 @@ def _fingerprint(folder: Path, family: Family) -> str:
             raise unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        got = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise unusable(folder, got, "safetensors weights (others are not loaded)", _fetch(family, folder))
+        raise unusable(
+            folder,
+            f"no {missing[0]}" if missing else "no *.safetensors file",
+            "safetensors weights (others are not loaded)",
+            _fetch(family, folder),
+        )
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in [folder / name for name in names]:
         size = shard.stat().st_size
@@ -229,8 +250,9 @@ def _fingerprint(folder: Path, family: Family) -> str:
             with safe_open(shard, framework="pt"):  # compares the header with the size
                 pass
         except (SafetensorError, OSError) as error:
-            got = f"{shard.name} cut short or damaged ({size:,} bytes)"
-            raise unusable(folder, got, "the whole file", "fetch it again") from error
+            raise unusable(
+                folder, f"{shard.name} cut short or damaged ({size:,} bytes)", "the whole file", "fetch it again"
+            ) from error
         with shard.open("rb") as file:
             digest.update(str(size).encode())
             digest.update(file.read(int.from_bytes(file.read(8), "little")))  # the header

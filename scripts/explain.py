@@ -48,7 +48,6 @@ SHOWN = 12  # prototypes in a heat map
 NEAREST = 5  # words of a prototype
 BLOCK = 2**13  # words at once
 SEQUENCES = 64  # run at once at most
-NUDGE = 0.01  # standard deviations of a window by which its last value is moved, for scale
 ARGUMENTS = {
     "run": dict(type=Path, help="the run's folder, which run_main.py prints at its end"),
     "--window": dict(metavar="DATE", help="test window whose forecast begins then (default: the middle one)"),
@@ -253,15 +252,12 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
     another = torch.empty_like(order).scatter_(0, order, order.roll(1))
     places = torch.arange(len(batch)).view(B, -1)  # (B, N)
-    nudged = batch.x.clone()
-    nudged[:, -1] += NUDGE * batch.x.std(1, correction=0)
     forecasts = {
         "as it is": forecast(ours, batch.prompts),
         "nothing (rounding)": forecast(ours, exchanged(places.flatten().flip(0)), batch.x.flip(0)).flip(0),
         "prompt left out": forecast(None, None),
         "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
         "another data set's description": forecast(other, read_windows(context, windows, other).prompts),
-        f"last value moved by {100 * NUDGE:g} % of the deviation": forecast(ours, batch.prompts, nudged),
     }
     before = forecasts["as it is"]
     std = before.var(1, correction=0).mean().sqrt()

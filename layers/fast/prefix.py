@@ -61,8 +61,11 @@ def choose_path(
         except Exception as error:  # whatever an architecture raises that nobody has thought of
             reason = f"the fast path does not run: {first_line(error)}"
             if expected is None:
-                got = f"a model of type {backbone.model.config.model_type} that does not run ({first_line(error)})"
-                raise unusable(backbone.info.folder, got, "one that runs on token embeddings") from error
+                raise unusable(
+                    backbone.info.folder,
+                    f"a model of type {backbone.model.config.model_type} that does not run ({first_line(error)})",
+                    "one that runs on token embeddings",
+                ) from error
     return (backbone.plain if path is None or reason else path), reason
 
 

@@ -193,4 +193,4 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         assert trials.mse["as it is"] == pytest.approx((as_is - batch.y).square().mean().item(), rel=1e-4)
         assert trials.moves["nothing (rounding)"] < 1e-5 and trials.mse_change["as it is"] == 0
         # Each exchange reaches the forecast, of a random backbone that looks at its prompt.
-        assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 6
+        assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 5

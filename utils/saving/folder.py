@@ -43,15 +43,17 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            got, expected = f"no writing ({error.strerror})", "a folder that can be written"
-            raise input_error(f"--checkpoints {folder}", got, expected) from error
+            raise input_error(
+                f"--checkpoints {folder}", f"no writing ({error.strerror})", "a folder that can be written"
+            ) from error
         self.warning = ""
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                got = "another run that trains in it"
-                raise input_error(f"--checkpoints {folder}", got, "none", "wait for it or end it") from error
+                raise input_error(
+                    f"--checkpoints {folder}", "another run that trains in it", "none", "wait for it or end it"
+                ) from error
             self.warning = f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"
         with suppress(OSError):  # a file too many does no harm
             for partial in folder.glob(f".*{PARTIAL}"):
@@ -114,8 +116,11 @@ def open_folder(
         (name,) = broadcast_object_list([state["path"].name if state else None])
         if name and lock is None:
             if not (folder / name).is_file():
-                hint = "one that all machines share, under the same name"
-                raise input_error(f"--checkpoints {folder.parent}", "a folder without the first process's files", hint)
+                raise input_error(
+                    f"--checkpoints {folder.parent}",
+                    "a folder without the first process's files",
+                    "one that all machines share, under the same name",
+                )
             state = read_state(folder / name)
     return lock, state, lines
 
@@ -126,9 +131,12 @@ def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
     size = 2 * state + 4 * trained_values * (2 + args.torch_checkpoint) + MARGIN - sum(path.stat().st_size for path in held)
     if (free := free_bytes(folder)) < size:
-        hint = f"free {size_text(size - free)} there, or name a folder on another disk"
-        need = f"{size_text(size)} for two states and the checkpoints"
-        raise input_error(f"--checkpoints {folder.parent}", f"{size_text(free)} free", need, hint)
+        raise input_error(
+            f"--checkpoints {folder.parent}",
+            f"{size_text(free)} free",
+            f"{size_text(size)} for two states and the checkpoints",
+            f"free {size_text(size - free)} there, or name a folder on another disk",
+        )
     every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
     when = every.get(args.save_steps, f"every {args.save_steps} iterations")
     return f"A state of {size_text(state)} is saved {when}, the last two are kept"

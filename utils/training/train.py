@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
-from layers.errors import LoaderError, RunError
+from layers.errors import LoaderError, RunError, listed
 from models.base import ForecastModel
 from utils.results.bands import Calibration
 from utils.results.log import Progress, memory_line, peak_memory_gib
@@ -252,10 +252,9 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
     told = [found for found in told if found[0]] or told
     windows = [window for found in told for window in found[1]]
     wrong = [name for name in columns if any(name in found[2] for found in told)]
-    listed = (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for names in (windows, wrong))
     raise RunError(
-        "{} steps in a row had no finite loss or gradient; the last is of the windows that start at {}, columns {}; "
-        "try a lower --learning_rate; {}".format(progress.skipped_in_a_row, *listed, context.training.saver.kept())
+        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start at "
+        f"{listed(windows)}, columns {listed(wrong)}; try a lower --learning_rate; {context.training.saver.kept()}"
     )
 
 
