@@ -253,8 +253,8 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
     windows = [window for found in told for window in found[1]]
     wrong = [name for name in columns if any(name in found[2] for found in told)]
     raise RunError(
-        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start at "
-        f"{listed(windows)}, columns {listed(wrong)}; try a lower --learning_rate; {context.training.saver.kept()}"
+        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start "
+        f"at {listed(windows)}, columns {listed(wrong)}; try a lower --learning_rate; {context.training.saver.kept()}"
     )
 
 
