@@ -6,16 +6,14 @@
     python scripts/benchmark.py --preset small --channels 862 --max_sequences 7 --variants fast
 
 All other flags, such as --load_in_4bit, --max_sequences, --pred_len or --device, are those of run_main.py. What is
-measured and how the floor is counted stands in scripts/BENCHMARK.md.
+measured stands in scripts/BENCHMARK.md.
 """
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +25,17 @@ from utils.script import exit_code, script_parser  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: E402
 
-from data_provider.batches import Batch  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from layers.fast.linear import product  # noqa: E402
 from layers.reprogramming import attend  # noqa: E402
 from scripts import check_gpu  # noqa: E402
-from scripts.check_gpu import EVALUATED, WARM_UP, timed  # noqa: E402
+from scripts.check_gpu import EVALUATED, WARM_UP  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.training.context import Context  # noqa: E402
-from utils.training.train import train_step  # noqa: E402
 
 # Published implementations ask transformers for the attention weights, which makes it fall back to eager
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
@@ -86,13 +80,9 @@ def main(argv: list[str]) -> int:
         print(said.format(**next(iter(found.values()))))
         table = pd.DataFrame(found).T.reindex(columns=COLUMNS).astype({"at_once": int})
         print(table.to_string(float_format="{:.3f}".format))
-        if fast := found.get("fast"):
+        if "fast" in found:
             ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
-            print(
-                f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} "
-                f"GFLOP/s; the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
-            )
         if args.json:
             write_json(args.json, {"command": " ".join(sys.argv)} | found)
         return 0
@@ -109,9 +99,6 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
     found["peak_gib"], found["reserved_gib"] = found["peaks_gib"]["steps"]
     found |= {"opening": len(model.prefix_ids), "statistics": batch.prompts.ids.shape[1]}
     found["vocabulary"] = model.backbone.vocab_size
-    if args.variant == "fast":
-        found |= {"flops": step_flops(context, batch), "flops_per_s": matmul_rate(context.device, model.backbone.dtype)}
-        found["floor_s"] = found["flops"] / found["flops_per_s"]
     return found
 
 
@@ -137,26 +124,6 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
     if args.variant == "plain":
         context.model.reprogramming_layer.attend = attend
     return context
-
-
-def step_flops(context: Context, batch: Batch) -> int:
-    # Operations of one step, as torch counts them: two for a multiplication with its addition.
-    missing: dict[Any, Callable] = {  # in torch's own table
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
-    }
-    if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
-        missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        train_step(context, batch)
-    return counter.get_total_flops()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    # Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product.
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(device, multiply, a, b) for _ in range(5) for multiply in (torch.mm, product))
 
 
 if __name__ == "__main__":
