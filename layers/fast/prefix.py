@@ -169,8 +169,7 @@ class PrefixCache(DynamicCache):
         """
         layer = self._layers[layer_idx]
         if not self._slots:
-            layer.prompt_prefix = (key_states, value_states)
-            keys_values = layer.prompt_prefix
+            layer.prompt_prefix = keys_values = (key_states, value_states)
         else:
             layer.reserve(key_states, key_states.shape[0], self._slots)
             # The buffer goes in inside a list: autograd must see it as storage, not as an input.

@@ -72,9 +72,8 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
     Raises:
         OSError: the file system refused.
     """
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
-        number += 1
+    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(path for path in numbered if not os.path.lexists(path))
     try:
         folder.rename(aside)
     except OSError:  # a Windows drive renames no folder in which a file is open, such as the lock's
