@@ -462,7 +462,6 @@ def _first_layers(config: Any, layers: int) -> Any:
 def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
     options = {}
     if four_bit:
-        require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )

@@ -37,6 +37,7 @@ def check_flags(args: Namespace) -> None:
     refuse(
         args,
         (args.moving_avg % 2 == 0, "moving_avg", "an odd number of rows"),
+        (args.model == "PatchTST" and args.d_model % args.n_heads > 0, "n_heads", f"a divisor of --d_model {args.d_model}"),
         (model.whole_batches and args.max_sequences, "max_sequences", f"0, for {name} takes its batches whole"),
         (
             not model.channel_independent and args.features == "MS",

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
 from models.base import ForecastModel
 
@@ -59,7 +58,6 @@ def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.O
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":
-        require_bitsandbytes("optimizer adamw8bit")
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, lr=lr)
