@@ -50,10 +50,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if name != OFFSETS}
     except SafetensorError as error:
         raise ValueError(f"a damaged file: {error}") from None
-    record = json.loads(metadata.get("record", "{}"))
-    if not isinstance(record, dict):
-        raise ValueError("a record that cannot be read")
-    return record, shapes
+    return json.loads(metadata.get("record", "{}")), shapes
 
 
 def read_record(path: Path) -> dict[str, Any]:
