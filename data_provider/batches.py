@@ -47,26 +47,20 @@ class Batch:
         """Micro-batches of at most `size` sequences (0: one of all); whole windows are not split."""
         if self.windows is not None or not 0 < size < len(self):
             return [self]
-        return [
-            replace(
-                self._map(operator.itemgetter(some)),
-                prompts=None if self.prompts is None else self.prompts.rows(some.start, some.stop),
-            )
-            for some in (slice(start, start + size) for start in range(0, len(self), size))
-        ]
+        return [self._map(operator.itemgetter(slice(start, start + size))) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the model reads to a device; the window numbers stay."""
-        prompts = None if self.prompts is None else self.prompts.to(device)
-        return replace(self._map(lambda t: t.to(device, non_blocking=True)), prompts=prompts)
+        moved = replace(self, prompts=None)._map(lambda t: t.to(device, non_blocking=True))
+        return replace(moved, prompts=None if self.prompts is None else self.prompts.to(device))
 
     def pin_memory(self) -> "Batch":
-        prompts = None if self.prompts is None else self.prompts.pin_memory()
-        return replace(self._map(torch.Tensor.pin_memory), prompts=prompts)
+        return self._map(torch.Tensor.pin_memory)
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         w = self.windows
         moved: dict[str, Any] = {name: move(v) for name in SEQUENCES if (v := getattr(self, name)) is not None}
+        moved["prompts"] = None if self.prompts is None else Prompts(*map(move, self.prompts))
         moved["windows"] = None if w is None else Windows(move(w.x), move(w.x_mark), move(w.y_mark), w.channels)
         return replace(self, **moved)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data_provider.batches import WindowCollate
-from data_provider.data_loader import ChannelItems, FileSeries, SplitSeries, load_series
+from data_provider.data_loader import ChannelItems, SplitSeries, load_series
 from data_provider.m4 import load_m4
 from data_provider.sampler import EpochBatches
 from data_provider.splits import M4
@@ -29,8 +29,7 @@ def data_provider(args: Namespace, flag: str) -> tuple[Any, DataLoader]:
     Raises:
         InputError: see `load_series` and `epoch_batches`.
     """
-    dataset = items(args, series_from_args(args), flag)
-    return dataset, make_loader(dataset, epoch_batches(args, dataset, flag), args.num_workers, _four_tensors)
+    return batch_loader(args, flag, series_from_args(args), collate=_four_tensors)
 
 
 def items(args: Namespace, series: SplitSeries, flag: str) -> Any:
@@ -56,6 +55,7 @@ def batch_loader(
     seed: int | None = None,
     pin: bool = False,
     whole: bool = False,
+    collate: Callable | None = None,
 ) -> tuple[Any, DataLoader]:
     """Dataset and loader of "train", "val" or "test" of a series; the loader yields `data_provider.batches.Batch`.
 
@@ -64,13 +64,14 @@ def batch_loader(
         rank, world, seed: see `epoch_batches`.
         pin: give the batches page-locked memory, from which they go to a GPU faster.
         whole: the model reads whole windows and their marks.
+        collate: makes other batches of the dataset's items.
 
     Raises:
         InputError: see `epoch_batches`.
     """
     dataset = items(args, series, flag)
     batches = epoch_batches(args, dataset, flag, rank, world, seed)
-    collate = WindowCollate(series.pred_len, series.target_index, encoder, whole)
+    collate = collate or WindowCollate(series.pred_len, series.target_index, encoder, whole)
     return dataset, make_loader(dataset, batches, args.num_workers, collate, pin)
 
 
@@ -83,15 +84,6 @@ def series_from_args(args: Namespace) -> Any:
     if args.data == M4:
         return load_m4(args.root_path, args.seasonal_patterns, args.seq_len, args.label_len, args.pred_len)
     return load_series(**series_flags(args))
-
-
-def pretraining_series(args: Namespace) -> FileSeries:
-    """The series of `--data_pretrain`, on a scale of its own; all other flags are those of `series_from_args`.
-
-    Raises:
-        InputError: see `load_series`.
-    """
-    return load_series(**series_flags(args) | {"data": args.data_pretrain, "data_path": args.data_path_pretrain})
 
 
 def series_flags(args: Namespace, function: Callable = load_series) -> dict[str, Any]:

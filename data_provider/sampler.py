@@ -27,7 +27,7 @@ class EpochBatches(Sampler[list[int]]):
         draws: an item's number is drawn too, anew in each epoch, and says where `M4Windows` cuts its series:
             number % length is the series.
         skip: attribute; batches of this rank left out at the front. `set_epoch` resets it.
-        batches_per_epoch, most_batches: attributes; batches in a whole epoch, of this rank and of the one with the most.
+        batches_per_epoch: attribute; batches of this rank in a whole epoch.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class EpochBatches(Sampler[list[int]]):
         self.shuffle, self.rank, self.world, self.draws = shuffle, rank, world, draws
         batches = length // batch_size if shuffle else -(-length // batch_size)
         self.batches_per_epoch = batches if shuffle else len(range(rank, batches, world))
-        self.most_batches = batches if shuffle else len(range(0, batches, world))
         self.epoch, self.skip = 0, 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:

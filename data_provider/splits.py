@@ -99,26 +99,9 @@ def split_rows(data: str, rows: int, seq_len: int, pred_len: int, percent: int, 
             f"--seq_len {seq_len} --pred_len {pred_len}",
             f"{own[flag]} rows{shot} in the {flag} split of {path}",
             f"at least {seq_len + pred_len if flag == 'train' else f'{pred_len} beside the {seq_len} rows before it'}",
-            _longest(train, min(val, test), seq_len, pred_len, percent),
+            "a shorter --seq_len or --pred_len, or a file of more rows",
         )
     return Splits(train, val, test, few_shot)
-
-
-def _longest(train: int, most: int, seq_len: int, pred_len: int, percent: int) -> str:
-    """The longest lengths that fit, each with the other length kept where it can be.
-
-    Args:
-        most: the longest horizon that validation and test hold.
-    """
-    options = []
-    horizon = min(most, (train - seq_len) * percent // 100)
-    if horizon >= 1:
-        options.append(f"--pred_len {horizon} with --seq_len {seq_len}")
-    kept = pred_len if pred_len <= most else most
-    longest = train + -100 * kept // percent  # (train - T) * p // 100 >= H, solved for T
-    if kept >= 1 and longest >= 1 and (kept == pred_len or not options):
-        options.append(f"--seq_len {longest} with --pred_len {kept}")
-    return f"the longest that fit: {' or '.join(options)}" if options else "no lengths fit: the file has too few rows"
 
 
 def _roots(root_path: str | Path) -> list[Path]:

@@ -146,8 +146,6 @@ def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) ->
     lines = [re.sub('"[^"]*"', "", line) for line in file.readlines(1 << 14)]
     if not "".join(lines).strip():
         raise input_error(path, "an empty file", "a header line and rows of numbers")
-    if not lines[0].strip():
-        raise input_error(f"{path}: row 1", "an empty line", "the header")
     counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
     # The one that every line has as often, else the one that the header has most.
     separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
@@ -341,12 +339,13 @@ def _table(
     if bad.size:
         above, own = (repr(str(cell)) for cell in cells["date"].iloc[bad[0] : bad[0] + 2])
         what = "is earlier than" if steps[bad[0]] < 0 else "repeats, with other values,"
-        hint = "sort the rows by date; where a frame has several series, name the column of their names as id_column"
         raise input_error(
             f"{path}: row {rows[int(bad[0]) + 1]}, column 'date'",
             f"{own}, which {what} the row above ({above})",
             "timestamps that increase",
-            hint if rows is dates else "where a column names the series of each row, give it as --id_column",
+            "sort the rows by date; where a frame has several series, name the column of their names as id_column"
+            if rows is dates
+            else "where a column names the series of each row, give it as --id_column",
         )
     if 10 * (repeats := int((steps == 0).sum())) > len(steps):
         dates, values = dates[new], values[new]
@@ -388,7 +387,10 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
         raise input_error(
             table.path, f"rows that are {step_words(own)} apart", f"{step}, the step of the training", table.read_as
         )
-    gaps = gaps_in(table.dates, own, length)
-    if gaps:
-        got, expected = "no row between {} and {}".format(*gaps[0]), f"a row every {step_words(own).removeprefix('1 ')}"
-        raise input_error(table.path, got, expected, "fill the gap; gaps that recur show in two weeks of rows")
+    if gaps := gaps_in(table.dates, own, length):
+        raise input_error(
+            table.path,
+            "no row between {} and {}".format(*gaps[0]),
+            f"a row every {step_words(own).removeprefix('1 ')}",
+            "fill the gap; gaps that recur show in two weeks of rows",
+        )

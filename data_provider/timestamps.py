@@ -82,8 +82,9 @@ def read_timestamps(
             best, note = _best_form(text.str.replace(r"\s*(?:UTC|GMT)$", "Z", regex=True), source, dayfirst)
     if (unread := np.flatnonzero(best.isna())).size:
         found = "an empty cell" if pd.isna(cell := cells.iloc[unread[0]]) else repr(cell)
-        place = f"{source}: row {unread[0] + first_row}, column 'date'"
-        raise input_error(place, found, "a timestamp such as 2016-07-01 00:00:00")
+        raise input_error(
+            f"{source}: row {unread[0] + first_row}, column 'date'", found, "a timestamp such as 2016-07-01 00:00:00"
+        )
     return best, note
 
 

@@ -45,8 +45,3 @@ class TransformerBlock(nn.Module):
 
 
 SUBSTITUTES = {"none": Nothing, "attention": AttentionLayer, "transformer": TransformerBlock}  # by `--llm_ablation`
-
-
-def make_substitute(ablation: str, width: int, heads: int) -> nn.Module | None:
-    """What stands in the place of a language model of this width; None where nothing does."""
-    return SUBSTITUTES[ablation](width, heads) if ablation in SUBSTITUTES else None

@@ -10,8 +10,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,19 +28,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from layers.errors import InputError, input_error
 from layers.fp16 import make_safe
 
-MAX_HEADER = 100_000_000  # bytes of a safetensors file's header, the format's own limit
-ABOUT = "backbone.json"  # what scripts/get_backbone.py says of a folder that it made
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What one `--llm_model` name stands for."""
-
-    model_type: str  # how the model types of its configurations begin
-    hub_id: str  # fetched where no folder is given or found
-
-
+# What one `--llm_model` name stands for: how the model types of its configurations begin; what is fetched where no folder
+# is given or found.
+Family = namedtuple("Family", "model_type hub_id")
 FAMILIES = {
     "QWEN": Family("qwen", "Qwen/Qwen2.5-3B"),
     "LLAMA": Family("llama", "huggyllama/llama-7b"),
@@ -55,7 +47,6 @@ FAMILIES = {
 class BackboneInfo:
     """What a model folder says of itself, read without its weights."""
 
-    family: Family
     folder: Path
     hidden_size: int  # of its token embeddings; ALBERT's layers, among others, are wider
     vocab_size: int
@@ -87,21 +78,21 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
         raise unusable(folder, "no tokenizer_config.json", "a tokenizer beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        usable = bool(tokenizer("0 statistics", add_special_tokens=False)["input_ids"])
+        # From a configuration alone transformers makes a tokenizer to which every text is empty.
+        tokenizer("0 statistics", add_special_tokens=False)["input_ids"][0]
     except Exception as error:  # the Rust reader raises plain Exceptions
         raise unusable(folder, f"a tokenizer that cannot be used ({first_line(error)})", "a readable one") from error
-    if not usable:  # from a configuration alone transformers makes a tokenizer to which every text is empty
-        raise unusable(folder, "a tokenizer without a vocabulary", "tokenizer.json")
     # Old folders of bitsandbytes do not name it.
     quantised = (getattr(config, "quantization_config", None) or {"quant_method": None}).get("quant_method", "bitsandbytes")
     if quantised == "bitsandbytes":
         require_bitsandbytes("llm_model_path")
     elif quantised not in (None, "fp8"):
-        got, hint = (
+        raise unusable(
+            folder,
             f"weights quantised by {quantised}",
+            "whole ones, or such of bitsandbytes or fp8",
             "give the model that it was made from, with --load_in_4bit if needed",
         )
-        raise unusable(folder, got, "whole ones, or such of bitsandbytes or fp8", hint)
     outline = _outline(folder, config)
     vocab_size, hidden_size = outline.get_input_embeddings().weight.shape
     # RoBERTa and its like count positions from the one behind the padding's.
@@ -111,12 +102,8 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
     # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
-    try:
-        note = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("note", "") if (folder / ABOUT).is_file() else ""
-    except (OSError, ValueError, AttributeError) as error:
-        raise unusable(folder, f"{ABOUT} that cannot be read", 'a JSON object with one line of text as "note"') from error
+    about = folder / "backbone.json"  # of scripts/get_backbone.py
     return BackboneInfo(
-        family=family,
         folder=folder,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
@@ -133,7 +120,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "vocab_size": vocab_size,
             "fingerprint": fingerprint,
         },
-        note=" ".join(str(note).split())[:200],
+        note=json.loads(about.read_text(encoding="utf-8"))["note"] if about.is_file() else "",
     )
 
 
@@ -147,22 +134,33 @@ def _find_folder(family: Family, path: str | None) -> Path:
     if local.is_dir():
         return local
     if local.is_file() or (path and path.lower().endswith(".gguf")):
-        expected = "a folder with safetensors weights or a hub id"
-        raise input_error("--llm_model_path", f"the file {path}", expected, "give the model that it was made from")
+        raise input_error(
+            "--llm_model_path",
+            f"the file {path}",
+            "a folder with safetensors weights or a hub id",
+            "give the model that it was made from",
+        )
     hub_id = path or family.hub_id
     first, slash, rest = hub_id.partition("/")
     # A hub id is `owner/name`, where no folder `owner` is here.
     is_file_path = "/" in rest or hub_id.startswith((".", "/", "~"))
     if is_file_path or (path and slash and (first == "base_models" or Path(first).is_dir())):
-        expected = "a model folder or a hub id"
-        raise input_error("--llm_model_path", f"no weights in {path} (no such folder)", expected, _fetch(family, local))
+        raise input_error(
+            "--llm_model_path",
+            f"no weights in {path} (no such folder)",
+            "a model folder or a hub id",
+            _fetch(family, local),
+        )
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub client raises dozens of types; each means: there is no such model to fetch
         place = ROOT / "base_models" / hub_id.split("/")[-1]
-        hint = f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}"
-        got = f"no weights in {path or place} ({first_line(error)})"
-        raise input_error("--llm_model_path", got, "a model folder or a hub id", hint) from error
+        raise input_error(
+            "--llm_model_path",
+            f"no weights in {path or place} ({first_line(error)})",
+            "a model folder or a hub id",
+            f"see that the name is right and the network there, or fetch it by: hf download {hub_id} --local-dir {place}",
+        ) from error
 
 
 # How to fill a folder: with its family's model where it has that one's name; else with what its user took it for.
@@ -191,8 +189,12 @@ def _read_config(name: str, family: Family, folder: Path) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise unusable(folder, f"a config.json that cannot be used ({first_line(error)})", "a readable one") from error
     if not config.model_type.startswith(family.model_type):
-        got, hint = f"a model of type {config.model_type} in {folder}", f"name its own family ({', '.join(FAMILIES)})"
-        raise input_error(f"--llm_model {name}", got, family.model_type, hint)
+        raise input_error(
+            f"--llm_model {name}",
+            f"a model of type {config.model_type} in {folder}",
+            family.model_type,
+            f"name its own family ({', '.join(FAMILIES)})",
+        )
     sizes = [getattr(config, size, None) for size in ("hidden_size", "vocab_size", "num_hidden_layers")]
     nested = config.is_encoder_decoder or config.get_text_config() is not config
     if nested or not all(isinstance(size, int) for size in sizes):
@@ -211,8 +213,9 @@ def _outline(folder: Path, config: PreTrainedConfig) -> Any:
         with torch.device("meta"):
             outline = AutoModel.from_config(_first_layers(copy.deepcopy(config), 1))
     except Exception as error:  # each architecture asks for its own packages and sizes, in its own way
-        got = f"a model of type {config.model_type} that cannot be built ({first_line(error)})"
-        raise unusable(folder, got, expected) from error
+        raise unusable(
+            folder, f"a model of type {config.model_type} that cannot be built ({first_line(error)})", expected
+        ) from error
     if not {"inputs_embeds", "attention_mask"} <= inspect.signature(outline.forward).parameters.keys():
         raise unusable(folder, f"a model of type {config.model_type}", expected)
     return outline
@@ -234,8 +237,12 @@ def _fingerprint(folder: Path, family: Family) -> str:
             raise unusable(folder, f"{index.name} that cannot be read ({error!r})", "a weight_map in it") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        got = f"no {missing[0]}" if missing else "no *.safetensors file"
-        raise unusable(folder, got, "safetensors weights (others are not loaded)", _fetch(family, folder))
+        raise unusable(
+            folder,
+            f"no {missing[0]}" if missing else "no *.safetensors file",
+            "safetensors weights (others are not loaded)",
+            _fetch(family, folder),
+        )
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in [folder / name for name in names]:
         size = shard.stat().st_size
@@ -243,11 +250,12 @@ def _fingerprint(folder: Path, family: Family) -> str:
             with safe_open(shard, framework="pt"):  # compares the header with the size
                 pass
         except (SafetensorError, OSError) as error:
-            got = f"{shard.name} cut short or damaged ({size:,} bytes)"
-            raise unusable(folder, got, "the whole file", "fetch it again") from error
+            raise unusable(
+                folder, f"{shard.name} cut short or damaged ({size:,} bytes)", "the whole file", "fetch it again"
+            ) from error
         with shard.open("rb") as file:
             digest.update(str(size).encode())
-            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))  # the header
             file.seek(max(0, size - 65536))
             digest.update(file.read())
     return digest.hexdigest()
@@ -288,7 +296,6 @@ class Backbone:
         recompute: bool = False,
         dtype: torch.dtype | None = None,
         random_seed: int | None = None,
-        embeddings_on_host: bool = False,
     ):
         """Read the first `layers` layers; with 0, the word embeddings alone.
 
@@ -297,8 +304,6 @@ class Backbone:
                 CPU, bfloat16 on CUDA and with `four_bit`. With float16 the layers must run under autocast to it.
             recompute: keep only each layer's input for the backward pass, and run the layer again there.
             random_seed: draw the weights, of the same architecture, instead of reading them.
-            embeddings_on_host: the embeddings go to the computer's memory, whatever the device: for who looks words up in
-                them, and multiplies with no more than a block of them at once.
 
         Raises:
             InputError: more layers than there are, or weights that the folder lacks.
@@ -310,17 +315,20 @@ class Backbone:
         device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if four_bit or device.type == "cuda" else torch.float32
-        if random_seed is not None:
-            self.model = _draw(info, layers, device, dtype, random_seed, embeddings_on_host)
+        if random_seed is not None:  # weights as the authors' training would have begun
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(random_seed)
+                self.model = AutoModel.from_config(_config(info, layers), dtype=dtype)
+            self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
         else:
-            self.model = _load(info, layers, device, four_bit, dtype, embeddings_on_host)
+            self.model = _load(info, layers, device, four_bit, dtype)
         if dtype == torch.float16:
             make_safe(self.model)
         self.model.pooler = None  # type: ignore[assignment]  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
-        self._embeddings_on_host = embeddings_on_host
+        self._embeddings_on_host = False
         if recompute:
             for layer in list(self.model.modules()):
                 if isinstance(layer, GradientCheckpointingLayer):
@@ -359,13 +367,9 @@ class Backbone:
         return found.to(self.device, self.stream_dtype, non_blocking=True)
 
     def keep_embeddings_on_host(self) -> None:
-        """Bring the embeddings to the computer's memory, where `embeddings_on_host` would have put them at once.
-
-        The GPU's memory is left with a hole of their size.
-        """
+        """Keep the embeddings in the computer's memory, whatever the device: for who only looks words up in them."""
         self._embeddings_on_host = True
-        if self.embeddings.device.type != "cpu":
-            self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
+        self.model.get_input_embeddings().to("cpu")  # the whole layer: Gemma's has a scale besides
 
     def plain(
         self, prompt_prefix: list[int], ids: torch.Tensor, length: torch.Tensor, patches: torch.Tensor
@@ -399,7 +403,9 @@ class Backbone:
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
-        _move(self.model, device, self._embeddings_on_host)
+        self.model.to(device)  # type: ignore[arg-type]
+        if self._embeddings_on_host:
+            self.keep_embeddings_on_host()
         return self
 
     def bytes_per_sequence(self, patches: int, prompt: int, fast: bool, recompute: bool = False) -> int:
@@ -453,59 +459,30 @@ def _first_layers(config: Any, layers: int) -> Any:
     return config
 
 
-# Move a model, but for its embeddings where they stay on the host: these are not even moved and brought back.
-def _move(model: PreTrainedModel, device: torch.device, embeddings_on_host: bool) -> None:
-    layer: Any = model.get_input_embeddings()
-    words, where = layer.weight, layer.weight.device
-    if embeddings_on_host:
-        layer.weight = nn.Parameter(words.new_empty(0), requires_grad=False)
-    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
-    if embeddings_on_host:
-        layer.weight = words
-        layer.to(where)  # what it has besides
-
-
-# The architecture, with weights as its authors' training would have begun.
-def _draw(
-    info: BackboneInfo, layers: int, device: torch.device, dtype: torch.dtype, seed: int, embeddings_on_host: bool
-) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModel.from_config(_config(info, layers), dtype=dtype)
-    _move(model, device, embeddings_on_host)
-    return model
-
-
-def _load(
-    info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
-) -> PreTrainedModel:
-    config, options = _config(info, layers), {}
-    places: dict[str, torch.device | str] = {"": device}
-    apart = embeddings_on_host and device.type != "cpu"
-    if apart:
-        with torch.device("meta"):
-            outline = AutoModel.from_config(config)
-        layer = outline.get_input_embeddings()
-        places[next(name for name, module in outline.named_modules() if module is layer)] = "cpu"
+def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> PreTrainedModel:
+    options = {}
     if four_bit:
-        require_bitsandbytes("load_in_4bit")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_enable_fp32_cpu_offload=apart,  # allows any part on the CPU, in any number type
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    with _transformers_settings():
+    verbosity = transformers.logging.get_verbosity()
+    # It would report the layers left out as unexpected; what is missing is checked below.
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
         model, found = AutoModel.from_pretrained(
             info.folder,
-            config=config,
+            config=_config(info, layers),
             dtype=dtype,
-            device_map=places,
+            device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
             **options,
         )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")
@@ -518,23 +495,3 @@ def _load(
             # A cycle, for which a model would stay in memory until the garbage collector comes.
             module.weight.module = None
     return model
-
-
-# Settings of transformers while it loads a model.
-#
-# It would report the layers left out as unexpected; what is missing is checked by `_load`. And a model whose parts
-# are on several devices it would leave to accelerate, whose hooks would copy the embeddings to the GPU for each
-# look-up, and drop them again: `Backbone.token_embeddings` brings the ids to the embeddings instead.
-@contextmanager
-def _transformers_settings() -> Iterator[None]:
-    module: Any = transformers.modeling_utils
-    dispatch, verbosity = module.accelerate_dispatch, transformers.logging.get_verbosity()
-    module.accelerate_dispatch = lambda *_: None
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        module.accelerate_dispatch = dispatch
-        transformers.logging.set_verbosity(verbosity)

@@ -58,23 +58,32 @@ class MappingLayer(nn.Module):
             mapped = mapped * scale
         return mapped + self.bias.to(embeddings.device)[:, None]
 
-    @torch.no_grad()
-    def once(self, embeddings: torch.Tensor, scale: float, device: torch.device) -> torch.Tensor:
-        """What `forward` gives, without gradient; E may lie elsewhere than `device`, which multiplies."""
-        return (_multiply(self.weight, embeddings, device) * scale).to(self.bias.device) + self.bias[:, None]
+    def gradient_blocks(self, G: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some words after the other, and their rows of E·Gᵀ `[words, K]`, multiplied in E's type, in W's type; the scale
+        of `forward` is in G."""
+        E, scale = self._embeddings[0], None
+        if E.dtype == torch.float16:  # whose range a gradient may leave
+            G, scale = shrink(G)  # (K, D), (K, 1)
+        other = G.to(E.device, E.dtype).t()  # (D, K)
+        size = _block_size(self.weight, E.device)
+        for start in range(0, len(self.weight), size):
+            words = slice(start, min(start + size, len(self.weight)))
+            block = _times(E[words], other).to(self.weight.dtype)
+            yield words, block if scale is None else block.mul_(scale.t())
 
-    def gradient_blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some words after the other, and their gradient `[words, K]`; the scale of `forward` is in G."""
-        if self.gradient_factor is not None:
-            yield from _gradient_blocks(self.weight, self._embeddings[0], self.gradient_factor)
 
-
-# W·E `[K, D]`, whose backward pass leaves the gradient of the product with the layer, where that is factored.
+# W·E `[K, D]`, multiplied in E's type, in W's type; its backward pass leaves the gradient of the product with the layer,
+# where that is factored.
 class _Mapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, embeddings: torch.Tensor, layer: MappingLayer) -> torch.Tensor:
-        ctx.layer, ctx.embeddings = layer, embeddings
-        return _multiply(weight, embeddings, embeddings.device)
+        ctx.layer = layer
+        # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are as exact as W.
+        size = _block_size(weight, embeddings.device)
+        out = torch.zeros(weight.shape[1], embeddings.shape[1], dtype=weight.dtype, device=embeddings.device)
+        for some, E in zip(weight.split(size), embeddings.split(size), strict=True):
+            out += _times(some.t(), E)
+        return out
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -84,32 +93,9 @@ class _Mapped(torch.autograd.Function):
             layer.gradient_factor = gradient if held is None else held + gradient
             return None, None, None
         whole = torch.empty_like(layer.weight)
-        for words, block in _gradient_blocks(layer.weight, ctx.embeddings, gradient):
+        for words, block in layer.gradient_blocks(gradient):
             whole[words] = block
         return whole, None, None
-
-
-# W·E `[K, D]` on `device`, multiplied in E's type, in W's type.
-def _multiply(weight: torch.Tensor, embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # Some words at a time: a copy of W in E's type never exists as a whole, and the sums over them are as exact as W.
-    size = _block_size(weight, device)
-    out = torch.zeros(weight.shape[1], embeddings.shape[1], dtype=weight.dtype, device=device)
-    for some, E in zip(weight.split(size), embeddings.split(size), strict=True):
-        out += _times(some.t(), E.to(device))
-    return out
-
-
-# Words and their rows of E·Gᵀ, multiplied in E's type, in W's type.
-def _gradient_blocks(weight: torch.Tensor, E: torch.Tensor, G: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    scale = None
-    if E.dtype == torch.float16:  # whose range a gradient may leave
-        G, scale = shrink(G)  # (K, D), (K, 1)
-    other = G.to(E.device, E.dtype).t()  # (D, K)
-    size = _block_size(weight, E.device)
-    for start in range(0, len(weight), size):
-        words = slice(start, min(start + size, len(weight)))
-        block = _times(E[words], other).to(weight.dtype)
-        yield words, block if scale is None else block.mul_(scale.t())
 
 
 # Words of a block: some rows of `weight` `[V, K]`, where the processor's vectors and the GPU's tiles are full.

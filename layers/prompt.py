@@ -32,13 +32,6 @@ class Prompts(NamedTuple):
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(self.ids, self.length.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Prompts":
-        return Prompts(self.ids.pin_memory(), self.length.pin_memory())
-
-    # The prompts of sequences `start` up to `stop`.
-    def rows(self, start: int, stop: int) -> "Prompts":
-        return Prompts(self.ids[start:stop], self.length[start:stop])
-
 
 def pad_prompts(ids: list[list[int]]) -> Prompts:
     """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
@@ -108,29 +101,16 @@ def top_peaks(z: np.ndarray, count: int = TOP_LAGS) -> list[list[int]]:
     return [lags[:found].tolist() for lags, found in zip(ranked, peaks.sum(axis=-1), strict=True)]
 
 
-def top_lags(z: np.ndarray, count: int = TOP_LAGS) -> np.ndarray:
-    """The lags with the largest circular autocorrelation irfft(|rfft(z)|^2), largest first.
-
-    A circular autocorrelation has the same value at lag l and at T - l. Rounding must not decide
-    between them, or a series' prompt would depend on the machine: both get the value of the smaller
-    lag, and the smaller lag comes first.
-
-    Args:
-        z: `[N, T]` series.
-
-    Returns:
-        `[N, count]` integer lags in 0..T-1.
-    """
-    return np.argsort(-_autocorrelation(z), axis=-1, kind="stable")[:, :count]
-
-
 def describe_series(z: np.ndarray, template: PromptTemplate) -> list[str]:
     """One statistics text for each of the normalised series `[N, T]` (float32)."""
     T = z.shape[-1]
     ordered = np.sort(z, axis=-1)
     medians = ordered[:, (T - 1) // 2]  # the lower median for even T, as torch.median
     rising = z[:, -1] - z[:, 0] > 0
-    lags = top_peaks(z) if template.lags == "peaks" else top_lags(z).tolist()
+    if template.lags == "peaks":
+        lags = top_peaks(z)
+    else:  # stable: of l and T - l, whose values are the same, the smaller comes first on every machine
+        lags = np.argsort(-_autocorrelation(z), axis=-1, kind="stable")[:, :TOP_LAGS].tolist()
     return [
         template.statistics(float(ordered[i, 0]), float(ordered[i, -1]), float(medians[i]), bool(rising[i]), lags[i])
         for i in range(len(z))

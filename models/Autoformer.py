@@ -17,7 +17,6 @@ from torch import nn
 from data_provider.batches import Batch
 from data_provider.timestamps import time_marks
 from layers.autoformer import AutoCorrelation, DataEmbedding, SeasonalNorm, decompose
-from layers.errors import input_error
 from models.base import ForecastModel
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -30,24 +29,13 @@ class Model(ForecastModel):
     whole_batches = True  # in training all share their delays
 
     def __init__(self, configs: Namespace):
-        """`configs.embed` "none" builds a model that reads no time marks.
-
-        Raises:
-            InputError: an activation other than gelu and relu, or no frequency to tell the time features by.
-        """
         super().__init__()
-        if configs.activation not in ACTIVATIONS:
-            raise input_error("--activation", repr(configs.activation), f"one of {', '.join(ACTIVATIONS)}")
         self.pred_len, self.label_len, self.kernel = configs.pred_len, configs.label_len, configs.moving_avg
-        marks = 0  # columns of the time marks
-        if configs.embed != "none":
-            if configs.freq is None:
-                raise input_error("--freq", None, "the step of the data, which tells the time features")
-            marks = time_marks(pd.DatetimeIndex(["2000-01-01"]), configs.freq, configs.embed).shape[1]
+        marks = time_marks(pd.DatetimeIndex(["2000-01-01"]), configs.freq, "timeF").shape[1]  # their columns
         channels, d_model, dropout = configs.enc_in, configs.d_model, configs.dropout
         sizes = d_model, configs.d_ff, configs.factor, configs.moving_avg, dropout, configs.activation
-        self.enc_embedding = DataEmbedding(channels, d_model, marks, configs.embed, dropout)
-        self.dec_embedding = DataEmbedding(channels, d_model, marks, configs.embed, dropout)
+        self.enc_embedding = DataEmbedding(channels, d_model, marks, dropout)
+        self.dec_embedding = DataEmbedding(channels, d_model, marks, dropout)
         self.encoder = nn.Sequential(*(EncoderLayer(*sizes) for _ in range(configs.e_layers)), SeasonalNorm(d_model))
         self.decoder = nn.ModuleList(DecoderLayer(channels, *sizes) for _ in range(configs.d_layers))
         self.decoder_norm = SeasonalNorm(d_model)

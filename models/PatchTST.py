@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from data_provider.batches import Batch
-from layers.errors import input_error
 from layers.norm import BatchNorm, instance_norm
 from layers.patch import FlattenHead, patch_count
 from models.base import ForecastModel
@@ -23,12 +22,7 @@ class Model(ForecastModel):
     whole_batches = True  # its batch normalisation sees all of them
 
     def __init__(self, configs: Namespace):
-        """Raises:
-        InputError: d_model cannot be split into n_heads equal heads.
-        """
         super().__init__()
-        if configs.d_model % configs.n_heads:
-            raise input_error("--n_heads", configs.n_heads, f"a divisor of --d_model {configs.d_model}")
         self.patch_len, self.stride = configs.patch_len, configs.stride
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
         self.patch_embedding = nn.Linear(configs.patch_len, configs.d_model)

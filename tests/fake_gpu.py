@@ -248,13 +248,10 @@ class FourBitLinear(nn.Module):
         return product.to(x.dtype)
 
 
-def fake_load(
-    info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype, embeddings_on_host: bool
-) -> nn.Module:
+def fake_load(info: Any, _layers: int, device: torch.device, four_bit: bool, dtype: torch.dtype) -> nn.Module:
     """Stands for `layers.backbone._load`: the folder's model without its weights."""
     config = AutoConfig.from_pretrained(info.folder)
-    model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    layers.backbone._move(model, device, embeddings_on_host)
+    model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype).to(device)
     for parent in list(model.modules()) if four_bit else ():
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast
 
-from data_provider.data_factory import batch_loader, epoch_batches, items, pretraining_series, series_from_args
-from data_provider.data_loader import FileSeries, Series, SplitSeries
+from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
+from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone, BackboneInfo
 from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
 from models.LinearStack import Model as LinearStack
-from models.TimeLLM import embeddings_on_host, layers_of
+from models.TimeLLM import layers_of
 from utils import validate
 from utils.flags import recorded, run_name
 from utils.results.baselines import doubts, fit_ridge, fit_stack
@@ -29,7 +29,7 @@ from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
-from utils.saving.folder import Start, open_folder, results_folder
+from utils.saving.folder import FolderLock, open_folder, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
 from utils.training.context import Context, Limit, Training
@@ -87,7 +87,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
     """
     plan = make_plan(args, repeat)
     record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat), plan.pretrain)
-    start = None
+    ours, start = {}, None
     if plan.args.is_training and isinstance(plan.series, SplitSeries):
         ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
         if plan.args.recipe == "published":  # whose steps depend on it
@@ -95,7 +95,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
         start = open_folder(plan.args, plan.folder, ours, value_count(shapes_of(plan.outline)), plan.accelerator)
     context = make_context(plan, repeat, record, _open_log(plan), interrupts)
     if start is not None:
-        context.training = start_or_resume(context, start)
+        context.training = start_or_resume(context, ours, *start)
     if isinstance(plan.series, SplitSeries):  # a forecast alone has nothing to lose
         interrupts.defer()
     return context
@@ -169,7 +169,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if args.do_predict and not in_program:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
-    pretrain = pretraining_series(args) if trains and args.data_pretrain else None
+    pretrain = None
+    if trains and args.data_pretrain:  # on a scale of its own; all other flags are those of the series
+        pretrain = load_series(**series_flags(args) | {"data": args.data_pretrain, "data_path": args.data_path_pretrain})
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if isinstance(series, FileSeries):
@@ -307,7 +309,6 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
                 args.grad_checkpoint,
                 plan.precision.weights_dtype,
                 plan.random_seed(repeat),
-                embeddings_on_host(args),
             )
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
             model.to(device)
@@ -319,11 +320,16 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
     return model
 
 
-def start_or_resume(context: Context, start: Start) -> Training:
+def start_or_resume(
+    context: Context, ours: dict[str, Any], lock: FolderLock | None, state: dict[str, Any] | None, lines: list[str]
+) -> Training:
     """What a run needs to train, brought to where it begins: the state found in its folder, or the first iteration.
 
+    Args:
+        ours: what the run is, see `identity`.
+        lock, state, lines: see `open_folder`.
+
     Raises:
-        InputError: it is finished, but its checkpoint is gone.
         RunError: no memory for the state.
     """
     args, model, log, accelerator = context.args, context.model, context.log, context.accelerator
@@ -333,13 +339,13 @@ def start_or_resume(context: Context, start: Start) -> Training:
     if accelerator.is_main_process:
         events = tensorboard_writer(context.folder, log) if args.tensorboard else None
         journal = Journal(context.folder, context.steps_per_epoch, events)
-    for line in start.lines:
+    for line in lines:
         log(line)
-    saver = Saver(context.folder, args, model, optimizer, accelerator, context.device, start.identity, context.record)
+    saver = Saver(context.folder, args, model, optimizer, accelerator, context.device, ours, context.record)
     progress = Progress()
-    if start.state is not None:
+    if state is not None:
         with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
-            progress = saver.resume(start.state, log)
+            progress = saver.resume(state, log)
         if args.max_sequences is None:  # else what is free today would decide
             context.step_limit.sequences = progress.max_sequences
             context.evaluation_limit.sequences = progress.evaluation_sequences
@@ -375,4 +381,4 @@ def start_or_resume(context: Context, start: Start) -> Training:
         others = {"COS": "lower it along a cosine of 20 epochs", "TST": "cycle Adam's first beta, too"}
         would = others.get(args.lradj, f"train at {args.learning_rate / 25:g}")
         log(f"learning rate {args.learning_rate:g} as it stands; the published code would {would} (--recipe published)")
-    return Training(optimizer, scheduler, scheduler_steps, saver, progress, journal, start.lock)
+    return Training(optimizer, scheduler, scheduler_steps, saver, progress, journal, lock)

@@ -37,6 +37,7 @@ def check_flags(args: Namespace) -> None:
     refuse(
         args,
         (args.moving_avg % 2 == 0, "moving_avg", "an odd number of rows"),
+        (args.model == "PatchTST" and args.d_model % args.n_heads > 0, "n_heads", f"a divisor of --d_model {args.d_model}"),
         (model.whole_batches and args.max_sequences, "max_sequences", f"0, for {name} takes its batches whole"),
         (
             not model.channel_independent and args.features == "MS",
@@ -52,6 +53,11 @@ def check_flags(args: Namespace) -> None:
             not model.channel_independent and args.recipe == "published",
             "recipe",
             f"own, for {name} reads all channels at once",
+        ),
+        (
+            not model.channel_independent and args.embed != "timeF",
+            "embed",
+            f"timeF, for {name} maps scaled time marks",
         ),
         (not model.uses_llm and args.llm_ablation != "off", "llm_ablation", f"off, {no_llm}"),
         (not model.uses_llm and args.skip != "none", "skip", f"none, {no_llm}"),
@@ -85,20 +91,22 @@ def check_device(args: Namespace) -> None:
         return
     driver = nvidia_driver()
     if driver is not None:
-        got = f"an NVIDIA GPU (driver {driver}) that PyTorch {torch.__version__} cannot use"
-        expected = "a PyTorch with CUDA" if torch.version.cuda is None else f"a driver for its CUDA {torch.version.cuda}"
         raise input_error(
             f"--device {args.device}",
-            got,
-            expected,
+            f"an NVIDIA GPU (driver {driver}) that PyTorch {torch.__version__} cannot use",
+            "a PyTorch with CUDA" if torch.version.cuda is None else f"a driver for its CUDA {torch.version.cuda}",
             "update the driver (under WSL2 the one of Windows), install another build (TORCH_INDEX_URL="
             "https://download.pytorch.org/whl/cu126 bash scripts/setup_env.sh), or give --device cpu",
         )
     if args.device == "cuda":
         raise input_error("--device", "cuda, and PyTorch finds no GPU", "auto or cpu on this machine")
     if args.load_in_4bit:
-        hint = "leave --load_in_4bit out, or give --device cpu to run it slowly on purpose"
-        raise input_error("--load_in_4bit", "no GPU that PyTorch can use", "one", hint)
+        raise input_error(
+            "--load_in_4bit",
+            "no GPU that PyTorch can use",
+            "one",
+            "leave --load_in_4bit out, or give --device cpu to run it slowly on purpose",
+        )
 
 
 def nvidia_driver() -> str | None:
@@ -238,8 +246,7 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: ForecastMod
     now, then = dataset_description(args), dataset_description(Namespace(**flags))
     if now != then:
         flag = "--prompt_text" if args.prompt_text or flags.get("prompt_text") else "--prompt_domain"
-        got, expected = f"the description {now[:60]!r}", f"{then[:60]!r}, with which {file} was trained"
-        raise input_error(flag, got, expected)
+        raise input_error(flag, f"the description {now[:60]!r}", f"{then[:60]!r}, with which {file} was trained")
 
 
 class IntervalPlan(NamedTuple):
@@ -272,8 +279,11 @@ def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | Non
         few = [level for level in asked if level not in levels]
         least = max(map(fewest_windows, few), default=0)
         if few and args.intervals:
-            got = f"{name_of(few[-1])} with {windows} validation windows"
-            raise input_error("--intervals", got, f"at least {least} of them, for an error beyond each end")
+            raise input_error(
+                "--intervals",
+                f"{name_of(few[-1])} with {windows} validation windows",
+                f"at least {least} of them, for an error beyond each end",
+            )
         named = " and ".join(f"{name_of(level)} %" for level in few)
         notes = [f"No prediction intervals of {named}: {windows} validation windows, {least} are the fewest"] if few else []
         return IntervalPlan(levels, kept.only(levels) if kept and kept.has(levels) else None, notes)

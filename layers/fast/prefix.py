@@ -61,8 +61,11 @@ def choose_path(
         except Exception as error:  # whatever an architecture raises that nobody has thought of
             reason = f"the fast path does not run: {first_line(error)}"
             if expected is None:
-                got = f"a model of type {backbone.model.config.model_type} that does not run ({first_line(error)})"
-                raise unusable(backbone.info.folder, got, "one that runs on token embeddings") from error
+                raise unusable(
+                    backbone.info.folder,
+                    f"a model of type {backbone.model.config.model_type} that does not run ({first_line(error)})",
+                    "one that runs on token embeddings",
+                ) from error
     return (backbone.plain if path is None or reason else path), reason
 
 
@@ -166,8 +169,7 @@ class PrefixCache(DynamicCache):
         """
         layer = self._layers[layer_idx]
         if not self._slots:
-            layer.prompt_prefix = (key_states, value_states)
-            keys_values = layer.prompt_prefix
+            layer.prompt_prefix = keys_values = (key_states, value_states)
         else:
             layer.reserve(key_states, key_states.shape[0], self._slots)
             # The buffer goes in inside a list: autograd must see it as storage, not as an input.

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from layers.ablation import make_substitute
+from layers.ablation import AttentionLayer, TransformerBlock
 
 M, S, L, D, HEADS = 3, 7, 4, 12, 3
 
@@ -27,7 +27,7 @@ def lively(substitute: nn.Module) -> nn.Module:
 
 def test_attention_by_hand() -> None:
     """Sequence by sequence, without the padding, head by head."""
-    layer = lively(make_substitute("attention", D, HEADS))
+    layer = lively(AttentionLayer(D, HEADS))
     words, real, patches = inputs()
     held = layer.attention  # in training: there is no dropout in it
     found = layer(words, real, patches)
@@ -44,7 +44,7 @@ def test_attention_by_hand() -> None:
 
 
 def test_a_block_is_a_layer_of_pytorchs_encoder_read_at_the_patches() -> None:
-    block = lively(make_substitute("transformer", D, HEADS))
+    block = lively(TransformerBlock(D, HEADS))
     theirs = nn.TransformerEncoderLayer(
         D, HEADS, 4 * D, dropout=0.0, activation="gelu", batch_first=True, norm_first=False
     ).double()

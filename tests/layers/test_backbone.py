@@ -32,9 +32,6 @@ def refused(folder: Path | str, name: str = "QWEN") -> str:
     return str(caught.value)
 
 
-# The meta device stands for a GPU: what has been there has lost its values, and shows whether it was.
-
-
 @FAMILIES
 def test_the_first_layers_are_those_of_the_files_frozen_and_in_eval_mode(backbones, family: str) -> None:
     files = {name: t for shard in backbones[family].glob("*.safetensors") for name, t in load_file(shard).items()}
@@ -197,22 +194,3 @@ def test_drawn_weights_have_the_architecture_and_the_seed(load, family: str) -> 
         assert held.dim() != 2 or not any(torch.equal(held, t) for t in others)
     assert not any(module.training for module in drawn.modules())
     assert not any(parameter.requires_grad for parameter in drawn.parameters())
-
-
-# The meta device stands for a GPU: what has been there has lost its values, and shows whether it was.
-@FAMILIES
-@pytest.mark.parametrize("how", ["read", "in 4 bits", "drawn"])
-def test_words_on_the_host_never_were_on_the_device(load, family: str, how: str) -> None:
-    options = {"dtype": torch.bfloat16, "random_seed": 7 if how == "drawn" else None}
-    words = Backbone(load(family).info, 2, **options).embeddings
-    options |= {"embeddings_on_host": True, "four_bit": how == "in 4 bits"}
-    device = torch.device("meta")
-    made = Backbone(load(family).info, 2, "meta", **options)
-    moved = [] if how == "in 4 bits" else [Backbone(load(family).info, 2, **options).to(device)]
-    for backbone in (made, made.to(device), *moved):
-        assert backbone.embeddings.device.type == "cpu" and torch.equal(backbone.embeddings, words)
-        layer = backbone.model.get_input_embeddings()
-        others = [p for p in backbone.model.parameters() if p is not layer.weight]
-        assert backbone.device.type == "meta" and {p.device.type for p in others} == {"meta"}
-        ids = torch.tensor([[3, 5]])
-        assert torch.equal(layer(ids), words[ids])  # no hook brings the words there

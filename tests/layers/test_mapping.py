@@ -25,7 +25,7 @@ def layers() -> tuple[MappingLayer, nn.Linear, torch.Tensor]:
 
 
 def gradient(layer: MappingLayer) -> torch.Tensor:
-    return torch.cat([block for _, block in layer.gradient_blocks()]).t()
+    return torch.cat([block for _, block in layer.gradient_blocks(layer.gradient_factor)]).t()
 
 
 def test_a_seed_draws_what_pytorchs_layer_draws_and_files_hold_its_shapes() -> None:

@@ -3,13 +3,11 @@
 from argparse import Namespace
 
 import pandas as pd
-import pytest
 import torch
 from torch.nn import functional as F
 
 from data_provider.timestamps import time_marks
-from layers.autoformer import CALENDAR, AutoCorrelation, CalendarEmbedding, SeasonalNorm
-from layers.errors import InputError
+from layers.autoformer import AutoCorrelation, SeasonalNorm
 from models.Autoformer import Model
 from tests.small_run import defaults
 
@@ -25,10 +23,12 @@ def configs(**flags: object) -> Namespace:
     return defaults(**small | flags)
 
 
-def batch(windows: int = 3, embed: str = "timeF", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(windows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random windows `[B, T, N]` in float64, their marks and those of the decoder."""
     x = torch.randn(windows, T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3 + 1
-    marks = torch.from_numpy(time_marks(pd.date_range("2020-02-27", periods=T + H + windows, freq="h"), "h", embed)).double()
+    marks = torch.from_numpy(
+        time_marks(pd.date_range("2020-02-27", periods=T + H + windows, freq="h"), "h", "timeF")
+    ).double()
     history = torch.stack([marks[i : i + T] for i in range(windows)])
     ahead = torch.stack([marks[i + T - LABEL : i + T + H] for i in range(windows)])
     return x, history, ahead
@@ -76,7 +76,7 @@ def seasonal_norm(norm: SeasonalNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def forecast(model: Model, x: torch.Tensor, history: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-    """Section 3.1 from top to bottom, for `embed` timeF."""
+    """Section 3.1 from top to bottom."""
 
     def embed(embedding, values, marks):
         return circular(values, embedding.value_embedding.tokenConv.weight) + marks @ embedding.time_embedding.weight.T
@@ -110,27 +110,3 @@ def test_forecast_against_the_equations() -> None:
         torch.testing.assert_close(model(x, history, None, ahead), forecast(model, x, history, ahead))
         ignored = torch.randn(3, LABEL + H, N)
         assert torch.equal(model(x, history, ignored, ahead), model(x, history, None, ahead))
-
-
-def test_calendar_tables_hold_every_date_there_is() -> None:
-    marks = time_marks(pd.date_range("2019-12-31", "2021-01-02", freq="min"), "t", "fixed")
-    assert (marks.min(axis=0) >= 0).all() and (marks.max(axis=0) < CALENDAR).all()
-    torch.manual_seed(0)
-    learned = CalendarEmbedding(5, 4, trained=True)
-    month, day, weekday, hour, minute = learned.tables.split(CALENDAR)
-    found = learned(torch.tensor([[[12.0, 31.0, 6.0, 23.0, 59.0]]]))[0, 0]
-    torch.testing.assert_close(found, month[12] + day[31] + weekday[6] + hour[23] + minute[59])
-    fixed = CalendarEmbedding(5, 6, trained=False)
-    assert not list(fixed.parameters()) and not fixed.state_dict()
-    place, column = torch.arange(60.0)[:, None], torch.arange(6)
-    angle = place / 10000 ** (2 * (column // 2) / 6)
-    torch.testing.assert_close(fixed.tables[-60:], torch.where(column % 2 == 0, angle.sin(), angle.cos()))
-
-
-def test_what_it_cannot_use_is_named() -> None:
-    with pytest.raises(ValueError, match="time marks: got None"):
-        random_model()(batch()[0])
-    tanh = "--activation: got 'tanh', expected one of gelu, relu"
-    for flags, line in (({"activation": "tanh"}, tanh), ({"freq": None}, "--freq: got None")):
-        with pytest.raises(InputError, match=line):
-            Model(configs(**flags))

@@ -60,7 +60,7 @@ def test_help_and_a_bad_flag(backbones, tmp_path: Path, capsys, words, code: int
 
 def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: Path) -> None:
     words = f"--backbone {backbones['qwen2']} --layers 1 --channels 3 --windows 2 --rounds 1 --num_workers 1 --device cpu"
-    words += f" --seq_len 64 --pred_len 16 --eval_batches 1 --loader --variants plain fast --json {tmp_path / 'found.json'}"
+    words += f" --seq_len 64 --pred_len 16 --variants plain fast --json {tmp_path / 'found.json'}"
     command = [sys.executable, "scripts/benchmark.py", *words.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -68,15 +68,8 @@ def test_the_benchmark_compares_the_paths_on_the_same_run(backbones, tmp_path: P
     plain, fast = found["plain"], found["fast"]
     assert f"{plain['s_per_step'] / fast['s_per_step']:.2f}" in done.stdout.split("over fast:")[1]
     for variant in (plain, fast):
-        assert variant["sequences"] == 6 and 0 < variant["batch_s"] < 1 and 0 <= variant["loader_share"] < 1
+        assert variant["sequences"] == 6 and variant["s_per_window"] > 0
     assert (plain["opening"], plain["statistics"]) == (fast["opening"], fast["statistics"]) and fast["opening"] > 50
-    # By hand, of the largest parts: two products of six sequences with the layer's matrices for the patches, forward and
-    # backward, and one for the statistics; the mapping layer and the prototypes' projections.
-    D, inner, kv, V, L, M = 128, 512, 64, fast["vocabulary"], 64 // 8, 6
-    layer = 2 * D * D + 2 * D * kv + 3 * D * inner
-    least = 2 * M * (2 * L * layer + fast["statistics"] * 2 * D * kv) + 4 * 1000 * V * D + 12 * 1000 * D * 8 * 32
-    assert least < fast["flops"] < 1.3 * least
-    assert fast["floor_s"] == pytest.approx(fast["flops"] / fast["flops_per_s"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this GPU can be used")

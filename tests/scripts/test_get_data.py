@@ -76,7 +76,7 @@ def test_m4_comes_file_by_file_from_the_data_folder_then_from_the_public_one_unt
     names = ["Hourly-test.csv", "Hourly-train.csv", "Weekly-train.csv"]
     assert folder == tmp_path / "out/m4" and sorted(path.name for path in folder.iterdir()) == names
     printed = capsys.readouterr().out
-    assert "Hourly; WARNING Weekly, Daily, Yearly, Quarterly, Monthly could not be had" in printed
+    assert "m4: WARNING Weekly, Daily, Yearly, Quarterly, Monthly could not be had" in printed
     assert printed.count("no download") == 1
     (folder / "Hourly-train.csv").write_bytes(b"changed")
     get_data.get("m4", tmp_path / "out", offline=True)

@@ -167,13 +167,12 @@ def test_tables_have_means_best_baselines_published_and_paired_differences(tmp_p
     assert f" 96     3  -0.0100    {low:+.4f} to {high:+.4f}" in ours[0] and ours[1].count("2 seeds: no interval") == 2
     assert "13 of 18 cells done" in said and "drops the last short batch" in said
 
-    latex, page = ((study.folder / f"results.{end}").read_text(encoding="utf-8") for end in ("tex", "md"))
-    assert r"ridge regression (beside long) & - & \textbf{0.3550}" in latex and r"0.3700 $\pm$ 0.0100" in latex
+    page = (study.folder / "results.md").read_text(encoding="utf-8")
     assert "| ridge regression (beside long) | - | **0.3550** |" in page and page.count("run_main.py --") == 18
     frame = pd.read_csv(study.folder / "results.csv")
     done = frame[frame["state"] == "done"]
     assert len(frame) == 18 and len(done) == 13 and np.isclose(done.loc[frame["variant"] == "plain", "mse"].mean(), 0.39)
-    assert all((study.folder / name).stat().st_size > 5000 for name in ("error_by_row.png", "error_by_horizon.png"))
+    assert (study.folder / "error_by_row.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(("flags", "shown"), [((), True), (("--percent", "10"), False), (("--features", "S"), False)])

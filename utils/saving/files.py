@@ -50,10 +50,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys() if name not in (OFFSETS, NEWEST)}
     except SafetensorError as error:
         raise ValueError(f"a damaged file: {error}") from None
-    record = json.loads(metadata.get("record", "{}"))
-    if not isinstance(record, dict):
-        raise ValueError("a record that cannot be read")
-    return record, shapes
+    return json.loads(metadata.get("record", "{}")), shapes
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -81,15 +78,14 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows syncs no folders
+    try:
+        handle = os.open(path.parent, os.O_RDONLY)
         try:
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            _warn_unsynced(path.parent, error.strerror)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        _warn_unsynced(path.parent, error.strerror)
 
 
 @cache
@@ -128,6 +124,14 @@ def write_json(path: Path, value: object) -> None:
 def size_text(size: float) -> str:
     """Bytes for people: 1.8 GB, 340 MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them: 45 s, 12 min, 1 h 50 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def free_bytes(folder: Path) -> int:

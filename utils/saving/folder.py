@@ -1,12 +1,12 @@
 """A run's folder: locked while a run trains in it, never overwritten; and the state that a run resumes from there."""
 
 import errno
+import fcntl
 import itertools
 import os
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,7 @@ from layers.errors import input_error
 from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text, writing
-from utils.saving.state import SECONDS, compare, find_state, read_state, state_bytes, state_files
-
-try:
-    import fcntl
-except ImportError:  # Windows without WSL: nothing there keeps two runs apart
-    fcntl = None  # type: ignore[assignment]
+from utils.saving.state import SECONDS, compare, find_state, read_state, state_files
 
 MARGIN = 2**24  # bytes for logs and figures
 SOURCE = "source.txt"  # in a folder of results on another file: that file
@@ -48,16 +43,17 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            got, expected = f"no writing ({error.strerror})", "a folder that can be written"
-            raise input_error(f"--checkpoints {folder}", got, expected) from error
+            raise input_error(
+                f"--checkpoints {folder}", f"no writing ({error.strerror})", "a folder that can be written"
+            ) from error
         self.warning = ""
         try:
-            if fcntl is not None:
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                got = "another run that trains in it"
-                raise input_error(f"--checkpoints {folder}", got, "none", "wait for it or end it") from error
+                raise input_error(
+                    f"--checkpoints {folder}", "another run that trains in it", "none", "wait for it or end it"
+                ) from error
             self.warning = f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"
         with suppress(OSError):  # a file too many does no harm
             for partial in folder.glob(f".*{PARTIAL}"):
@@ -76,9 +72,8 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
     Raises:
         OSError: the file system refused.
     """
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
-        number += 1
+    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(path for path in numbered if not os.path.lexists(path))
     try:
         folder.rename(aside)
     except OSError:  # a Windows drive renames no folder in which a file is open, such as the lock's
@@ -87,67 +82,60 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
     return aside
 
 
-@dataclass
-class Start:
-    """Where a training run begins.
-
-    Attributes:
-        identity: what the run is, see `utils.saving.state.identity`.
-        lock: None in the processes beside the first.
-        state: what `read_state` found to resume from; None: the run starts anew.
-        lines: for the log.
-    """
-
-    identity: dict[str, Any]
-    lock: FolderLock | None = None
-    state: dict[str, Any] | None = None
-    lines: list[str] = field(default_factory=list)
-
-
 def open_folder(
     args: Namespace, folder: Path, identity: dict[str, Any], trained_values: int, accelerator: Accelerator
-) -> Start:
+) -> tuple[FolderLock | None, dict[str, Any] | None, list[str]]:
     """Lock the run's folder; find the state to resume from, or move aside what is there.
+
+    Args:
+        identity: what the run is, see `utils.saving.state.identity`.
+
+    Returns:
+        The lock, None in the processes beside the first; what `read_state` found to resume from, None where the run starts
+        anew; lines for the log.
 
     Raises:
         InputError: the folder cannot be used, is in use or is too small, or its state is another run's.
     """
-    start = Start(identity)
+    lock, state, lines = None, None, []
     if accelerator.is_main_process:
-        start.lock = FolderLock(folder)
+        lock = FolderLock(folder)
         if args.resume:
-            start.state, start.lines = find_state(folder)
-        if start.state is not None:
-            compare(start.state, identity)
+            state, lines = find_state(folder)
+        if state is not None:
+            compare(state, identity)
         elif any(folder.glob("state.*")) or (folder / TENSORS).is_file() or (folder / LEGACY).is_file():
-            if start.lines:
-                start.lines.append("WARNING: no sound state is left: starting anew")
-            start.lines.append(f"The folder held an earlier run, now in: {move_aside(folder, start.lock.release)}")
-            start.lock = FolderLock(folder)  # the first one stays with what was moved, whoever still waits for it
-        start.lines += [start.lock.warning] if start.lock.warning else []
-        start.lines.append(_check_room(args, folder, trained_values))
+            if lines:
+                lines.append("WARNING: no sound state is left: starting anew")
+            lines.append(f"The folder held an earlier run, now in: {move_aside(folder, lock.release)}")
+            lock = FolderLock(folder)  # the first one stays with what was moved, whoever still waits for it
+        lines += [lock.warning] if lock.warning else []
+        lines.append(_check_room(args, folder, trained_values))
     if accelerator.num_processes > 1:
-        (name,) = broadcast_object_list([start.state["path"].name if start.state else None])
-        if name and start.lock is None:
+        (name,) = broadcast_object_list([state["path"].name if state else None])
+        if name and lock is None:
             if not (folder / name).is_file():
-                hint = "one that all machines share, under the same name"
-                raise input_error(f"--checkpoints {folder.parent}", "a folder without the first process's files", hint)
-            start.state = read_state(folder / name)
-    return start
+                raise input_error(
+                    f"--checkpoints {folder.parent}",
+                    "a folder without the first process's files",
+                    "one that all machines share, under the same name",
+                )
+            state = read_state(folder / name)
+    return lock, state, lines
 
 
 # The line that says when states are saved; InputError where two of them and the checkpoints do not fit.
 def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
-    state, checkpoint = state_bytes(args.optimizer, trained_values), 4 * trained_values
-    copies = 2 + args.torch_checkpoint
+    state = trained_values * (6 if args.optimizer == "adamw8bit" else 12) + 2**18  # each value, and two moments
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
-    size = 2 * state + copies * checkpoint + MARGIN - sum(path.stat().st_size for path in held)
-    free = free_bytes(folder)
-    if free < size:
-        many = {2: "two", 3: "three"}[copies]
-        need = f"two states of {size_text(state)} and {many} checkpoints of {size_text(checkpoint)}"
-        hint = f"free {size_text(size - free)} there, or name a folder on another disk"
-        raise input_error(f"--checkpoints {folder.parent}", f"{size_text(free)} free", f"{size_text(size)} for {need}", hint)
+    size = 2 * state + 4 * trained_values * (2 + args.torch_checkpoint) + MARGIN - sum(path.stat().st_size for path in held)
+    if (free := free_bytes(folder)) < size:
+        raise input_error(
+            f"--checkpoints {folder.parent}",
+            f"{size_text(free)} free",
+            f"{size_text(size)} for two states and the checkpoints",
+            f"free {size_text(size - free)} there, or name a folder on another disk",
+        )
     every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
     when = every.get(args.save_steps, f"every {args.save_steps} iterations")
     return f"A state of {size_text(state)} is saved {when}, the last two are kept"

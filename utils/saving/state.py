@@ -1,8 +1,8 @@
 """The whole state of a run between two iterations, in files that outlive what ends it.
 
 `state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
-tensors, the optimizer's, and the random generators of every process. The newest two are kept: a new one is safe on the
-disk before the oldest goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
+tensors, the optimizer's, and the random generators of every process. The newest two are kept; before a third is written
+the older one goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
 rate (utils/training/optimizer.py).
 """
 
@@ -94,21 +94,12 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-# About how large a state is: the trained values, and two moments of each.
-def state_bytes(optimizer: str, trained_values: int) -> int:
-    return trained_values * (4 + (2 if optimizer == "adamw8bit" else 8)) + 2**18
-
-
 def state_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("state.[0-9]*.pt"), key=lambda path: int(path.name.split(".")[1]), reverse=True)
 
 
 def find_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest good state, and a line for every newer one that is damaged.
-
-    Raises:
-        InputError: the only states are those of an earlier version.
-    """
+    """The newest good state, and a line for every newer one that is damaged."""
     lines: list[str] = []
     for path in state_files(folder):
         try:
@@ -118,9 +109,6 @@ def find_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             return read_state(path), lines
         except (zipfile.BadZipFile, *DAMAGED) as error:
             lines.append(f"WARNING: {path.name} is damaged: {error}")
-    if not lines and (older := sorted(folder.glob("state.*.safetensors"))):
-        hint = "finish that run with the version that began it, or start anew with --resume False (it is then moved aside)"
-        raise input_error("--resume", f"{older[-1]}, a state of an earlier version", "state.N.pt", hint)
     return None, lines
 
 
@@ -151,30 +139,17 @@ def pack(
 
 
 def save_state(folder: Path, packed: dict[str, Any], before: Path | None) -> Path:
-    """Write the state as the newest; then only it and `before`, the last good one, are kept.
-
-    Where the disk has no room for a third, the others go first.
+    """Write the state as the newest; beside it only `before`, the last good one, is kept.
 
     Raises:
         StorageError: the file system refused; `before` is still there.
     """
-
-    def keep(*paths: Path | None) -> None:
-        for other in state_files(folder):
-            if other not in paths:
-                with suppress(OSError):  # a state too many does no harm
-                    other.unlink()
-
-    newest = state_files(folder)[:1]
-    path = folder / f"state.{int(newest[0].name.split('.')[1]) + 1 if newest else 1}.pt"
-    try:
-        write_torch(path, packed)
-    except StorageError as error:
-        if error.errno not in FULL or before is None:
-            raise
-        keep(before)
-        write_torch(path, packed)
-    keep(path, before)
+    for other in state_files(folder):
+        if other != before:
+            with suppress(OSError):  # a state too many does no harm
+                other.unlink()
+    path = folder / f"state.{int(before.name.split('.')[1]) + 1 if before else 1}.pt"
+    write_torch(path, packed)
     return path
 
 
@@ -221,11 +196,7 @@ class Saver:
     saved_at: float = field(default_factory=time.monotonic)
 
     def resume(self, saved: dict[str, Any], log: Callable[[str], None]) -> Progress:
-        """Bring model, optimizer and random generators to a saved state, and say where the run stands.
-
-        Raises:
-            InputError: it is finished, but its checkpoint is gone.
-        """
+        """Bring model, optimizer and random generators to a saved state, and say where the run stands."""
         device, rank = self.device, self.accelerator.process_index
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
@@ -239,17 +210,13 @@ class Saver:
         if not has_own:
             part_random(rank, self.args.seed + progress.epoch)
         self.last, self.saved_step = saved["path"], (progress.epoch, progress.iteration)
-        finished = progress.finished(self.args.train_epochs, self.args.patience)
-        lost = progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file()
-        if finished and lost:
-            raise input_error(f"--resume: {self.folder}", f"a finished run without {TENSORS}", "that file; bring it back")
-        if finished:
+        if progress.finished(self.args.train_epochs, self.args.patience):
             log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
-        elif lost:
+            return progress
+        if progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file():
             log(f"WARNING: found no {TENSORS}; that of the next epoch is kept, whatever its validation loss")
             progress.best_vali_loss = float("inf")
-        if not finished:
-            log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
+        log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
         return progress
 
     def due(self, progress: Progress, ahead: int = 0) -> bool:

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import safe_open
 
 from data_provider.splits import M4
 from layers.errors import input_error
 from utils.flags import FLAGS, clean_name, parse_flags, run_name
-from utils.saving.files import write_json
+from utils.saving.files import read_header, write_json
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
 VARIANT = "variant"  # the axis whose values are named sets of flags
@@ -71,8 +70,6 @@ def read_study(
     Raises:
         InputError: the first thing that is wrong, with the file or the flag, what was found and what was expected.
     """
-    if not file and not axes:
-        raise input_error("GRID.toml", "neither it nor --grid", "one of them")
     where = str(file or "--grid")
     try:
         held = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
@@ -187,9 +184,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     history, tensors, trained = cell.run / "history.csv", cell.run / "checkpoint.safetensors", None
     epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
     if tensors.is_file():  # large ones may have been removed
-        with safe_open(tensors, "np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.startswith("intervals.")]
-        trained = sum(math.prod(shape) for shape in shapes)
+        trained = sum(map(math.prod, read_header(tensors)[1].values()))
     simple = metrics.get("baselines", {}).get("rows", [])
     return {
         "state": DONE,
@@ -257,10 +252,3 @@ def processor() -> str:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for people: 45 s, 4 min 12 s, 1 h 50 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

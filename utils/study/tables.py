@@ -1,5 +1,5 @@
 """Tables and pictures of a study: results.csv with a row a cell; means over seeds, prediction intervals and paired
-differences in results.txt, .md and .tex."""
+differences in results.txt and .md."""
 
 import re
 import shlex
@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
-from utils.saving.files import write_atomic, write_text
-from utils.study.cells import DONE, VARIANT, Cell, Study, measure, time_text
+from utils.saving.files import duration, write_atomic, write_text
+from utils.study.cells import DONE, VARIANT, Cell, Study, measure
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts" / "published.toml"
 ERRORS = ["mse", "mae"]
@@ -52,7 +52,6 @@ def write_results(study: Study) -> list[str]:
     texts = {
         "results.csv": frame.to_csv(index=False, lineterminator="\n"),
         "results.md": _as_markdown(study, tables, facts, pictures),
-        "results.tex": _as_latex(study.title, tables, facts),
         "results.txt": "\n".join([study.title, "=" * len(study.title), "", *plain, *facts, ""]),
     }
     for name, text in texts.items():
@@ -165,7 +164,7 @@ def _paired(section: Section, row: str, other: str) -> list[dict[str, str]]:
 
 def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -> list[str]:
     # What stands below the tables: how much is done, where, on which windows, and what others did otherwise.
-    spent = time_text(sum(result["seconds"] for result in found))
+    spent = duration(sum(result["seconds"] for result in found))
     facts = [
         f"{len(found)} of {len(study.cells)} cells done, {spent} of computing in all.",
         *(f"Machine: {name}." for name in sorted({result["machine"] for result in found})),
@@ -200,28 +199,15 @@ def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: 
     return "\n".join([*lines, "</details>", ""])
 
 
-def _as_latex(title: str, tables: list[Table], facts: list[str]) -> str:
-    parts = [f"% {title}", r"% \usepackage{booktabs}"]
-    for head, frame in tables:
-        caption = re.sub(r"([&%$#_{}])", r"\\\1", head)
-        text = frame.rename_axis(None).to_latex(escape=True, caption=caption, column_format="l" + "r" * frame.shape[1])
-        text = re.sub(r"(\S+(?: ± \S+)?)\* ", r"\\textbf{\1} ", text)
-        text = re.sub(r"(?<= )([+-])(?=\d)", r"$\1$", text).replace("±", r"$\pm$")
-        parts.append(text.replace(r"\begin{tabular}", "\\centering\n\\begin{tabular}"))
-    return "\n".join([*parts, *(f"% {fact}" for fact in facts), ""])
-
-
 def _draw(study: Study, sections: list[Section]) -> list[str]:
-    """Write the pictures: errors by row with a point a seed, and by horizon where there are several; their names."""
+    """Write the picture of the errors by row, with a point a seed; its name."""
     from matplotlib.figure import Figure  # only now: it takes a second to load
 
     panels = [(section, horizon) for section in sections for horizon in section.windows]
-    several = [section for section in sections if len(section.windows) > 1]
     highest = max(len(section.errors.loc[RUN].index.unique("row")) for section in sections)
-    by_row = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
-    by_horizon = Figure(figsize=(8, 5 * len(several)), layout="constrained")
+    picture = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
     for number, (section, horizon) in enumerate(panels, 1):
-        axes = by_row.add_subplot(
+        axes = picture.add_subplot(
             len(panels), 1, number, title=f"{section.title}, horizon {horizon}", xlabel="test MSE, standardised scale"
         )
         values = section.errors[horizon, "mse"]
@@ -233,15 +219,5 @@ def _draw(study: Study, sections: list[Section]) -> list[str]:
         axes.vlines(ridge, -0.5, len(rows) - 0.5, colors="gray", linestyles=":", label=RIDGE)
         axes.invert_yaxis()  # the first row on top
         axes.legend(fontsize="small")
-    for number, section in enumerate(several, 1):
-        lines = section.errors[[(horizon, "mse") for horizon in section.windows]].groupby(level="row", sort=False).mean()
-        lines = lines.loc[
-            [*section.errors.loc[RUN].index.unique("row"), *(row for row in lines.index if row.startswith(RIDGE))]
-        ]
-        axes = by_horizon.add_subplot(len(several), 1, number, ylabel="test MSE, standardised scale")
-        lines.T.set_index(pd.Index(section.windows)).plot(ax=axes, marker="o", title=section.title, xlabel="horizon")
-        axes.set_xticks(list(section.windows))
-    pictures = {"error_by_row.png": by_row} | ({"error_by_horizon.png": by_horizon} if several else {})
-    for name, picture in pictures.items():
-        write_atomic(study.folder / name, partial(picture.savefig, format="png", dpi=110))
-    return list(pictures)
+    write_atomic(study.folder / "error_by_row.png", partial(picture.savefig, format="png", dpi=110))
+    return ["error_by_row.png"]

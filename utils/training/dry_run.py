@@ -7,6 +7,7 @@ import torch
 
 from data_provider.batches import Batch
 from utils.results.log import peak_memory_gib
+from utils.saving.files import duration
 from utils.saving.state import random_state, set_random_state
 from utils.training.context import Context
 from utils.training.memory import OPTIMIZER_BYTES, memory_limit
@@ -62,11 +63,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -22,8 +22,6 @@ from utils.saving.files import size_text
 from utils.saving.state import random_state, set_random_state
 from utils.training.context import Context, Limit
 
-# PyTorch before 2.5 has only the second name.
-OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 # CUDA's libraries have names of their own for it; "device not ready" is WSL2's.
 OTHER_NAMES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "device not ready")
 RESERVE = 200 * 2**20  # bytes of the GPU that are left to the desktop and the driver
@@ -52,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of CUDA means that memory has run out, under whichever name it comes."""
     if isinstance(error, RunError) or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, OutOfMemory) or any(words in str(error) for words in OTHER_NAMES)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_NAMES)
 
 
 @contextmanager
@@ -79,10 +77,9 @@ def cap_memory(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    index = torch.cuda.current_device() if device.index is None else device.index  # the functions below ask for a number
-    free, total = torch.cuda.mem_get_info(index)
-    own = torch.cuda.memory_reserved(index)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), index)
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(free + own - RESERVE, 0) / total), device)
 
 
 def halve_on_out_of_memory(context: Context, limit: Limit, sequences: int, work: Callable[[int], Result]) -> Result:
@@ -137,27 +134,22 @@ def advice(args: Namespace, model: ForecastModel | None = None) -> str:
     """What to change, the largest saving first; without figures while there is no model yet."""
     if not model_class(args.model).uses_llm:
         return OTHERS_ADVICE
-    loaded, eight_bit = layers_of(args), args.optimizer == "adamw8bit"
-    layers, savings = 1.0, {}  # of no unit, without a model
-    if isinstance(model, Model):
-        words = model.backbone.embeddings.nbytes
-        layers = sum(p.nbytes for p in model.backbone.model.parameters()) - words
-        mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
-        if mapped:  # of each value the value, the moments, and with 8 bit alone its gradient as a whole
-            on_card = words if model.backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
-            savings["--prototypes direct"] = mapped * (4 + OPTIMIZER_BYTES[args.optimizer] + 4 * eight_bit) + on_card
-        if not eight_bit:
-            savings["--optimizer adamw8bit"] = sum(p.numel() for p in model.parameters()) * 6 - mapped * 4
-    elif args.prototypes != "direct" and args.use_reprogramming:
-        savings["--prototypes direct"] = 0.4
+    if not isinstance(model, Model):
+        return "change --load_in_4bit or --llm_layers to less, or end other programs that use the GPU"
+    loaded, eight_bit, savings = layers_of(args), args.optimizer == "adamw8bit", {}
+    words = model.backbone.embeddings.nbytes
+    layers = sum(p.nbytes for p in model.backbone.model.parameters()) - words
+    mapped = model.mapping_layer.weight.numel() if model.mapping_layer is not None else 0
+    if mapped:  # of each value the value, the moments, and with 8 bit alone its gradient as a whole
+        on_card = words if model.backbone.device.type == "cuda" else 0  # they stay in the computer's memory then
+        savings["--prototypes direct"] = mapped * (4 + OPTIMIZER_BYTES[args.optimizer] + 4 * eight_bit) + on_card
+    if not eight_bit:
+        savings["--optimizer adamw8bit"] = sum(p.numel() for p in model.parameters()) * 6 - mapped * 4
     if loaded > 1:
         savings[f"--llm_layers {loaded // 2}"] = layers * (1 - loaded // 2 / loaded)
     if not args.load_in_4bit and args.llm_ablation == "off":  # else no layers are read, or they are drawn
         savings["--load_in_4bit"] = layers * 0.7
     ordered = sorted(savings, key=lambda flag: savings[flag], reverse=True)
-    if model is None:
-        change = f"change {' or '.join(ordered)}, or " if ordered else ""
-        return f"{change}end other programs that use the GPU"
     named = [f"{flag} (saves about {size_text(savings[flag])})" for flag in ordered]
     changes = ", ".join([*named, "a shorter --seq_len"])
     return f"change, in order of effect: {changes}; or end other programs that use the GPU"

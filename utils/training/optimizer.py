@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-from layers.backbone import require_bitsandbytes
 from layers.mapping import MappingLayer
 from models.base import ForecastModel
 
@@ -46,7 +45,7 @@ class BlockAdam(torch.optim.Adam):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        for words, gradient in self._mapping.gradient_blocks():
+        for words, gradient in self._mapping.gradient_blocks(self._mapping.gradient_factor):
             self._kernel(
                 [weight[words]], [gradient], [state["exp_avg"][words]], [state["exp_avg_sq"][words]], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
@@ -59,7 +58,6 @@ def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.O
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
     parameters = list(model.parameters())
     if name == "adamw8bit":
-        require_bitsandbytes("optimizer adamw8bit")
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, lr=lr)

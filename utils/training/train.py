@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
-from layers.errors import LoaderError, RunError
+from layers.errors import LoaderError, RunError, listed
 from models.base import ForecastModel
 from utils.results.bands import Calibration
 from utils.results.log import Progress, memory_line, peak_memory_gib
@@ -62,12 +62,10 @@ def train(context: Context) -> TestFound | None:
             with context.training.saver.explained():  # validation and test write to the disk
                 vali = Scores(train_loss, train_loss, train_loss) if args.all_rows else validate(context)
                 results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss and not args.all_rows)
-            if results and test:
-                best_test = results, test
-            elif vali.loss < progress.best_vali_loss:
-                best_test = None
+            if vali.loss < progress.best_vali_loss:
+                best_test = (results, test) if results and test else None
             evaluation = time.perf_counter() - began
-            clock.take(evaluation, tested=test is not None)
+            clock.evaluation = evaluation / max(1, clock.windows["val"] + (test is not None) * clock.windows["test"])
             end_epoch(context, train_loss, vali, test)
             if journal:
                 costs = {"seconds": seconds, "evaluation_seconds": evaluation,
@@ -254,10 +252,9 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
     told = [found for found in told if found[0]] or told
     windows = [window for found in told for window in found[1]]
     wrong = [name for name in columns if any(name in found[2] for found in told)]
-    listed = (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") for names in (windows, wrong))
     raise RunError(
-        "{} steps in a row had no finite loss or gradient; the last is of the windows that start at {}, columns {}; "
-        "try a lower --learning_rate; {}".format(progress.skipped_in_a_row, *listed, context.training.saver.kept())
+        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start "
+        f"at {listed(windows)}, columns {listed(wrong)}; try a lower --learning_rate; {context.training.saver.kept()}"
     )
 
 
@@ -346,10 +343,6 @@ class Clock:
 
     def restart(self) -> None:
         self.since, self.steps = time.perf_counter(), 0
-
-    def take(self, seconds: float, tested: bool) -> None:
-        """Note the seconds of an epoch's evaluation: validation, and the test where it was `tested`."""
-        self.evaluation = seconds / max(1, self.windows["val"] + tested * self.windows["test"])
 
     def line(self) -> str:
         speed = (time.perf_counter() - self.since) / self.steps

@@ -99,7 +99,7 @@ def test_the_mapping_layers_gradient_may_leave_the_range_of_fp16() -> None:
     layer.factored = True
     G = torch.randn(20, 16) * torch.logspace(-12, 12, 20)[:, None]
     (layer(words) * G).sum().backward()
-    formed = torch.cat([block for _, block in layer.gradient_blocks()]).t()
+    formed = torch.cat([block for _, block in layer.gradient_blocks(layer.gradient_factor)]).t()
     expected = G @ words.float().t()
     largest = expected.abs().amax(1, keepdim=True)
     assert ((formed - expected).abs() / largest).max() < 3e-3

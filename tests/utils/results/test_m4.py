@@ -129,23 +129,6 @@ def test_groups_and_the_average_are_weighted_by_series() -> None:
     np.testing.assert_allclose(np.average(paper, 0, [23, 24, 48, 5]), PAPER["Average"][:2], atol=6e-4)
 
 
-def test_a_file_of_forecasts_is_scored(capsys, tmp_path: Path) -> None:
-    write_m4(tmp_path, "Quarterly", lengths=(30, 40))
-    yearly = load_m4(write_m4(tmp_path, "Yearly"), "Yearly", 12, 6, 6)
-    rows = zip(yearly.ids, yearly.future.tolist(), strict=True)
-    lines = ["id,F1", *(f"{name},{','.join(map(str, values))},NA" for name, values in rows)]
-    file = ["--forecast", str(tmp_path / "forecasts.csv"), "--root_path", str(tmp_path)]
-    for words, text, code, said in (
-        (file, lines, 0, "  Yearly                       6     0.000    0.000   0.000"),
-        (file, lines[:-1], 2, "series 'Y6': got no such series, expected 6 forecasts of every Yearly series"),
-        (file, ["id,F1", "X1,3"], 2, "got no series of a pattern"),
-        ([], [], 2, "expected either"),
-        ([str(tmp_path)], [], 2, "got no metrics.json of a run on M4"),
-    ):
-        (tmp_path / "forecasts.csv").write_text("\n".join(text))
-        assert m4_scores.main(words) == code and said in "".join(capsys.readouterr())
-
-
 def test_a_run_trains_scores_and_leaves_the_competitions_file(argv, capsys, tmp_path: Path) -> None:
     words = argv(train_epochs=8, learning_rate=1e-2, lradj="constant", eval_batch_size=2)
     lines, folder = train(words, capsys), run_folder(words)
@@ -191,6 +174,7 @@ def test_the_table_says_what_the_model_was_trained_on(argv, capsys, tmp_path: Pa
     for text in ("\n".join(lines), report(other), table(*m4_scores.of_runs([other]))):
         assert "Yearly: after training on other series, those of Yearly-train.csv" in text
         assert "SYNTHETIC DATA: Yearly-train.csv, which the model was trained on, was generated" in text
+    assert m4_scores.main([str(tmp_path)]) == 2 and "got no metrics.json of a run on M4" in capsys.readouterr().err
 
 
 def test_padding_and_what_stands_in_it_change_nothing(argv, load, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 
-import utils.saving.state
 from layers.errors import InputError, RunError, StorageError
 from utils.saving.files import write_atomic, write_json, write_text
 from utils.saving.folder import FolderLock, move_aside
@@ -95,28 +94,21 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run: Run, kind: str
     newest.write_bytes(b"")
     resumed = Run(run.saver.folder).resume()
     resumed.step_and_save()  # the damaged one goes before the good one
-    assert [path.name for path in state_files(run.saver.folder)] == ["state.3.pt", before.name]
+    assert [path.name for path in state_files(run.saver.folder)] == ["state.2.pt", before.name]
     resumed.step_and_save()  # the newest two are kept
-    assert [path.name for path in state_files(run.saver.folder)] == ["state.4.pt", "state.3.pt"]
+    assert [path.name for path in state_files(run.saver.folder)] == ["state.3.pt", "state.2.pt"]
 
 
-def test_a_full_disk_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for a third state, the older one goes first; where there is none at all, the newest stays."""
+def test_a_full_disk_loses_nothing(run: Run) -> None:
+    """A third state takes the place of the older one; where there is no room for it, the newer one stays."""
     folder = run.saver.folder
-    (folder / f".state.3.pt.{os.getpid()}.partial").symlink_to("/dev/full")  # as full as a disk can be, once
-    run.step_and_save()
-    assert [path.name for path in state_files(folder)] == ["state.3.pt", "state.2.pt"]
-
-    def full(path: Path, _value: object) -> None:
-        raise StorageError(f"{path.name} cannot be written", errno.ENOSPC)
-
-    monkeypatch.setattr(utils.saving.state, "write_torch", full)
-    with pytest.raises(StorageError, match="written; free some room there, then the same command with .* state.3.pt"):
+    (folder / f".state.3.pt.{os.getpid()}.partial").symlink_to("/dev/full")  # as full as a disk can be
+    with pytest.raises(StorageError, match="is full .*; free some room there, then the same command with .* state.2.pt"):
         run.step_and_save()
-    assert Run(folder, seed=8).resume().progress.iteration == 3
+    assert Run(folder, seed=8).resume().progress.iteration == 2
 
 
-def test_another_runs_and_an_earlier_versions_states_are_one_line(run: Run, tmp_path: Path) -> None:
+def test_another_runs_state_is_one_line(run: Run) -> None:
     state, _ = find_state(run.saver.folder)
     compare(state, IDENTITY)
     compare(state, IDENTITY | {"--recipe": "own"})  # the default of a flag that the state does not know
@@ -126,10 +118,6 @@ def test_another_runs_and_an_earlier_versions_states_are_one_line(run: Run, tmp_
     with pytest.raises(InputError, match=line) as error:
         compare(state, IDENTITY | {"--seed": 2, "the data's columns": None})
     assert "rows" not in str(error.value)
-    state["path"].rename(tmp_path / "state.3.safetensors")
-    next(iter(state_files(tmp_path))).unlink()
-    with pytest.raises(InputError, match="--resume: got .*state.3.safetensors, a state of an earlier version, .*False"):
-        find_state(tmp_path)
 
 
 def test_a_value_that_is_not_finite_is_never_saved(run: Run) -> None:
