@@ -138,7 +138,7 @@ def open_folder(
 
 # The line that says when states are saved; InputError where two of them and the checkpoints do not fit.
 def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
-    state, checkpoint = state_bytes(args.optimizer, trained_values), 4 * trained_values
+    state, checkpoint = state_bytes(args, trained_values), 4 * trained_values
     copies = 2 + args.torch_checkpoint
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
     size = 2 * state + copies * checkpoint + MARGIN - sum(path.stat().st_size for path in held)
