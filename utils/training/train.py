@@ -270,9 +270,8 @@ def validate(context: Context) -> Scores:
     A model that is trained beside a linear map is scored with half of each: so epochs compare. Of the best one so far the
     shares are chosen then, and its prediction intervals take a second pass.
     """
-    best, found = context.training.progress.best_vali_loss, None
-    if context.model.head_share is not None:
-        found = choose_share(context, context.model.head_share)
+    best, share = context.training.progress.best_vali_loss, context.model.head_share
+    found = None if share is None else choose_share(context, share)
     if not context.levels or (found is not None and not found.loss < best):
         return found or score(context, "val")
     with Calibration(context) as calibration:
@@ -302,7 +301,7 @@ def choose_share(context: Context, share: torch.Tensor) -> Scores:
         linear, mean, own = context.accelerator.reduce(sums)
         # The error is a parabola of the share: these three are its values at 0, 1/2 and 1.
         apart = 2 * (linear + own) - 4 * mean  # (sum of |own - linear|^2)
-        share.fill_((0.5 + (linear - own) / (2 * (apart + EVENNESS * (linear + own)))).clamp(0, 1))
+        share.fill_((0.5 + (linear - own) / (2 * (apart + EVENNESS * (linear + own)))).clamp(0, 1).nan_to_num(0.5))
         context.log(f"Share of the head, beside the linear map: {share.item():.3f}")
     return found
 
