@@ -44,13 +44,16 @@ class PatchEmbedding(nn.Module):
 
 
 class FlattenHead(nn.Module):
-    """Flatten the first `d_ff` features of all patches, feature-major, and map them to the horizon."""
+    """Flatten the first `d_ff` features of all patches, feature-major, and map them to the horizon.
 
-    def __init__(self, d_ff: int, patches: int, pred_len: int, dropout: float):
+    Of the features `feature_dropout` drop out in training, of the forecast's values `dropout`, as in the published head.
+    """
+
+    def __init__(self, d_ff: int, patches: int, pred_len: int, dropout: float, feature_dropout: float = 0.0):
         super().__init__()
         self.linear = nn.Linear(d_ff * patches, pred_len)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.feature_dropout = nn.Dropout(dropout), nn.Dropout(feature_dropout)
 
     # `[M, L, f]` hidden states -> `[M, H]` forecast on the normalised scale.
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.linear(hidden.transpose(1, 2).flatten(1)))
+        return self.dropout(self.linear(self.feature_dropout(hidden.transpose(1, 2).flatten(1))))

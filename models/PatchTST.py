@@ -31,7 +31,7 @@ class Model(ForecastModel):
         self.encoder = nn.Sequential(
             *(EncoderLayer(configs.d_model, configs.n_heads, configs.d_ff, configs.dropout) for _ in range(configs.e_layers))
         )
-        self.head = FlattenHead(configs.d_model, patches, configs.pred_len, dropout=0.0)
+        self.head = FlattenHead(configs.d_model, patches, configs.pred_len, 0.0, configs.head_dropout)
 
     # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from data_provider.batches import Batch
-from layers.norm import instance_norm
 from models.base import ForecastModel
 
 
@@ -25,6 +24,4 @@ class Model(ForecastModel):
 
     # M sequences -> forecasts `[M, H]`.
     def forward(self, batch: Batch, prototype_kv=None) -> torch.Tensor:
-        assert self.linear_map is not None
-        z, mean, std = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
-        return z @ self.linear_map * std + mean
+        return self.linear_forecast(batch)

@@ -95,15 +95,18 @@ class Model(ForecastModel):
             self.reprogramming_layer = nn.Linear(configs.d_model, backbone.hidden_size)
         if isinstance(backbone, Backbone) and self.mapping_layer is None:  # no step multiplies with them
             backbone.keep_embeddings_on_host()
-        self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout)
+        self.output_projection = FlattenHead(configs.d_ff, patches, configs.pred_len, configs.dropout, configs.head_dropout)
         substitute = SUBSTITUTES.get(configs.llm_ablation)
         self.substitute = substitute(backbone.hidden_size, backbone.heads) if substitute else None
         self.stack = LinearStack(configs) if configs.skip == "stack" else None
         self.history = 0 if self.stack is None else self.stack.history
-        if configs.skip != "none":  # a linear map of the normalised window, and what the head adds to it, from zero on
+        if configs.skip != "none":  # a linear map of the normalised window
             zeros = torch.zeros(configs.seq_len, configs.pred_len)
             if self.stack is None:
                 self.linear_map = zeros if configs.skip == "ridge" else nn.Parameter(zeros)  # ridge's: saved, not trained
+        if configs.skip_mode == "beside":
+            self.head_share = torch.full((1,), 0.5)
+        elif configs.skip != "none":  # the head adds to the map, from zero on
             for parameter in self.output_projection.parameters():
                 nn.init.zeros_(parameter)
 
@@ -149,10 +152,17 @@ class Model(ForecastModel):
         patches = self.reprogramming_layer(tokens, *prototype_kv)  # (M, L, D)
         hidden = self.language_model(self.prefix_ids, *prompts, patches)  # (M, L, D)
         out = self.output_projection(hidden[..., : self.d_ff])  # (M, H)
+        if self.head_share is not None:
+            own = out * std + mean
+            return own if self.training else torch.lerp(self.linear_forecast(batch), own, self.head_share)
         if self.linear_map is not None:
             with torch.autocast(x.device.type, enabled=False):
                 out = out + z @ self.linear_map
         return out * std + (mean if self.stack is None else self.stack(batch))
+
+    def linear_forecast(self, batch: Batch) -> torch.Tensor:
+        """See `ForecastModel`: that of `--skip`."""
+        return super().linear_forecast(batch) if self.stack is None else self.stack(batch)
 
     def prototype_kv(self) -> tuple[torch.Tensor, ...]:
         """Keys and values of the K text prototypes, each `[1, h, K, f]`; without reprogramming nothing.

@@ -10,6 +10,7 @@ from torch import nn
 
 from data_provider.batches import Batch, Windows
 from layers.mapping import MappingLayer
+from layers.norm import instance_norm
 from layers.prompt import PromptEncoder
 
 
@@ -25,6 +26,8 @@ class ForecastModel(nn.Module):
         reads_masks: whether it can be told which values of a window exist, as series shorter than the window ask for.
         is_trained: whether gradients train it; else its linear map is all that it has.
         linear_map: a map `[T, H]` of normalised windows that ridge regression fits before the first iteration.
+        head_share: `[1]`, of a model that is trained beside a linear map: outside training this part of its forecast is its
+            own, and the rest is `linear_forecast`.
         history: how many rows before a window it reads, too: the batch's `history`.
         prompts, mapping_layer: what writes prompts, and the layer whose gradient may come in factors; None without.
     """
@@ -37,12 +40,14 @@ class ForecastModel(nn.Module):
     history = 0
     prompts: PromptEncoder | None = None
     linear_map: torch.Tensor | None
+    head_share: torch.Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         # Made here, for what the class has would hide a module or a parameter of that name.
         self.mapping_layer: MappingLayer | None = None
         self.register_buffer("linear_map", None)
+        self.register_buffer("head_share", None)
 
     def __call__(self, batch, *rest):
         """`forward`; or, as the Time-Series-Library calls a model, windows `[B, history + T, N]`, their marks, the decoder's
@@ -67,6 +72,13 @@ class ForecastModel(nn.Module):
     def prototype_kv(self) -> tuple[torch.Tensor, ...]:
         """What all sequences share, made once a step or an evaluation; gradients come back to it once."""
         return ()
+
+    def linear_forecast(self, batch: Batch) -> torch.Tensor:
+        """Forecasts `[M, H]` of the linear map alone."""
+        assert self.linear_map is not None
+        z, mean, std = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
+        with torch.autocast(z.device.type, enabled=False):
+            return z @ self.linear_map * std + mean
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient may be in two

@@ -98,6 +98,8 @@ FLAGS = [
     Flag("model_comment", "run", "inherit resume", TEXT, None, "remark at the end of the run's name"),
     Flag("des", "run", "inherit resume", TEXT, "test", "description, part of the run's name"),
     Flag("model", "run", "inherit resume", one_of(*MODELS), None, ", ".join(MODELS)),
+    Flag("preset", "run", "unlisted", one_of("best"), None, "best: what has forecast best here (docs/measured.md), for the "
+         "flags that are left out; the log lists them, and the run is known by them"),
     Flag("seed", "run", "inherit resume", whole(0, 2**32 - 1), 2021, "seed of weights, shuffling and dropout"),
     Flag("itr", "run", "", COUNT, 1, "how often the experiment is repeated; each repeat has its own folder"),
 
@@ -158,12 +160,17 @@ FLAGS = [
          "Autoformer alone reads"),
     Flag("dropout", "model", "inherit resume", ArgType(float, "a number from 0 to below 1", lambda v: 0 <= v < 1), 0.1,
          "dropout rate"),
+    Flag("head_dropout", "model", "resume", ArgType(float, "a number from 0 to below 1", lambda v: 0 <= v < 1), 0.0,
+         "dropout rate of the features that the last layer of TimeLLM and PatchTST maps to the forecast"),
     Flag("patch_len", "model", "inherit resume fixed", COUNT, 16, "rows in a patch"),
     Flag("stride", "model", "inherit resume fixed", COUNT, 8, "rows from one patch to the next"),
     Flag("skip", "model", "inherit resume fixed", one_of("none", "ridge", "stack", "linear"), "none",
          "TimeLLM's forecast is a linear map of the window, and what the head adds to it; ridge: in closed form, not "
          "trained, poor where training windows are few (the log warns then); stack: the maps of --model LinearStack; "
          "linear: ridge, trained from there on (ours, not the paper's)"),
+    Flag("skip_mode", "model", "inherit resume fixed", one_of("residual", "beside"), "residual", "residual: as --skip says; "
+         "beside: the head is trained by itself, and the forecast is a mean of its own and the map's, with weights that "
+         "validation chooses, drawn towards half of each (with --skip ridge or stack)"),
     Flag("stack_windows", "model", "inherit resume fixed", COUNTS, None, "rows of the windows that the maps of "
          "LinearStack and --skip stack read, longer than --seq_len or shorter (default: the longest four of 5 to 42 days "
          "that the file allows)"),
@@ -207,8 +214,14 @@ FLAGS = [
          "rate, used as it stands with --recipe own"),
     Flag("optimizer", "training", "resume", one_of("adam", "adamw", "adamw8bit"), "adam", "adam, adamw or adamw8bit "
          "(bitsandbytes)"),
-    Flag("loss", "training", "resume", one_of("MSE", "SMAPE", "MASE", "MAPE"), "MSE", "training loss (with --data m4 left "
-         "out: SMAPE); SMAPE, MASE and MAPE, which do not depend on a series' scale, with --data m4 alone"),
+    Flag("loss", "training", "resume", one_of("MSE", "MAE", "MAE+FFT", "SMAPE", "MASE", "MAPE"), "MSE", "training "
+         "loss; MAE+FFT: the mean absolute error, and that of the forecast's Fourier transform; with --data m4 MSE, SMAPE "
+         "(left out), MASE or MAPE, the last three, which do not depend on a series' scale, there alone"),
+    Flag("fft_weight", "training", "resume", ArgType(float, "a number from 0 to 1", lambda v: 0 <= v <= 1), 0.5,
+         "share of the Fourier transform in MAE+FFT"),
+    Flag("ema", "training", "resume", ArgType(float, "a number from 0 to below 1", lambda v: 0 <= v < 1), 0.0, "keep, "
+         "validate and test the exponential moving average of the trained weights, with this decay a step, such as 0.996; "
+         "0: off"),
     Flag("lradj", "training", "resume", one_of("type1", "type2", "type3", "PEMS", "COS", "TST", "constant"), "type1",
          "type1: halved each epoch; type2: rates of its own, 5e-5 after 2 epochs, 1e-5 after 4, …; type3: 3 epochs, then "
          "x0.9 each; PEMS: x0.95 each epoch; COS: cosine; TST: one cycle; constant (published: see docs/differences.md)"),
@@ -266,6 +279,13 @@ REQUIRED = ["task_name", "is_training", "model_id", "model_comment", "model", "d
 # Where the published script of that name differs from run_main.py: defaults, and what a training cannot do without.
 DEFAULTS_OF: dict[str, dict[str, Any]] = {"run_pretrain.py": {"patience": 5}}
 REQUIRED_BY = {"run_pretrain.py": ["data_pretrain"]}
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {
+        "skip": "stack", "skip_mode": "beside", "d_model": 32, "d_ff": 32, "n_heads": 8, "dropout": 0.0, "head_dropout": 0.7,
+        "prototypes": "direct", "prompt_decimals": 4, "loss": "MAE+FFT", "ema": 0.996, "batch_size": 16, "train_epochs": 5,
+        "patience": 2, "learning_rate": 6e-4, "lradj": "constant",
+    },
+}  # fmt: skip
 RUN_NAME = (
     "{task_name}_{model_id}_{model}_{data}_ft{features}_sl{seq_len}_ll{label_len}_pl{pred_len}_dm{d_model}_nh{n_heads}_"
     "el{e_layers}_dl{d_layers}_df{d_ff}_fc{factor}_eb{embed}_{des}_{repeat}-{model_comment}"
@@ -402,7 +422,16 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
         others = f"missing too: {', '.join(missing[1:])}" if missing[1:] else ""
         raise input_error(missing[0], "nothing", "a value", others)
 
-    args = argparse.Namespace(**DEFAULTS | DEFAULTS_OF.get(prog, {}) | given)
+    # Models without a language model take what it says of the training alone.
+    preset = {
+        name: value
+        for name, value in PRESETS.get(given.get("preset", "") if given["is_training"] else "", {}).items()
+        if name not in given
+        and (given["model"] == "TimeLLM" or BY_NAME[name].group == "training")
+        and (name != "skip_mode" or given.get("skip", "stack") in ("stack", "ridge"))
+    }
+    args = argparse.Namespace(**DEFAULTS | DEFAULTS_OF.get(prog, {}) | preset | given)
+    args.preset, args.set_by_preset = None, list(preset)
     args.all_rows = False  # run.refit sets it
     args.names_rate = bool(given.keys() & {"learning_rate", "lradj"})
     if args.intervals is not None:
@@ -431,7 +460,17 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
             f"short_term_forecast with --data {M4}, long_term_forecast with other data",
         ),
         (args.data_pretrain == M4, "data_pretrain", f"another data set, or --data {M4}, which trains on its own series"),
-        (args.data != M4 and args.loss != "MSE", "loss", f"MSE, or --data {M4}: standardised values cross zero"),
+        (
+            args.data != M4 and args.loss in ("SMAPE", "MASE", "MAPE"),
+            "loss",
+            f"MSE, MAE or MAE+FFT, or --data {M4}: standardised values cross zero",
+        ),
+        (args.data == M4 and args.loss.startswith("MAE"), "loss", f"SMAPE, MASE, MAPE or MSE with --data {M4}"),
+        (
+            args.skip_mode == "beside" and args.skip not in ("ridge", "stack"),
+            "skip_mode",
+            "residual, or --skip ridge or stack with it: a map that is not trained",
+        ),
         (args.data_path is None, "data_path", "the CSV's name with --data custom"),
         (
             args.data_pretrain and args.data_path_pretrain is None,

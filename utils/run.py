@@ -117,7 +117,7 @@ def fit(context: Context) -> TestFound | None:
     if args.plots and context.accelerator.is_main_process:
         from utils.results.plots import draw_losses  # only now: matplotlib takes a second to load
 
-        losses = {"loss": args.loss} if args.data == M4 else {}
+        losses = {"loss": args.loss} if args.data == M4 or args.loss != "MSE" else {}
         draw_losses(context.folder, progress.history, **losses)
     context.log(f"Checkpoints saved at: {context.folder}")
     context.accelerator.wait_for_everyone()

@@ -34,7 +34,7 @@ from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
 from utils.training.context import Context, Limit, Training
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
-from utils.training.optimizer import build_optimizer, build_scheduler
+from utils.training.optimizer import Average, build_optimizer, build_scheduler
 from utils.training.precision import Precision, choose_precision
 
 
@@ -341,7 +341,9 @@ def start_or_resume(
         journal = Journal(context.folder, context.steps_per_epoch, events)
     for line in lines:
         log(line)
-    saver = Saver(context.folder, args, model, optimizer, accelerator, context.device, ours, context.record)
+    average = Average(model, args.ema)
+    record, device = context.record, context.device
+    saver = Saver(context.folder, args, model, optimizer, accelerator, device, ours, record, average.tensors)
     progress = Progress()
     if state is not None:
         with explain_out_of_memory("restoring the state", lambda: advice(args, model)):
@@ -364,6 +366,7 @@ def start_or_resume(
             stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))
             log(f"{stack.title.capitalize()}, in closed form: {time.perf_counter() - began:.1f} s")
         broadcast([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])  # the first process's, in place
+        average.step(1)  # where the first epoch makes no step, these are validated
         part_random(accelerator.process_index, context.loaders["train"].batch_sampler.seed)  # type: ignore[union-attr]
     done = min(progress.epoch - 1, args.train_epochs)
     if scheduler_steps:
@@ -373,6 +376,8 @@ def start_or_resume(
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # after a resume, or where a step was skipped
     for _ in range(done):
         scheduler.step()
+    if args.loss.startswith("MAE"):
+        log(f"Train, Vali and Test Loss are {args.loss}; the test's own figures are MSE and MAE")
     group = optimizer.param_groups[0]
     if args.recipe == "published":
         seen = f"{args.batch_size} windows of one channel a step in each process"
@@ -381,4 +386,4 @@ def start_or_resume(
         others = {"COS": "lower it along a cosine of 20 epochs", "TST": "cycle Adam's first beta, too"}
         would = others.get(args.lradj, f"train at {args.learning_rate / 25:g}")
         log(f"learning rate {args.learning_rate:g} as it stands; the published code would {would} (--recipe published)")
-    return Training(optimizer, scheduler, scheduler_steps, saver, progress, journal, lock)
+    return Training(optimizer, scheduler, scheduler_steps, average, saver, progress, journal, lock)

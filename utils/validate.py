@@ -313,6 +313,8 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
         if each.synthetic
     ]
     lines += [each.read_as for each in sets if each.read_as]
+    if args.set_by_preset:
+        lines.append("--preset sets " + " ".join(f"--{name} {getattr(args, name)}" for name in args.set_by_preset))
     if pretrain is not None:
         trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")

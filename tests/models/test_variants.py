@@ -87,6 +87,30 @@ def test_the_skip_is_a_linear_map_of_the_normalised_window(backbones, tmp_path: 
         torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("skip", ["ridge", "stack"])
+def test_a_head_beside_the_map_is_trained_alone_and_averaged(backbones, tmp_path: Path, skip: str) -> None:
+    flags = {"llm_ablation": "none", "head_dropout": 0.5, "dropout": 0, "enc_in": 2}
+    model = small_model(tmp_path, bare(backbones), skip=skip, skip_mode="beside", stack_windows=48, **flags)
+    without, x = small_model(tmp_path, bare(backbones), **flags), random_windows(3, SEQ_LEN + model.history)
+    for name, tensor in model.state_dict().items():  # the map's; the others are drawn alike
+        if name not in without.state_dict() and name != "head_share":
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) / 9)
+    with torch.no_grad():
+        own, made = without(x[:, model.history :]), {}
+        for share in (0.0, 0.25, 1.0):
+            model.head_share.fill_(share)
+            made[share] = model(x)
+        torch.testing.assert_close(made[1.0], own)
+        torch.testing.assert_close(made[0.25], 0.25 * own + 0.75 * made[0.0])
+        assert (made[0.0] - own).abs().mean() > 0.1
+        trained = []
+        for each, windows in ((model, x), (without, x[:, model.history :])):
+            torch.manual_seed(0)
+            trained.append(each.train()(windows))
+        assert torch.equal(*trained) and not torch.equal(trained[0], own)  # features drop out
+    assert model.head_share.shape == (1,) and "head_share" not in dict(model.named_parameters())
+
+
 @pytest.mark.parametrize("ablation", ["none", "attention", "transformer"])
 def test_a_recomputing_or_four_bit_backbone_has_no_layer_to_recompute_or_quantise(
     backbones, tmp_path: Path, ablation

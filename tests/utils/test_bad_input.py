@@ -70,6 +70,8 @@ def refuse(no_weights, tmp_path: Path, capsys) -> Callable[..., str]:
         ({"model": "DLinear", "llm_ablation": "none"}, ["--llm_ablation", "none", "expected off", "DLinear"]),
         ({"model": "LinearStack", "stack_windows": 400}, ["--stack_windows", "400", "at most 216", "series.csv"]),
         ({"skip": "stack", "data_pretrain": "ETTh1"}, ["--data_pretrain", "ETTh1", "linear stack"]),
+        ({"skip_mode": "beside", "skip": "linear"}, ["--skip_mode", "beside", "residual", "--skip ridge or stack"]),
+        ({"loss": "MASE"}, ["--loss", "MASE", "MSE, MAE or MAE+FFT", "m4"]),
         ({"model": "Ridge", "skip": "ridge"}, ["--skip", "ridge", "expected none", "Ridge"]),
         ({"model": "PatchTST", "load_in_4bit": True}, ["--load_in_4bit", "PatchTST"]),
         ({"model": "PatchTST", "max_sequences": 8}, ["--max_sequences", "8", "expected 0", "PatchTST"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.realdata import ROOT
-from utils.flags import FLAGS, TEXT, parse_flags, recorded, resumed, run_name
+from utils.flags import BY_NAME, FLAGS, PRESETS, TEXT, parse_flags, recorded, resumed, run_name
 
 # The command line of the reproduction guide, section 1.3.
 GUIDE = (
@@ -68,7 +68,7 @@ def test_documented_defaults_and_what_follows_from_other_flags() -> None:
     ):  # fmt: skip
         args = vars(parse_flags([*REQUIRED, *words.split()]))
         assert {name: args[name] for name in documented} == documented | changed
-    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate"}
+    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate", "set_by_preset"}
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.type.expected != TEXT.expected], ids=lambda f: f.name)
@@ -115,6 +115,26 @@ def test_a_wrong_value_is_named(flag, capsys: pytest.CaptureFixture[str]) -> Non
 )  # fmt: skip
 def test_what_can_be_wrong(words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of([*GUIDE, *words.split(" ")], capsys).startswith(expected)
+
+
+def test_the_preset_fills_in_what_is_left_out() -> None:
+    def held(*words: str) -> dict[str, object]:
+        return vars(parse_flags([*REQUIRED, *words]))
+
+    best = held("--preset", "best")
+    assert best["set_by_preset"] == list(PRESETS["best"]) and best["preset"] is None and best["names_rate"] is False
+    assert {name: best[name] for name in best["set_by_preset"]} == PRESETS["best"]
+    for name, value in PRESETS["best"].items():  # as its flag reads it
+        assert type(value) is type(BY_NAME[name].type(str(value))) and value == BY_NAME[name].type(str(value))
+    given = held("--ema", "0.5", "--preset", "best", "--loss", "MSE", "--skip", "none")
+    assert (given["ema"], given["loss"], given["skip"], given["skip_mode"]) == (0.5, "MSE", "none", "residual")
+    assert given["set_by_preset"] == [
+        name for name in best["set_by_preset"] if name not in {"ema", "loss", "skip", "skip_mode"}
+    ]
+    other = held("--preset", "best", "--model", "DLinear")  # of the training alone
+    assert other["skip"] == "none" and other["ema"] == best["ema"] and other["d_model"] == held()["d_model"]
+    plain, test = held("--is_training", "0"), held("--is_training", "0", "--preset", "best")
+    assert plain == test and not test["set_by_preset"]  # which has the training's flags
 
 
 def test_missing_flags_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -177,16 +197,16 @@ ROLES = {
     "pred_len enc_in d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals batch_size learning_rate optimizer loss lradj pct_start use_amp "
     "max_iters skip use_reprogramming llm_ablation use_prompt prompt_lags moving_avg activation data_pretrain "
-    "seasonal_patterns recipe stack_windows",
+    "seasonal_patterns recipe stack_windows skip_mode head_dropout fft_weight ema",
     "never recorded": "resume save_steps log_every checkpoints checkpoint do_predict predict_path predict_steps "
-    "save_predictions plots tensorboard torch_checkpoint intervals append names_rate",
+    "save_predictions plots tensorboard torch_checkpoint intervals append names_rate set_by_preset",
     "fixed": "llm_layers prompt_decimals seq_len patch_len stride n_heads d_ff use_amp skip llm_ablation use_prompt "
-    "prompt_lags stack_windows",
+    "prompt_lags stack_windows skip_mode",
     "baseline": "label_len factor moving_avg activation",
     "inherit": "task_name model_id model_comment model des seed features embed num_workers seq_len label_len pred_len "
     "d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_model_path llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
-    "use_prompt prompt_lags moving_avg activation seasonal_patterns stack_windows",
+    "use_prompt prompt_lags moving_avg activation seasonal_patterns stack_windows skip_mode",
     "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
     "data_path_pretrain encoding date_column id_column drop_columns dayfirst",
 }

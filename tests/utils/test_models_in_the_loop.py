@@ -17,23 +17,27 @@ from data_provider.timestamps import time_marks
 from models.Autoformer import Model as Autoformer
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train
 from utils.flags import parse_flags
+from utils.results.bands import Calibration
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import OFFSETS
 from utils.saving.interrupt import Interrupted, Interrupts
+from utils.setup import setup
+from utils.training.evaluate import score
+from utils.training.train import EVENNESS, Clock, train_epoch, validate
 
 WINDOWS = 101  # of the training rows
 OTHERS = {
     "DLinear": {"model": "DLinear"},
-    "PatchTST": {"model": "PatchTST"},
+    "PatchTST": {"model": "PatchTST", "ema": 0.9, "loss": "MAE+FFT", "head_dropout": 0.5},
     "Autoformer": {"model": "Autoformer"},
     "Ridge": {"model": "Ridge"},
     "LinearStack": {"model": "LinearStack", "stack_windows": 48},
 }
 VARIANTS = OTHERS | {
     "none": {"llm_ablation": "none", "use_reprogramming": 0},
-    "attention": {"llm_ablation": "attention", "skip": "linear"},
+    "attention": {"llm_ablation": "attention", "skip": "linear", "ema": 0.9},
     "transformer": {"llm_ablation": "transformer", "prompt_lags": "peaks"},
-    "random": {"llm_ablation": "random", "skip": "stack", "stack_windows": 48},
+    "random": {"llm_ablation": "random", "skip": "stack", "stack_windows": 48, "skip_mode": "beside", "ema": 0.9},
     "patches alone": {"use_prompt": 0, "use_reprogramming": 0},
 }  # fmt: skip
 
@@ -181,6 +185,51 @@ def test_the_skip_stack_starts_at_the_stack(small, capsys) -> None:
     held = load_file(own / "checkpoint.safetensors")
     assert all(torch.equal(held[f"stack.{name}"], fitted[name]) for name in ("maps", "weights", "deviations"))
     assert moved != found and beside["linear stack"]["mse"] == pytest.approx(alone["mse"], abs=1e-6)
+
+
+@pytest.mark.parametrize("skip", ["ridge", "stack"])
+def test_a_head_beside_the_map_is_averaged_with_it(small, skip: str) -> None:
+    """Epochs are compared by half of each; the shares that are kept are those of the least error, drawn towards a half."""
+    context = setup(parse_flags(small(skip=skip, skip_mode="beside", loss="MAE", stack_windows=48)), 0, Interrupts())
+    train_epoch(context, Clock(context))
+    scores, share = validate(context), context.model.head_share.item()
+    calibrated, parts = context.intervals.offsets, []
+    truths = torch.cat([batch.y for batch in context.loaders["val"]])
+
+    def forecasts(value: float) -> torch.Tensor:
+        context.model.head_share.fill_(value)
+        parts.clear()
+        with Calibration(context) as calibration:
+            found = score(context, "val", lambda *batch: parts.append(batch[1]) or calibration.consume(*batch))
+            calibration.end()
+        assert (found == scores) == (value == 0.5)
+        return torch.cat(parts)
+
+    made = {value: forecasts(value) for value in (0, 0.5, 1, share)}
+    assert np.array_equal(context.intervals.offsets, calibrated)  # of the shares that are kept
+    torch.testing.assert_close(made[share], share * made[1] + (1 - share) * made[0])
+    errors = [(made[value] - truths).square().mean() for value in (0, 1)]
+    w = torch.linspace(0, 1, 2001)[:, None, None]
+    squared = (w * made[1] + (1 - w) * made[0] - truths).square().mean(dim=(1, 2)) * 2 / sum(errors)
+    best = w.flatten()[(squared + EVENNESS * 2 * (w.flatten() - 0.5).square()).argmin()].item()
+    assert share == pytest.approx(best, abs=1e-3) and share not in (0, 0.5, 1)
+    assert f"Share of the head, beside the linear map: {share:.3f}" in (context.folder / "train.log").read_text()
+    context.close()
+
+
+def test_the_preset_sets_what_is_left_out(small, capsys) -> None:
+    words = small(preset="best", stack_windows=48, max_iters=2, ema=0.5, batch_size=4)
+    lines, folder = train(words, capsys), run_folder(words)
+    (line,) = (line for line in lines if line.startswith("--preset sets "))
+    assert (
+        line.startswith("--preset sets --skip stack --skip_mode beside --dropout 0.0 --head_dropout ")
+        and "--ema" not in line
+    )
+    assert "Train, Vali and Test Loss are MAE+FFT; the test's own figures are MSE and MAE" in lines
+    flags = Checkpoint.open(folder).flags
+    assert (flags["preset"], flags["skip"], flags["ema"], flags["batch_size"]) == (None, "stack", 0.5, 4)
+    spelled = small(stack_windows=48, max_iters=2, ema=0.5, batch_size=4) + line.split()[2:]
+    assert any(line.startswith("This run is finished") for line in train([*spelled, "--resume"], capsys))
 
 
 def test_a_drawn_language_model_is_that_of_the_training(small, capsys) -> None:

@@ -39,6 +39,7 @@ DECIDE = {  # the flags that decide about a tensor
     "prototypes": "--llm_model_path --prototypes",
     "reprogramming_layer": "--d_model --n_heads --d_ff --llm_model_path",
     "output_projection": "--d_ff --seq_len --patch_len --stride --pred_len",
+    "head_share": "--skip_mode",
     "stack": "--stack_windows --features, and as many columns",
     "maps": "--stack_windows",
     "weights": "--features, and as many columns",

@@ -126,7 +126,8 @@ def open_folder(
 
 # The line that says when states are saved; InputError where two of them and the checkpoints do not fit.
 def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
-    state = trained_values * (6 if args.optimizer == "adamw8bit" else 12) + 2**18  # each value, and two moments
+    # Each value, two moments of it, and its average.
+    state = trained_values * ((6 if args.optimizer == "adamw8bit" else 12) + 4 * bool(args.ema)) + 2**18
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
     size = 2 * state + 4 * trained_values * (2 + args.torch_checkpoint) + MARGIN - sum(path.stat().st_size for path in held)
     if (free := free_bytes(folder)) < size:

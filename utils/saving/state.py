@@ -1,9 +1,9 @@
 """The whole state of a run between two iterations, in files that outlive what ends it.
 
 `state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
-tensors, the optimizer's, and the random generators of every process. The newest two are kept; before a third is written
-the older one goes. The order of the batches needs no state (see data_provider/sampler.py), nor does the learning
-rate (utils/training/optimizer.py).
+tensors, their average (`--ema`), the optimizer's, and the random generators of every process. The newest two are kept;
+before a third is written the older one goes. The order of the batches needs no state (see data_provider/sampler.py), nor
+does the learning rate (utils/training/optimizer.py).
 """
 
 import copy
@@ -44,6 +44,7 @@ class Progress:
 
     epoch: int = 1  # the one that runs
     iteration: int = 0  # iterations done in it
+    steps: int = 0  # of the optimizer, in all epochs
     loss_sum: float = 0.0  # of these iterations
     best_vali_loss: float = float("inf")
     epochs_without_improvement: int = 0
@@ -118,7 +119,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def pack(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict, device: torch.device
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: list[torch.Tensor],
+    progress: Progress,
+    identity: dict,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What a state file holds, the tensors not copied; all processes take part.
 
@@ -134,6 +140,7 @@ def pack(
         **json.loads(json.dumps(told)),  # also the same bytes: pickle writes whether two equal strings are one object
         "random": gather_object([random_state(device)]),
         "model": trained,
+        "average": average,
         "optimizer": optimizer.state_dict()["state"],
     }
 
@@ -180,6 +187,7 @@ class Saver:
     Attributes:
         identity: what the state says of the run, see `identity`.
         record: what the checkpoint says of the run.
+        average: of the trained tensors, with --ema.
         last: the newest good state file.
     """
 
@@ -191,6 +199,7 @@ class Saver:
     device: torch.device
     identity: dict[str, Any]
     record: dict[str, Any]
+    average: list[torch.Tensor] = field(default_factory=list)
     last: Path | None = None
     saved_step: tuple[int, int] | None = None  # epoch and iteration of that file
     saved_at: float = field(default_factory=time.monotonic)
@@ -201,6 +210,8 @@ class Saver:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(saved["model"][name])
+            for tensor, held in zip(self.average, saved.get("average", []), strict=True):
+                tensor.copy_(held)
         groups = self.optimizer.state_dict()["param_groups"]
         moments = copy.deepcopy(saved["optimizer"])  # windows would keep a removed file's space taken
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -237,7 +248,7 @@ class Saver:
         if step == self.saved_step:
             return
         with self.explained():
-            packed = pack(self.model, self.optimizer, progress, self.identity, self.device)
+            packed = pack(self.model, self.optimizer, self.average, progress, self.identity, self.device)
             if self.accelerator.is_main_process:
                 self.last = save_state(self.folder, packed, self.last)
         # Nobody leaves before the file is in its place: a launcher ends the others soon after one has left.

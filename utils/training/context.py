@@ -19,6 +19,7 @@ from utils.saving.checkpoint import Checkpoint
 from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver
+from utils.training.optimizer import Average
 from utils.training.precision import Precision
 
 
@@ -29,6 +30,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scheduler_steps: int  # after each iteration; 0: one an epoch
+    average: Average
     saver: Saver
     progress: Progress
     journal: Journal | None  # history.csv and what goes with it; one process has it

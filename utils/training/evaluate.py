@@ -43,7 +43,7 @@ def evaluate(
         batches: each process passes its own share of the windows.
         forecast: forecasts a batch, in parts where need be.
         consume: called with each batch and its forecasts `[M, H]`, both on the device.
-        loss: of sequences with masks, each of which counts alike.
+        loss: of sequences, each of which counts alike.
         device: the model's; None: the accelerator's.
     """
     device = device or accelerator.device
@@ -60,6 +60,7 @@ def evaluate(
         count = torch.full_like(totals[2], error.numel())
         if mask is not None:
             error, count = error * mask, mask.sum().double()
+        if mask is not None or loss is not mean_squared:
             totals[3] += loss(forecasts, batch).double() * len(batch)
             totals[4] += len(batch)
         totals[:3] += torch.stack([error.square().sum(), error.abs().sum(), count])

@@ -1,8 +1,8 @@
 """Losses by the name of `--loss`: a function (forecast `[M, H]`, sequences) -> their mean, a number.
 
-Where the sequences have a mask, a value that does not exist counts nothing, and each sequence counts alike: so the
-parts of a batch add up to the whole. SMAPE, MASE and MAPE are those that the M4 competition and its followers train
-with (Oreshkin et al., N-BEATS, ICLR 2020): they do not depend on a series' scale.
+Where the sequences have a mask (of M4 alone, to which MAE and MAE+FFT are not given), a value that does not exist counts
+nothing, and each sequence counts alike: so the parts of a batch add up to the whole. SMAPE, MASE and MAPE are those that
+the M4 competition and its followers train with (Oreshkin et al., N-BEATS, ICLR 2020): they do not depend on a series' scale.
 """
 
 from argparse import Namespace
@@ -22,7 +22,9 @@ def loss_of(args: Namespace) -> Loss:
     """The function that `--loss` names; its seasons, for MASE, are those of `--seasonal_patterns`."""
     if args.loss == "MASE":
         return partial(mase, season=PATTERNS[args.seasonal_patterns].season)
-    return {"MSE": mean_squared, "SMAPE": smape, "MAPE": mape}[args.loss]
+    if args.loss == "MAE+FFT":
+        return partial(absolute_and_spectral, share=args.fft_weight)
+    return {"MSE": mean_squared, "MAE": mean_absolute, "SMAPE": smape, "MAPE": mape}[args.loss]
 
 
 # Mean of (f - y)^2.
@@ -30,6 +32,21 @@ def mean_squared(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     if part.y_mask is None:
         return F.mse_loss(forecast, part.y)
     return _mean((forecast - part.y).square(), part)
+
+
+# Mean of |f - y|.
+def mean_absolute(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
+    return F.l1_loss(forecast, part.y)
+
+
+def absolute_and_spectral(forecast: torch.Tensor, part: Batch, share: float) -> torch.Tensor:
+    """(1 - share) times the mean of |f - y|, and share times that of |rfft(f - y)|.
+
+    The error's Fourier transform runs along the horizon and is orthonormal: so the two are of one size, whatever the horizon
+    (after Wang et al., FreDF, ICLR 2025).
+    """
+    spectrum = torch.fft.rfft(forecast - part.y, norm="ortho")  # (M, H // 2 + 1)
+    return (1 - share) * F.l1_loss(forecast, part.y) + share * spectrum.abs().mean()
 
 
 def smape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:

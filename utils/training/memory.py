@@ -205,8 +205,9 @@ def fitting_sequences(model: ForecastModel, args: Namespace) -> int:
         held, used = torch.cuda.memory_reserved(backbone.device), torch.cuda.memory_allocated(backbone.device)
         cap = int(torch.cuda.get_per_process_memory_fraction(backbone.device) * total)
         free = min(free + held - used, cap - used)
-    if args.is_training:  # gradients and optimizer state are not there yet
-        free -= sum(p.numel() for p in model.parameters()) * (4 + OPTIMIZER_BYTES[args.optimizer])
+    if args.is_training:  # gradients, optimizer state and average are not there yet
+        each_value = 4 + OPTIMIZER_BYTES[args.optimizer] + 4 * bool(args.ema)
+        free -= sum(p.numel() for p in model.parameters()) * each_value
         if model.mapping_layer is not None and args.optimizer != "adamw8bit":  # formed in blocks
             free += model.mapping_layer.weight.numel() * 4 - BLOCK_BYTES
     fit = max(1, int(SHARE * free / each))

@@ -1,10 +1,14 @@
-"""The optimizer, which steps the mapping layer's weight a block at a time, and the scheduler of its learning rate."""
+"""The optimizer, which steps the mapping layer's weight a block at a time, the scheduler of its learning rate, and the
+average of the weights that it makes."""
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from layers.mapping import MappingLayer
 from models.base import ForecastModel
@@ -52,6 +56,41 @@ class BlockAdam(torch.optim.Adam):
                 amsgrad=False, maximize=False,
             )  # fmt: skip
             del gradient  # before the next block is formed
+
+
+class Average:
+    """The exponential moving average of the trained weights (`--ema`), with which a run is validated, tested and kept.
+
+    A run of few steps would keep much of the weights that it began with: so its average is that of about the last quarter of
+    its steps, until `decay` says fewer (polynomial decay, Shamir and Zhang, ICML 2013, with eta = 3).
+
+    Attributes:
+        tensors: the average of each trained tensor; none with a decay of 0.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad and decay]
+        self.tensors = [parameter.detach().clone() for parameter in self.trained]
+
+    def step(self, steps: int) -> None:
+        """Take in the weights that the optimizer has made with its step number `steps`, the first being 1."""
+        if self.tensors:
+            average = get_ema_multi_avg_fn(min(self.decay, 1 - 4 / (steps + 3)))
+            average(self.tensors, [parameter.detach() for parameter in self.trained], steps)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model has the averaged weights; nothing is copied."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.trained, self.tensors, strict=True):
+            parameter.data, average.data = average.data, parameter.data
 
 
 def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.Optimizer:

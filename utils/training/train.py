@@ -26,6 +26,7 @@ from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
 
 TestFound = tuple[TestPass | M4Pass, Scores]
+EVENNESS = 0.3  # how strongly the shares of a model and the linear map beside it are drawn towards one half
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
 MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
@@ -59,7 +60,7 @@ def train(context: Context) -> TestFound | None:
             seconds = time.perf_counter() - began
             context.log(f"Epoch: {progress.epoch} cost time: {seconds:.1f}")
             began = time.perf_counter()
-            with context.training.saver.explained():  # validation and test write to the disk
+            with context.training.saver.explained(), context.training.average.in_place():  # both write to the disk
                 vali = Scores(train_loss, train_loss, train_loss) if args.all_rows else validate(context)
                 results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss and not args.all_rows)
             if vali.loss < progress.best_vali_loss:
@@ -156,6 +157,8 @@ def train_step(context: Context, batch: Batch, due: bool = False) -> tuple[float
         # The first step makes the optimizer's moments, which are larger than the trained values.
         with explain_out_of_memory("the optimizer's step", lambda: advice(context.args, model)):
             optimizer.step()
+        progress.steps += 1
+        context.training.average.step(progress.steps)
         progress.loss_sum += value
         progress.skipped_in_a_row = 0
     else:
@@ -259,14 +262,45 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
 
 
 def validate(context: Context) -> Scores:
-    """Score the validation split; the errors of the best epoch so far become the run's prediction intervals."""
-    if not context.levels:
-        return score(context, "val")
+    """Score the validation split; the errors of the best epoch so far become the run's prediction intervals.
+
+    A model that is trained beside a linear map is scored with half of each: so epochs compare. Of the best one so far the
+    shares are chosen then, and its prediction intervals take a second pass.
+    """
+    best, share = context.training.progress.best_vali_loss, context.model.head_share
+    found = None if share is None else choose_share(context, share)
+    if not context.levels or (found is not None and not found.loss < best):
+        return found or score(context, "val")
     with Calibration(context) as calibration:
         vali = score(context, "val", calibration.consume)
-        if vali.loss < context.training.progress.best_vali_loss:
+        if found is not None or vali.loss < best:
             calibration.end()
-    return vali
+    return found or vali
+
+
+def choose_share(context: Context, share: torch.Tensor) -> Scores:
+    """Score the validation split with half the model's own forecast and half its linear map's; of the best epoch so far, set
+    `share` to what validation says.
+
+    That is the least squared error, with a penalty that draws it towards one half (as the weights of a linear stack are
+    drawn, see `fit_stack`): validation by itself would often throw one of the two away that the test set needs.
+    """
+    share.fill_(0.5)
+    sums = torch.zeros(3, dtype=torch.float64, device=context.device)  # squared errors: of map, mean, own
+
+    def consume(batch: Batch, forecast: torch.Tensor) -> None:
+        linear = context.model.linear_forecast(batch)  # (M, H)
+        errors = torch.stack([linear, forecast, 2 * forecast - linear]).double() - batch.y
+        sums.add_((errors if batch.y_mask is None else errors * batch.y_mask).square().sum(dim=(1, 2)))
+
+    found = score(context, "val", consume)
+    if found.loss < context.training.progress.best_vali_loss:
+        linear, mean, own = context.accelerator.reduce(sums)
+        # The error is a parabola of the share: these three are its values at 0, 1/2 and 1.
+        apart = 2 * (linear + own) - 4 * mean  # (sum of |own - linear|^2)
+        share.fill_((0.5 + (linear - own) / (2 * (apart + EVENNESS * (linear + own)))).clamp(0, 1).nan_to_num(0.5))
+        context.log(f"Share of the head, beside the linear map: {share.item():.3f}")
+    return found
 
 
 def test_epoch(context: Context, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
@@ -298,7 +332,7 @@ def end_epoch(context: Context, train_loss: float, vali: Scores, test: Scores | 
     if improved:
         context.log(f"Validation loss decreased ({progress.best_vali_loss:.6f} --> {vali.loss:.6f}). Saving model ...")
         progress.best_vali_loss = vali.loss
-        with _explained(context):
+        with _explained(context), context.training.average.in_place():
             context.training.saver.save_checkpoint(progress.history[-1], context.intervals)
     progress.next_epoch()
     save(context)

@@ -18,7 +18,7 @@ from layers.errors import LoaderError, RunError
 from tests.small_run import figures, run_folder, train
 from utils.flags import parse_flags
 from utils.saving.interrupt import Interrupts
-from utils.saving.state import FIRST_SCALE
+from utils.saving.state import FIRST_SCALE, state_files
 from utils.setup import setup
 from utils.training.context import Context
 from utils.training.evaluate import score
@@ -264,6 +264,37 @@ def overflow(context: Context, steps: set[int]) -> None:
     calls = iter(range(1, 1000))
     bias = context.model.output_projection.linear.bias
     bias.register_hook(lambda gradient: gradient * (float("inf") if next(calls) in steps else 1))
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(begin, monkeypatch) -> None:
+    """Six steps, of which one is skipped, against a loop by hand; the run itself goes on from its own weights."""
+    context = begin(amp_dtype="fp16", ema=0.6, skip="linear", max_iters=7, batch_size=4)
+    made: list[dict[str, torch.Tensor]] = []  # the weights after each step
+    overflow(context, {3})
+    step = utils.training.train.train_step
+
+    def watched(*given: object):
+        told = step(*given)
+        made.append({name: value.detach().clone() for name, value in context.model.named_parameters()})
+        return told
+
+    monkeypatch.setattr(utils.training.train, "train_step", watched)
+    fit(context)
+    assert "iteration 3: a gradient is NaN or infinite; the step is skipped" in logged(context) and len(made) == 7
+    del made[2]
+    average = made[0]
+    for t, weights in enumerate(made[1:], start=2):
+        decay = min(0.6, 1 - 4 / (t + 3))  # 0.2, 0.33, 0.43, 0.5, 0.56: of the last quarter
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+    kept = load_file(context.folder / "checkpoint.safetensors")
+    state = torch.load(state_files(context.folder)[0])
+    for name, held in context.model.state_dict().items():  # names and layout of the checkpoint
+        wanted = average[name].t() if name == "mapping_layer.weight" else average[name]
+        torch.testing.assert_close(kept[name], wanted, rtol=1e-5, atol=1e-7)
+        last = made[-1][name].t() if name == "mapping_layer.weight" else made[-1][name]
+        assert torch.equal(held, last) and torch.equal(state["model"][name], last)
+    context.model.load_state_dict({name: kept[name] for name in context.model.state_dict()})
+    assert context.training.progress.best_vali_loss == score(context, "val").loss
 
 
 def test_skips_end_the_run_once_the_scale_is_one(begin) -> None:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,26 @@ def test_losses_are_their_formulas(name: str, masked: bool, monkeypatch) -> None
     assert torch.isfinite(leaf.grad).all()
     if masked:
         assert not leaf.grad[3, 1:].any() and leaf.grad[3, 0]
+
+
+def test_absolute_errors_in_time_and_frequency() -> None:
+    """The Fourier transform written out as a sum over the horizon, a frequency after the other."""
+    forecast, sequences = part(False, H=7)
+    forecast[0, 2] = sequences.y[0, 2]
+    error = (forecast - sequences.y).double().numpy()
+    waves = np.exp(-2j * np.pi * np.outer(np.arange(7), np.arange(4)) / 7) / 7**0.5  # (H, H // 2 + 1)
+    in_time, in_frequency = np.abs(error).mean(), np.abs(error @ waves).mean()
+    for name, weight in (("MAE", 0.5), ("MAE+FFT", 0.0), ("MAE+FFT", 0.3), ("MAE+FFT", 1.0)):
+        loss, share = loss_of(Namespace(loss=name, fft_weight=weight)), weight * (name != "MAE")
+        found = loss(leaf := forecast.clone().requires_grad_(), sequences)
+        assert float(found.detach()) == pytest.approx((1 - share) * in_time + share * in_frequency, rel=1e-5)
+        pieces = [loss(forecast[i : i + 1], piece) for i, piece in enumerate(sequences.split(1))]
+        assert float(sum(pieces) / len(pieces)) == pytest.approx(float(found.detach()), rel=1e-5)
+        found.backward()
+        assert torch.isfinite(leaf.grad).all()
+    exact = sequences.y.clone().requires_grad_()
+    loss(exact, sequences).backward()
+    assert not exact.grad.any()  # and no NaN
 
 
 def test_smape_does_not_reward_a_forecast_for_its_size() -> None:

@@ -25,6 +25,7 @@ M4 = {
     "label_len": None, "pred_len": None, "patch_len": 1, "stride": 1, "batch_size": 3, "train_epochs": 3,
     "optimizer": "adamw",
 }  # fmt: skip
+BESIDE = {"prototypes": "direct", "skip": "ridge", "skip_mode": "beside", "ema": 0.9, "loss": "MAE+FFT"}
 SCORES = "test", "windows", "standardised"
 
 
@@ -45,7 +46,8 @@ def left(words: list[str]) -> tuple[dict[str, torch.Tensor], pd.Series, pd.Serie
     folder = run_folder(words)
     held = torch.load(state_files(folder)[0])
     moments = {f"{number}.{name}": value for number, of in held["optimizer"].items() for name, value in of.items()}
-    tensors = {name: value for name, value in (held["model"] | moments).items() if torch.is_tensor(value)}
+    average = {f"average.{number}": value for number, value in enumerate(held["average"])}
+    tensors = {name: value for name, value in (held["model"] | average | moments).items() if torch.is_tensor(value)}
     metrics = json.loads((folder / "metrics.json").read_text())
     scores = pd.json_normalize({part: metrics[part] for part in SCORES if part in metrics}).iloc[0]
     return tensors, pd.read_csv(folder / "steps.csv")["loss"], scores.explode().astype(float)
@@ -76,13 +78,14 @@ def without_dropout(words: list[str], processes: int) -> list[str]:
     [
         # Without --device, where there is no GPU: a group on the CPU all the same.
         ({"optimizer": "adam", "max_sequences": 5, "device": "cpu" if nvidia_driver() else None}, 2, 1e-6),
+        (BESIDE, 2, 1e-6),
         pytest.param({"optimizer": "adamw8bit"}, 2, 1e-4, marks=pytest.mark.long),
         pytest.param({"optimizer": "adamw", "prototypes": "direct"}, 2, 1e-6, marks=pytest.mark.long),
         # Its norms' biases are near zero, where they began.
         pytest.param({"model": "PatchTST", "llm_model_path": None}, 3, 1e-5, marks=pytest.mark.long),
         pytest.param(M4, 2, 1e-6, marks=pytest.mark.long),
     ],
-    ids=["vocab", "8bit", "direct", "batch norm", "m4"],
+    ids=["vocab", "beside", "8bit", "direct", "batch norm", "m4"],
 )
 def test_several_processes_leave_what_one_leaves(
     words, capsys, monkeypatch, tmp_path: Path, flags, processes, tolerance
