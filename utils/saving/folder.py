@@ -74,7 +74,7 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
         release: lets go of the file that the caller has open in it.
 
     Raises:
-        OSError: the file system refused.
+        StorageError: the file system refused.
     """
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
@@ -83,7 +83,8 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
         folder.rename(aside)
     except OSError:  # a Windows drive renames no folder in which a file is open, such as the lock's
         release()
-        folder.rename(aside)
+        with writing(aside):
+            folder.rename(aside)
     return aside
 
 
