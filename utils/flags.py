@@ -413,7 +413,7 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     missing = [f"--{name}" for name in required if name not in given]
     if missing and "checkpoint" in given and not held:
         got = (
-            "no record of a training in it (a damaged file, the mean of repeats, or none of this program)"
+            "no record of a training in it (a damaged or unreadable file, the mean of repeats, or none of this program)"
             if Path(given["checkpoint"]).exists()
             else "no such file or folder"
         )

@@ -266,6 +266,8 @@ def _open_log(plan: Plan) -> RunLog:
     args, series = plan.args, plan.series
     with writing(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(plan.folder, os.W_OK):  # else a test would find it at its end, and lose its figures
+        raise input_error(f"--checkpoints {plan.folder}", "no writing", "a folder that can be written", "name another")
     name = "train.log" if args.is_training else "test.log" if plan.splits else "forecast.log"
     log = RunLog(plan.folder / name) if plan.accelerator.is_main_process else RunLog(terminal=False)
     log(f"Using device: {plan.device}")

@@ -155,6 +155,16 @@ def test_the_machine(refuse, monkeypatch, tmp_path: Path) -> None:
     assert all("bitsandbytes" in refuse(**flags) for flags in ({"load_in_4bit": True}, {"optimizer": "adamw8bit"}))
 
 
+def test_a_run_folder_that_is_read_only(small, capsys, monkeypatch) -> None:
+    """A test says so at once, not when its figures are to be written; root, who runs tests, may write everywhere."""
+    words = small(model="DLinear", max_iters=1)
+    train(words, capsys)
+    folder = run_folder(words)
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    line = refusal([*words, "--is_training", "0"], capsys)
+    assert line == f"--checkpoints {folder}: got no writing, expected a folder that can be written; name another"
+
+
 def test_a_checkpoint_of_another_shape(small, capsys) -> None:
     """Which flag decides is told. A checkpoint of older code has no record: its tensors' shapes alone tell."""
     words = small(max_iters=1)

@@ -143,9 +143,10 @@ def test_missing_flags_are_named(capsys: pytest.CaptureFixture[str], tmp_path: P
     for words, flag in (("--llm_model GPT2", "--llm_model_path"), ("--data custom", "--data_path")):
         assert error_of([*REQUIRED, *words.split()], capsys).startswith(f"{flag}: got nothing, expected the ")
     # With a checkpoint it is the checkpoint that is missing: the flags would come from it.
+    unread = "a damaged or unreadable file, the mean of repeats, or none of this program"
     for place, got in (
         (tmp_path / "gone", "no such file or folder"),
-        (tmp_path, "no record of a training in it (a damaged file, the mean of repeats, or none of this program)"),
+        (tmp_path, f"no record of a training in it ({unread})"),
     ):
         line = error_of(["--is_training", "0", "--do_predict", "--checkpoint", str(place)], capsys)
         assert line == f"--checkpoint {place}: got {got}, expected a run's folder or its checkpoint"

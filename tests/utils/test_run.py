@@ -282,3 +282,12 @@ def test_a_bar_in_a_terminal_and_no_line(small, capsys, monkeypatch) -> None:
     utils.run.main(parse_flags(small(model="DLinear", max_iters=4, eval_batch_size=8)))
     out, err = capsys.readouterr()
     assert "batches" not in out and "val batches: " in err and "test batches: " in err and "| 0/4 [" in err
+    monkeypatch.undo()
+    reader, writer = os.openpty()  # a terminal without a size
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        list(log.Progress(range(3), desc="parts", mininterval=0))
+    said = b""
+    while b"parts:  67%|" not in said:  # what is said comes in pieces; where they end, read fails
+        said += os.read(reader, 1000)
+    os.close(reader)

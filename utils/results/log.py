@@ -159,6 +159,8 @@ class Progress(tqdm):
             | {"disable": not self.log.terminal, "leave": False, "miniters": 1, "smoothing": 0}
             | ({} if self.is_bar else lines),
         )
+        if getattr(self, "ncols", None) == -1:  # a terminal without a size, as a container's may be, would show none
+            self.ncols, self.nrows = 80, 20
 
     # What tqdm calls to show how far it is.
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:

@@ -70,7 +70,7 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
         release: lets go of the file that the caller has open in it.
 
     Raises:
-        OSError: the file system refused.
+        StorageError: the file system refused.
     """
     numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     aside = next(path for path in numbered if not os.path.lexists(path))
@@ -78,7 +78,8 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
         folder.rename(aside)
     except OSError:  # a Windows drive renames no folder in which a file is open, such as the lock's
         release()
-        folder.rename(aside)
+        with writing(aside):
+            folder.rename(aside)
     return aside
 
 
