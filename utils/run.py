@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from data_provider.data_loader import FileSeries
 from data_provider.splits import M4
@@ -44,11 +45,12 @@ def main(args: Namespace, interrupts: Interrupts | None = None) -> int:
             context.log.note(f"error: {error}")  # the entry prints it, but the terminal may be gone
             raise
         context.close()
-        device, again, intervals = context.device, settings_of_a_refit(context) if args.refit else None, context.intervals
+        device, again = context.device, settings_of_a_refit(context) if args.refit else None
+        intervals, share = context.intervals, context.model.head_share
         del context
         free_memory(device)  # the next repeat loads its model into the memory of this one's
         if again is not None:
-            refit(again, repeat, interrupts or Interrupts(), intervals)
+            refit(again, repeat, interrupts or Interrupts(), intervals, share)
     return 0
 
 
@@ -59,17 +61,21 @@ def settings_of_a_refit(context: Context) -> Namespace:
     return Namespace(**vars(context.args) | steps | {"all_rows": True})
 
 
-def refit(args: Namespace, repeat: int, interrupts: Interrupts, intervals: Intervals | None) -> None:
+def refit(
+    args: Namespace, repeat: int, interrupts: Interrupts, intervals: Intervals | None, share: torch.Tensor | None
+) -> None:
     """Train on all rows, in the folder refit of the run's, and forecast with that model.
 
     Args:
-        intervals: of the model before, which are the best that is known: no row is left to calibrate on.
+        intervals, share: bands and `head_share` of the model before: no row is left to calibrate or choose on.
 
     Raises:
         InputError, RunError, Interrupted: see `main`.
     """
     context = setup(args, repeat, interrupts)
     context.log(f"Refit on all rows for {args.train_epochs} x {context.steps_per_epoch} steps: Vali Loss is the training's")
+    if share is not None:
+        context.model.head_share.copy_(share)
     fit(context)
     if intervals is not None:
         context.intervals = intervals
