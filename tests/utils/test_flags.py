@@ -68,7 +68,7 @@ def test_documented_defaults_and_what_follows_from_other_flags() -> None:
     ):  # fmt: skip
         args = vars(parse_flags([*REQUIRED, *words.split()]))
         assert {name: args[name] for name in documented} == documented | changed
-    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate", "set_by_preset"}
+    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate", "set_by_preset", "all_rows"}
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.type.expected != TEXT.expected], ids=lambda f: f.name)

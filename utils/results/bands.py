@@ -144,8 +144,10 @@ def follow(errors: np.ndarray, origins: np.ndarray, dates: np.ndarray, level: fl
     each, ranks, inside = ends(level)[0], np.full(errors.shape, np.nan), np.full(errors.shape, np.nan)
     beyond, at = np.full((2, errors.shape[1]), each), np.empty((len(errors), 2, errors.shape[1]))
     times = np.concatenate([origins[:1], origins, [dates.max()]])
-    for o, (before, now) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        new = np.nonzero((before < dates) & (dates <= now))
+    order = np.argsort(dates, axis=None, kind="stable")
+    known_by = np.searchsorted(dates.ravel()[order], times, side="right")
+    for o, now in enumerate(times[1:]):
+        new = np.unravel_index(order[known_by[o] : known_by[o + 1]], dates.shape)
         found = ranks[new[0], :, new[1]]  # (rows that have just come true, N)
         if np.isfinite(found).any():
             missed = np.stack([found <= at[new[0], 0], 1 - found <= at[new[0], 1]]).sum(axis=1)
