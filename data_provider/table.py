@@ -146,6 +146,8 @@ def _parse(path: Path, file: IO[Any], encoding: str, texts: list[str | None]) ->
     lines = [re.sub('"[^"]*"', "", line) for line in file.readlines(1 << 14)]
     if not "".join(lines).strip():
         raise input_error(path, "an empty file", "a header line and rows of numbers")
+    if not lines[0].strip():
+        raise input_error(f"{path}: row 1", "an empty line", "the header")
     counts = {sign: [line.count(sign) for line in lines if line.strip()] for sign in SEPARATORS}
     # The one that every line has as often, else the one that the header has most.
     separator = max(counts, key=lambda sign: (counts[sign][0] and len(set(counts[sign])) == 1, counts[sign][0]))
