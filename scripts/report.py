@@ -164,7 +164,7 @@ def _page(
 ) -> str:
     parts = [f"<p>{html.escape(head)}</p><div class=wide>{table.to_html(na_rep='-', border=0, index_names=False)}</div>"]
     parts.append(f"<pre>{html.escape(chr(10).join(said))}</pre>")
-    for picture in sorted((folder / "plots").glob("*.png")):
+    for picture in sorted((folder / "plots").glob("*.png"), key=lambda path: (path.stem[:4] not in ("fore", "test"), path)):
         name = picture.stem.replace("_", " ").capitalize()
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')

@@ -268,7 +268,7 @@ def _lines(path: Path, count: int, title: str, xlabel: str, ylabel: str) -> Iter
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0.5, count + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         dress(axes)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
 
 @contextmanager
