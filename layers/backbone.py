@@ -102,7 +102,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
     windows = [getattr(config, name, None) or 2**31 for name in ("sliding_window", "window_size", "attention_chunk_size")]
     # GPT2 names its positions differently; the attribute map of its config knows both names. MPT's does not.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or -1
-    about = folder / "backbone.json"  # of scripts/get_backbone.py
+    about = folder / "backbone.json"  # of scripts/get_backbone.py and make_backbone.py
     return BackboneInfo(
         folder=folder,
         hidden_size=hidden_size,
@@ -120,7 +120,7 @@ def find_backbone(name: str, path: str | None) -> BackboneInfo:
             "vocab_size": vocab_size,
             "fingerprint": fingerprint,
         },
-        note=json.loads(about.read_text(encoding="utf-8"))["note"] if about.is_file() else "",
+        note=json.loads(about.read_text(encoding="utf-8")).get("note", "") if about.is_file() else "",
     )
 
 

@@ -166,6 +166,7 @@ def make_backbone(
         # Two shards or more, as a large model has.
         most = min(MAX_SHARD_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // 2)
         save_torch_state_dict(tensors, partial, max_shard_size=most, metadata={"format": "pt"})
+        (partial / "backbone.json").write_text(json.dumps({"note": "random weights, which know no language"}))
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -71,9 +71,7 @@ def test_verdict_covers_win_draw_loss_and_what_cannot_be_told():
 
 
 def test_one_page_has_all_of_it(backbones, capsys, tmp_path: Path) -> None:
-    words = command_line(
-        tmp_path, backbones["qwen2"], skip="ridge", llm_ablation="random", max_iters=2, do_predict=True, intervals="80"
-    )
+    words = command_line(tmp_path, backbones["qwen2"], skip="ridge", max_iters=2, do_predict=True, intervals="80")
     train(words, capsys)
     text, page = report(run_folder(words), tmp_path / "report.html"), (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Time-LLM on a ridge map (this run)" in text and "The language model has read nothing" in text
@@ -87,11 +85,6 @@ def test_one_page_has_all_of_it(backbones, capsys, tmp_path: Path) -> None:
     ):
         assert said in page, said
     pictures = re.findall(r'<h2>([^<]+)</h2><img alt="[^"]+" src="data:image/png;base64,([A-Za-z0-9+/=]+)">', page)
-    assert [name for name, _ in pictures] == [
-        "Coverage by step",
-        "Error by step",
-        "Forecast",
-        "Loss by epoch",
-        "Test windows",
-    ]
+    names = ["Forecast", "Test windows", "Coverage by step", "Error by step", "Loss by epoch"]
+    assert [name for name, _ in pictures] == names
     assert "http" not in page and "prefers-color-scheme" not in page and "color-scheme: light dark" in page
