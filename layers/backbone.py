@@ -319,12 +319,12 @@ class Backbone:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(random_seed)
                 self.model = AutoModel.from_config(_config(info, layers), dtype=dtype)
-            self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper has lost its signature
+            self.model.to(device)
         else:
             self.model = _load(info, layers, device, four_bit, dtype)
         if dtype == torch.float16:
             make_safe(self.model)
-        self.model.pooler = None  # type: ignore[assignment]  # BERT's and others' head over the first token, which many folders lack
+        self.model.pooler = None  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
@@ -403,7 +403,7 @@ class Backbone:
 
     def to(self, device: torch.device) -> "Backbone":
         """Move to another device. A fast path that was made before is for the old one."""
-        self.model.to(device)  # type: ignore[arg-type]
+        self.model.to(device)
         if self._embeddings_on_host:
             self.keep_embeddings_on_host()
         return self

@@ -21,7 +21,7 @@ def no_weights(backbones, monkeypatch, tmp_path: Path) -> Path:
     def fail(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    for name in ("_load", "_draw"):
+    for name in ("_load", "_config"):
         monkeypatch.setattr(layers.backbone, name, fail)
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", fail)
     folder = Path(shutil.copytree(backbones["qwen2"], tmp_path / "backbone"))

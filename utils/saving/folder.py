@@ -98,7 +98,9 @@ def open_folder(
     Raises:
         InputError: the folder cannot be used, is in use or is too small, or its state is another run's.
     """
-    lock, state, lines = None, None, []
+    lock: FolderLock | None = None
+    state: dict[str, Any] | None = None
+    lines: list[str] = []
     if accelerator.is_main_process:
         lock = FolderLock(folder)
         if args.resume:
