@@ -198,9 +198,10 @@ ROLES = {
     "pred_len enc_in d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals batch_size learning_rate optimizer loss lradj pct_start use_amp "
     "max_iters skip use_reprogramming llm_ablation use_prompt prompt_lags moving_avg activation data_pretrain "
-    "seasonal_patterns recipe stack_windows skip_mode head_dropout fft_weight ema",
+    "seasonal_patterns recipe stack_windows skip_mode head_dropout fft_weight ema bounds",
     "never recorded": "resume save_steps log_every checkpoints checkpoint do_predict predict_path predict_steps "
-    "save_predictions plots tensorboard torch_checkpoint intervals append names_rate set_by_preset",
+    "save_predictions plots tensorboard torch_checkpoint intervals append refit names_rate set_by_preset "
+    "all_rows",
     "fixed": "llm_layers prompt_decimals seq_len patch_len stride n_heads d_ff use_amp skip llm_ablation use_prompt "
     "prompt_lags stack_windows skip_mode",
     "baseline": "label_len factor moving_avg activation",
@@ -209,7 +210,7 @@ ROLES = {
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
     "use_prompt prompt_lags moving_avg activation seasonal_patterns stack_windows skip_mode",
     "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
-    "data_path_pretrain encoding date_column id_column drop_columns dayfirst",
+    "data_path_pretrain encoding date_column id_column drop_columns dayfirst bounds season",
 }
 
 

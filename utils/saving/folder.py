@@ -1,7 +1,6 @@
 """A run's folder: locked while a run trains in it, never overwritten; and the state that a run resumes from there."""
 
 import errno
-import fcntl
 import itertools
 import os
 from argparse import Namespace
@@ -19,6 +18,11 @@ from utils.flags import DEFAULTS, same_experiment
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text, writing
 from utils.saving.state import SECONDS, compare, find_state, read_state, state_files
+
+try:
+    import fcntl
+except ImportError:  # Windows without WSL: nothing there keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
 
 MARGIN = 2**24  # bytes for logs and figures
 SOURCE = "source.txt"  # in a folder of results on another file: that file
@@ -48,7 +52,8 @@ class FolderLock:
             ) from error
         self.warning = ""
         try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise input_error(
