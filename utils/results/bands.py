@@ -1,4 +1,4 @@
-"""Prediction intervals, calibrated on the errors of the validation windows; of forecasts of the future, of the test's too.
+"""Prediction intervals, calibrated on the errors of the validation windows; those of the future on the newest errors.
 
 Split-conformal prediction (Papadopoulos et al., ECML 2002) with signed errors, so that both sides have their own
 length (Linusson et al., PAKDD 2014), each divided by the deviation of its window's history (Lei et al., JASA 2018,
@@ -38,6 +38,7 @@ LARGEST = 1e30  # an offset beyond is no number of deviations
 KEPT = "errors.npy"  # `[W, N, H]` of the validation windows, then of the test's, in deviations of their histories
 FLOOR = 0.05  # the least deviation of a history, as a part of the training's: a sensor stands still, rain has not begun
 ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
+FOLLOWED = 8  # steps ahead whose misses move a band's level at a test's end
 POOL = 500  # past forecasts whose errors count, where bands learn from what has come true
 RATE = 0.05  # how far a miss moves an adaptive band's level
 EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
@@ -99,7 +100,7 @@ class Intervals:
             offset times unit. NaN where the windows were too few. The last two rows are how far below and above its
             forecast each band reaches at least: see `intervals_of`.
         windows: how many were calibrated on, W.
-        newest: calibrated on the test windows, too: for forecasts of rows that neither split has.
+        newest: calibrated on the newest validation and test windows: for forecasts of rows that neither split has.
     """
 
     levels: tuple[float, ...]
@@ -134,7 +135,7 @@ def follow(errors: np.ndarray, origins: np.ndarray, dates: np.ndarray, level: fl
 
     Args:
         errors: `[O, N, H]` of past forecasts in units of their windows; NaN where they have not come true.
-        origins: `[O]` the last date that each knew, in order.
+        origins: `[O]` the last date (or row) that each knew, in order.
         dates: `[O, H]` of their rows.
 
     Returns:
@@ -175,11 +176,12 @@ def recalibrated(errors: np.ndarray, levels: tuple[float, ...], beyond: dict[flo
     for h in range(errors.shape[2]):
         known = errors[np.isfinite(errors[:, 0, h])][-POOL:, :, h]
         found = offsets_of(known, held)
-        for level, (low, high) in beyond.items():
-            for end, shares in zip(ends(level), (low, 1 - high), strict=True):
-                found[held.index(end)] = [
-                    np.quantile(of, share) for of, share in zip(known.T, shares.clip(0, 1), strict=True)
-                ]
+        ordered, W = np.sort(known, axis=0), len(known)
+        for level, (low, high) in beyond.items():  # the ranks of `quantiles`, of each column its own
+            places = np.floor(low * (W + 1)) - 1, W - np.floor(high * (W + 1))
+            for end, place in zip(ends(level), places, strict=True):
+                rank = place.clip(0, W - 1).astype(int)
+                found[held.index(end)] = np.take_along_axis(ordered, rank[None], axis=0)[0]
         rows.append(found)
     return Intervals(levels, np.stack(rows, axis=-1), len(errors))
 
@@ -297,6 +299,21 @@ def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: int 
     return Intervals(levels, np.concatenate(rows, axis=1), W)
 
 
+def newest_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
+    """As `intervals_of`, for forecasts from the file's end: adaptive ones, see `follow`, that have seen the newest windows.
+
+    Of long horizons a few steps say how the level has to move; memory holds some of the channels.
+    """
+    W, N, H = np.load(files[0], mmap_mode="r").shape
+    steps, newest = np.unique(np.linspace(0, H - 1, FOLLOWED).round().astype(int)), min(W, 3 * POOL)
+    at, rows, step = np.arange(newest), [], max(1, ERRORS_AT_ONCE // (newest * H * len(files)))
+    for first in range(0, N, step):
+        errors = np.mean([np.load(file, mmap_mode="r")[-newest:, first : first + step] for file in files], axis=0)
+        beyond = {level: follow(errors[..., steps], at, at[:, None] + 1 + steps, level)[0] for level in levels}
+        rows.append(recalibrated(errors, levels, beyond).offsets)
+    return Intervals(levels, np.concatenate(rows, axis=1), W)
+
+
 def has_errors(folder: Path, series: Series) -> bool:
     """Whether a pass over the validation windows of this series has left its errors in a folder."""
     file = folder / KEPT
@@ -312,4 +329,4 @@ def all_intervals(context: "Context", folders: Sequence[Path], levels: tuple[flo
     if context.intervals is None or not levels or not all(has_errors(folder, context.series) for folder in folders):
         return None
     files = [folder / KEPT for folder in folders]
-    return replace(intervals_of(files, levels, context.intervals.windows), newest=intervals_of(files, levels))
+    return replace(intervals_of(files, levels, context.intervals.windows), newest=newest_of(files, levels))
