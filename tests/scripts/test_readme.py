@@ -66,7 +66,7 @@ def test_own_csv_section_runs_as_it_stands(repository):
     ends = [f"{name}_{end}" for name in ("sales", "visitors") for end in ("lo80", "hi80", "lo95", "hi95")]
     header = ",".join(["date", "sales", "visitors", *ends])
     assert f"{header}\n2024-02-01," in done.stdout
-    assert "Time-LLM (this run)" in done.stdout and "ridge regression" in done.stdout
+    assert "Time-LLM on a ridge map (this run)" in done.stdout and "ridge regression" in done.stdout
     assert "Prediction intervals: from row 25, 2024-02-25 00:00:00, on they are not calibrated" in done.stdout
     history = pd.read_csv(run / "forecasts.csv", parse_dates=["origin", "date"])
     assert list(history.columns) == ["origin", "date", "sales", "visitors", *ends]
