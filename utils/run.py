@@ -75,7 +75,7 @@ def refit(
     context = setup(args, repeat, interrupts)
     context.log(f"Refit on all rows for {args.train_epochs} x {context.steps_per_epoch} steps: Vali Loss is the training's")
     if share is not None:
-        context.model.head_share.copy_(share)
+        context.model.head_share.copy_(share)  # type: ignore[union-attr]  # the same model has one
     fit(context)
     if intervals is not None:
         context.intervals = intervals

@@ -156,11 +156,9 @@ def _row(
     metrics = Metrics(columns, series.mean[kept], series.std[kept], series.pred_len, intervals, bounds=bounds, windows=W)
     for x, y in series.windows("test").sequences():
         values = (made(x, np.resize(np.arange(len(columns)), len(x))), y, stds(x))
-        count = len(x) // len(columns)
-        metrics.add(
-            *(torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in values), torch.arange(first, first + count)
-        )
-        first += count
+        forecasts, truths, unit = (torch.from_numpy(v).unflatten(0, (-1, len(columns))) for v in values)
+        metrics.add(forecasts, truths, unit, torch.arange(first, first + len(forecasts)))
+        first += len(forecasts)
     found, theirs = metrics.result(), metrics.by_window.numpy()
     held = found.get("intervals", {"levels": {}, "wql": None})
     brief = {level: {key: figures[key] for key in ("coverage", "width")} for level, figures in held["levels"].items()}
@@ -254,11 +252,11 @@ def fit_ridge(train: Windows, val: Windows, final: Windows | None = None) -> tup
         weights `[T, H]`, and the penalty as a part of the total weight of the training sequences.
     """
     chosen_by = _moments(val, 2, fitted_every(val))  # errors count on the standardised scale
-    ones, penalties = np.ones(train.seq_len), PENALTIES
-    for windows in (train, final):
-        if windows is not None:
-            weights, *penalties = _choose(_moments(windows, 1, fitted_every(windows)), chosen_by, penalties, ones)
-    return weights, penalties[0]
+    ones = np.ones(train.seq_len)
+    weights, penalty = _choose(_moments(train, 1, fitted_every(train)), chosen_by, PENALTIES, ones)
+    if final is not None:
+        weights, penalty = _choose(_moments(final, 1, fitted_every(final)), chosen_by, [penalty], ones)
+    return weights, penalty
 
 
 def fit_stack(series: FileSeries, members: Sequence[tuple[int, float]], deviating: Sequence[int]) -> dict[str, torch.Tensor]:

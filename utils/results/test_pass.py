@@ -140,8 +140,8 @@ class TestPass:
             "flags": series_flags(context.args),  # on what data the test was made
             **self.metrics.result(),
             "baselines": measured(
-                self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None), context.pretrain,
-                context.args.season,
+                self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None),
+                context.pretrain, context.args.season,  # type: ignore[arg-type]  # both are files
             ),
         }  # fmt: skip
         if self.saves_predictions:
