@@ -19,7 +19,7 @@ from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, refusal, run_fo
 from utils.flags import parse_flags
 from utils.results.bands import Calibration
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.files import OFFSETS
+from utils.saving.files import NEWEST, OFFSETS
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.setup import setup
 from utils.training.evaluate import score
@@ -67,7 +67,7 @@ def same(first: Path, second: Path) -> bool:
     """Whether two states, or the trained tensors of two checkpoints, are the same to the last bit."""
     if first.suffix == ".pt":
         return first.read_bytes() == second.read_bytes()
-    a, b = (load_file(file) | {OFFSETS: torch.zeros(0)} for file in (first, second))
+    a, b = (load_file(file) | dict.fromkeys((OFFSETS, NEWEST), torch.zeros(0)) for file in (first, second))
     return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
 
 

@@ -117,9 +117,11 @@ def test_what_a_checkpoint_holds(argv, backbones, capsys, tmp_path: Path) -> Non
     assert "one series" in filled["prompt_text"]
     assert record["flags"] == {name: vars(args)[name] for name in recorded(args)} | filled
     assert record["columns"] == list(COLUMNS) and record["data"].pop("mark")["rows"] == 224
+    assert record["data"].pop("learned_until") == "2020-01-10 07:00:00"  # the last of 224 hours
     assert record["data"] == {"file": "series.csv", "rows": ROWS, "synthetic": False, "step": "1 hour"}
     identity = find_backbone("QWEN", str(backbones["qwen2"])).identity
-    assert record["backbone"] == identity | {"layers": 1, "load_in_4bit": False}
+    note = "random weights, which know no language"
+    assert record["backbone"] == identity | {"layers": 1, "load_in_4bit": False, "note": note}
     assert record["versions"]["torch"] == torch.__version__ and math.isfinite(record["vali_loss"])
     with safe_open(folder / "checkpoint.safetensors", "pt") as held:
         header = json.loads(held.metadata()["record"])

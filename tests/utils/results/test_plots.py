@@ -26,7 +26,7 @@ def test_a_run_of_many_channels_with_odd_names_and_one_row_ahead(argv, tmp_path,
         train(words, capsys)
     pages = [f"{kind}_{page}.png" for kind in ("test_windows", "forecast") for page in (1, 2)]
     drawn = {path.name: path.read_bytes()[:4] for path in (run_folder(words) / "plots").iterdir()}
-    assert drawn == dict.fromkeys([*pages, "error_by_step.png", "loss_by_epoch.png"], b"\x89PNG")
+    assert drawn == dict.fromkeys([*pages, "error_by_step.png", "coverage_by_step.png", "loss_by_epoch.png"], b"\x89PNG")
 
 
 def test_bands_open_at_the_last_known_row_and_are_lighter_where_they_are_only_widened():

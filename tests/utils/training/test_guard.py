@@ -127,6 +127,7 @@ def test_killed_workers_end_the_run_between_two_steps_with_its_state(begin, smal
     args = {"checkpoints": hit.folder.parent, "save_steps": 0, "resume": True}
     assert f"Resuming from state.1.pt: epoch 1, iteration {done}" in train(small(**flags | args), capsys)
     one, two = (load_file(run.folder / "checkpoint.safetensors") for run in (whole, hit))
+    two.pop("intervals.newest")  # of a test, which the other has not had
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 

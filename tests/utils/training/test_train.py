@@ -65,7 +65,7 @@ def test_lines_best_weights_and_early_stopping(argv, capsys, monkeypatch) -> Non
     head = [
         "Using device: cpu", r".*series\.csv: 320 rows .*", "3 channels: .*", "rows: train 224, .*",
         "prompt: The data hold .*", "No prediction intervals of 95 %: .*", "Trained values: .*; fast path",
-        "train 185", "val 25", "test 57",
+        "Language model: random weights, .*", "train 185", "val 25", "test 57",
     ]  # fmt: skip
     saving = r"A state of .* MB is saved about every 10 minutes, the last two are kept"
     first, second, third = (EPOCH.format(e=epoch, worse=epoch - 1).split("\n") for epoch in (1, 2, 3))
