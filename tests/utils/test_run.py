@@ -265,6 +265,14 @@ def test_a_long_evaluation_says_the_time_left(small, capsys, monkeypatch) -> Non
     told = ((3, "03:00"), (6, "02:00"), (9, "01:00"), (12, "00:00"))
     assert lines() == [f"\tval batches: {done} of 12; left time: {left}" for done, left in told]
     assert lines(log=RunLog(terminal=False)) == []  # another process of a group
+    cells = log.Progress(total=4, desc="cells")
+    now[0] += 100
+    cells.update()
+    now[0] += 90
+    cells.set_postfix_str("the second")  # which does not change how long the first took
+    cells.close()
+    told = ("05:00", "05:00, the second")
+    assert capsys.readouterr().out.splitlines() == [f"\tcells: 1 of 4; left time: {left}" for left in told]
     monkeypatch.undo()
     words = small(model="DLinear", max_iters=4, eval_batch_size=8)
     assert not any("left time" in line and "batches" in line for line in train(words, capsys))
