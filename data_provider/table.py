@@ -341,13 +341,12 @@ def _table(
     if bad.size:
         above, own = (repr(str(cell)) for cell in cells["date"].iloc[bad[0] : bad[0] + 2])
         what = "is earlier than" if steps[bad[0]] < 0 else "repeats, with other values,"
+        hint = "sort the rows by date; where a column names the series of each row, give it as "
         raise input_error(
             f"{path}: row {rows[int(bad[0]) + 1]}, column 'date'",
             f"{own}, which {what} the row above ({above})",
             "timestamps that increase",
-            "sort the rows by date; where a frame has several series, name the column of their names as id_column"
-            if rows is dates
-            else "where a column names the series of each row, give it as --id_column",
+            hint + ("id_column" if rows is dates else "--id_column"),
         )
     if 10 * (repeats := int((steps == 0).sum())) > len(steps):
         dates, values = dates[new], values[new]

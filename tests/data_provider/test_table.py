@@ -68,7 +68,8 @@ BAD_FORMAT = {
              "a number; --drop_columns 'note' leaves the column out"),
     "nameless": (",date,x\n1.5,2020-01-01,1\n", {}, "row 1, column 1: got no name, expected one for each column"),
     "long": (LONG, {}, "row 4, column 'date': got '2020-01-01', which is earlier than the row above ('2020-01-02'), "
-             "expected timestamps that increase; where a column names the series of each row, give it as --id_column"),
+             "expected timestamps that increase; sort the rows by date; where a column names the series of each row, "
+             "give it as --id_column"),
     "id": (LONG, {"id_column": "station"}, "--id_column: got 'station', expected one of id, v, beside a column of numbers"),
     "two values of a date": (LONG + "07,2020-01-02,5\n", {"id_column": "id"}, "row 6, column 'id': got '07' at 2020-01-02"),
     "gap": (LONG + "07,2020-01-03,5\n", {"id_column": "id"}, "row 2020-01-03 00:00:00, column '12': got an empty cell"),

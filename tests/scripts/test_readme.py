@@ -79,7 +79,7 @@ def test_own_csv_section_runs_as_it_stands(repository):
     assert list(forecast.columns) == ["date", "sales", "visitors", *ends] and len(forecast) == 60
     assert 50 < forecast["sales"].mean() < 150  # own units
     assert {path.name for path in (run / "plots").iterdir()} == {
-        "error_by_step.png", "forecast.png", "loss_by_epoch.png", "test_windows.png",
+        "coverage_by_step.png", "error_by_step.png", "forecast.png", "loss_by_epoch.png", "test_windows.png",
     }  # fmt: skip
     assert (run / "on_other" / "metrics.json").is_file() and (run / "predictions.npz").is_file()
 

@@ -125,10 +125,10 @@ def test_what_a_checkpoint_holds(argv, backbones, capsys, tmp_path: Path) -> Non
     assert record["versions"]["torch"] == torch.__version__ and math.isfinite(record["vali_loss"])
     with safe_open(folder / "checkpoint.safetensors", "pt") as held:
         header = json.loads(held.metadata()["record"])
-    assert header.pop("intervals") == {"levels": [80.0], "windows": 25} and header["flags"] == record["flags"]
+    assert header.pop("intervals") == {"levels": [80.0], "windows": 25, "newest_windows": 82} and header["flags"] == record["flags"]
     # nothing of the language model; the same weights for torch.load, which no test needs
     tensors, same = load_file(folder / "checkpoint.safetensors"), torch.load(folder / "checkpoint")
-    assert tensors.keys() == {*TRAINED, "intervals.offsets"} and same.keys() == set(TRAINED)
+    assert tensors.keys() == {*TRAINED, "intervals.offsets", "intervals.newest"} and same.keys() == set(TRAINED)
     assert all(torch.equal(tensors[name], same[name]) for name in TRAINED)
     (folder / "checkpoint").unlink()
     # a batch larger than the training split is refused where it is used, another language model is noticed
@@ -267,6 +267,14 @@ def test_a_long_evaluation_says_the_time_left(small, capsys, monkeypatch) -> Non
     told = ((3, "03:00"), (6, "02:00"), (9, "01:00"), (12, "00:00"))
     assert lines() == [f"\tval batches: {done} of 12; left time: {left}" for done, left in told]
     assert lines(log=RunLog(terminal=False)) == []  # another process of a group
+    cells = log.Progress(total=4, desc="cells")
+    now[0] += 100
+    cells.update()
+    now[0] += 90
+    cells.set_postfix_str("the second")  # which does not change how long the first took
+    cells.close()
+    told = ("05:00", "05:00, the second")
+    assert capsys.readouterr().out.splitlines() == [f"\tcells: 1 of 4; left time: {left}" for left in told]
     monkeypatch.undo()
     words = small(model="DLinear", max_iters=4, eval_batch_size=8)
     assert not any("left time" in line and "batches" in line for line in train(words, capsys))

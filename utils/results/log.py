@@ -162,6 +162,14 @@ class Progress(tqdm):
         if getattr(self, "ncols", None) == -1:  # a terminal without a size, as a container's may be, would show none
             self.ncols, self.nrows = 80, 20
 
+    # Between two steps the time left stays what it was: by tqdm's speed, all steps over all the time so far, it would grow.
+    @property
+    def format_dict(self) -> Any:
+        held = super().format_dict
+        if held["elapsed"] and self.n == self.last_print_n:
+            held["rate"] = (self.n - self.initial) / (self.last_print_t - self.start_t or 1)
+        return held
+
     # What tqdm calls to show how far it is.
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         if self.is_bar:
