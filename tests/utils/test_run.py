@@ -125,7 +125,10 @@ def test_what_a_checkpoint_holds(argv, backbones, capsys, tmp_path: Path) -> Non
     assert record["versions"]["torch"] == torch.__version__ and math.isfinite(record["vali_loss"])
     with safe_open(folder / "checkpoint.safetensors", "pt") as held:
         header = json.loads(held.metadata()["record"])
-    assert header.pop("intervals") == {"levels": [80.0], "windows": 25, "newest_windows": 82} and header["flags"] == record["flags"]
+    assert (
+        header.pop("intervals") == {"levels": [80.0], "windows": 25, "newest_windows": 82}
+        and header["flags"] == record["flags"]
+    )
     # nothing of the language model; the same weights for torch.load, which no test needs
     tensors, same = load_file(folder / "checkpoint.safetensors"), torch.load(folder / "checkpoint")
     assert tensors.keys() == {*TRAINED, "intervals.offsets", "intervals.newest"} and same.keys() == set(TRAINED)
