@@ -270,7 +270,7 @@ BAD_FRAMES = {
     "short": (lambda f: f.iloc[-31:], "frame: got 31 rows, expected at least 32, the seq_len of the training"),
     "step": (lambda f: f.iloc[::2], "frame: got rows that are 2 hours apart, expected 1 hour, the step of the training"),
     "two series": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), "frame: row .*, column 'date': got '2020-01"
-                   ".* name the column of their names as id_column"),
+                   ".* where a column names the series of each row, give it as id_column"),
     "short series": (lambda f: pd.concat([f.assign(id="a"), f.iloc[:9].assign(id="b")]), "frame, series 'b': got 9 rows, "
                      "expected at least 32", {"id_column": "id"}),
     "no name": (lambda f: pd.concat([f.assign(id="a"), f.assign(id=None)]), "frame: row 600, column 'id': got no",
