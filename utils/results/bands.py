@@ -38,9 +38,8 @@ LARGEST = 1e30  # an offset beyond is no number of deviations
 KEPT = "errors.npy"  # `[W, N, H]` of the validation windows, then of the test's, in deviations of their histories
 FLOOR = 0.05  # the least deviation of a history, as a part of the training's: a sensor stands still, rain has not begun
 ERRORS_AT_ONCE = 1 << 23  # errors in memory at a time: 32 MB
-FOLLOWED = 8  # steps ahead whose misses move a band's level at a test's end
-POOL = 500  # past forecasts whose errors count, where bands learn from what has come true
-RATE = 0.05  # how far a miss moves an adaptive band's level
+POOL = 500  # windows, the newest, whose errors make the bands of forecasts of the future
+RATE = 0.01  # how far a miss moves an adaptive band's level
 EXACT = 10**8  # probabilities are whole numbers of these parts: 0.1 * 50 as a float lies beside 5
 
 
@@ -100,7 +99,7 @@ class Intervals:
             offset times unit. NaN where the windows were too few. The last two rows are how far below and above its
             forecast each band reaches at least: see `intervals_of`.
         windows: how many were calibrated on, W.
-        newest: calibrated on the newest validation and test windows: for forecasts of rows that neither split has.
+        newest: calibrated on the newest POOL windows of validation and test: for forecasts of rows that neither has.
     """
 
     levels: tuple[float, ...]
@@ -253,7 +252,7 @@ class Calibration(AbstractContextManager):
         """Give the run the intervals that the pass comes to, none where errors are no finite numbers."""
         context = self.context
         context.accelerator.wait_for_everyone()  # all have written their windows
-        found = intervals_of([self.path], self.levels, len(context.windows.windows("val")))
+        found = intervals_of([self.path], self.levels, slice(len(context.windows.windows("val"))))
         finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
         context.intervals = found if finite else None
         if not finite:
@@ -287,30 +286,14 @@ def offsets_of(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray
     return np.concatenate([found, np.where(high - low <= np.abs(errors - middle).mean(axis=0), reach, 0)]).astype(np.float32)
 
 
-def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: int | None = None) -> Intervals:
-    """The intervals of the mean of the errors in these files, of their first `windows` or all; memory holds some of the
-    channels."""
-    W, N, H = np.load(files[0], mmap_mode="r")[:windows].shape
+def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: slice = slice(None)) -> Intervals:
+    """The intervals of the mean of the errors in these files, of some of their windows; memory holds some channels at a time."""
+    W, N, H = np.load(files[0], mmap_mode="r")[windows].shape
     step = max(1, ERRORS_AT_ONCE // (W * H * len(files)))
     rows = []
     for first in range(0, N, step):
-        errors = np.mean([np.load(file, mmap_mode="r")[:windows, first : first + step] for file in files], axis=0)
+        errors = np.mean([np.load(file, mmap_mode="r")[windows, first : first + step] for file in files], axis=0)
         rows.append(offsets_of(errors, probabilities(levels)))
-    return Intervals(levels, np.concatenate(rows, axis=1), W)
-
-
-def newest_of(files: Sequence[Path], levels: tuple[float, ...]) -> Intervals:
-    """As `intervals_of`, for forecasts from the file's end: adaptive ones, see `follow`, that have seen the newest windows.
-
-    Of long horizons a few steps say how the level has to move; memory holds some of the channels.
-    """
-    W, N, H = np.load(files[0], mmap_mode="r").shape
-    steps, newest = np.unique(np.linspace(0, H - 1, FOLLOWED).round().astype(int)), min(W, 3 * POOL)
-    at, rows, step = np.arange(newest), [], max(1, ERRORS_AT_ONCE // (newest * H * len(files)))
-    for first in range(0, N, step):
-        errors = np.mean([np.load(file, mmap_mode="r")[-newest:, first : first + step] for file in files], axis=0)
-        beyond = {level: follow(errors[..., steps], at, at[:, None] + 1 + steps, level)[0] for level in levels}
-        rows.append(recalibrated(errors, levels, beyond).offsets)
     return Intervals(levels, np.concatenate(rows, axis=1), W)
 
 
@@ -329,4 +312,5 @@ def all_intervals(context: "Context", folders: Sequence[Path], levels: tuple[flo
     if context.intervals is None or not levels or not all(has_errors(folder, context.series) for folder in folders):
         return None
     files = [folder / KEPT for folder in folders]
-    return replace(intervals_of(files, levels, context.intervals.windows), newest=newest_of(files, levels))
+    val, newest = (intervals_of(files, levels, some) for some in (slice(context.intervals.windows), slice(-POOL, None)))
+    return replace(val, newest=newest)

@@ -66,33 +66,6 @@ def errors_by_hand(words: list[str], split: str) -> tuple[np.ndarray, np.ndarray
     return (y[..., -PRED_LEN:] - forecast).numpy(), np.sqrt(x.numpy().var(axis=2, keepdims=True) + 1e-5)
 
 
-def adaptive_by_hand(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of 80 %, `[N, H]`, of errors `[O, N, H]` of windows a row apart: written as Gibbs and Candes have it."""
-    count, low, high = len(errors), np.empty(errors.shape[1:]), np.empty(errors.shape[1:])
-    for n in range(N):
-        beyond, levels, places = np.array([0.1, 0.1]), [], {}
-        for now in range(count + PRED_LEN):
-            came = [(now - 1 - h, h) for h in range(PRED_LEN) if (now - 1 - h, h) in places]
-            if now >= count:  # the file has ended, and all is known at once
-                came = [at for at in places if at[0] + at[1] + 1 > count - 1]
-            if came:
-                below = np.mean([places[at] <= levels[at[0]][0] for at in came])
-                above = np.mean([1 - places[at] <= levels[at[0]][1] for at in came])
-                beyond = beyond + 0.05 * (0.1 - np.array([below, above]))
-            if now >= count:
-                break
-            levels.append(beyond)
-            for h in range(PRED_LEN):
-                known = errors[: max(0, now - h), n, h]
-                if len(known) >= 9:
-                    lower, equal = np.sum(known < errors[now, n, h]), np.sum(known == errors[now, n, h])
-                    places[now, h] = (lower + equal / 2 + 0.5) / (len(known) + 1)
-        ordered = np.sort(errors[:, n], axis=0)
-        low[n] = ordered[max(0, math.floor(beyond[0] * (count + 1)) - 1)]
-        high[n] = ordered[min(count - 1, count - math.floor(beyond[1] * (count + 1)))]
-    return low, high
-
-
 def test_intervals_of_a_run_against_numpy(dlinear, tmp_path: Path, capsys) -> None:
     words = dlinear(intervals="80", do_predict=True)
     train(words, capsys)
@@ -117,10 +90,10 @@ def test_intervals_of_a_run_against_numpy(dlinear, tmp_path: Path, capsys) -> No
         np.testing.assert_allclose(held["lo80"], own * held["deviation"] + held["mean"], rtol=1e-4, atol=1e-4)
         own_widths = (held["hi80"] - held["lo80"]).mean(axis=(0, 1))
     np.testing.assert_allclose([level["channels"][name]["width_own_units"] for name in COLUMNS], own_widths, rtol=1e-4)
-    # what is forecast beyond the file has adaptive ones of validation and test, and its own forecast in each
+    # what is forecast beyond the file has those of validation and test (fewer than 500), and its own forecast in each
     both = [np.concatenate(parts) for parts in zip(errors_by_hand(words, "val"), (errors, units), strict=True)]
-    low, high = adaptive_by_hand(both[0] / both[1])
-    low, high = low.clip(max=0), high.clip(min=0)
+    n, ordered = len(both[0]), np.sort(both[0] / both[1], axis=0)
+    low, high = ordered[(n + 1) // 10 - 1].clip(max=0), ordered[-(-9 * (n + 1) // 10) - 1].clip(min=0)
     frame, history = pd.read_csv(folder / "forecast.csv"), pd.read_csv(tmp_path / "series.csv")[list(COLUMNS)][-SEQ_LEN:]
     for place, name in enumerate(COLUMNS):
         for end, offset in (("lo80", low), ("hi80", high)):
@@ -282,6 +255,42 @@ def test_a_band_reaches_to_its_own_forecast_and_both_kinds_say_what_they_missed(
     (line,) = missed({"levels": levels})
     assert line == "The 80 % band missed its promise: it held 81.0 % of the test's truths; of the worst column, b, 65.0 %"
     assert not missed({"levels": {"80": {"coverage": 0.78, "channels": {"a": {"coverage": 0.71}}}}})
+
+
+def adaptive_by_hand(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of 80 %, `[N, H]`, of errors `[O, N, H]` of windows a row apart: written as Gibbs and Candes have it."""
+    count, H, low, high = len(errors), errors.shape[2], np.empty(errors.shape[1:]), np.empty(errors.shape[1:])
+    for n in range(errors.shape[1]):
+        beyond, levels, places = np.array([0.1, 0.1]), [], {}
+        for now in range(count + H):
+            came = [(now - 1 - h, h) for h in range(H) if (now - 1 - h, h) in places]
+            if now >= count:  # the file has ended, and all is known at once
+                came = [at for at in places if at[0] + at[1] + 1 > count - 1]
+            if came:
+                below = np.mean([places[at] <= levels[at[0]][0] for at in came])
+                above = np.mean([1 - places[at] <= levels[at[0]][1] for at in came])
+                beyond = beyond + 0.01 * (0.1 - np.array([below, above]))
+            if now >= count:
+                break
+            levels.append(beyond)
+            for h in range(H):
+                known = errors[: max(0, now - h), n, h]
+                if len(known) >= 9:
+                    lower, equal = np.sum(known < errors[now, n, h]), np.sum(known == errors[now, n, h])
+                    places[now, h] = (lower + equal / 2 + 0.5) / (len(known) + 1)
+        ordered = np.sort(errors[:, n], axis=0)
+        low[n] = ordered[max(0, math.floor(beyond[0] * (count + 1)) - 1)]
+        high[n] = ordered[min(count - 1, count - math.floor(beyond[1] * (count + 1)))]
+    return low, high
+
+
+def test_adaptive_bands_are_those_of_the_definition() -> None:
+    errors = np.random.default_rng(6).standard_normal((90, 2, 4)).cumsum(axis=0)[:, :, ::-1] / 4  # which go together
+    rows = np.arange(90)
+    beyond, _ = follow(errors, rows, rows[:, None] + np.arange(1, 5), 80.0)
+    low, high = recalibrated(errors, (80.0,), {80.0: beyond}).band(80.0)
+    expected = adaptive_by_hand(errors)
+    np.testing.assert_allclose([low, high], [expected[0].clip(max=0), expected[1].clip(min=0)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["a longer day", "more variance", "neither"])
