@@ -287,7 +287,7 @@ def offsets_of(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray
 
 
 def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: slice = slice(None)) -> Intervals:
-    """The intervals of the mean of the errors in these files, of some of their windows; memory holds some channels at a time."""
+    """The intervals of the mean of the errors in these files, of some of their windows; memory holds a few channels."""
     W, N, H = np.load(files[0], mmap_mode="r")[windows].shape
     step = max(1, ERRORS_AT_ONCE // (W * H * len(files)))
     rows = []
