@@ -145,8 +145,8 @@ def recalibrate(checkpoint: Checkpoint, forecasts: pd.DataFrame, truths: pd.Data
         if place >= T and len(rows) >= H:
             error = (truths.reindex(rows["date"][:H]).to_numpy() - rows[columns][:H].to_numpy()) / std
             errors.append(error.T / stds(values[place - T : place].T))  # (N, H)
-            origins.append(origin)
-            dates.append(rows["date"][:H])
+            origins.append(origin.tz_localize(None))
+            dates.append(pd.DatetimeIndex(rows["date"][:H]).tz_localize(None))
     least = max(map(fewest_windows, held.levels))
     if (found := sum(np.isfinite(error).all() for error in errors)) < least:
         raise input_error("--recalibrate", f"{found} forecasts whose rows have all come true", f"at least {least}")
@@ -154,7 +154,8 @@ def recalibrate(checkpoint: Checkpoint, forecasts: pd.DataFrame, truths: pd.Data
     beyond, said = {}, []
     for level in held.levels if kind == "adaptive" else ():
         beyond[level], inside = follow(made, *times, level)
-        said.append(f"such bands of {name_of(level)} % would have held {100 * np.nanmean(inside):.1f} %")
+        if np.isfinite(inside).any():
+            said.append(f"such bands of {name_of(level)} % would have held {100 * np.nanmean(inside):.1f} %")
     add_intervals(checkpoint, replace(held, newest=recalibrated(made, held.levels, beyond)))
     return "; ".join([f"The next forecasts of {checkpoint.file} have {kind} bands from {len(made)} forecasts", *said])
 

@@ -142,7 +142,10 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
                 better, worse = better + (high < 0), worse + (low > 0)
         name = row["title"].replace("repeat ", "repeating ", 1)
         beaten = beaten or (row["name"] == RIDGE and worse > 0 == better)
-        said = f"This run and {name} are level" if parts else f"Too few test windows to tell this run from {name}"
+        said = f"This run and {name} are level"
+        if not parts:
+            said = f"Too few test windows to tell this run from {name}"
+            said = said if row.get("difference") else f"This run was tested before differences from {name} were kept"
         if worse:
             said = (
                 f"{name[0].upper()}{name[1:]} beats this run"

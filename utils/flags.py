@@ -258,7 +258,8 @@ FLAGS = [
          "file, for as many steps as the best epoch had; the test is of the model before"),
     Flag("intervals", "output", "", LEVEL, None, "per cent of the truths that each prediction interval is to hold; none: "
          "no intervals (default: 80 95; of a forecast, what its checkpoint has)"),
-    Flag("save_predictions", "output", "", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz"),
+    Flag("save_predictions", "output", "", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz, of which some "
+         "windows are drawn"),
     Flag("plots", "output", "", SWITCH, 1, "1: draw the results as PNG files"),
     Flag("tensorboard", "output", "", BOOL, False, "write events for TensorBoard, where it is installed"),
     Flag("resume", "output", "", BOOL, False, "resume from the state saved last, or start where there is none"),

@@ -221,7 +221,8 @@ class Forecaster:
             starts += [series.dates[h + T], series.dates[len(series.dates) - H]]
         kept = context.series.forecast_slice
         columns, mean, std = self.columns, context.series.mean[kept], context.series.std[kept]
-        metrics = Metrics(columns, mean, std, H, self._intervals(intervals), context.device)
+        bounds = context.series.standard_bounds
+        metrics = Metrics(columns, mean, std, H, self._intervals(intervals), context.device, bounds)
         season = args.season or season_length(series.step)
         simple = {LAST: [-1] * H} | ({SEASON: np.arange(H) % season - season} if 1 < season <= T else {})
         others = {name: Metrics(columns, mean, std, H, None, context.device) for name in simple}
@@ -238,11 +239,13 @@ class Forecaster:
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
         with ONE_AT_A_TIME:
             scores = score(replace(context, loaders={"test": loader}), "test", consume)
-        learned = context.checkpoint.record.get("data", {}).get("learned_until")  # type: ignore[union-attr]
+        learned = context.checkpoint.trained_data.get("learned_until")  # type: ignore[union-attr]
         first = pd.DatetimeIndex(np.concatenate([part.dates[T : len(part) + T] for part in parts]))
         return {
             "learned_until": learned,
-            "windows_after": int((first > pd.Timestamp(learned)).sum()) if learned else None,
+            "windows_after": int((first.tz_localize(None) > pd.Timestamp(learned).tz_localize(None)).sum())
+            if learned
+            else None,
             "baselines": {name: held.result()["standardised"]["all"] for name, held in others.items()},
             "test": {"mse": scores.mse, "mae": scores.mae},
             "windows": len(windows),

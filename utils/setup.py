@@ -69,7 +69,8 @@ class Plan:
             return []
         if self.args.all_rows:
             return [("train", self.series)]
-        calibrates = bool(self.intervals.levels) and self.intervals.kept is None
+        kept = self.intervals.kept  # the repeats' mean needs the errors of each once more
+        calibrates = bool(self.intervals.levels) and (kept is None or kept.newest is None or self.args.itr > 1)
         first = 0 if self.args.is_training else 1 if calibrates else 2
         series = {"train": self.pretrain or self.series}
         return [(split, series.get(split, self.series)) for split in SPLITS[first:]]
@@ -170,8 +171,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = None
-    if trains and args.data_pretrain:  # on a scale of its own; all other flags are those of the series
-        pretrain = load_series(**series_flags(args) | {"data": args.data_pretrain, "data_path": args.data_path_pretrain})
+    if trains and args.data_pretrain:  # on a scale of its own
+        own = {"data": args.data_pretrain, "data_path": args.data_path_pretrain, "bounds": None}
+        pretrain = load_series(**series_flags(args) | own)
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if isinstance(series, FileSeries):

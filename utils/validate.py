@@ -128,6 +128,13 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
     Raises:
         InputError: `--enc_in` contradicts the data, or the prompt bank lacks the text that is asked for.
     """
+    if isinstance(series, FileSeries):
+        most = series.splits.train
+        refuse(args, (args.season and args.season > most, "season", f"at most {most} rows, those that train"))
+        learned = checkpoint.record.get("data", {}).get("learned_until", "") if checkpoint is not None and same_data else ""
+        if learned > str(series.dates[most - 1]):
+            got, expected = f"a model that has learned from rows up to {learned}", "one that has not seen the test's rows"
+            raise input_error(f"--checkpoint {args.checkpoint}", got, expected, "with --do_predict it forecasts")
     channels = len(series.columns)
     wrong = args.enc_in not in (None, channels)
     refuse(args, (wrong, "enc_in", f"{channels}, the channels read from {series.path}; or leave the flag out"))

@@ -46,6 +46,11 @@ def test_the_forecast_knows_the_last_row_and_the_test_does_not(backbones, tmp_pa
     again = Forecaster.load(folder / "refit").predict(pd.read_csv(tmp_path / "series.csv"))
     np.testing.assert_allclose(again["OT_hi80"], frame["OT_hi80"], rtol=1e-4)
     assert held[0] == (folder / "checkpoint.safetensors").read_bytes() and repr(Forecaster.load(folder)).endswith("of 80 %)")
+    there = ["--is_training", "0", "--checkpoint", str(folder / "refit")]
+    assert "got a model that has learned from rows up to 2020-01-14" in refusal(
+        there, capsys
+    )  # its test would be its training
+    assert refusal([*words, "--season", "230"], capsys) == "--season: got 230, expected at most 224 rows, those that train"
     assert refusal([*words, "--refit", "--itr", "2"], capsys).startswith("--itr: got 2, expected 1 with --refit")
 
 

@@ -176,11 +176,13 @@ def recalibrated(errors: np.ndarray, levels: tuple[float, ...], beyond: dict[flo
         known = errors[np.isfinite(errors[:, 0, h])][-POOL:, :, h]
         found = offsets_of(known, held)
         ordered, W = np.sort(known, axis=0), len(known)
-        for level, (low, high) in beyond.items():  # the ranks of `quantiles`, of each column its own
+        inner = np.inf, -np.inf  # a wider band holds the narrower one
+        for level, (low, high) in sorted(beyond.items()):  # the ranks of `quantiles`, of each column its own
             places = np.floor(low * (W + 1)) - 1, W - np.floor(high * (W + 1))
-            for end, place in zip(ends(level), places, strict=True):
-                rank = place.clip(0, W - 1).astype(int)
-                found[held.index(end)] = np.take_along_axis(ordered, rank[None], axis=0)[0]
+            ranks = (place.clip(0, W - 1).astype(int)[None] for place in places)
+            ends_now = (np.take_along_axis(ordered, rank, axis=0)[0] for rank in ranks)
+            inner = tuple(outer(*pair) for outer, *pair in zip((np.minimum, np.maximum), ends_now, inner, strict=True))
+            found[[held.index(end) for end in ends(level)]] = inner
         rows.append(found)
     return Intervals(levels, np.stack(rows, axis=-1), len(errors))
 

@@ -108,12 +108,14 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
         InputError: the table lacks one of them, or has values too large to compute with.
     """
     names, mean, std = checkpoint.scaler()
+    bounds = bounds_of(args.bounds, names)
     target = checkpoint.record.get("target") or args.target
     if args.features == "MS":
         if target not in names:
             raise input_error("--target", repr(target), f"one of the training's columns: {listed(names)}")
         place = names.index(target)
         names, mean, std = [target], mean[[place]], std[[place]]
+        bounds = None if bounds is None else bounds[:, [place]]
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise input_error(table.path, f"no column {missing[0]!r}", f"the columns of the training: {listed(names)}")
@@ -131,7 +133,7 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
         synthetic=is_synthetic(table.path),
         filled=table.filled,
         read_as=table.read_as,
-        bounds=bounds_of(args.bounds, names),
+        bounds=bounds,
     )
 
 
@@ -206,7 +208,7 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     args, log, series = context.args, context.log, context.series
     rows, horizon = len(forecast), args.pred_len
     log(f"Forecast of the {rows} rows after {series.dates[-1]}, step: {step_words(series.step, series.dates)}")
-    learned = context.checkpoint.record.get("data", {}).get("learned_until") if context.checkpoint else None
+    learned = context.checkpoint.trained_data.get("learned_until") if context.checkpoint else None
     if learned:
         log(f"The model has learned from rows up to {learned}")
     columns, bands = series.forecast_columns, bands_of(forecast, series.forecast_columns)

@@ -68,6 +68,8 @@ def draw_test(results: Any, metrics: dict) -> None:
     places, note = choose(columns, [scale["channels"][name]["mse"] for name in columns])
     if note:
         results.context.log(f"Pictures of test windows: {note}: {', '.join(columns[place] for place in places)}")
+    if not results.windows:
+        results.context.log("No pictures of test windows: they are made from predictions.npz")
     panels = []
     for window in results.windows.values():
         history = pd.DataFrame(window.history, window.dates[:-H], columns)

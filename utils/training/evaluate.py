@@ -80,7 +80,9 @@ def forecast_in_parts(
         return torch.cat([model(part, prototype_kv).float() for part in batch.split(size)])
 
 
-def forecast_within_memory(context: Context, batch: Batch, prototype_kv: PrototypeKV, most: int = 0) -> torch.Tensor:
+def forecast_within_memory(
+    context: Context, batch: Batch, prototype_kv: PrototypeKV, most: int = 0, bounded: bool = True
+) -> torch.Tensor:
     """As `forecast_in_parts`, with as many at once as `context.evaluation_limit` says, and at most `most` (0: no limit),
     not beyond the series' bounds."""
 
@@ -89,7 +91,7 @@ def forecast_within_memory(context: Context, batch: Batch, prototype_kv: Prototy
         return forecast_in_parts(context.model, context.precision, batch, prototype_kv, size)
 
     forecast = halve_on_out_of_memory(context, context.evaluation_limit, min(len(batch), most or len(batch)), work)
-    if context.series.standard_bounds is None:
+    if context.series.standard_bounds is None or not bounded:
         return forecast
     low, high = torch.from_numpy(context.series.standard_bounds).to(forecast)[:, batch.channel, None]
     return forecast.clamp(low, high)
@@ -107,7 +109,7 @@ def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor],
     def forecast(batch: Batch, prototype_kv: PrototypeKV) -> torch.Tensor:
         if context.accelerator.num_processes == 1:
             context.interrupts.check()
-        return forecast_within_memory(context, batch, prototype_kv)
+        return forecast_within_memory(context, batch, prototype_kv, bounded=split != "train")  # which may be another series
 
     bar = Progress(loader, desc=f"{split} batches", log=context.log)
     with bar, explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):

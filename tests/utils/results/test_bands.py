@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import utils.run
 from data_provider.batches import Batch
@@ -18,6 +19,7 @@ from utils.results import bands
 from utils.results.bands import ends, fewest_windows, follow, probabilities, quantiles, recalibrated
 from utils.results.metrics import missed
 from utils.saving.checkpoint import Checkpoint, save_checkpoint
+from utils.saving.files import NEWEST, OFFSETS
 
 N = len(COLUMNS)
 
@@ -123,6 +125,11 @@ def test_a_checkpoint_without_intervals_gets_them_by_a_test(dlinear, capsys) -> 
     added = Checkpoint.open(folder)
     np.testing.assert_allclose(added.intervals.offsets, kept.offsets, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in added.tensors(added.shapes).items())
+    older = {name: held for name, held in load_file(folder / "checkpoint.safetensors").items() if name != NEWEST}
+    record = dict(added.record) | {"intervals": {"levels": [80.0, 95.0], "windows": added.intervals.windows}}
+    older[OFFSETS] = older[OFFSETS][:-2]  # as the version before wrote them
+    (folder / "checkpoint.safetensors").write_bytes(save(older, {"record": json.dumps(record)}))
+    assert any("calibrated" in line for line in train(test, capsys)) and Checkpoint.open(folder).intervals.newest
     # the next has no validation pass; another level is calibrated beside those, and a forecast before is told how
     assert not any("calibrated" in line or line.startswith("val ") for line in train(test, capsys))
     line = refusal([*only_forecast, "--intervals", "50"], capsys)
@@ -241,6 +248,8 @@ def test_a_column_that_is_mostly_zero_has_a_band_with_its_forecast_in_it(argv, t
     # a program that loads it has them, too
     predicted = Forecaster.load(folder).predict(pd.read_csv(tmp_path / "series.csv"))
     np.testing.assert_allclose(predicted["rain_lo80"], bounded["rain_lo80"], rtol=1e-4, atol=1e-6)
+    scores = Forecaster.load(folder).evaluate(pd.read_csv(tmp_path / "series.csv")[-300 - 32 :])["intervals"]["levels"]
+    assert scores["95"]["width"] == pytest.approx(metrics["intervals"]["levels"]["95"]["width"], rel=1e-4)
     for wrong in ("snow:0:none", "rain:3", "5", "rain:2:1"):
         assert refusal(argv(model="Ridge", bounds=wrong), capsys).startswith(f"--bounds: got '{wrong}', expected a least")
 
@@ -309,6 +318,8 @@ def test_adaptive_bands_hold_what_they_promise_where_the_data_change(kind: str) 
     beyond, inside = follow(errors, origins, dates, 80.0)
     assert abs(np.nanmean(inside[1100:]) - 0.8) < 0.03  # 500 forecasts after the change
     made = recalibrated(errors, (80.0,), {80.0: beyond}).band(80.0)
+    both = recalibrated(errors, (80.0, 95.0), {80.0: beyond, 95.0: np.full((2, 2), 0.3)})
+    assert all((outer <= inner).all() for outer, inner in zip(both.band(95.0)[:1], both.band(80.0)[:1], strict=True))
     assert made[0].shape == (2, H) and (np.abs(made[1]) > 0.5).all()
     # what has not come true is not known: rows cut off at the end change nothing before them
     later = errors.copy()
