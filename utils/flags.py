@@ -282,9 +282,9 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {"run_pretrain.py": {"patience": 5}}
 REQUIRED_BY = {"run_pretrain.py": ["data_pretrain"]}
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
-        "skip": "stack", "skip_mode": "beside", "d_model": 32, "d_ff": 32, "n_heads": 8, "dropout": 0.0, "head_dropout": 0.7,
-        "prototypes": "direct", "prompt_decimals": 4, "loss": "MAE+FFT", "ema": 0.996, "batch_size": 16, "train_epochs": 5,
-        "patience": 2, "learning_rate": 6e-4, "lradj": "constant",
+        "skip": "stack", "skip_mode": "beside", "d_model": 32, "d_ff": 32, "n_heads": 4, "stride": 16, "dropout": 0.0,
+        "head_dropout": 0.7, "prototypes": "direct", "prompt_decimals": 4, "loss": "MAE+FFT", "ema": 0.996, "batch_size": 16,
+        "train_epochs": 5, "patience": 2, "learning_rate": 2e-3, "lradj": "constant",
     },
 }  # fmt: skip
 RUN_NAME = (

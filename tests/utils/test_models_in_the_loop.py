@@ -222,7 +222,7 @@ def test_the_preset_sets_what_is_left_out(small, capsys) -> None:
     lines, folder = train(words, capsys), run_folder(words)
     (line,) = (line for line in lines if line.startswith("--preset sets "))
     assert (
-        line.startswith("--preset sets --skip stack --skip_mode beside --dropout 0.0 --head_dropout ")
+        line.startswith("--preset sets --skip stack --skip_mode beside --stride 16 --dropout 0.0 --head_dropout ")
         and "--ema" not in line
     )
     assert "Train, Vali and Test Loss are MAE+FFT; the test's own figures are MSE and MAE" in lines
