@@ -81,7 +81,7 @@ def test_one_page_has_all_of_it(backbones, capsys, tmp_path: Path) -> None:
         "--skip ridge",
         "<td>0.",
         "in 80 %",
-        "Too few test windows",
+        "How far this run",
     ):
         assert said in page, said
     pictures = re.findall(r'<h2>([^<]+)</h2><img alt="[^"]+" src="data:image/png;base64,([A-Za-z0-9+/=]+)">', page)

@@ -20,7 +20,13 @@ from models.LinearStack import Model as LinearStack
 from utils.results.bands import Intervals, offsets_of, probabilities, stds
 from utils.results.metrics import FEWEST, Metrics, difference
 
-LAST, SEASON, RIDGE, STACK = "last value", "last season", "ridge", "linear stack"  # names in metrics.json
+LAST, SEASON, RIDGE, SOURCE, STACK = (
+    "last value",
+    "last season",
+    "ridge",
+    "ridge of the source",
+    "linear stack",
+)  # names in metrics.json
 MOST_FITTED = 1_000_000  # training sequences that a ridge regression is fitted to; of more, every k-th window's
 PENALTIES = np.append(0, np.logspace(-6, 2, 25))  # as parts of the total weight of the training sequences
 STACK_PENALTIES = 1e-6, 1e-4, 1e-3, 5e-3, 0.02, 0.07, 0.25, 1, 4
@@ -93,7 +99,12 @@ def measured(
             weights, penalty = fit_ridge(*origin.windows_for_a_map())
             title = "ridge regression" + (f" fitted to {origin.path.name}" if origin is source else "")
             detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
-            add(RIDGE, title, detail, lambda x, _, weights=weights: ridge_forecast(x, weights))  # type: ignore[misc]
+            add(
+                RIDGE if origin is series else SOURCE,
+                title,
+                detail,
+                lambda x, _, weights=weights: ridge_forecast(x, weights),
+            )  # type: ignore[misc]
     if stack is not None:
         add(STACK, STACK, stack.title, lambda x, channel: _of_a_stack(stack, x, channel), stack.maps.shape[1])
     none = f"no natural season of rows {series.step_words} apart fits into the training rows (--season N sets one)"
