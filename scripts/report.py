@@ -82,7 +82,7 @@ def report(folder: Path, page: Path | None = None) -> str:
     windows = f"{series.seq_len} rows -> {series.pred_len} rows, standardised scale (lower is better)"
     head, table = f"Test windows of {series.path.name}{source}, {windows}:", _table([test, *rows])
     keys = (
-        "in 80 %: truths inside that prediction interval; width: its mean width, standardised; WQL: weighted quantile loss."
+        "in N %: truths inside that prediction interval; width: its mean width, standardised; WQL: weighted quantile loss."
     )
     said = [*verdict(test, rows), *(missed(metrics["intervals"]) if "intervals" in metrics else ())]
     if "no season" in metrics["baselines"]:
@@ -179,7 +179,7 @@ def _page(
     given = [
         f"--{name} {shlex.join(map(str, words[name]))}" for name in DEFAULTS if flags.get(name) not in (None, DEFAULTS[name])
     ]
-    command = html.escape("python run_main.py --is_training 1 " + " ".join(given))
+    command = html.escape("python run_main.py " + " ".join(given))
     parts.append(
         f"<h2>By column, standardised</h2><div class=wide>{by_column}</div><h2>To repeat it</h2><pre>{command}</pre>"
     )

@@ -325,6 +325,11 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
     if pretrain is not None:
         trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")
+    if isinstance(series, FileSeries) and series.bounds is not None:
+        beyond = ((series.own < series.bounds[0]) | (series.own > series.bounds[1])).any(axis=0)
+        if beyond.any():
+            names = listed([series.columns[place] for place in beyond.nonzero()[0]])
+            lines.append(f"WARNING: --bounds: the file has values of {names} beyond them, which no forecast can reach")
     custom = args.data == "custom" and isinstance(series, FileSeries)
     if isinstance(series, FileSeries) and custom:
         dates, splits = series.dates, series.splits

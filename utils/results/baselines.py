@@ -99,12 +99,8 @@ def measured(
             weights, penalty = fit_ridge(*origin.windows_for_a_map())
             title = "ridge regression" + (f" fitted to {origin.path.name}" if origin is source else "")
             detail = f"linear map T to H, relative penalty {penalty:.2g}{thinned}"
-            add(
-                RIDGE if origin is series else SOURCE,
-                title,
-                detail,
-                lambda x, _, weights=weights: ridge_forecast(x, weights),
-            )  # type: ignore[misc]
+            name = RIDGE if origin is series else SOURCE
+            add(name, title, detail, lambda x, _, weights=weights: ridge_forecast(x, weights))  # type: ignore[misc]
     if stack is not None:
         add(STACK, STACK, stack.title, lambda x, channel: _of_a_stack(stack, x, channel), stack.maps.shape[1])
     none = f"no natural season of rows {series.step_words} apart fits into the training rows (--season N sets one)"
