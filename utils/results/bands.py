@@ -25,7 +25,7 @@ import torch
 
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
-from layers.norm import EPSILON, instance_norm
+from layers.norm import instance_norm
 from utils.saving.files import PARTIAL, writing
 
 if TYPE_CHECKING:  # it holds such intervals itself
@@ -64,15 +64,15 @@ def name_of(level: float) -> str:
     return f"{level:g}"
 
 
-def stds(x: np.ndarray) -> np.ndarray:
+def units(x: torch.Tensor) -> torch.Tensor:
     """The unit of a window's band `[..., 1]`: the deviation of its history `[..., T]`, as the models normalise it, and at
     least FLOOR."""
-    return np.maximum(np.sqrt(x.var(axis=-1, keepdims=True) + EPSILON), FLOOR)
-
-
-def units(x: torch.Tensor) -> torch.Tensor:
-    """As `stds`, for a tensor."""
     return instance_norm(x)[2].clamp(min=FLOOR)
+
+
+def stds(x: np.ndarray) -> np.ndarray:
+    """As `units`, for an array."""
+    return units(torch.from_numpy(x)).numpy()
 
 
 def quantiles(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray:
