@@ -63,7 +63,7 @@ def test_it_is_a_training_on_the_one_and_a_zero_shot_test_on_the_other(transfer,
     for key in ("data", "trained_on", "intervals"):  # bands of the target's validation windows, both
         assert found[key] == there[key]
     assert (found["data"]["file"], found["trained_on"]["file"]) == ("series.csv", "source.csv")
-    assert found["baselines"]["of"] == there["baselines"]["of"] and "trained_on" not in metrics(run_folder(alone))
+    assert "trained_on" not in metrics(run_folder(alone))
     assert "Test windows of series.csv after training on source.csv, 32 rows" in report(folder)
 
 

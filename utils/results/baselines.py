@@ -58,24 +58,12 @@ def measured(
         season: rows of the season that is repeated; None: see `find_season`.
 
     Returns:
-        "of": what they were measured on; "no season": why there is no such row; "rows": name, title (for people), mse and
+        "no season": why there is no such row; "rows": name, title (for people), mse and
         mae on the standardised scale, both by step, seconds (fit and test), detail, intervals: None, or "levels" with their
         coverage and width, and "wql", see `Metrics`; "difference": for mse, mae and wql what `difference` finds, ours less
         theirs.
     """
     every, rows, began = fitted_every(series.windows("train")), [], time.perf_counter()
-    of = {
-        "file": series.path.name,
-        "rows": len(series.dates),
-        "columns": series.columns,
-        "target": None if series.target_index is None else series.columns[series.target_index],
-        "seq_len": series.seq_len,
-        "pred_len": series.pred_len,
-        "train_rows": series.splits.few_shot,
-        "penalties": [float(PENALTIES[0]), float(PENALTIES[-1]), len(PENALTIES)],  # of the ridge regression
-        **({"levels": list(levels)} if levels else {}),
-        **({"fitted_every": every} if every > 1 else {}),
-    }
     H, spans = series.pred_len, natural_seasons(series.step)
     season = find_season(series) if season is None else season
 
@@ -104,7 +92,7 @@ def measured(
     if stack is not None:
         add(STACK, STACK, stack.title, lambda x, channel: _of_a_stack(stack, x, channel), stack.maps.shape[1])
     none = f"no natural season of rows {series.step_words} apart fits into the training rows (--season N sets one)"
-    return {"of": of, "rows": rows} | ({} if season > 1 else {"no season": none})
+    return {"rows": rows} | ({} if season > 1 else {"no season": none})
 
 
 def find_season(series: FileSeries) -> int:
