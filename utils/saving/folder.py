@@ -61,7 +61,7 @@ class FolderLock:
                 ) from error
             self.warning = f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"
         with suppress(OSError):  # a file too many does no harm
-            for partial in folder.glob(f".*{PARTIAL}"):
+            for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"plots/.*{PARTIAL}")):
                 partial.unlink(missing_ok=True)
 
     def release(self) -> None:
