@@ -90,9 +90,7 @@ class Forecaster:
             plan = make_plan(args, 0, in_program=True)
             log = RunLog(terminal=False)
             before = random_state(plan.device)
-            context = make_context(
-                plan, 0, describe_run(plan.args, plan.series, plan.info, plan.random_seed(0)), log, Interrupts()
-            )
+            context = make_context(plan, 0, describe_run(plan, 0), log, Interrupts())
             log.lines.clear()  # what a run says of itself in any case
             load_checkpoint(context)
             set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded

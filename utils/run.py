@@ -233,7 +233,7 @@ def predict(context: Context) -> pd.DataFrame:
         InputError: `--append`, and the history cannot take the forecast.
     """
     load_checkpoint(context)
-    for note in context.notes:
+    for note in () if context.loaders else context.notes:
         context.log(note)
     (forecast,) = Forecaster(context).forecast([context.series], context.args.predict_steps, context.intervals)
     leave_forecast(context, forecast)

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
-from data_provider.splits import SPLITS
-from layers.backbone import Backbone, BackboneInfo
+from layers.backbone import Backbone
 from layers.errors import input_error
 from models import model_class
 from models.base import ForecastModel
@@ -32,48 +31,10 @@ from utils.saving.files import writing
 from utils.saving.folder import FolderLock, open_folder, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
-from utils.training.context import Context, Limit, Training
+from utils.training.context import Context, Limit, Plan, Training
 from utils.training.memory import advice, cap_memory, explain_out_of_memory, fitting_sequences, free_memory
 from utils.training.optimizer import Average, build_optimizer, build_scheduler
-from utils.training.precision import Precision, choose_precision
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose flags are complete and checked; no weight is loaded yet."""
-
-    args: Namespace
-    folder: Path  # of its results
-    series: Series  # a SplitSeries, but for a run that only forecasts
-    info: BackboneInfo | None  # the language model's, where there is one
-    outline: ForecastModel  # on the meta device
-    checkpoint: Checkpoint | None  # to test or forecast with; a run that trains makes one
-    intervals: validate.IntervalPlan
-    notes: list[str]  # to be said with a forecast
-    accelerator: Accelerator
-    device: torch.device
-    precision: Precision
-    pretrain: FileSeries | None = None  # trained on in the series' place
-
-    def random_seed(self, repeat: int) -> int | None:
-        """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
-        if self.args.llm_ablation != "random":
-            return None
-        held = self.checkpoint.backbone.get("random_seed") if self.checkpoint else None
-        return (self.args.seed + repeat) % 2**32 if held is None else held
-
-    @property
-    def splits(self) -> list[tuple[str, SplitSeries]]:
-        """The splits that the run goes through, with the series; a history that is gone on from has none."""
-        if not isinstance(self.series, SplitSeries):
-            return []
-        if self.args.all_rows:
-            return [("train", self.series)]
-        kept = self.intervals.kept  # the repeats' mean needs the errors of each once more
-        calibrates = bool(self.intervals.levels) and (kept is None or kept.newest is None or self.args.itr > 1)
-        first = 0 if self.args.is_training else 1 if calibrates else 2
-        series = {"train": self.pretrain or self.series}
-        return [(split, series.get(split, self.series)) for split in SPLITS[first:]]
+from utils.training.precision import choose_precision
 
 
 def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
@@ -87,7 +48,7 @@ def setup(args: Namespace, repeat: int, interrupts: Interrupts) -> Context:
         RunError: no memory for the model, or the folder cannot be written.
     """
     plan = make_plan(args, repeat)
-    record = describe_run(plan.args, plan.series, plan.info, plan.random_seed(repeat), plan.pretrain)
+    record = describe_run(plan, repeat)
     ours, start = {}, None
     if plan.args.is_training and isinstance(plan.series, SplitSeries):
         ours = identity(plan.args, plan.series, record["backbone"], plan.pretrain)
@@ -120,24 +81,14 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         )  # fmt: skip
         log(f"{split} {len(data)}")
     return Context(
-        args=plan.args,
-        folder=plan.folder,
+        **vars(plan),
         log=log,
-        accelerator=plan.accelerator,
-        device=plan.device,
-        precision=plan.precision,
         model=model,
-        series=plan.series,
         loaders=loaders,
         record=record,
         interrupts=interrupts,
         step_limit=Limit(at_once),
         evaluation_limit=Limit(at_once),
-        checkpoint=plan.checkpoint,
-        levels=plan.intervals.levels,
-        intervals=plan.intervals.kept,
-        notes=plan.notes,
-        pretrain=plan.pretrain,
         sequences_per_step=plan.args.batch_size
         * (world if published else len((plan.pretrain or plan.series).forecast_columns)),
     )
@@ -181,12 +132,15 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
-    intervals = validate.plan_intervals(args, series, checkpoint, same_data)
-    notes += intervals.notes if forecasts_only else []
+    levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series, accelerator)
-    plan = Plan(args, folder, series, info, outline, checkpoint, intervals, notes, accelerator, device, precision, pretrain)
+    plan = Plan(
+        args=args, folder=folder, series=series, pretrain=pretrain, info=info, outline=outline, checkpoint=checkpoint,
+        levels=levels, intervals=intervals, notes=notes + of_intervals, accelerator=accelerator, device=device,
+        precision=precision,
+    )  # fmt: skip
     for split, split_series in plan.splits:
         epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)
     return plan
@@ -243,24 +197,18 @@ def load_checkpoint(context: Context) -> Checkpoint:
     return checkpoint
 
 
-def describe_run(
-    args: Namespace,
-    series: Series,
-    info: BackboneInfo | None,
-    random_seed: int | None = None,
-    pretrain: FileSeries | None = None,
-) -> dict[str, Any]:
+def describe_run(plan: Plan, repeat: int) -> dict[str, Any]:
     """What a checkpoint says of its run; data, columns and scaler are those of what it forecasts, and under "pretrain" those
     of what it trained on, where that is another series."""
-    backbone: dict[str, Any] = {}
+    args, info, seed, backbone = plan.args, plan.info, plan.random_seed(repeat), {}
     if info is not None:
         backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
-        backbone |= {} if random_seed is None else {"random_seed": random_seed}
+        backbone |= {} if seed is None else {"random_seed": seed}
         backbone |= {"note": info.note} if info.note else {}
     record: dict[str, Any] = {"flags": recorded(args), "backbone": backbone}
-    if not isinstance(series, SplitSeries):
+    if not isinstance(plan.series, SplitSeries):
         return record
-    return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
+    return record | plan.series.as_record() | ({"pretrain": plan.pretrain.as_record()} if plan.pretrain else {})
 
 
 # The run's log, with its first lines.
@@ -281,7 +229,7 @@ def _open_log(plan: Plan) -> RunLog:
         log(f"{world} processes: {step if args.is_training else ''}{own}")
     for line in validate.overview(args, series, plan.pretrain):
         log(line)
-    for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
+    for line in plan.notes if isinstance(series, SplitSeries) else ():
         log(line)
     if plan.precision.note:
         log(plan.precision.note)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -256,25 +256,23 @@ def check_checkpoint(args: Namespace, checkpoint: Checkpoint, model: ForecastMod
         raise input_error(flag, f"the description {now[:60]!r}", f"{then[:60]!r}, with which {file} was trained")
 
 
-class IntervalPlan(NamedTuple):
-    """Which prediction intervals a run has."""
-
-    levels: tuple[float, ...]  # per cent
-    kept: Intervals | None  # those of the checkpoint, where they are of these data; else they are calibrated
-    notes: list[str]  # lines for the user
-
-
-def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | None, same_data: bool) -> IntervalPlan:
+def plan_intervals(
+    args: Namespace, series: Series, checkpoint: Checkpoint | None, same_data: bool
+) -> tuple[tuple[float, ...], Intervals | None, list[str]]:
     """Set `--intervals` against the validation windows; of a forecast alone, against what its checkpoint has.
 
     Args:
         same_data: whether the series is of the data that the checkpoint was trained on.
 
+    Returns:
+        The levels of the run's prediction intervals, per cent; those of the checkpoint, where they are of these data, else
+        they are calibrated; lines for the user.
+
     Raises:
         InputError: levels that were asked for and cannot be had.
     """
     if args.intervals == ():
-        return IntervalPlan((), None, [])
+        return (), None, []
     kept = checkpoint.intervals if checkpoint is not None and same_data else None
     if kept is not None and checkpoint is not None:  # --features MS of a checkpoint of M forecasts one of its columns
         names, wanted = checkpoint.forecast_columns, series.forecast_columns
@@ -293,22 +291,22 @@ def plan_intervals(args: Namespace, series: Series, checkpoint: Checkpoint | Non
             )
         named = " and ".join(f"{name_of(level)} %" for level in few)
         notes = [f"No prediction intervals of {named}: {windows} validation windows, {least} are the fewest"] if few else []
-        return IntervalPlan(levels, kept.only(levels) if kept and kept.has(levels) else None, notes)
+        return levels, kept.only(levels) if kept and kept.has(levels) else None, notes
     assert checkpoint is not None, "a forecast alone has a checkpoint"
     if not same_data:
-        return IntervalPlan((), None, ["No prediction intervals: they would be those of other data, the checkpoint's"])
+        return (), None, ["No prediction intervals: they would be those of other data, the checkpoint's"]
     command = f"python run_main.py --is_training 0 --checkpoint {shlex.quote(str(checkpoint.file))}"
     how = f"to calibrate them on the validation windows, without training: {command}"
     if kept is None and args.intervals:
         raise input_error("--intervals", f"a checkpoint without any, {checkpoint.file}", "one that has them", how)
     if kept is None:
-        return IntervalPlan((), None, [f"No prediction intervals: the checkpoint has none; {how}"])
+        return (), None, [f"No prediction intervals: the checkpoint has none; {how}"]
     levels = args.intervals or kept.levels
     wrong = [level for level in levels if not kept.has([level])]
     if wrong:
         had, how = " ".join(map(name_of, kept.levels)), f"{how} --intervals {' '.join(map(name_of, levels))}"
         raise input_error("--intervals", name_of(wrong[0]), f"those that {checkpoint.file} has, {had}", how)
-    return IntervalPlan(levels, kept.only(levels), [])
+    return levels, kept.only(levels), []
 
 
 def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[str]:

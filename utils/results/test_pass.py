@@ -141,7 +141,7 @@ class TestPass:
             **self.metrics.result(),
             "baselines": measured(
                 self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None),
-                context.pretrain, context.args.season,  # type: ignore[arg-type]  # both are files
+                context.pretrain, context.args.season,
             ),
         }  # fmt: skip
         if self.saves_predictions:
