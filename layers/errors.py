@@ -40,12 +40,4 @@ class LoaderError(OSError):
 
 
 class StorageError(RunError):
-    """A file could not be written; what lay there before is what it was.
-
-    Attributes:
-        errno: the operating system's number for the reason.
-    """
-
-    def __init__(self, message: str, errno: int | None = None):
-        super().__init__(message)
-        self.errno = errno
+    """A file could not be written; what lay there before is what it was. Its cause is the operating system's error."""

@@ -563,11 +563,6 @@ def resumed(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in sorted(DEFAULTS) if "resume" in BY_NAME[name].roles}
 
 
-def same_experiment(args: argparse.Namespace, held: dict[str, Any]) -> bool:
-    """Whether the user's own words in a run's name are those of `held`, the flags of a record."""
-    return all(held.get(name) == getattr(args, name) for name in ("model_id", "model_comment", "des"))
-
-
 def clean_name(text: str) -> str:
     """`text` as part of a folder's name: letters, digits, `.`, `_` and `-`; no leading dot."""
     return re.sub(r"[^\w.\-]", "_", text).lstrip(".") or "_"

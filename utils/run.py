@@ -13,7 +13,7 @@ from data_provider.splits import M4
 from layers.errors import RunError, listed
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.results.bands import KEPT, Calibration, Intervals, all_intervals, has_errors, name_of
+from utils.results.bands import KEPT, Intervals, all_intervals, has_errors, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.metrics import lines_of
 from utils.results.test_pass import open_pass, score_mean
@@ -23,7 +23,7 @@ from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.state import resume_command
 from utils.setup import load_checkpoint, setup
 from utils.training.context import Context
-from utils.training.evaluate import Scores, score
+from utils.training.evaluate import Scores, score, score_and_calibrate
 from utils.training.memory import free_memory
 from utils.training.train import TestFound, train
 
@@ -163,8 +163,8 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
-    for line in lines_of(metrics["intervals"]) if "intervals" in metrics else ():
-        context.log(line)
+    if "intervals" in metrics:
+        context.log(*lines_of(metrics["intervals"]))
     draw(context, results, metrics)
     return scores
 
@@ -189,9 +189,7 @@ def calibrate(context: Context, checkpoint: Checkpoint) -> None:
         return
     before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
     levels = tuple(sorted({*context.levels, *(before.levels if before else ())}))  # what it had is not taken from it
-    with Calibration(context, levels) as calibration:
-        score(context, "val", calibration.consume)
-        calibration.end()
+    score_and_calibrate(context, levels)
     if context.intervals is not None:
         found, context.intervals = context.intervals, context.intervals.only(context.levels)
         named = " and ".join(f"{name_of(level)} %" for level in context.levels)
@@ -233,8 +231,8 @@ def predict(context: Context) -> pd.DataFrame:
         InputError: `--append`, and the history cannot take the forecast.
     """
     load_checkpoint(context)
-    for note in () if context.loaders else context.notes:
-        context.log(note)
+    if not context.loaders:
+        context.log(*context.notes)
     (forecast,) = Forecaster(context).forecast([context.series], context.args.predict_steps, context.intervals)
     leave_forecast(context, forecast)
     return forecast

@@ -227,10 +227,7 @@ def _open_log(plan: Plan) -> RunLog:
         step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process; "
         own = f"--eval_batch_size {args.eval_batch_size} and --max_sequences are of each"
         log(f"{world} processes: {step if args.is_training else ''}{own}")
-    for line in validate.overview(args, series, plan.pretrain):
-        log(line)
-    for line in plan.notes if isinstance(series, SplitSeries) else ():
-        log(line)
+    log(*validate.overview(args, series, plan.pretrain), *(plan.notes if isinstance(series, SplitSeries) else ()))
     if plan.precision.note:
         log(plan.precision.note)
     return log
@@ -291,8 +288,7 @@ def start_or_resume(
     if accelerator.is_main_process:
         events = tensorboard_writer(context.folder, log) if args.tensorboard else None
         journal = Journal(context.folder, context.steps_per_epoch, events)
-    for line in lines:
-        log(line)
+    log(*lines)
     average = Average(model, args.ema)
     record, device = context.record, context.device
     saver = Saver(context.folder, args, model, optimizer, accelerator, device, ours, record, average.tensors)

@@ -88,11 +88,3 @@ class _FrozenProduct(torch.autograd.Function):
 def freeze(module: nn.Module) -> nn.Module:
     """A plain linear layer in its frozen form; another one (a 4-bit one is a subclass) as it is."""
     return FrozenLinear(module) if type(module) is nn.Linear else module
-
-
-def prepack_weights(model: nn.Module) -> None:
-    """Let the frozen linear layers of a model keep oneDNN's layouts, where its linear layers are small together."""
-    layers: list[Any] = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear)]
-    small = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
-    for layer in layers:
-        layer.prepacked = small

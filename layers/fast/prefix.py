@@ -7,14 +7,16 @@ kv key-value heads of width e, g query heads for each.
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from layers.backbone import Backbone, first_line, unusable
 from layers.fast.attention import additive_mask
 from layers.fast.decoder import make_twin
-from layers.fast.linear import prepack_weights
+from layers.fast.linear import PACKED_BYTES, FrozenLinear
 
 BLOCK = 16  # buffers grow by whole blocks of slots, so that a slightly longer batch reuses them
 EXACT, ROUNDED = 1e-4, 0.1  # how far the paths may be apart, in float32 and in half the bits; see `choose_path`
@@ -81,8 +83,10 @@ class FastPath:
 
     def __init__(self, backbone: Backbone):
         self.model = make_twin(backbone.model)
-        if not backbone.recompute:  # who recomputes is short of memory
-            prepack_weights(self.model)
+        layers: list[Any] = [module for module in self.model.modules() if type(module) in (nn.Linear, FrozenLinear)]
+        small = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
+        for layer in layers:
+            layer.prepacked = small and not backbone.recompute  # who recomputes is short of memory
         self._token_embeddings, self._groups = backbone.token_embeddings, backbone.groups
         self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
         self._cache = PrefixCache(self.model.config.num_hidden_layers)

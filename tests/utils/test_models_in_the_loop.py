@@ -17,12 +17,11 @@ from data_provider.timestamps import time_marks
 from models.Autoformer import Model as Autoformer
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train
 from utils.flags import parse_flags
-from utils.results.bands import Calibration
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import NEWEST, OFFSETS
 from utils.saving.interrupt import Interrupted, Interrupts
 from utils.setup import setup
-from utils.training.evaluate import score
+from utils.training.evaluate import score, score_and_calibrate
 from utils.training.train import EVENNESS, Clock, train_epoch, validate
 
 WINDOWS = 101  # of the training rows
@@ -199,9 +198,8 @@ def test_a_head_beside_the_map_is_averaged_with_it(small, skip: str) -> None:
     def forecasts(value: float) -> torch.Tensor:
         context.model.head_share.fill_(value)
         parts.clear()
-        with Calibration(context) as calibration:
-            found = score(context, "val", lambda *batch: parts.append(batch[1]) or calibration.consume(*batch))
-            calibration.end()
+        score(context, "val", lambda *batch: parts.append(batch[1]))
+        found = score_and_calibrate(context, context.levels)
         assert (found == scores) == (value == 0.5)
         return torch.cat(parts)
 

@@ -15,7 +15,6 @@ Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ import torch
 from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from layers.norm import instance_norm
-from utils.saving.files import PARTIAL, writing
+from utils.saving.files import writing
 
 if TYPE_CHECKING:  # it holds such intervals itself
     from utils.training.context import Context
@@ -217,53 +216,6 @@ def make_array(path: Path, shape: tuple[int, ...], part_of: Path) -> None:
         if hasattr(os, "posix_fallocate"):  # Linux
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-class Calibration(AbstractContextManager):
-    """Takes in the batches of a pass over the validation split: pass `consume` to `score`, then call `end`, within `with`.
-
-    The errors lie on the disk meanwhile, where all processes of a group write theirs. After `end` they stay in the run's
-    folder, as KEPT, with room for those of the test; else the file goes.
-
-    Args:
-        levels: per cent; none: the run's.
-
-    Raises:
-        StorageError: the file system refused.
-    """
-
-    def __init__(self, context: "Context", levels: tuple[float, ...] = ()):
-        series = context.windows
-        self.context, self.levels, self.path = context, levels or context.levels, context.folder / f".{KEPT}{PARTIAL}"
-        if context.accelerator.is_main_process:
-            windows = len(series.windows("val")) + len(series.windows("test"))
-            shape = windows, len(series.forecast_columns), series.pred_len
-            make_array(self.path, shape, context.folder / KEPT)
-        context.accelerator.wait_for_everyone()
-
-    def __exit__(self, *error: object) -> None:
-        if self.context.accelerator.is_main_process:
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
-
-    def consume(self, batch: Batch, forecast: torch.Tensor) -> None:
-        """Take in M = B*N sequences, window by window, and their standardised forecasts `[M, H]`."""
-        write_errors(self.path, batch, forecast)
-
-    def end(self) -> None:
-        """Give the run the intervals that the pass comes to, none where errors are no finite numbers."""
-        context = self.context
-        context.accelerator.wait_for_everyone()  # all have written their windows
-        found = intervals_of([self.path], self.levels, slice(len(context.windows.windows("val"))))
-        finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
-        context.intervals = found if finite else None
-        if not finite:
-            context.log("No prediction intervals: errors of the validation windows are no finite numbers")
-        context.accelerator.wait_for_everyone()
-        if finite and context.accelerator.is_main_process:
-            with writing(self.path):
-                self.path.replace(context.folder / KEPT)
-        context.accelerator.wait_for_everyone()
 
 
 def write_errors(path: Path, batch: Batch, forecast: torch.Tensor, after: int = 0) -> None:

@@ -229,8 +229,7 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     if context.accelerator.is_main_process:
         with writing(context.folder / FORECAST):
             context.folder.mkdir(parents=True, exist_ok=True)
-        for line in write_forecast(context.folder, forecast, series.dates[-1], args.append):
-            log(line)
+        log(*write_forecast(context.folder, forecast, series.dates[-1], args.append))
         if args.plots:
             from utils.results.plots import draw_forecast  # only now: matplotlib takes a second to load
 

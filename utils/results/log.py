@@ -24,7 +24,7 @@ POINTS = 100  # step losses kept an epoch
 
 
 class RunLog:
-    """Prints each line and appends it to a log file, so that a lost terminal loses nothing.
+    """Prints lines and appends them to a log file, so that a lost terminal loses nothing.
 
     Where one of the two can no longer be written (a closed terminal, a full disk) the other goes on:
     a run does not end for the sake of a line.
@@ -38,17 +38,18 @@ class RunLog:
         self.lines: list[str] = []
         self._warned = False
 
-    def __call__(self, line: str) -> None:
-        if not self.terminal:
-            self.lines.append(line)
-        else:
-            try:
-                tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
-                sys.stdout.flush()
-            except OSError:
-                # Nobody reads any more. Python itself would complain once more at its end.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.note(line)
+    def __call__(self, *lines: str) -> None:
+        for line in lines:
+            if not self.terminal:
+                self.lines.append(line)
+            else:
+                try:
+                    tqdm.write(line, file=sys.stdout)  # above a progress bar, where there is one
+                    sys.stdout.flush()
+                except OSError:
+                    # Nobody reads any more. Python itself would complain once more at its end.
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.note(line)
 
     def note(self, line: str) -> None:
         """Append a line to the file alone."""
@@ -74,7 +75,6 @@ class Journal:
     steps_per_epoch: int
     events: "SummaryWriter | None" = None
     _since: list[float] = field(default_factory=list)  # losses since the last row of steps
-    _waiting: list[tuple] = field(default_factory=list)  # rows of steps that are not written yet
 
     def start(self, epoch: int, iteration: int) -> None:
         """Drop step losses after (epoch, iteration): these steps will be done again."""
@@ -86,17 +86,10 @@ class Journal:
         """Record the loss of an iteration (counted from 1)."""
         self._since.append(loss)
         if iteration % max(1, self.steps_per_epoch // POINTS) == 0:
-            self._waiting.append((epoch, iteration, sum(self._since) / len(self._since), lr))
-            self._since = []
-
-    def flush(self) -> None:
-        """Write the step losses that wait."""
-        rows, self._waiting = self._waiting, []
-        path = self.folder / STEPS
-        with writing(path), path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        if self.events is not None:
-            for epoch, iteration, loss, lr in rows:
+            path, loss, self._since = self.folder / STEPS, sum(self._since) / len(self._since), []
+            with writing(path), path.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow((epoch, iteration, loss, lr))
+            if self.events is not None:
                 at = (epoch - 1) * self.steps_per_epoch + iteration
                 self.events.add_scalar("step/loss", loss, at)
                 self.events.add_scalar("step/learning_rate", lr, at)
@@ -108,7 +101,6 @@ class Journal:
             history: losses, a row an epoch, with its number under "epoch".
             costs: time and memory of the last one. Those of earlier epochs are in the file.
         """
-        self.flush()
         before = {int(row["epoch"]): row for row in read_rows(self.folder / HISTORY)}
         rows = [{name: before.get(row["epoch"], {}).get(name) for name in costs} | row for row in history]
         rows[-1] |= costs

@@ -24,7 +24,7 @@ from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
 from utils.results.log import peak_memory_gib
 from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
-from utils.saving.files import RECORD, TENSORS, free_bytes, size_text, write_atomic, write_json
+from utils.saving.files import RECORD, TENSORS, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
 from utils.training.context import Context
 from utils.training.evaluate import Scores, evaluate
@@ -62,12 +62,11 @@ class TestPass:
             self.columns, self.mean, self.std, shape[1], intervals, context.device, bounds, len(self.data)
         )
         self.windows: dict[str, Window] = {}  # for the pictures, by what they are
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(context.args.save_predictions)
         self.writes_errors = has_errors(self.folder, self.series)
         self.levels = levels = context.intervals.levels if context.intervals else ()
         size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
-        free = free_bytes(self.folder)  # 0: that cannot be told
+        free = shutil.disk_usage(self.folder).free  # 0: that cannot be told
         # Of several processes, one alone must not leave it out.
         short = context.accelerator.reduce(torch.tensor(float(0 < free < size), device=context.device)) > 0
         if self.saves_predictions and short:
@@ -97,7 +96,7 @@ class TestPass:
             assert self.context.intervals is not None  # they have these levels
             for side, offsets in zip(("lo", "hi"), self.context.intervals.band(level), strict=True):
                 values[side + name_of(level)] = pred + unit * torch.from_numpy(offsets).to(pred.device)
-        own = {name: self._own_units(rows) for name, rows in values.items()}
+        own = {name: self.series.to_own_units(rows.transpose(1, 2).double().cpu().numpy()) for name, rows in values.items()}
         own |= {name: self.series.within_bounds(rows) for name, rows in own.items() if name != "true"}
         for name, rows in own.items():  # a batch's windows are neighbours
             np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
@@ -113,10 +112,6 @@ class TestPass:
             dates = self.data.dates[place : place + T + self.series.pred_len]
             shown[name] = Window(dates, history, bands.pop("true"), bands.pop("pred"), bands)
         return shown
-
-    # Standardised `[B, N, rows]` -> `[B, rows, N]`.
-    def _own_units(self, values: torch.Tensor) -> np.ndarray:
-        return self.series.to_own_units(values.transpose(1, 2).double().cpu().numpy())
 
     def headline(self, scores: Scores) -> str:
         return f"Test MSE: {scores.mse:.7f} MAE: {scores.mae:.7f}"
@@ -221,15 +216,13 @@ class M4Pass:
             "m4": {"pattern": series.pattern, "series": len(series.ids), "synthetic": series.synthetic},
             "baselines": {"rows": [{"name": name, "title": TITLES[name]} | row for name, row in found.items()]},
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         steps = [f"F{step}" for step in range(1, series.pred_len + 1)]
         frame = pd.DataFrame(self.forecasts, index=pd.Index(series.ids, name="id"), columns=steps)
         file = self.folder / f"{series.pattern}_forecast.csv"
         write_atomic(file, frame.to_csv)
         context.log(f"Forecasts of {len(series.ids)} series: {file}")
         write_json(self.folder / METRICS, metrics)
-        for line in table(scores_of(metrics), warnings_of(metrics)).splitlines():
-            context.log(line)
+        context.log(*table(scores_of(metrics), warnings_of(metrics)).splitlines())
         return metrics
 
 

@@ -107,10 +107,10 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         folder, reason = path.parent, f" in {path.parent} ({error.strerror})"
         if error.errno in FULL:
-            reason = f": the disk of {folder} is full ({size_text(free_bytes(folder))} free)"
+            reason = f": the disk of {folder} is full ({size_text(shutil.disk_usage(folder).free)} free)"
         elif error.errno == errno.ENOENT and not folder.is_dir():
             reason = f": the folder {folder} has vanished; bring it back"
-        raise StorageError(f"{path.name} cannot be written{reason}", error.errno) from error
+        raise StorageError(f"{path.name} cannot be written{reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,8 +132,3 @@ def duration(seconds: float) -> str:
     if minutes < 2:
         return f"{max(seconds, 1):.0f} s"
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written below `folder`."""
-    return shutil.disk_usage(folder).free

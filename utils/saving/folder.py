@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +15,9 @@ from accelerate.utils import broadcast_object_list
 
 from data_provider.data_loader import Series
 from layers.errors import input_error
-from utils.flags import DEFAULTS, same_experiment
+from utils.flags import DEFAULTS
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.files import LEGACY, PARTIAL, TENSORS, free_bytes, read_record, size_text, writing
+from utils.saving.files import LEGACY, PARTIAL, TENSORS, read_record, size_text, writing
 from utils.saving.state import SECONDS, compare, find_state, read_state, state_files
 
 try:
@@ -138,7 +139,7 @@ def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
     state = trained_values * ((6 if args.optimizer == "adamw8bit" else 12) + 4 * bool(args.ema)) + 2**18
     held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
     size = 2 * state + 4 * trained_values * (2 + args.torch_checkpoint) + MARGIN - sum(path.stat().st_size for path in held)
-    if (free := free_bytes(folder)) < size:
+    if (free := shutil.disk_usage(folder).free) < size:
         raise input_error(
             f"--checkpoints {folder.parent}",
             f"{size_text(free)} free",
@@ -168,7 +169,9 @@ def results_folder(
     """
     home = checkpoint.file.parent
     usual = (Path(DEFAULTS["checkpoints"]).resolve(), home.parent.resolve())
-    if args.checkpoint and same_experiment(args, checkpoint.flags) and Path(args.checkpoints).resolve() in usual:
+    own_words = ("model_id", "model_comment", "des")  # the user's own in a run's name
+    same_experiment = all(checkpoint.flags.get(name) == getattr(args, name) for name in own_words)
+    if args.checkpoint and same_experiment and Path(args.checkpoints).resolve() in usual:
         run_folder = home
     if run_folder.resolve() != home.resolve():  # what was trained there counts
         checkpoint = Checkpoint(run_folder / TENSORS, read_record(run_folder), None)

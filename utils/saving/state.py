@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from data_provider.data_loader import SplitSeries
 from data_provider.description import dataset_description
-from layers.errors import RunError, StorageError, input_error
+from layers.errors import RunError, input_error
 from utils.flags import DEFAULTS, resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
@@ -271,7 +271,7 @@ class Saver:
         try:
             yield
         except RunError as error:
-            is_full = isinstance(error, StorageError) and error.errno in FULL
+            is_full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
             error.args = (f"{error}; {'free some room there, then ' if is_full else ''}{self.kept()}",)
             raise
 

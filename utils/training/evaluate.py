@@ -1,14 +1,19 @@
 """One evaluation for validation, test and inference."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from models.base import ForecastModel
+from utils.results.bands import KEPT, LARGEST, intervals_of, make_array, write_errors
 from utils.results.log import Progress
+from utils.saving.files import PARTIAL, writing
 from utils.training.context import Context
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
@@ -114,3 +119,43 @@ def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor],
     bar = Progress(loader, desc=f"{split} batches", log=context.log)
     with bar, explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):
         return evaluate(context.model, bar, context.accelerator, forecast, consume, loss_of(context.args), context.device)
+
+
+def score_and_calibrate(
+    context: Context, levels: tuple[float, ...], when: Callable[[Scores], bool] = lambda scores: True
+) -> Scores:
+    """Score the validation split. Where `when` says so of the scores, the run gets the prediction intervals of these levels
+    that its errors come to, or none where they are no finite numbers.
+
+    The errors lie on the disk meanwhile, where all processes of a group write theirs. Those that calibrate stay in the run's
+    folder, as KEPT, with room for those of the test.
+
+    Raises:
+        Interrupted, RunError: see `score`.
+        StorageError: the file system refused.
+    """
+    series, path, accelerator = context.windows, context.folder / f".{KEPT}{PARTIAL}", context.accelerator
+    windows = len(series.windows("val"))
+    try:
+        if accelerator.is_main_process:
+            shape = windows + len(series.windows("test")), len(series.forecast_columns), series.pred_len
+            make_array(path, shape, context.folder / KEPT)
+        accelerator.wait_for_everyone()
+        scores = score(context, "val", partial(write_errors, path))
+        if when(scores):
+            accelerator.wait_for_everyone()  # all have written their windows
+            found = intervals_of([path], levels, slice(windows))
+            finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
+            context.intervals = found if finite else None
+            if not finite:
+                context.log("No prediction intervals: errors of the validation windows are no finite numbers")
+            accelerator.wait_for_everyone()
+            if finite and accelerator.is_main_process:
+                with writing(path):
+                    path.replace(context.folder / KEPT)
+            accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_main_process:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+    return scores

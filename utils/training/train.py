@@ -13,14 +13,13 @@ from accelerate.utils import gather_object
 from data_provider.batches import Batch
 from layers.errors import LoaderError, RunError, listed
 from models.base import ForecastModel
-from utils.results.bands import Calibration
 from utils.results.log import Progress, memory_line, peak_memory_gib
 from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import resume_command
 from utils.training.context import Context
 from utils.training.dry_run import dry_run
-from utils.training.evaluate import Scores, forecast_in_parts, score
+from utils.training.evaluate import Scores, forecast_in_parts, score, score_and_calibrate
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
@@ -114,8 +113,6 @@ def train_epoch(context: Context, clock: "Clock") -> float:
             if progress.iteration % args.log_every == 0:
                 context.log(f"\titers: {progress.iteration}, epoch: {progress.epoch} | loss: {loss:.7f}")
                 context.log(f"\t{clock.line()}")
-                if journal:
-                    journal.flush()
             save_if_asked(context, stop, due)
     if not training.scheduler_steps:
         training.scheduler.step()
@@ -271,10 +268,7 @@ def validate(context: Context) -> Scores:
     found = None if share is None else choose_share(context, share)
     if not context.levels or (found is not None and not found.loss < best):
         return found or score(context, "val")
-    with Calibration(context) as calibration:
-        vali = score(context, "val", calibration.consume)
-        if found is not None or vali.loss < best:
-            calibration.end()
+    vali = score_and_calibrate(context, context.levels, lambda vali: found is not None or vali.loss < best)
     return found or vali
 
 
