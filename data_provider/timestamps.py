@@ -2,6 +2,7 @@
 
 import calendar
 import re
+from contextlib import suppress
 from itertools import accumulate, product
 
 import numpy as np
@@ -275,8 +276,7 @@ def frequency(step: pd.offsets.BaseOffset | None) -> str:
         return "h"
     if type(step) is pd.DateOffset:
         return "m"
-    weeks = isinstance(step, pd.offsets.Day) and step.n % 7 == 0
-    return "w" if weeks else _nearest(step)
+    return "w" if isinstance(step, pd.offsets.Day) and step.n % 7 == 0 else _nearest(step)
 
 
 def frequency_key(freq: str) -> str:
@@ -291,10 +291,8 @@ def frequency_key(freq: str) -> str:
     if name in _OLD:
         return _OLD[name]
     for written in (freq.strip(), freq.strip().upper()):  # some names pandas reads in one case only
-        try:
+        with suppress(ValueError, OverflowError):
             return _nearest(pd.tseries.frequencies.to_offset(written))
-        except (ValueError, OverflowError):
-            pass
     raise input_error("--freq", repr(freq), "one of s, t (or min, 15min), h, d, b, w, m, q, a")
 
 

@@ -5,7 +5,6 @@ A prompt is a fixed *prefix* (description and task, the same for all series of a
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from layers.errors import input_error
 from layers.norm import instance_norm
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
-LAGS = ("paper", "peaks")  # which lags a prompt names: the paper's top ones, or the top peaks
 
 
 class Prompts(NamedTuple):
@@ -35,18 +34,14 @@ class Prompts(NamedTuple):
 
 def pad_prompts(ids: list[list[int]]) -> Prompts:
     """Token id lists -> right-padded ids `[M, longest]` and lengths `[M]`, both int64."""
-    length = torch.tensor([len(row) for row in ids])
-    padded = torch.zeros(len(ids), int(length.max()), dtype=torch.long)
-    total = int(length.sum())
-    flat = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(ids), np.int64, total))
-    padded[torch.arange(padded.shape[1]) < length[:, None]] = flat
-    return Prompts(padded, length)
+    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+    return Prompts(pad_sequence(rows, batch_first=True), torch.tensor(list(map(len, ids))))
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The fixed words of a run's prompts. `decimals` rounds the statistics; None prints them in full. `lags` is one of
-    LAGS."""
+    """The fixed words of a run's prompts. `decimals` rounds the statistics; None prints them in full. `lags` are the
+    paper's top ones ("paper"), or the top peaks ("peaks")."""
 
     description: str
     seq_len: int

@@ -35,7 +35,6 @@ from utils.flags import parse_flags  # noqa: E402
 from utils.saving.files import write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
-from utils.training.context import Context  # noqa: E402
 
 # Published implementations ask transformers for the attention weights, which makes it fall back to eager
 # attention, and write out the scores of the cross-attention; "plain_sdpa" is the same path without either.
@@ -92,18 +91,8 @@ def main(argv: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> dict[str, Any]:
-    """Seconds and memory of one variant: steps on one batch, a save, and an evaluation."""
-    context = open_run(args, run_flags, scratch)
-    model, batch = context.model, next(iter(context.loaders["train"])).to(context.device)
-    found = check_gpu.measure(context, [batch] * (WARM_UP + args.rounds), [batch] * EVALUATED)
-    found["peak_gib"], found["reserved_gib"] = found["peaks_gib"]["steps"]
-    found |= {"opening": len(model.prefix_ids), "statistics": batch.prompts.ids.shape[1]}
-    found["vocabulary"] = model.backbone.vocab_size
-    return found
-
-
-def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> Context:
-    # The run whose step is measured, on random walks of `--channels` columns, described as the ETT data are.
+    """Seconds and memory of one variant: steps on one batch, a save, and an evaluation; of a run on random walks of
+    `--channels` columns, described as the ETT data are."""
     described = (PROMPT_BANK / "ETT.txt").read_text(encoding="utf-8").strip()
     words = (
         "--task_name long_term_forecast --is_training 1 --model_id b --model_comment b --model TimeLLM --data custom "
@@ -123,7 +112,12 @@ def open_run(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> C
         context.model.backbone.model.set_attn_implementation("eager" if args.variant == "plain" else "sdpa")
     if args.variant == "plain":
         context.model.reprogramming_layer.attend = attend
-    return context
+    model, batch = context.model, next(iter(context.loaders["train"])).to(context.device)
+    found = check_gpu.measure(context, [batch] * (WARM_UP + args.rounds), [batch] * EVALUATED)
+    found["peak_gib"], found["reserved_gib"] = found["peaks_gib"]["steps"]
+    found |= {"opening": len(model.prefix_ids), "statistics": batch.prompts.ids.shape[1]}
+    found["vocabulary"] = model.backbone.vocab_size
+    return found
 
 
 if __name__ == "__main__":

@@ -37,13 +37,12 @@ from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import duration, write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
-from utils.study.cells import processor  # noqa: E402
+from utils.study.cells import nvidia_smi, processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
 from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice, memory_limit  # noqa: E402
 from utils.training.train import Clock, save, train_step  # noqa: E402
-from utils.validate import nvidia_driver  # noqa: E402
 
 WARM_UP, STEPS, EVALUATED = 2, 6, 3  # batches
 GIB = 2**30
@@ -155,7 +154,7 @@ def machine(device: torch.device) -> dict[str, str]:
     else:
         found["card"] = f"none in use; {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return found | {
-        "driver, CUDA": f"{nvidia_driver() or 'none'}, {torch.version.cuda or 'none'}",
+        "driver, CUDA": f"{next(iter(nvidia_smi('driver_version')), 'none')}, {torch.version.cuda or 'none'}",
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)) or "as it comes",
     }

@@ -40,11 +40,11 @@ from utils.study.cells import (  # noqa: E402
     NOTE,
     Cell,
     Study,
-    card_names,
     cores,
     last_line,
     machine,
     measure,
+    nvidia_smi,
     read_json,
     read_study,
     write_note,
@@ -110,7 +110,7 @@ def read_gpus(words: list[str]) -> list[str]:
     # The cards that --gpus names, each a value for CUDA_VISIBLE_DEVICES; `all`: those of that variable where it is set.
     names = [name for word in words for name in word.split(",")]
     if names == ["all"]:
-        names = os.environ.get(VISIBLE, ",".join(map(str, range(len(card_names()))))).split(",")
+        names = os.environ.get(VISIBLE, ",".join(map(str, range(len(nvidia_smi("name")))))).split(",")
     for name in names:
         if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", name):
             raise input_error(

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,12 +29,10 @@ class ArgType:
     choices: tuple[str, ...] = ()  # the names that it is one of, where it is
 
     def __call__(self, text: str) -> Any:
-        try:
+        with suppress(ValueError, LookupError):
             value = self.convert(text)
             if self.allowed(value):
                 return value
-        except (ValueError, LookupError):
-            pass
         known = {name.lower(): name for name in self.choices}
         near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.7)
         hint = f"; perhaps {known[near[0]]}" if near else ""

@@ -28,7 +28,7 @@ from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
-from utils.saving.folder import FolderLock, open_folder, results_folder
+from utils.saving.folder import open_folder, results_folder
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver, identity, part_random
 from utils.training.context import Context, Limit, Plan, Training
@@ -72,7 +72,6 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
     model = _load_model(plan, repeat, log)
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     loaders: dict[str, Any] = {}
-    published = plan.args.recipe == "published"
     rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
     for split, series in plan.splits:
         data, loaders[split] = batch_loader(
@@ -90,7 +89,7 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         step_limit=Limit(at_once),
         evaluation_limit=Limit(at_once),
         sequences_per_step=plan.args.batch_size
-        * (world if published else len((plan.pretrain or plan.series).forecast_columns)),
+        * (world if plan.args.recipe == "published" else len((plan.pretrain or plan.series).forecast_columns)),
     )
 
 
@@ -187,8 +186,10 @@ def load_checkpoint(context: Context) -> Checkpoint:
     if trained.get("fingerprint") not in (None, context.record["backbone"].get("fingerprint")):
         context.log("WARNING: the checkpoint was trained on a language model with other weights than this one")
     if trained.get("load_in_4bit") not in (None, context.args.load_in_4bit):
-        four_bit = trained["load_in_4bit"]
-        context.log(f"WARNING: --load_in_4bit: got {context.args.load_in_4bit}, the checkpoint was trained with {four_bit}")
+        context.log(
+            f"WARNING: --load_in_4bit: got {context.args.load_in_4bit}, "
+            f"the checkpoint was trained with {trained['load_in_4bit']}"
+        )
     context.model.load_state_dict(tensors)
     context.checkpoint, context.has_checkpoint = checkpoint, True
     if context.args.is_training:  # of the best epoch, and of a run that was finished before
@@ -270,7 +271,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
 
 
 def start_or_resume(
-    context: Context, ours: dict[str, Any], lock: FolderLock | None, state: dict[str, Any] | None, lines: list[str]
+    context: Context, ours: dict[str, Any], lock: int | None, state: dict[str, Any] | None, lines: list[str]
 ) -> Training:
     """What a run needs to train, brought to where it begins: the state found in its folder, or the first iteration.
 
@@ -290,8 +291,9 @@ def start_or_resume(
         journal = Journal(context.folder, context.steps_per_epoch, events)
     log(*lines)
     average = Average(model, args.ema)
-    record, device = context.record, context.device
-    saver = Saver(context.folder, args, model, optimizer, accelerator, device, ours, record, average.tensors)
+    saver = Saver(
+        context.folder, args, model, optimizer, accelerator, context.device, ours, context.record, average.tensors
+    )  # fmt: skip
     progress = Progress()
     if state is not None:
         with explain_out_of_memory("restoring the state", lambda: advice(args, model)):

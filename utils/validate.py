@@ -4,8 +4,6 @@ Each contradiction is an `InputError` of one line. `complete_from_data` and `com
 """
 
 import shlex
-import shutil
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from utils.flags import DEFAULTS, FLAGS, longest_window, refuse, resumed
 from utils.results.bands import LEVELS, Intervals, fewest_windows, name_of
 from utils.results.baselines import stack_windows
 from utils.saving.checkpoint import Checkpoint, shapes_of
+from utils.study.cells import nvidia_smi
 
 
 def check_flags(args: Namespace) -> None:
@@ -89,11 +88,10 @@ def check_device(args: Namespace) -> None:
     """
     if args.device == "cpu" or torch.cuda.is_available():
         return
-    driver = nvidia_driver()
-    if driver is not None:
+    if drivers := nvidia_smi("driver_version"):
         raise input_error(
             f"--device {args.device}",
-            f"an NVIDIA GPU (driver {driver}) that PyTorch {torch.__version__} cannot use",
+            f"an NVIDIA GPU (driver {drivers[0]}) that PyTorch {torch.__version__} cannot use",
             "a PyTorch with CUDA" if torch.version.cuda is None else f"a driver for its CUDA {torch.version.cuda}",
             "update the driver (under WSL2 the one of Windows), install another build (TORCH_INDEX_URL="
             "https://download.pytorch.org/whl/cu126 bash scripts/setup_env.sh), or give --device cpu",
@@ -107,16 +105,6 @@ def check_device(args: Namespace) -> None:
             "one",
             "leave --load_in_4bit out, or give --device cpu to run it slowly on purpose",
         )
-
-
-def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver; None where there is none, or no GPU that it sees."""
-    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")  # the latter is WSL2's
-    if program is None:
-        return None
-    words = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(words, capture_output=True, text=True)
-    return next(iter(answer.stdout.split()), None) if answer.returncode == 0 else None
 
 
 def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint | None, same_data: bool) -> None:
@@ -148,7 +136,7 @@ def complete_from_data(args: Namespace, series: Series, checkpoint: Checkpoint |
         refuse(args, (longest_window(args) > most, "stack_windows", f"at most {most} rows, with which {series.path} trains"))
     asked = args.prompt_domain and not args.checkpoint  # with a checkpoint the flag may be the training's
     if isinstance(series, FileSeries) and args.data == "custom" and not (args.prompt_text or asked or bank_file(args)):
-        args.prompt_text = checkpoint.prompt_text if checkpoint is not None and same_data else None
+        args.prompt_text = checkpoint.flags.get("prompt_text") if checkpoint is not None and same_data else None
         if not args.prompt_text:
             # From float32 values, as ever: states of earlier runs hold the text that these make.
             rows = series.to_own_units(series.values[: series.splits.train, series.forecast_slice])

@@ -56,7 +56,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         series = on_the_trainings_scale(
             Table(FRAME, pd.DatetimeIndex([]), names, np.empty((0, len(names)))), checkpoint, args
         )
-        args.prompt_text, args.enc_in = args.prompt_text or checkpoint.prompt_text, len(series.columns)
+        args.prompt_text, args.enc_in = args.prompt_text or checkpoint.flags.get("prompt_text"), len(series.columns)
         return series, True, []
     if args.predict_path is None:
         path = find_csv(args.root_path, args.data_path)
@@ -76,7 +76,7 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
     notes = []
     if trained:
         series = on_the_trainings_scale(table, checkpoint, args)
-        args.prompt_text = args.prompt_text or checkpoint.prompt_text
+        args.prompt_text = args.prompt_text or checkpoint.flags.get("prompt_text")
         extra = [name for name in table.columns if name not in checkpoint.record["columns"]]
         if extra and checkpoint.flags.get("features") == "M":
             notes.append(f"not forecast, for the training did not have them: {listed(extra)}")

@@ -86,11 +86,6 @@ class Checkpoint:
         return self.record.get("flags", {})
 
     @property
-    def prompt_text(self) -> str | None:
-        """The data set's description in the training, where it was given or made."""
-        return self.flags.get("prompt_text")
-
-    @property
     def backbone(self) -> dict[str, Any]:
         """Name, shape and fingerprint of the language model of the training."""
         return self.record.get("backbone", {})
@@ -123,17 +118,7 @@ class Checkpoint:
         return Intervals(levels, offsets[0], held["windows"], newest)
 
     def scaler(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """The training's columns, and their mean and deviation `[N]` float64.
-
-        Raises:
-            InputError: the record lacks them.
-        """
-        if not {"flags", "data", "columns", "scaler"} <= self.record.keys():
-            raise input_error(
-                f"--checkpoint {self.file}",
-                "a record without flags, data, columns or their scaler",
-                "the one that training wrote",
-            )
+        """The training's columns, and their mean and deviation `[N]` float64, of a checkpoint that has a record."""
         mean, std = (np.array(self.record["scaler"][part], dtype=np.float64) for part in ("mean", "deviation"))
         return self.record["columns"], mean, std
 

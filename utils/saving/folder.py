@@ -7,6 +7,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +30,39 @@ MARGIN = 2**24  # bytes for logs and figures
 SOURCE = "source.txt"  # in a folder of results on another file: that file
 
 
-class FolderLock:
-    """The folder is this process's until it ends, however it ends.
+def lock_folder(folder: Path) -> tuple[int, list[str]]:
+    """Make the folder if need be, lock it, and remove what killed runs left unfinished: it is this process's until it ends,
+    however it ends, or until the handle is closed.
 
     A record lock dies with its process and, unlike flock, does not live on in the loader's workers.
 
-    Attributes:
-        warning: a line where the file system has no locks; else empty.
+    Returns:
+        The handle; a line where the file system has no locks.
+
+    Raises:
+        InputError: it cannot be made or written, or another run is in it.
     """
-
-    def __init__(self, folder: Path):
-        """Make the folder if need be, lock it, and remove what killed runs left unfinished.
-
-        Raises:
-            InputError: it cannot be made or written, or another run is in it.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+    warnings = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise input_error(
+            f"--checkpoints {folder}", f"no writing ({error.strerror})", "a folder that can be written"
+        ) from error
+    try:
+        if fcntl is not None:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
             raise input_error(
-                f"--checkpoints {folder}", f"no writing ({error.strerror})", "a folder that can be written"
+                f"--checkpoints {folder}", "another run that trains in it", "none", "wait for it or end it"
             ) from error
-        self.warning = ""
-        try:
-            if fcntl is not None:
-                fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise input_error(
-                    f"--checkpoints {folder}", "another run that trains in it", "none", "wait for it or end it"
-                ) from error
-            self.warning = f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"
-        with suppress(OSError):  # a file too many does no harm
-            for partial in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"plots/.*{PARTIAL}")):
-                partial.unlink(missing_ok=True)
-
-    def release(self) -> None:
-        os.close(self._handle)
+        warnings = [f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it"]
+    with suppress(OSError):  # a file too many does no harm
+        for unfinished in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f"plots/.*{PARTIAL}")):
+            unfinished.unlink(missing_ok=True)
+    return handle, warnings
 
 
 def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path:
@@ -91,24 +87,24 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
 
 def open_folder(
     args: Namespace, folder: Path, identity: dict[str, Any], trained_values: int, accelerator: Accelerator
-) -> tuple[FolderLock | None, dict[str, Any] | None, list[str]]:
+) -> tuple[int | None, dict[str, Any] | None, list[str]]:
     """Lock the run's folder; find the state to resume from, or move aside what is there.
 
     Args:
         identity: what the run is, see `utils.saving.state.identity`.
 
     Returns:
-        The lock, None in the processes beside the first; what `read_state` found to resume from, None where the run starts
-        anew; lines for the log.
+        The lock's handle, None in the processes beside the first; what `read_state` found to resume from, None where the run
+        starts anew; lines for the log.
 
     Raises:
         InputError: the folder cannot be used, is in use or is too small, or its state is another run's.
     """
-    lock: FolderLock | None = None
+    lock: int | None = None
     state: dict[str, Any] | None = None
     lines: list[str] = []
     if accelerator.is_main_process:
-        lock = FolderLock(folder)
+        lock, warnings = lock_folder(folder)
         if args.resume:
             state, lines = find_state(folder)
         if state is not None:
@@ -116,10 +112,9 @@ def open_folder(
         elif any(folder.glob("state.*")) or (folder / TENSORS).is_file() or (folder / LEGACY).is_file():
             if lines:
                 lines.append("WARNING: no sound state is left: starting anew")
-            lines.append(f"The folder held an earlier run, now in: {move_aside(folder, lock.release)}")
-            lock = FolderLock(folder)  # the first one stays with what was moved, whoever still waits for it
-        lines += [lock.warning] if lock.warning else []
-        lines.append(_check_room(args, folder, trained_values))
+            lines.append(f"The folder held an earlier run, now in: {move_aside(folder, partial(os.close, lock))}")
+            lock, _ = lock_folder(folder)  # the first one stays with what was moved, whoever still waits for it
+        lines += [*warnings, _check_room(args, folder, trained_values)]
     if accelerator.num_processes > 1:
         (name,) = broadcast_object_list([state["path"].name if state else None])
         if name and lock is None:

@@ -114,50 +114,8 @@ def find_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `pack` has put into a state file, and its `path`; the tensors are windows into the file, on the CPU."""
+    """What `Saver.save` has put into a state file, and its `path`; the tensors are windows into the file, on the CPU."""
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True) | {"path": path}
-
-
-def pack(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: list[torch.Tensor],
-    progress: Progress,
-    identity: dict,
-    device: torch.device,
-) -> dict[str, Any]:
-    """What a state file holds, the tensors not copied; all processes take part.
-
-    Raises:
-        RunError: a trained value is NaN or infinite.
-    """
-    trained = dict(model.state_dict())
-    for name, tensor in trained.items():
-        if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
-            raise RunError(f"{name} has become NaN or infinite, so it is not saved")
-    told = {"identity": identity, "progress": asdict(progress)}
-    return {
-        **json.loads(json.dumps(told)),  # also the same bytes: pickle writes whether two equal strings are one object
-        "random": gather_object([random_state(device)]),
-        "model": trained,
-        "average": average,
-        "optimizer": optimizer.state_dict()["state"],
-    }
-
-
-def save_state(folder: Path, packed: dict[str, Any], before: Path | None) -> Path:
-    """Write the state as the newest; beside it only `before`, the last good one, is kept.
-
-    Raises:
-        StorageError: the file system refused; `before` is still there.
-    """
-    for other in state_files(folder):
-        if other != before:
-            with suppress(OSError):  # a state too many does no harm
-                other.unlink()
-    path = folder / f"state.{int(before.name.split('.')[1]) + 1 if before else 1}.pt"
-    write_torch(path, packed)
-    return path
 
 
 def part_random(rank: int, seed: int) -> None:
@@ -238,7 +196,8 @@ class Saver:
         return every > 0 and (progress.iteration + ahead) % every == 0
 
     def save(self, progress: Progress) -> None:
-        """Save the state, unless it is saved already. All processes of a group take part, and the first one writes.
+        """Save the state as the newest, unless it is saved already; beside it only the last good one is kept. All processes
+        of a group take part, and the first one writes.
 
         Raises:
             StorageError: the file system refused; the last state is still there.
@@ -248,9 +207,27 @@ class Saver:
         if step == self.saved_step:
             return
         with self.explained():
-            packed = pack(self.model, self.optimizer, self.average, progress, self.identity, self.device)
+            trained = dict(self.model.state_dict())
+            for name, tensor in trained.items():
+                if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
+                    raise RunError(f"{name} has become NaN or infinite, so it is not saved")
+            told = {"identity": self.identity, "progress": asdict(progress)}
+            packed = {
+                # Also the same bytes each time: pickle writes whether two equal strings are one object.
+                **json.loads(json.dumps(told)),
+                "random": gather_object([random_state(self.device)]),
+                "model": trained,
+                "average": self.average,
+                "optimizer": self.optimizer.state_dict()["state"],
+            }
             if self.accelerator.is_main_process:
-                self.last = save_state(self.folder, packed, self.last)
+                for other in state_files(self.folder):
+                    if other != self.last:
+                        with suppress(OSError):  # a state too many does no harm
+                            other.unlink()
+                path = self.folder / f"state.{int(self.last.name.split('.')[1]) + 1 if self.last else 1}.pt"
+                write_torch(path, packed)
+                self.last = path
         # Nobody leaves before the file is in its place: a launcher ends the others soon after one has left.
         (self.last,) = broadcast_object_list([self.last])
         self.saved_step, self.saved_at = step, time.monotonic()

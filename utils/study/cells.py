@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -230,18 +231,18 @@ def write_note(cell: Cell, **values: object) -> None:
     write_json(cell.folder / NOTE, read_json(cell.folder / NOTE) | {"command": cell.command} | values)
 
 
-def card_names() -> list[str]:
-    """The graphics cards that nvidia-smi lists; none where it is missing."""
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
-    except OSError:
+def nvidia_smi(field: str) -> list[str]:
+    """What nvidia-smi says of each graphics card, such as its "name"; nothing where it is missing, or sees no card."""
+    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")  # the latter is WSL2's
+    if program is None:
         return []
+    answer = subprocess.run([program, f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True)
+    return answer.stdout.splitlines() if answer.returncode == 0 else []
 
 
 def machine() -> str:
     """CPU, cores and torch's version, and the graphics cards where there are some."""
-    return ", ".join([processor(), f"{cores()} cores", *card_names(), f"torch {importlib.metadata.version('torch')}"])
+    return ", ".join([processor(), f"{cores()} cores", *nvidia_smi("name"), f"torch {importlib.metadata.version('torch')}"])
 
 
 def processor() -> str:

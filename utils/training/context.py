@@ -1,5 +1,6 @@
 """The context of a run that is set up; the verbs fit, test and predict work on it."""
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from models.base import ForecastModel
 from utils.results.bands import Intervals
 from utils.results.log import Journal, RunLog
 from utils.saving.checkpoint import Checkpoint
-from utils.saving.folder import FolderLock
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import Progress, Saver
 from utils.training.optimizer import Average
@@ -36,7 +36,7 @@ class Training:
     saver: Saver
     progress: Progress
     journal: Journal | None  # history.csv and what goes with it; one process has it
-    lock: FolderLock | None  # one process has it
+    lock: int | None  # the handle of the folder's lock; one process has it
 
 
 @dataclass
@@ -140,4 +140,4 @@ class Context(Plan):
             if self.training.journal is not None and self.training.journal.events is not None:
                 self.training.journal.events.close()
             if self.training.lock is not None:
-                self.training.lock.release()
+                os.close(self.training.lock)

@@ -6,7 +6,6 @@ part of `Progress`, and `train_step` keeps it: torch's GradScaler does not see t
 """
 
 from argparse import Namespace
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +33,8 @@ class Precision:
     is_scaled: bool = False
     note: str = ""
 
-    def autocast(self) -> AbstractContextManager[object]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device_type, self.autocast_dtype)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 def choose_precision(args: Namespace, device: torch.device, uses_llm: bool = True) -> Precision:

@@ -61,7 +61,10 @@ def train(context: Context) -> TestFound | None:
             began = time.perf_counter()
             with context.training.saver.explained(), context.training.average.in_place():  # both write to the disk
                 vali = Scores(train_loss, train_loss, train_loss) if args.all_rows else validate(context)
-                results, test = test_epoch(context, improved=vali.loss < progress.best_vali_loss and not args.all_rows)
+                tested = args.test_every and progress.epoch % args.test_every == 0
+                best = tested and vali.loss < progress.best_vali_loss and not args.all_rows  # keep all that a test leaves
+                results = open_pass(context) if best else None
+                test = score(context, "test", results.consume if results else None) if tested else None
             if vali.loss < progress.best_vali_loss:
                 best_test = (results, test) if results and test else None
             evaluation = time.perf_counter() - began
@@ -295,15 +298,6 @@ def choose_share(context: Context, share: torch.Tensor) -> Scores:
         share.fill_((0.5 + (linear - own) / (2 * (apart + EVENNESS * (linear + own)))).clamp(0, 1).nan_to_num(0.5))
         context.log(f"Share of the head, beside the linear map: {share.item():.3f}")
     return found
-
-
-def test_epoch(context: Context, improved: bool) -> tuple[TestPass | M4Pass | None, Scores | None]:
-    """Score the test split where `--test_every` has it; of the best epoch so far, keep all that a test leaves."""
-    every = context.args.test_every
-    if not every or context.training.progress.epoch % every:
-        return None, None
-    results = open_pass(context) if improved else None
-    return results, score(context, "test", results.consume if results else None)
 
 
 def end_epoch(context: Context, train_loss: float, vali: Scores, test: Scores | None) -> None:

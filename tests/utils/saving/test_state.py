@@ -13,7 +13,7 @@ from bitsandbytes.optim import AdamW8bit
 
 from layers.errors import InputError, RunError, StorageError
 from utils.saving.files import write_atomic, write_json, write_text
-from utils.saving.folder import FolderLock, move_aside
+from utils.saving.folder import lock_folder, move_aside
 from utils.saving.state import Progress, Saver, compare, find_state, state_files
 
 IDENTITY = {"--seed": 1, "the data's number of rows": 10, "the data's columns": ["a", "ü"]}
@@ -169,5 +169,5 @@ def test_an_earlier_folder_takes_the_next_free_number_and_unfinished_files_go(tm
     assert move_aside(folder).name == "run.3"
     assert (tmp_path / "run.3/checkpoint").read_text() == "old" and not folder.exists()
     (tmp_path / "run.3" / ".state.1.pt.1.partial").write_text("half")
-    FolderLock(tmp_path / "run.3").release()
+    os.close(lock_folder(tmp_path / "run.3")[0])
     assert set(os.listdir(tmp_path / "run.3")) == {".lock", "checkpoint"}

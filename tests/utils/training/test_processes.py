@@ -17,7 +17,7 @@ from tests.m4_files import write_m4
 from tests.realdata import ROOT
 from tests.small_run import command_line, launched, run_folder, run_in_group, train
 from utils.saving.state import state_files
-from utils.validate import nvidia_driver
+from utils.study.cells import nvidia_smi
 
 WITHOUT_DROPOUT = "tests/without_dropout.py"
 M4 = {
@@ -77,7 +77,7 @@ def without_dropout(words: list[str], processes: int) -> list[str]:
     ("flags", "processes", "tolerance"),
     [
         # Without --device, where there is no GPU: a group on the CPU all the same.
-        ({"optimizer": "adam", "max_sequences": 5, "device": "cpu" if nvidia_driver() else None}, 2, 1e-6),
+        ({"optimizer": "adam", "max_sequences": 5, "device": "cpu" if nvidia_smi("name") else None}, 2, 1e-6),
         (BESIDE, 2, 1e-6),
         pytest.param({"optimizer": "adamw8bit"}, 2, 1e-4, marks=pytest.mark.long),
         pytest.param({"optimizer": "adamw", "prototypes": "direct"}, 2, 1e-6, marks=pytest.mark.long),
