@@ -17,14 +17,14 @@ from data_provider.data_factory import batch_loader, epoch_batches, items, serie
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
 from data_provider.splits import SPLITS
 from layers.backbone import Backbone, BackboneInfo
-from layers.errors import input_error
+from layers.errors import InputError, input_error
 from models import model_class
 from models.base import ForecastModel
 from models.LinearStack import Model as LinearStack
 from models.TimeLLM import layers_of
 from utils import validate
-from utils.flags import recorded, run_name
-from utils.results.baselines import doubts, fit_ridge, fit_stack
+from utils.flags import DEFAULTS, inherited, recorded, run_name
+from utils.results.baselines import SOURCE, doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -53,7 +53,7 @@ class Plan:
     accelerator: Accelerator
     device: torch.device
     precision: Precision
-    pretrain: FileSeries | None = None  # trained on in the series' place
+    pretrain: FileSeries | None = None  # what trains, or has trained the checkpoint, where that is another series
 
     def random_seed(self, repeat: int) -> int | None:
         """What a language model of `--llm_ablation random` is drawn from: the training's seed; None: it is read."""
@@ -170,10 +170,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if args.do_predict and not in_program:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
-    pretrain = None
-    if trains and args.data_pretrain:  # on a scale of its own
-        own = {"data": args.data_pretrain, "data_path": args.data_path_pretrain, "bounds": None}
-        pretrain = load_series(**series_flags(args) | own)
+    pretrain = source_series(args) if trains and args.data_pretrain else None
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if isinstance(series, FileSeries):
@@ -181,6 +178,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
+        if isinstance(series, FileSeries):
+            pretrain, notes = source_of(checkpoint, series, args)
     intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     precision = choose_precision(args, device, uses_llm=info is not None)
@@ -190,6 +189,30 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     for split, split_series in plan.splits:
         epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)
     return plan
+
+
+def source_series(args: Namespace) -> FileSeries:
+    """What the flags train on, on a scale of its own.
+
+    Raises:
+        InputError: see `load_series`.
+    """
+    own = {"data": args.data_pretrain or args.data, "data_path": args.data_path_pretrain or args.data_path, "bounds": None}
+    return load_series(**series_flags(args) | own)
+
+
+def source_of(checkpoint: Checkpoint, series: FileSeries, args: Namespace) -> tuple[FileSeries | None, list[str]]:
+    """What a checkpoint was trained on, where that is another series than the one to test; a line if it cannot be read."""
+    origin = replace(checkpoint, record=checkpoint.record.get("pretrain", checkpoint.record))
+    if not origin.record or origin.trained_on(series, args):
+        return None, []
+    flags = Namespace(**DEFAULTS | checkpoint.flags | inherited(checkpoint.file, {}))  # paths as they are found from here
+    said = f"No {SOURCE}, which is {origin.trained_data.get('file')}, among the simple forecasts:"
+    try:
+        source = source_series(flags)
+    except InputError as error:
+        return None, [f"{said} {error}"]
+    return (source, []) if origin.trained_on(source, flags) else (None, [f"{said} {source.path} has other values now"])
 
 
 def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
@@ -281,7 +304,7 @@ def _open_log(plan: Plan) -> RunLog:
         log(f"{world} processes: {step if args.is_training else ''}{own}")
     for line in validate.overview(args, series, plan.pretrain):
         log(line)
-    for line in plan.intervals.notes if isinstance(series, SplitSeries) else ():
+    for line in (*plan.intervals.notes, *plan.notes) if isinstance(series, SplitSeries) else ():
         log(line)
     if plan.precision.note:
         log(plan.precision.note)

@@ -51,7 +51,7 @@ class Context:
 
     Attributes:
         series: what is forecast; of a run that only forecasts, the history that it goes on from.
-        pretrain: what it trains on, where that is another series.
+        pretrain: what it trains on, or its checkpoint was trained on, where that is another series.
         loaders: of the splits that the run goes through: "train", "val", "test".
         record: what a checkpoint says of the run.
         checkpoint: what is tested or forecast with; None until a run that trains has one.
@@ -75,7 +75,7 @@ class Context:
     has_checkpoint: bool = False  # the model has its tensors
     levels: tuple[float, ...] = ()  # of the prediction intervals, per cent
     intervals: Intervals | None = None  # of the tensors that the model has, once they are calibrated
-    notes: list[str] = field(default_factory=list)  # to be said with a forecast
+    notes: list[str] = field(default_factory=list)  # to be said with a forecast, or with a test's figures
     pretrain: SplitSeries | None = None
     sequences_per_step: int = 0  # of a training step, in all processes
     training: Training = field(init=False)  # of a run with --is_training 1 alone
