@@ -16,14 +16,14 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
 from layers.backbone import Backbone
-from layers.errors import input_error
+from layers.errors import InputError, input_error
 from models import model_class
 from models.base import ForecastModel
 from models.LinearStack import Model as LinearStack
 from models.TimeLLM import layers_of
 from utils import validate
-from utils.flags import recorded, run_name
-from utils.results.baselines import doubts, fit_ridge, fit_stack
+from utils.flags import DEFAULTS, inherited, recorded, run_name
+from utils.results.baselines import SOURCE, doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
@@ -120,10 +120,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if args.do_predict and not in_program:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
-    pretrain = None
-    if trains and args.data_pretrain:  # on a scale of its own
-        own = {"data": args.data_pretrain, "data_path": args.data_path_pretrain, "bounds": None}
-        pretrain = load_series(**series_flags(args) | own)
+    pretrain = source_series(args) if trains and args.data_pretrain else None
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if isinstance(series, FileSeries):
@@ -131,6 +128,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
+        if isinstance(series, FileSeries):
+            pretrain, notes = source_of(checkpoint, series, args)
     levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
@@ -143,6 +142,30 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     for split, split_series in plan.splits:
         epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)
     return plan
+
+
+def source_series(args: Namespace) -> FileSeries:
+    """What the flags train on, on a scale of its own.
+
+    Raises:
+        InputError: see `load_series`.
+    """
+    own = {"data": args.data_pretrain or args.data, "data_path": args.data_path_pretrain or args.data_path, "bounds": None}
+    return load_series(**series_flags(args) | own)
+
+
+def source_of(checkpoint: Checkpoint, series: FileSeries, args: Namespace) -> tuple[FileSeries | None, list[str]]:
+    """What a checkpoint was trained on, where that is another series than the one to test; a line if it cannot be read."""
+    origin = replace(checkpoint, record=checkpoint.record.get("pretrain", checkpoint.record))
+    if not origin.record or origin.trained_on(series, args):
+        return None, []
+    flags = Namespace(**DEFAULTS | checkpoint.flags | inherited(checkpoint.file, {}))  # paths as they are found from here
+    said = f"No {SOURCE}, which is {origin.trained_data.get('file')}, among the simple forecasts:"
+    try:
+        source = source_series(flags)
+    except InputError as error:
+        return None, [f"{said} {error}"]
+    return (source, []) if origin.trained_on(source, flags) else (None, [f"{said} {source.path} has other values now"])
 
 
 def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
