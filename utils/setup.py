@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
+from data_provider.notes import notes_from_args
 from layers.backbone import Backbone
 from layers.errors import InputError, input_error
 from models import model_class
@@ -26,6 +27,7 @@ from utils.flags import DEFAULTS, inherited, recorded, run_name
 from utils.results.baselines import SOURCE, doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
+from utils.results.notes import read_notes
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import open_folder, results_folder
@@ -70,6 +72,11 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         RunError: no memory for it.
     """
     model = _load_model(plan, repeat, log)
+    if plan.series.notes is not None:
+        began, texts = time.perf_counter(), len(plan.series.notes.texts)
+        with plan.precision.autocast():
+            read_notes(model, plan.series, plan.args, record["backbone"])
+        log(f"{len(plan.series.notes.text)} notes, {texts} different texts, read in {time.perf_counter() - began:.1f} s")
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     loaders: dict[str, Any] = {}
     rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
@@ -121,8 +128,12 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = source_series(args) if trains and args.data_pretrain else None
+    if checkpoint is not None:
+        args.reads_notes = any(name.startswith("notes.") for name in checkpoint.shapes or ())
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    if args.reads_notes and not in_program:
+        series = replace(series, notes=notes_from_args(args, series.path, series.dates))
     if isinstance(series, FileSeries):
         series = replace(series, history=outline.history, all_rows=args.all_rows)
     validate.check_training_data(args, series, pretrain, outline)
@@ -334,6 +345,8 @@ def start_or_resume(
             if against := doubts(weights, penalty, val):
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
+        if model.notes is not None and context.series.notes is not None:
+            model.notes.fit(context.series.notes.known_by(context.windows.trained_until))
         for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
             began = time.perf_counter()
             stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))
