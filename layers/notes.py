@@ -44,8 +44,8 @@ class NotesEffect(nn.Module):
     """Notes -> what they add to the forecast of each row, at first nothing.
 
     A note opens gates, for each row others: for the forecast without notes, counted from the column's own zero (half of it
-    is half the output), for the window's mean, for a constant, and for MAPS linear maps of the window's course, with which it
-    can go on in another way. A gate sees the text, and how far the row is from the note's beginning and from the window.
+    is half the output), for the mean of the window, for a constant, and for MAPS linear maps of its course, so that it can
+    go on in another way. A gate sees the text, and how far the row is from the beginning of the note and from the window.
     """
 
     centre: torch.Tensor
