@@ -68,7 +68,7 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
         block: see `difference`.
 
     Returns:
-        As metrics.json has it: for "true", "shuffled" and "none" the mse, and that of the rows that a note speaks of; of the
+        As metrics.json has it: for "true", "shuffled" and "no" the mse, and that of the rows that a note speaks of; of the
         last two what `difference` finds, the true notes' less theirs. "rows": the share of these rows.
     """
     series, data = context.windows, context.windows.windows("test")
@@ -77,7 +77,7 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
         for _, first, last, _ in data[window]["notes"].tolist():
             concerned[window, first : last + 1] = True
     errors = {"true": by_row}
-    for name, notes in (("shuffled", series.notes.shuffled(SHUFFLED_BY)), ("none", None)):
+    for name, notes in (("shuffled", series.notes.shuffled(SHUFFLED_BY)), ("no", None)):
         errors[name] = torch.zeros_like(by_row)
 
         def consume(batch: Batch, forecast: torch.Tensor, held: torch.Tensor = errors[name]) -> None:
@@ -99,16 +99,16 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
 
 def verdict(found: dict[str, Any]) -> str:
     """One line on what `control` has found."""
-    names = {"true": "true", "shuffled": "shuffled among their dates", "none": "without"}
+    names = {"true": "true", "shuffled": "shuffled among their dates", "no": "without"}
     said = ", ".join(f"{words} {found[name]['mse']:.4f}" for name, words in names.items())
     if found["rows"]:
         said += f"; on the {100 * found['rows']:.0f} % of rows that they speak of "
         said += ", ".join(f"{found[name]['mse_concerned']:.4f}" for name in names)
-    helps = {name: (found[name]["difference"] or [0] * 3)[2] < 0 for name in ("shuffled", "none")}
-    if helps["none"]:
+    helps = {name: (found[name]["difference"] or [0] * 3)[2] < 0 for name in ("shuffled", "no")}
+    if helps["no"]:
         says = "reading them helps" if helps["shuffled"] else "their dates help, what they say does not"
     else:
         says = "reading them does not help"
-    apart = {name: found[name]["difference"] or [float("nan")] * 3 for name in ("shuffled", "none")}
+    apart = {name: found[name]["difference"] or [float("nan")] * 3 for name in ("shuffled", "no")}
     less = "true less shuffled {:+.4f} (95 %: {:+.4f} to {:+.4f}), ".format(*apart["shuffled"])
-    return f"Notes: test MSE {said}; {less}" + "less without {:+.4f} ({:+.4f} to {:+.4f}): ".format(*apart["none"]) + says
+    return f"Notes: test MSE {said}; {less}" + "less without {:+.4f} ({:+.4f} to {:+.4f}): ".format(*apart["no"]) + says
