@@ -52,6 +52,12 @@ class Notes:
         began = np.rint((start - ahead[0]) / step).astype(np.int64)
         return np.stack([self.text[seen], first, last, began], axis=1)[first <= last]
 
+    def latest(self, now: pd.Timestamp, most: int) -> list[tuple[pd.Timestamp, pd.Timestamp, str]]:
+        """Beginning, end (where there is none the beginning) and text of the notes known at `now` that begin last."""
+        ends = np.where(self.until == NEVER, self.start, self.until)
+        seen = np.flatnonzero(self.known <= wall_clock([now])[0])[-most:]
+        return [(*(pd.Timestamp(of[n], tz=now.tz) for of in (self.start, ends)), self.texts[self.text[n]]) for n in seen]
+
     def shuffled(self, seed: int) -> "Notes":
         """The same texts among the same dates in another order."""
         return replace(self, text=np.random.default_rng(seed).permutation(self.text))

@@ -29,6 +29,7 @@ from utils.results.baselines import RIDGE  # noqa: E402
 from utils.results.m4 import scores_of, warnings_of  # noqa: E402
 from utils.results.m4 import table as table_of_m4  # noqa: E402
 from utils.results.metrics import METRICS, missed  # noqa: E402
+from utils.results.notes import verdict as control_line  # noqa: E402
 from utils.saving.files import RECORD, write_text  # noqa: E402
 from utils.study.cells import interval_figures  # noqa: E402
 
@@ -88,6 +89,8 @@ def report(folder: Path, page: Path | None = None) -> str:
     if "no season" in metrics["baselines"]:
         said.append(f"No last season among them: {metrics['baselines']['no season']}.")
     said += metrics.get("notes", [])
+    if "control" in metrics:
+        said.append(control_line(metrics["control"]))
     note, drawn = record.get("backbone", {}).get("note", ""), record.get("backbone", {}).get("random_seed") is not None
     if drawn or "random weights" in note:
         said.append("The language model has read nothing, for its weights are random: what it adds, any network may.")

@@ -164,8 +164,8 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
     if isinstance(results, TestPass) and results.by_row is not None:
-        model["notes"] = control(context, results.by_row, context.args.pred_len)
-        context.log(verdict(model["notes"]))
+        model["control"] = control(context, results.by_row, context.args.pred_len)
+        context.log(verdict(model["control"]))
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
     if "intervals" in metrics:
         context.log(*lines_of(metrics["intervals"]))

@@ -129,7 +129,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     validate.complete_from_data(args, series, checkpoint, same_data)
     pretrain = source_series(args) if trains and args.data_pretrain else None
     if checkpoint is not None:
-        args.reads_notes = any(name.startswith("notes.") for name in checkpoint.shapes or ())
+        asked, args.reads_notes = args.reads_notes, any(name.startswith("notes.") for name in checkpoint.shapes or ())
+        if asked and not args.reads_notes:
+            notes.append(f"{checkpoint.file} was trained without notes: they are not read")
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if args.reads_notes and not in_program:

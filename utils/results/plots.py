@@ -1,5 +1,6 @@
 """Pictures of a run: PNG files, in the data's own units, readable without the text beside them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,8 @@ from utils.training.context import Context
 PLOTS = "plots"  # the folder in the run's folder
 PANELS = 7  # channels on a page
 MOST_DRAWN = 28  # channels of which all are drawn; of more, a page of them is chosen
-HISTORY, TRUTH, FORECAST = "#7f7f7f", "#1f77b4", "#d95f02"
+HISTORY, TRUTH, FORECAST, NOTE = "#7f7f7f", "#1f77b4", "#d95f02", "#e6ab02"
+MARKS = 6  # notes that a picture of a forecast shows at most
 SHADES = (0.3, 0.16)  # of the narrowest band, and of the widest
 SIMPLE = {"ridge": "#2ca02c", "last season": "#9467bd"}  # colours of the simple forecasts' errors
 SHOWN_HORIZONS, SHOWN_ROWS = 2, 24  # history in a picture: so many horizons, and at least so many rows
@@ -137,7 +139,9 @@ def draw_forecast(context: Context, forecast: pd.DataFrame) -> None:
     panels = panels_of(history, forecast.set_index("date")[columns], bands, context.args.pred_len)
     for path, part in _pages(context.folder, "forecast", len(places)):
         about = f"{context.args.model} on {series.path.name}: "
-        forecast_figure([panels[place] for place in places[part]], series.step_words, path, note, about)
+        drawn = [panels[place] for place in places[part]]
+        marks = series.notes.latest(series.dates[-1], MARKS) if series.notes else []
+        forecast_figure(drawn, series.step_words, path, note, about, marks)
 
 
 def panels_of(
@@ -172,8 +176,19 @@ def panels_of(
     ]
 
 
-def forecast_figure(panels: list[Panel], step: str, path: Path | None = None, note: str = "", about: str = "") -> Figure:
-    """A figure of forecasts, one below the other, written to `path` where one is given; `about` begins its title.
+def forecast_figure(
+    panels: list[Panel],
+    step: str,
+    path: Path | None = None,
+    note: str = "",
+    about: str = "",
+    marks: Sequence[tuple[pd.Timestamp, pd.Timestamp, str]] = (),
+) -> Figure:
+    """A figure of forecasts, one below the other, written to `path` where one is given.
+
+    Args:
+        about: begins its title.
+        marks: notes, with their first and last moment.
 
     Raises:
         StorageError: the file system refused.
@@ -181,7 +196,8 @@ def forecast_figure(panels: list[Panel], step: str, path: Path | None = None, no
     days = panels[0].forecast.index
     apart = any(panel.forecast.index[0] != days[0] for panel in panels)  # series that end on different dates
     title = f"{about}{len(days)} row{'s' if len(days) > 1 else ''} ahead{'' if apart else f' from {day_of(days[0])}'}"
-    return _draw_panels(path, [[panel] for panel in panels], f"{title} (1 row: {step}; units of the file)\n{note}".rstrip())
+    title = f"{title} (1 row: {step}; units of the file)\n{note}".rstrip()
+    return _draw_panels(path, [[panel] for panel in panels], title, marks=marks)
 
 
 def choose(columns: Sequence[str], errors: Sequence[float] | None = None) -> tuple[list[int], str]:
@@ -208,7 +224,9 @@ def _pages(folder: Path, kind: str, count: int) -> Iterator[tuple[Path, slice]]:
 
 
 # Panels in rows that have a name each; `heads` stand above the first one.
-def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: Sequence[str] = ()) -> Figure:
+def _draw_panels(
+    path: Path | None, grid: list[list[Panel]], title: str, heads: Sequence[str] = (), marks: Sequence[tuple] = ()
+) -> Figure:
     with drawing(path, 5.2 * len(heads) or 11, len(grid)) as figure:
         places = figure.subplots(len(grid), len(grid[0]), squeeze=False)
         apart = any(row[0].forecast.index[0] != grid[0][0].forecast.index[0] for row in grid)
@@ -219,6 +237,14 @@ def _draw_panels(path: Path | None, grid: list[list[Panel]], title: str, heads: 
                 dress(axes, dated, labelled=apart or number == len(grid) - 1)
             size = 10 if len(row[0].label) <= 12 else 8
             places[number][0].set_ylabel(row[0].label, fontsize=size, parse_math=False)
+        top = places[0][0]
+        for height, (start, end, text) in zip(itertools.cycle((0.98, 0.9, 0.82)), marks, strict=False):
+            begin, last = grid[0][0].history.index[0], grid[0][0].forecast.index[-1]
+            if start <= last and end >= begin:
+                for axes in places[:, 0]:
+                    axes.axvspan(max(start, begin), min(end, last), color=NOTE, alpha=0.2)
+                top.text(max(start, begin), height, text[:60], transform=top.get_xaxis_transform(), fontsize=7, va="top",
+                         parse_math=False)  # fmt: skip
         for axes, head in zip(places[0], heads, strict=False):
             axes.set_title(head, fontsize=10)
         figure.align_ylabels(places[:, 0])

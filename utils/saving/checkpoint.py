@@ -40,6 +40,7 @@ DECIDE = {  # the flags that decide about a tensor
     "reprogramming_layer": "--d_model --n_heads --d_ff --llm_model_path",
     "output_projection": "--d_ff --seq_len --patch_len --stride --pred_len",
     "head_share": "--skip_mode",
+    "notes": "--text_path and so on",
     "stack": "--stack_windows --features, and as many columns",
     "maps": "--stack_windows",
     "weights": "--features, and as many columns",

@@ -186,7 +186,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
     if tensors.is_file():  # large ones may have been removed
         trained = sum(map(math.prod, read_header(tensors)[1].values()))
-    simple, notes = metrics.get("baselines", {}).get("rows", []), metrics.get("notes", {})
+    simple, notes = metrics.get("baselines", {}).get("rows", []), metrics.get("control", {})
     of_notes = {f"{name} notes, {on}": notes[name][figure] for name in ("true", "shuffled", "no") if name in notes
                 for on, figure in (("all rows", "mse"), ("their rows", "mse_concerned"))}  # fmt: skip
     return {
