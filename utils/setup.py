@@ -142,7 +142,8 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
         if isinstance(series, FileSeries):
-            pretrain, notes = source_of(checkpoint, series, args)
+            pretrain, lines = source_of(checkpoint, series, args)
+            notes += lines
     levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
