@@ -5,6 +5,7 @@ A prompt is a fixed *prefix* (description and task, the same for all series of a
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
+import bisect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -184,8 +185,6 @@ class PromptEncoder:
                 f"at least {tokens([])}, which its statistics alone take",
                 "choose a shorter --seq_len, a larger --stride or a language model with more positions",
             )
-        keep, over = 0, len(words)  # tokens(words[:keep]) fits, tokens(words[:over]) does not
-        while over - keep > 1:
-            middle = (keep + over) // 2
-            keep, over = (middle, over) if tokens(words[:middle]) <= limit else (keep, middle)
+        # The first so many words that are too many, less one.
+        keep = bisect.bisect(range(len(words)), limit, key=lambda count: tokens(words[:count])) - 1
         return replace(template, description=" ".join(words[:keep]))
