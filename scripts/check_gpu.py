@@ -39,10 +39,9 @@ from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import nvidia_smi, processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
-from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
 from utils.training.memory import advice, memory_limit  # noqa: E402
-from utils.training.train import Clock, save, train_step  # noqa: E402
+from utils.training.train import Clock, now, save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATED = 2, 6, 3  # batches
 GIB = 2**30
