@@ -21,13 +21,13 @@ from data_provider.m4 import M4Series
 from layers.norm import instance_norm
 from utils.results.bands import KEPT, has_errors, make_array, name_of, units, write_errors
 from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
-from utils.results.log import peak_memory_gib
 from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.files import RECORD, TENSORS, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
 from utils.training.context import Context
 from utils.training.evaluate import Scores, all_intervals, evaluate
+from utils.training.memory import peak_memory_gib
 
 PREDICTIONS = "predictions.npz"
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from data_provider.batches import Batch
 from layers.errors import LoaderError, RunError, listed
 from models.base import ForecastModel
-from utils.results.log import Progress, memory_line, peak_memory_gib
+from utils.results.log import Progress
 from utils.results.test_pass import M4Pass, TestPass, open_pass
 from utils.saving.files import duration
 from utils.saving.interrupt import Interrupted
@@ -21,7 +21,15 @@ from utils.saving.state import random_state, resume_command, set_random_state
 from utils.training.context import Context
 from utils.training.evaluate import Scores, forecast_in_parts, score, score_and_calibrate
 from utils.training.losses import Loss, loss_of, mean_squared
-from utils.training.memory import OPTIMIZER_BYTES, advice, explain_out_of_memory, halve_on_out_of_memory, memory_limit
+from utils.training.memory import (
+    OPTIMIZER_BYTES,
+    advice,
+    explain_out_of_memory,
+    halve_on_out_of_memory,
+    memory_limit,
+    memory_line,
+    peak_memory_gib,
+)
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
 
 TestFound = tuple[TestPass | M4Pass, Scores]
