@@ -153,7 +153,8 @@ def _cell(
     try:
         args = read_flags(line)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        flag, got, expected = re.split(": got |, expected ", str(error), maxsplit=2)
+        raise input_error(f"{where}: {flag}", got, expected) from None
     if args.is_training != 1 or args.itr != 1:
         raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")
     # Values as the parser reads them: two ways to write a number are the same run.
