@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from layers.prompt import PromptEncoder, Prompts, pad_prompts
 
-SEQUENCES = ("x", "y", "x_mask", "y_mask", "history", "channel")  # what a batch has a row a sequence of
+SEQUENCES = ("x", "y", "x_mask", "y_mask", "history", "channel", "notes")  # what a batch has a row a sequence of
 
 
 class Windows(NamedTuple):
@@ -37,6 +38,7 @@ class Batch:
     x_mask: torch.Tensor | None = None  # (M, T) 1 where x has a value, 0 where it is padded; None: no padding
     y_mask: torch.Tensor | None = None  # (M, H)
     history: torch.Tensor | None = None  # (M, h) the rows before x
+    notes: torch.Tensor | None = None  # (M, k, 4) int64, see data_provider.notes; where a window has fewer, -1
     channel: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (M,) of the N channels
     index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # (B,) window numbers
 
@@ -83,23 +85,31 @@ class WindowCollate:
         self.channels = slice(None) if target_index is None else slice(target_index, target_index + 1)
 
     def __call__(self, items: list[dict]) -> Batch:
+        known = [item.pop("notes") for item in items if "notes" in item]
         held = default_collate(items)
         names = ("x", "x_mask", "y_mask", "history")
         channels = {name: held[name][..., self.channels] for name in names if name in held}
-        prompts = None
+        prompts, N = None, channels["x"].shape[2]
+        notes = pad_notes(known) if known else None
         if self.encoder is not None:
             described: Iterable[torch.Tensor] = channels["x"]  # (B, T, N)
             if "x_mask" in held:  # the prompt describes the values that are there, without the padding
                 described = [x[mask[:, 0] > 0] for x, mask in zip(described, held["x_mask"], strict=True)]
-            prompts = pad_prompts(self.encoder.for_windows(described))
+            prompts = pad_prompts(self.encoder.for_windows(described, notes))
         return Batch(
             y=_sequences(held["y"][:, -self.pred_len :, self.channels]),
             index=held["index"],
-            channel=held.get("channel", torch.arange(channels["x"].shape[2]).repeat(len(held["index"]))),
+            channel=held.get("channel", torch.arange(N).repeat(len(held["index"]))),
+            notes=None if notes is None else notes.repeat_interleave(N, dim=0),
             prompts=prompts,
             windows=Windows(held["x"], held["x_mark"], held["y_mark"], self.channels) if self.whole else None,
             **{name: _sequences(values) for name, values in channels.items()},
         )
+
+
+def pad_notes(notes: list[torch.Tensor]) -> torch.Tensor:
+    """The notes `[k, 4]` of B windows -> `[B, most, 4]`, at least one of each window, with -1 where there is none."""
+    return pad_sequence([torch.full((1, 4), -1), *notes], batch_first=True, padding_value=-1)[1:]
 
 
 # `[B, rows, N]` -> `[B*N, rows]`, contiguous: the layout in memory decides the order of sums.

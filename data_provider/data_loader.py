@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from data_provider.notes import Notes, wall_clock
 from data_provider.splits import Splits, find_csv, split_rows
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
@@ -35,6 +36,7 @@ class WindowDataset(Dataset):
         dates: `[rows]`.
         target_index: the one column that counts (`--features MS`), else None.
         history: values once more, with rows before them, `[h + rows, N]`: an item then has the h rows before its window.
+        notes: an item then has those that its window's last row knows and that speak of its forecast rows.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class WindowDataset(Dataset):
         pred_len: int,
         target_index: int | None = None,
         history: np.ndarray | None = None,
+        notes: Notes | None = None,
     ):
         self.values, self.marks, self.dates, self.history = values, marks, dates, history
+        self.notes, self.clock = notes, wall_clock(dates)
         self.seq_len, self.label_len, self.pred_len = seq_len, label_len, pred_len
         self.target_index = target_index
 
@@ -56,7 +60,8 @@ class WindowDataset(Dataset):
         return len(self.values) - self.seq_len - self.pred_len + 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index, and history `[h, N]`."""
+        """Window `index`: x `[T, N]`, y `[label_len + H, N]`, x_mark, y_mark `[.., F]`, index; history `[h, N]`, and notes
+        `[k, 4]`, see `Notes.about`."""
         if not 0 <= index < len(self):
             raise IndexError(f"window: got {index}, expected 0 to {len(self) - 1}")
         now = index + self.seq_len  # the first forecast row
@@ -66,6 +71,8 @@ class WindowDataset(Dataset):
             if self.history is None
             else {"history": torch.from_numpy(self.history[index : index + len(self.history) - len(self.values)])}
         )
+        if self.notes is not None:
+            earlier["notes"] = torch.from_numpy(self.notes.about(self.clock[now - 1], self.clock[now : now + self.pred_len]))
         return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),
@@ -153,6 +160,7 @@ class Series(Source):
     target: str | None  # the column that S and MS forecast, given or chosen
     filled: int = 0  # cells that were empty in the file
     bounds: np.ndarray | None = None  # [2, N] the least and the largest value that there can be, in the columns' own units
+    notes: Notes | None = None
 
     @cached_property
     def step(self) -> pd.offsets.BaseOffset | None:
@@ -238,20 +246,25 @@ class FileSeries(Series, SplitSeries):
         }[flag]
         lengths = T, self.label_len, self.pred_len
         history = self.values[rows.start - h : rows.stop] if h else None
-        return WindowDataset(self.values[rows], self.marks[rows], self.dates[rows], *lengths, self.target_index, history)
+        of_rows = self.values[rows], self.marks[rows], self.dates[rows]
+        return WindowDataset(*of_rows, *lengths, self.target_index, history, self.notes)
+
+    @property
+    def trained_until(self) -> pd.Timestamp:
+        """The date of the last row that trains."""
+        return self.dates[(len(self.dates) if self.all_rows else self.splits.few_shot) - 1]
 
     def windows_for_a_map(self) -> tuple[WindowDataset, WindowDataset]:
         return replace(self, all_rows=False).windows("train"), self.windows("val")
 
     def as_record(self) -> dict[str, Any]:
-        learned = len(self.dates) if self.all_rows else self.splits.few_shot
         return {
             "data": {
                 "file": self.path.name,
                 "rows": len(self.dates),
                 "synthetic": self.synthetic,
                 "step": self.step_words,
-                "learned_until": str(self.dates[learned - 1]),
+                "learned_until": str(self.trained_until),
                 "mark": {"rows": self.splits.train, "sha256": self.fingerprint},
             },
             "columns": self.columns,
@@ -261,7 +274,8 @@ class FileSeries(Series, SplitSeries):
 
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.values.tobytes() + self.dates.asi8.tobytes()).hexdigest()
-        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest}
+        notes = {} if self.notes is None else {"notes (SHA-256)": self.notes.digest()}
+        return {"columns": self.columns, "number of rows": len(self.dates), "values (SHA-256)": digest} | notes
 
 
 def load_series(

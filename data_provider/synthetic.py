@@ -1,5 +1,6 @@
 """Made-up series: in the format of the ETT files and of the M4 competition's, for machines without a network; two that try
-prediction intervals; and two as wide as the family's files of clients and sensors. Each is the same on every call."""
+prediction intervals; two as wide as the family's files of clients and sensors; and one whose changes are announced in words.
+Each is the same on every call."""
 
 import gzip
 import os
@@ -21,7 +22,7 @@ LOADS = {
     "Traffic": (17544, 862, 1),
 }
 RATES: tuple[str, ...] = ("AUD", "GBP", "CAD", "CHF", "CNY", "JPY", "NZD", "SGD")
-NEVER_FETCHED = ("rates", "drift", "ECL", "Traffic")  # of the first two there is no measured file
+NEVER_FETCHED = ("rates", "drift", "announced", "ECL", "Traffic")  # of the first three there is no measured file
 SUFFIX = "-synthetic.csv"
 # The first row's values are the same in every synthetic file and in no
 # measured one, so that a renamed copy is still known for what it is.
@@ -37,6 +38,43 @@ M4_LENGTHS = {
     "Daily": (93, 600),
     "Hourly": (700, 960),
 }
+
+ANNOUNCED = 17520, 0.8  # hours, and the part of them before those of the test
+UNSEEN = 3  # of the wordings below, the last ones: those of the test alone
+# What notes announce: a factor of the output, one of its daily swing, the swings of a day, and wordings.
+KINDS: dict[str, tuple[float, float, int, tuple[str, ...]]] = {
+    "halved": (0.5, 1, 1, (
+        "output will be halved from {day}", "from {day} on we make half of the usual amount", "half load from {day}",
+        "the plant runs at half of its output from {day}", "expect production to drop to fifty percent on {day}",
+        "one of two equal lines is shut down on {day}", "we cut the quantity by 50 % starting {day}",
+    )),
+    "doubled": (2, 1, 1, (
+        "output will be doubled from {day}", "from {day} on we make twice the usual amount", "double load from {day}",
+        "the plant runs at twice its output from {day}", "expect production to rise by one hundred percent on {day}",
+        "a second equal line is started on {day}", "we make two times the quantity starting {day}",
+    )),
+    "steady": (1, 0.1, 1, (
+        "output will be constant from {day}", "from {day} on day and night are alike", "steady load from {day}",
+        "the plant runs evenly around the clock from {day}", "expect a flat line on {day}",
+        "no more difference between noon and midnight starting {day}", "production without ups and downs on {day}",
+    )),
+    "wide": (1, 2, 1, (
+        "the daily swing of output grows from {day}", "from {day} on days are higher and nights lower",
+        "a strong day and night pattern from {day}", "the plant runs more by day and less by night from {day}",
+        "expect larger peaks and deeper valleys on {day}", "work moves out of the night into the daytime on {day}",
+        "the gap between noon and midnight widens starting {day}",
+    )),
+    "quick": (1, 1, 2, (
+        "two short cycles a day from {day}", "from {day} on the pattern repeats every twelve hours",
+        "a cycle of 12 hours from {day}", "the plant runs two rounds a day from {day}",
+        "expect peaks twice as often on {day}", "the rhythm gets faster, half a day each, starting {day}",
+        "morning and evening will each have their own high on {day}",
+    )),
+    "outage": (0, 1, 1, (
+        "no output on {day}", "the plant stands still on {day}", "outage on {day}", "all machines are off on {day}",
+        "nothing is made on {day}", "expect zero production on {day}", "closed for maintenance on {day}",
+    )),
+}  # fmt: skip
 
 
 def is_synthetic(path: str | Path) -> bool:
@@ -58,6 +96,8 @@ def write_synthetic(name: str, folder: str | Path) -> Path:
         values, step, columns = _rates().round(6), "1D", RATES
     elif name == "drift":
         values, step, columns = _drift().round(4), "1h", ("a", "b")
+    elif name == "announced":
+        values, step, columns = _announced(Path(folder)).round(3), "1h", ("output",)
     else:
         values, step, columns = _loads(name).round(4), f"{60 // LOADS[name][2]}min", COLUMNS
         if values.shape[1] > len(COLUMNS):
@@ -113,6 +153,35 @@ def _drift() -> np.ndarray:
     day = 2 * np.pi * hours / 24
     cycles = np.column_stack([np.sin(day), np.cos(day) + 0.3 * np.sin(2 * day)])
     return cycles * 3 + np.random.default_rng(27).standard_normal((rows, 2))
+
+
+def _announced(folder: Path) -> np.ndarray:
+    # Hourly output `[17520, 1]` with a daily swing, and announced-notes-seen.csv beside it: every 3 or 4 days a note
+    # of 12 to 48 hours before says what will be otherwise for a day or two, of an outage for 6 hours. In the other file,
+    # announced-notes-unseen.csv, the notes of the test's rows say the same in words that no other row has.
+    random, (rows, trained) = np.random.default_rng(1926), ANNOUNCED
+    hours, factor, swing, speed = np.arange(rows), np.ones(rows), np.ones(rows), np.ones(rows)
+    dates, notes, start = pd.date_range("2016-07-01", periods=rows, freq="1h"), [], 96
+    kinds: list[str] = []
+    while start < rows - 72:
+        kinds = kinds or list(random.permutation(list(KINDS)))
+        times, wider, faster, wordings = KINDS[kinds.pop()]
+        end = start + (6 if times == 0 else int(random.integers(24, 60)))
+        factor[start:end], swing[start:end], speed[start:end] = times, wider, faster
+        known = start - int(random.integers(12, 49))
+        places = random.integers(len(wordings) - UNSEEN), len(wordings) - UNSEEN + random.integers(UNSEEN)
+        words = [wordings[place].format(day=dates[start].day_name()) for place in places]
+        notes.append([dates[start], dates[end - 1], dates[known], *words])
+        start = end + int(random.integers(24, 60))
+    shape = np.sin(2 * np.pi * hours * speed / 24) + 0.3 * np.sin(4 * np.pi * hours * speed / 24)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(notes, columns=["date", "until", "known", "seen", "unseen"])
+    for name in ("seen", "unseen"):
+        told = table[name].where(table["date"] >= dates[int(trained * rows)], table["seen"])
+        table[["date", "until", "known"]].assign(text=told).to_csv(
+            folder / f"announced-notes-{name}.csv", index=False, date_format="%Y-%m-%d %H:%M:%S"
+        )
+    return (factor * (50 + 15 * swing * shape) + random.standard_normal(rows))[:, None]
 
 
 def _write_m4(folder: Path) -> Path:

@@ -112,6 +112,15 @@ def read_table(
     return replace(table, read_as="; ".join(told))
 
 
+def read_cells(path: Path, encoding: str | None = None) -> pd.DataFrame:
+    """A CSV's cells as they stand; `encoding` None: see `read_table`.
+
+    Raises:
+        InputError: a file that cannot be read, or no regular table.
+    """
+    return _read_csv(path, encoding, ["text", "until", "known"])[0]
+
+
 # The file's cells, encoding, separator and decimal sign; row i of the frame is line i + FIRST_ROW_LINE of the file.
 def _read_csv(path: Path, encoding: str | None, texts: list[str | None]) -> tuple[pd.DataFrame, str, str, str]:
     try:

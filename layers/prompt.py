@@ -6,6 +6,7 @@ it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from layers.norm import instance_norm
 
 MAX_PROMPT_TOKENS = 2048
 TOP_LAGS = 5
+NOTE_TOKENS = 64  # of the sentence about the notes that are known
 
 
 class Prompts(NamedTuple):
@@ -120,26 +122,29 @@ class PromptEncoder:
     token of its own, as BERT's does), `prefix_ids` is empty and each series carries its whole prompt.
 
     Attributes:
-        longest: tokens of the longest prompt, prefix and statistics.
+        longest: tokens of the longest prompt, prefix, statistics and notes.
+        texts: those that notes name by number.
     """
 
-    def __init__(self, tokenizer, template: PromptTemplate, max_tokens: int):
+    def __init__(self, tokenizer, template: PromptTemplate, max_tokens: int, says_notes: bool = False):
         """Args:
             tokenizer: a transformers tokenizer.
             template: the run's words.
             max_tokens: prompt tokens that fit in front of the patches. A longer description is cut.
+            says_notes: the notes that a window knows stand behind its statistics, in one sentence of NOTE_TOKENS at most.
 
         Raises:
             InputError: the statistics alone do not fit.
         """
-        self.tokenizer = tokenizer
-        self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS))
+        self.tokenizer, self.says_notes, more = tokenizer, says_notes, says_notes * NOTE_TOKENS
+        self.texts: list[str] = []
+        self.template = self._fit(template, min(max_tokens, MAX_PROMPT_TOKENS) - more)
         prompt_prefix, samples = self.template.prompt_prefix(), self._samples(self.template)
         whole = self._ids([prompt_prefix + text for text in samples], special=True)
         shared = self._ids([prompt_prefix], special=True)[0]
         splits = whole == [shared + ids for ids in self._ids(samples, special=False)]
         self.prefix_ids: list[int] = shared if splits else []
-        self.longest = max(map(len, whole))
+        self.longest = max(map(len, whole)) + more
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids that follow `prefix_ids`, for each statistics text."""
@@ -147,13 +152,24 @@ class PromptEncoder:
             return self._ids(texts, special=False)
         return self._ids([self.template.prompt_prefix() + text for text in texts], special=True)
 
-    def for_windows(self, windows: Iterable[torch.Tensor]) -> list[list[int]]:
-        """Token ids for every channel of windows `[T, N]`, window by window and channel by channel."""
+    def for_windows(self, windows: Iterable[torch.Tensor], notes: torch.Tensor | None = None) -> list[list[int]]:
+        """Token ids for every channel of windows `[T, N]`, window by window and channel by channel.
+
+        Args:
+            notes: `[B, k, 4]` of the windows, see `data_provider.notes`.
+        """
         texts: list[str] = []
-        for x in windows:
+        sentences: list[str] = []
+        said = itertools.repeat([]) if notes is None or not self.says_notes else notes[:, :, 0].tolist()
+        for x, numbers in zip(windows, said, strict=False):
             z, _, _ = instance_norm(x.t().contiguous())  # (N, T)
             texts += describe_series(z.numpy(), self.template)
-        return self.encode(texts)  # all at once: the tokenizer takes as long to start as a few series take
+            known = "; ".join(self.texts[number] for number in numbers if number >= 0)
+            sentences += [f"Notes: {known}" if known else ""] * len(z)
+        ids = self.encode(texts)  # all at once: the tokenizer takes as long to start as a few series take
+        if not any(sentences):
+            return ids
+        return [own + more[:NOTE_TOKENS] for own, more in zip(ids, self._ids(sentences, special=False), strict=True)]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         # verbose=False: the tokenizer would warn about lengths that `_fit` has dealt with.

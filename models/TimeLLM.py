@@ -18,6 +18,7 @@ from layers.backbone import Backbone, BackboneInfo, find_backbone
 from layers.fast import FastPath, LanguageModel, choose_path, cross_attention
 from layers.mapping import MappingLayer
 from layers.norm import instance_norm
+from layers.notes import NotesEffect
 from layers.patch import FlattenHead, PatchEmbedding, patch_count
 from layers.prompt import PromptEncoder, Prompts, PromptTemplate, pad_prompts
 from layers.reprogramming import ReprogrammingLayer
@@ -110,12 +111,16 @@ class Model(ForecastModel):
             for parameter in self.output_projection.parameters():
                 nn.init.zeros_(parameter)
 
+        if getattr(configs, "reads_notes", False):  # last, so that all before begins as without
+            self.notes = NotesEffect(backbone.hidden_size, configs.seq_len, configs.pred_len)
+
         reads_prompt = configs.use_prompt and not isinstance(self.substitute, Nothing)
         if prompts is None and reads_prompt:
             words = PromptTemplate(
                 dataset_description(configs), configs.seq_len, configs.pred_len, configs.prompt_decimals, configs.prompt_lags
             )
-            prompts = PromptEncoder(backbone.tokenizer, words, backbone.max_positions - patches)
+            says_notes = self.notes is not None and bool(configs.text_prompt)
+            prompts = PromptEncoder(backbone.tokenizer, words, backbone.max_positions - patches, says_notes)
         self.prompts = prompts if reads_prompt else None
         longest = 0 if self.prompts is None else self.prompts.longest
         sees_all = backbone.window >= longest + patches  # in bfloat16 the trial would not see a few words missing
@@ -141,12 +146,15 @@ class Model(ForecastModel):
 
     def forward(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """See `ForecastModel`. Prompts that the data loader has not made are made here."""
+        return self.with_notes(batch, self._forecast(batch, prototype_kv))
+
+    def _forecast(self, batch: Batch, prototype_kv: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
         x, prompts = batch.x, batch.prompts
         if prototype_kv is None:
             prototype_kv = self.prototype_kv()
         if prompts is None:
             seen = x if self.prompts is None else x.cpu()  # prompts of no token say nothing of x
-            prompts = self.make_prompts(seen[:, :, None]).to(x.device)
+            prompts = self.make_prompts(seen[:, :, None], batch.notes).to(x.device)
         z, mean, std = instance_norm(x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         tokens = self.patch_embedding(z)  # (M, L, d)
         patches = self.reprogramming_layer(tokens, *prototype_kv)  # (M, L, D)
@@ -179,12 +187,12 @@ class Model(ForecastModel):
             return self.prototypes
         return self.mapping_layer(self.backbone.embeddings, self.backbone.embedding_scale)  # (V, D) -> (K, D)
 
-    def make_prompts(self, x: torch.Tensor) -> Prompts:
-        """Windows `[B, T, N]` on the CPU -> the prompts of their B*N sequences, window by window; without prompts,
-        ones of no token."""
+    def make_prompts(self, x: torch.Tensor, notes: torch.Tensor | None = None) -> Prompts:
+        """Windows `[B, T, N]` on the CPU and their notes `[B, k, 4]` -> the prompts of their B*N sequences, window by
+        window; without prompts, ones of no token."""
         if self.prompts is None:
             return pad_prompts([[]] * (x.shape[0] * x.shape[2]))
-        return pad_prompts(self.prompts.for_windows(x))
+        return pad_prompts(self.prompts.for_windows(x, notes))
 
     # As `Backbone.plain`; the prompt's padding is hidden from what stands in the language model's place.
     def _run_substitute(

@@ -11,6 +11,7 @@ from torch import nn
 from data_provider.batches import Batch, Windows
 from layers.mapping import MappingLayer
 from layers.norm import instance_norm
+from layers.notes import NotesEffect
 from layers.prompt import PromptEncoder
 
 
@@ -29,6 +30,7 @@ class ForecastModel(nn.Module):
         head_share: `[1]`, of a model that is trained beside a linear map: outside training this part of its forecast is its
             own, and the rest is `linear_forecast`.
         history: how many rows before a window it reads, too: the batch's `history`.
+        notes: what texts beside the series do to its forecast; None without.
         prompts, mapping_layer: what writes prompts, and the layer whose gradient may come in factors; None without.
     """
 
@@ -46,6 +48,7 @@ class ForecastModel(nn.Module):
         super().__init__()
         # Made here, for what the class has would hide a module or a parameter of that name.
         self.mapping_layer: MappingLayer | None = None
+        self.notes: NotesEffect | None = None
         self.register_buffer("linear_map", None)
         self.register_buffer("head_share", None)
 
@@ -79,6 +82,13 @@ class ForecastModel(nn.Module):
         z, mean, std = instance_norm(batch.x, batch.x_mask)  # (M, T), (M, 1), (M, 1)
         with torch.autocast(z.device.type, enabled=False):
             return z @ self.linear_map * std + mean
+
+    def with_notes(self, batch: Batch, forecast: torch.Tensor) -> torch.Tensor:
+        """A forecast `[M, H]`, and what the batch's notes add to it."""
+        if self.notes is None or batch.notes is None:
+            return forecast
+        with torch.autocast(forecast.device.type, enabled=False):
+            return forecast.float() + self.notes(batch, forecast.float())
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient may be in two

@@ -87,6 +87,7 @@ def report(folder: Path, page: Path | None = None) -> str:
     said = [*verdict(test, rows), *(missed(metrics["intervals"]) if "intervals" in metrics else ())]
     if "no season" in metrics["baselines"]:
         said.append(f"No last season among them: {metrics['baselines']['no season']}.")
+    said += metrics.get("notes", [])
     note, drawn = record.get("backbone", {}).get("note", ""), record.get("backbone", {}).get("random_seed") is not None
     if drawn or "random weights" in note:
         said.append("The language model has read nothing, for its weights are random: what it adds, any network may.")

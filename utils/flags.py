@@ -129,6 +129,12 @@ FLAGS = [
          "all columns, or for some rain:0:none,humidity:0:100"),
     Flag("season", "data", "inherit", whole(2), None, "rows of the season that a simple forecast repeats (default: the "
          "day, week or year that repeats itself best in the training rows)"),
+    Flag("text_path", "data", "inherit", FILE, None, "notes: a CSV of date and text, and if need be until and known, here "
+         "or in --root_path; a forecast reads those that are known at its last row (docs/notes.md; TimeLLM)"),
+    Flag("text_column", "data", "inherit resume", TEXT, None, "notes: a column of texts in the data's own CSV, each known "
+         "at its row"),
+    Flag("holidays", "data", "inherit resume", TEXT, None, "notes: the public holidays of a country, such as DE, or of a "
+         "part of one, such as DE-BY (package holidays), known beforehand"),
     Flag("percent", "data", "inherit resume", whole(1, 100), 100, "few-shot: train on the first %% of the training windows"),
     Flag("enc_in", "data", "inherit resume", COUNT, None, "number of channels (default: read off the data)"),
     Flag("prompt_text", "data", "inherit unlisted", TEXT, None, "describe the data set in these words (default: the text "
@@ -200,6 +206,10 @@ FLAGS = [
          "lags that the prompt names; peaks: the largest peaks of the autocorrelation, such as a day and a week"),
     Flag("prompt_decimals", "language model", "inherit resume fixed", whole(0, 17), None, "decimals of the prompt's "
          "figures (default: all)"),
+
+    Flag("text_encoder", "language model", "inherit resume fixed", one_of("llm", "words"), "llm", "what reads notes: llm, "
+         "the layers that are used; words: no language model, a bag of hashed words"),
+    Flag("text_prompt", "language model", "inherit resume fixed", SWITCH, 0, "1: the prompt says the notes, too"),
 
     Flag("train_epochs", "training", "", COUNT, 10, "epochs at most"),
     Flag("batch_size", "training", "resume", COUNT, 32, "windows in a training step, each with all its channels"),
@@ -440,6 +450,10 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     args.names_rate = bool(given.keys() & {"learning_rate", "lradj"})
     if args.intervals is not None:
         args.intervals = tuple(sorted({level for level in args.intervals if level is not None}))
+    named = [name for name in ("text_path", "text_column", "holidays") if getattr(args, name)]
+    args.reads_notes = bool(named)  # of a checkpoint, whether its training did
+    if args.text_column:  # no numbers
+        args.drop_columns = [*(name for name in args.drop_columns or () if name != args.text_column), args.text_column]
     # A list, which the data complete, where there is a stack.
     args.stack_windows = (args.stack_windows or []) if args.model == "LinearStack" or args.skip == "stack" else None
     if DATASETS[args.data].borders is None:  # None: read off the file
@@ -501,6 +515,16 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
             args.refit and not args.is_training,
             "refit",
             "--is_training 1 with it (later: --checkpoint RUN/refit)",
+        ),
+        *(
+            (wrong, name, expected)
+            for name in named
+            for wrong, expected in (
+                (args.model != "TimeLLM", "nothing: TimeLLM alone reads notes"),
+                (args.data == M4, f"nothing with --data {M4}, whose series have no dates"),
+                (args.data_pretrain, "nothing with --data_pretrain"),
+                (name == "text_column" and args.id_column, "nothing with --id_column"),
+            )
         ),
         (args.refit and args.itr > 1, "itr", "1 with --refit"),
         (args.refit and args.data_pretrain, "refit", "False with --data_pretrain"),

@@ -9,6 +9,7 @@
 """
 
 import threading
+from argparse import Namespace
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,10 +21,11 @@ import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset
 
-from data_provider.batches import Batch, WindowCollate, Windows
+from data_provider.batches import Batch, WindowCollate, Windows, pad_notes
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
-from data_provider.table import check_rows, tables_of
+from data_provider.notes import notes_from_args, wall_clock
+from data_provider.table import FRAME, check_rows, tables_of
 from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
 from utils.flags import flags_for, longest_window
@@ -32,6 +34,7 @@ from utils.results.baselines import LAST, SEASON, season_length
 from utils.results.forecast import bands_of, forecast_frame, on_the_trainings_scale
 from utils.results.log import RunLog
 from utils.results.metrics import Metrics
+from utils.results.notes import read_notes
 from utils.saving.interrupt import Interrupts
 from utils.saving.state import random_state, set_random_state
 from utils.setup import describe_run, load_checkpoint, make_context, make_plan
@@ -118,6 +121,7 @@ class Forecaster:
         steps: int | None = None,
         intervals: Levels = "auto",
         id_column: str | None = None,
+        notes: pd.DataFrame | None = None,
     ) -> pd.DataFrame:
         """Forecast the rows that follow a frame.
 
@@ -129,6 +133,8 @@ class Forecaster:
                 None or (): no bands.
             id_column: names the series of each row. They are forecast at once, each from its own rows: what each has
                 alone, up to the rounding of float32 (see below).
+            notes: columns date and text, and if need be until and known (docs/notes.md), for a model that was trained with
+                notes; None: those of the frame's own column of texts, where the training had one, and holidays.
 
         Returns:
             `date`, with `id_column` that column, the forecast columns, and then the ends of each one's bands, as in
@@ -142,8 +148,9 @@ class Forecaster:
             InputError: rows, columns, dates, steps or levels that cannot be used, in one line that names them.
             RunError: not even one sequence fits into the GPU's memory.
         """
-        histories = self._histories(frame, id_column)
-        forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+        with ONE_AT_A_TIME:  # what the model has read is that of one call
+            histories = self._histories(frame, id_column, notes=notes)
+            forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
         if id_column is not None:
             for forecast, name in zip(forecasts, histories, strict=True):
                 forecast.insert(1, id_column, pd.Series([name] * len(forecast), dtype=frame[id_column].dtype))
@@ -165,8 +172,8 @@ class Forecaster:
         dates = [series.future_dates(int(steps)) for series in histories]
         windows = np.stack([series.values[-L:, series.forecast_slice] for series in histories])  # (S, L, N)
         if whole:  # it reads the calendar, too
-            days = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
-            each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in days]
+            calendar = [series.dates[-T:].append(series.future_dates(steps + H)) for series in histories]
+            each = [time_marks(pd.DatetimeIndex(rows), args.freq, args.embed) for rows in calendar]
             marks = torch.from_numpy(np.stack(each)).to(context.device)  # (S, T + steps + H, F)
         # Side by side, so that the sums of each series are those that it has alone.
         rows = torch.from_numpy(np.concatenate(windows, axis=1)).to(context.device)  # (L, S*N), and longer each time
@@ -182,6 +189,11 @@ class Forecaster:
                     history=earlier,
                     channel=torch.arange(x.shape[2], device=x.device).repeat(len(x[part])),
                 )
+                if (notes := histories[0].notes) is not None:  # all have the same
+                    ends = [wall_clock(series.dates[-1:])[0] for series in histories[part]]
+                    days = [wall_clock(each[start : start + H]) for each in dates[part]]
+                    known = [torch.from_numpy(notes.about(*each)) for each in zip(ends, days, strict=True)]
+                    batch.notes = pad_notes(known).repeat_interleave(x.shape[2], dim=0).to(x.device)
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
@@ -191,11 +203,17 @@ class Forecaster:
         values = rows[L : L + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows[:, -T:], strict=True)]
 
-    def evaluate(self, frame: pd.DataFrame, intervals: Levels = "auto", id_column: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        frame: pd.DataFrame,
+        intervals: Levels = "auto",
+        id_column: str | None = None,
+        notes: pd.DataFrame | None = None,
+    ) -> dict[str, Any]:
         """Score every window of a frame: forecasts of its rows from those before them.
 
         Args:
-            frame, intervals, id_column: as those of `predict`. All rows are read; where one is missing, windows go
+            frame, intervals, id_column, notes: as those of `predict`. All rows are read; where one is missing, windows go
                 over the gap, as those of a test do.
 
         Returns:
@@ -210,10 +228,10 @@ class Forecaster:
         """
         context, args = self.context, self.context.args
         T, H, h, parts, starts = args.seq_len, args.pred_len, context.model.history, [], []
-        for series in self._histories(frame, id_column, h + T + H).values():
+        for series in self._histories(frame, id_column, h + T + H, notes).values():
             marks = time_marks(series.dates, args.freq or frequency(series.step), args.embed)
             rows, history = (series.values[h:], marks[h:], series.dates[h:]), series.values if h else None
-            parts.append(WindowDataset(*rows, T, args.label_len, H, history=history))
+            parts.append(WindowDataset(*rows, T, args.label_len, H, history=history, notes=series.notes))
             starts += [series.dates[h + T], series.dates[len(series.dates) - H]]
         kept = context.series.forecast_slice
         columns, mean, std = self.columns, context.series.mean[kept], context.series.std[kept]
@@ -298,7 +316,9 @@ class Forecaster:
         return file or figure
 
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
-    def _histories(self, frame: pd.DataFrame, id_column: str | None, rows: int = 0) -> dict[Hashable, Series]:
+    def _histories(
+        self, frame: pd.DataFrame, id_column: str | None, rows: int = 0, notes: pd.DataFrame | None = None
+    ) -> dict[Hashable, Series]:
         context, found, args = self.context, {}, self.context.args
         for name, table in tables_of(
             frame, context.series.columns, id_column, args.fill_missing, args.date_column, args.id_column, args.dayfirst,
@@ -310,6 +330,21 @@ class Forecaster:
                 raise input_error(table.path, got, expected)
             self.notes += [table.read_as] if table.read_as not in ("", *self.notes) else []
             found[name] = on_the_trainings_scale(table, context.checkpoint, context.args)  # type: ignore[arg-type]
+        if context.model.notes is None:
+            if notes is not None:
+                raise input_error("notes", "a frame", "None: the training had no notes")
+            return found
+        if notes is None and args.text_column in frame.columns:
+            dates = frame[args.date_column or "date"] if (args.date_column or "date") in frame.columns else frame.index
+            notes = pd.DataFrame({"date": dates, "text": frame[args.text_column]}).dropna()
+        ends = [min(of.dates[0] for of in found.values()), max(of.dates[-1] for of in found.values())]
+        own = Namespace(
+            **vars(args) | {"text_path": None, "text_column": None}
+        )  # the training's files are not those of a frame
+        read = notes_from_args(own, FRAME, pd.DatetimeIndex(ends), notes)
+        found = {name: replace(series, notes=read) for name, series in found.items()}
+        if read is not None:
+            read_notes(context.model, next(iter(found.values())), args, context.record["backbone"])
         return found
 
     # Those of the checkpoint that are asked for.

@@ -16,7 +16,8 @@ from utils.forecaster import Forecaster
 from utils.results.bands import KEPT, Intervals, has_errors, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.metrics import lines_of
-from utils.results.test_pass import open_pass, score_mean
+from utils.results.notes import control, verdict
+from utils.results.test_pass import TestPass, open_pass, score_mean
 from utils.saving.checkpoint import Checkpoint, add_intervals, write_torch
 from utils.saving.files import LEGACY
 from utils.saving.interrupt import Interrupted, Interrupts
@@ -159,9 +160,12 @@ def test(context: Context, found: TestFound | None = None) -> Scores:
     context.log(results.headline(scores))
     figures = {"mse": scores.mse, "mae": scores.mae}
     note = context.record["backbone"].get("note")
-    model = {"model": context.args.model} | ({"language_model": note} if note else {})
+    model: dict[str, Any] = {"model": context.args.model} | ({"language_model": note} if note else {})
     if "pretrain" in checkpoint.record or not checkpoint.trained_on(context.series, context.args):
         model |= {"trained_on": checkpoint.trained_data} if checkpoint.trained_data else {}
+    if isinstance(results, TestPass) and results.by_row is not None:
+        model["notes"] = control(context, results.by_row, context.args.pred_len)
+        context.log(verdict(model["notes"]))
     metrics = results.finish({"test": figures, "checkpoint": str(checkpoint.file), "data": context.record["data"]} | model)
     if "intervals" in metrics:
         context.log(*lines_of(metrics["intervals"]))

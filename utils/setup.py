@@ -15,17 +15,19 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
+from data_provider.notes import notes_from_args
 from layers.backbone import Backbone
-from layers.errors import input_error
+from layers.errors import InputError, input_error
 from models import model_class
 from models.base import ForecastModel
 from models.LinearStack import Model as LinearStack
 from models.TimeLLM import layers_of
 from utils import validate
-from utils.flags import recorded, run_name
-from utils.results.baselines import doubts, fit_ridge, fit_stack
+from utils.flags import DEFAULTS, inherited, recorded, run_name
+from utils.results.baselines import SOURCE, doubts, fit_ridge, fit_stack
 from utils.results.forecast import read_history
 from utils.results.log import Journal, RunLog, tensorboard_writer
+from utils.results.notes import read_notes
 from utils.saving.checkpoint import Checkpoint, shapes_of, value_count
 from utils.saving.files import writing
 from utils.saving.folder import open_folder, results_folder
@@ -70,6 +72,11 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         RunError: no memory for it.
     """
     model = _load_model(plan, repeat, log)
+    if plan.series.notes is not None:
+        began, texts = time.perf_counter(), len(plan.series.notes.texts)
+        with plan.precision.autocast():
+            read_notes(model, plan.series, plan.args, record["backbone"])
+        log(f"{len(plan.series.notes.text)} notes, {texts} different texts, read in {time.perf_counter() - began:.1f} s")
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     loaders: dict[str, Any] = {}
     rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
@@ -120,17 +127,20 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if args.do_predict and not in_program:
         series.future_dates(1)
     validate.complete_from_data(args, series, checkpoint, same_data)
-    pretrain = None
-    if trains and args.data_pretrain:  # on a scale of its own
-        own = {"data": args.data_pretrain, "data_path": args.data_path_pretrain, "bounds": None}
-        pretrain = load_series(**series_flags(args) | own)
+    pretrain = source_series(args) if trains and args.data_pretrain else None
+    if checkpoint is not None:
+        args.reads_notes = any(name.startswith("notes.") for name in checkpoint.shapes or ())
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
+    if args.reads_notes and not in_program:
+        series = replace(series, notes=notes_from_args(args, series.path, series.dates))
     if isinstance(series, FileSeries):
         series = replace(series, history=outline.history, all_rows=args.all_rows)
     validate.check_training_data(args, series, pretrain, outline)
     if checkpoint is not None:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
+        if isinstance(series, FileSeries):
+            pretrain, notes = source_of(checkpoint, series, args)
     levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
@@ -143,6 +153,30 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     for split, split_series in plan.splits:
         epoch_batches(args, items(args, split_series, split), split, world=accelerator.num_processes)
     return plan
+
+
+def source_series(args: Namespace) -> FileSeries:
+    """What the flags train on, on a scale of its own.
+
+    Raises:
+        InputError: see `load_series`.
+    """
+    own = {"data": args.data_pretrain or args.data, "data_path": args.data_path_pretrain or args.data_path, "bounds": None}
+    return load_series(**series_flags(args) | own)
+
+
+def source_of(checkpoint: Checkpoint, series: FileSeries, args: Namespace) -> tuple[FileSeries | None, list[str]]:
+    """What a checkpoint was trained on, where that is another series than the one to test; a line if it cannot be read."""
+    origin = replace(checkpoint, record=checkpoint.record.get("pretrain", checkpoint.record))
+    if not origin.record or origin.trained_on(series, args):
+        return None, []
+    flags = Namespace(**DEFAULTS | checkpoint.flags | inherited(checkpoint.file, {}))  # paths as they are found from here
+    said = f"No {SOURCE}, which is {origin.trained_data.get('file')}, among the simple forecasts:"
+    try:
+        source = source_series(flags)
+    except InputError as error:
+        return None, [f"{said} {error}"]
+    return (source, []) if origin.trained_on(source, flags) else (None, [f"{said} {source.path} has other values now"])
 
 
 def find_device(args: Namespace) -> tuple[Accelerator, torch.device]:
@@ -311,6 +345,8 @@ def start_or_resume(
             if against := doubts(weights, penalty, val):
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
+        if model.notes is not None and context.series.notes is not None:
+            model.notes.fit(context.series.notes.known_by(context.windows.trained_until))
         for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
             began = time.perf_counter()
             stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))

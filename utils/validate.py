@@ -309,7 +309,8 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
     if args.set_by_preset:
         lines.append("--preset sets " + " ".join(f"--{name} {getattr(args, name)}" for name in args.set_by_preset))
     if pretrain is not None:
-        trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} train (step: {pretrain.step_words})"
+        verb = "train" if args.is_training else "trained"
+        trains = f"{pretrain.splits.few_shot} rows of {pretrain.path} {verb} (step: {pretrain.step_words})"
         lines.append(f"Transfer: {trains}; {series.path} validates and tests (step: {series.step_words})")
     if isinstance(series, FileSeries) and series.bounds is not None:
         beyond = ((series.own < series.bounds[0]) | (series.own > series.bounds[1])).any(axis=0)

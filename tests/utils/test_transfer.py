@@ -16,7 +16,7 @@ from scripts.report import report
 from tests.small_run import PRED_LEN, SEQ_LEN, figures, refusal, run_folder, train, write_csv
 from tests.utils.test_models_in_the_loop import StopAt, same
 from utils.flags import parse_flags
-from utils.results.baselines import fit_ridge
+from utils.results.baselines import SOURCE, fit_ridge
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.interrupt import Interrupted
 
@@ -35,6 +35,11 @@ def transfer(small, tmp_path: Path):
 
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
+
+
+def source_rows(folder: Path) -> list[dict]:
+    rows = metrics(folder)["baselines"]["rows"]
+    return [{key: row[key] for key in ("title", "mse", "mae", "intervals")} for row in rows if row["name"] == SOURCE]
 
 
 @pytest.mark.parametrize("model", ["TimeLLM", "PatchTST", "Ridge"])
@@ -62,6 +67,7 @@ def test_it_is_a_training_on_the_one_and_a_zero_shot_test_on_the_other(transfer,
     found, there = metrics(folder), metrics(zero_shot)
     for key in ("data", "trained_on", "intervals"):  # bands of the target's validation windows, both
         assert found[key] == there[key]
+    assert source_rows(folder) == source_rows(zero_shot) and len(source_rows(folder)) == 1
     assert (found["data"]["file"], found["trained_on"]["file"]) == ("series.csv", "source.csv")
     assert "trained_on" not in metrics(run_folder(alone))
     assert "Test windows of series.csv after training on source.csv, 32 rows" in report(folder)
@@ -79,10 +85,21 @@ def test_the_record_says_both_and_a_forecast_follows_the_target(transfer, capsys
     before, forecast = metrics(folder)["test"], pd.read_csv(folder / "forecast.csv")
     assert pd.Timestamp(forecast["date"][0]) == pd.Timestamp(own.index[-1]) + pd.Timedelta(hours=1) and "load" in forecast
 
-    # once more from the checkpoint alone, and without the file that it was trained on
-    (tmp_path / "source.csv").unlink()
-    again = ["--is_training", "0", "--checkpoint", str(folder), "--device", "cpu"]
-    assert figures(train([*again, "--checkpoints", str(tmp_path / "checkpoints")], capsys)) == figures(lines)
+    # once more from the checkpoint alone; then without the file that it was trained on, or with another of that name
+    rows, again = source_rows(folder), ["--is_training", "0", "--checkpoint", str(folder), "--device", "cpu"]
+    test = [*again, "--checkpoints", str(tmp_path / "checkpoints")]
+    assert figures(train(test, capsys)) == figures(lines)
+    assert source_rows(folder) == rows and rows[0]["title"] == "ridge regression fitted to source.csv"
+    kept = (tmp_path / "source.csv").read_bytes()
+    write_csv(tmp_path / "source.csv", 300, ("a", "b"), seed=8)
+    for why in ("has other values now", "got no such file"):
+        (said,) = [line for line in train(test, capsys) if line.startswith("No ridge of the source, which is source.csv")]
+        assert why in said and said in report(folder) and not source_rows(folder)
+        (tmp_path / "source.csv").unlink(missing_ok=True)
+    # on the source itself its own ridge regression says it all
+    (tmp_path / "source.csv").write_bytes(kept)
+    train([*test, "--data", "custom", "--root_path", str(tmp_path), "--data_path", "source.csv"], capsys)
+    assert not source_rows(folder / "on_source") and not metrics(folder / "on_source")["notes"]
     train([*again, "--do_predict"], capsys)
     assert pd.read_csv(folder / "forecast.csv").equals(forecast) and metrics(folder)["test"] == before
 

@@ -61,6 +61,8 @@ class TestPass:
         self.metrics = Metrics(
             self.columns, self.mean, self.std, shape[1], intervals, context.device, bounds, len(self.data)
         )
+        # With notes, the squared errors [W, H], the mean over the columns.
+        self.by_row = torch.zeros(*shape[:2], dtype=torch.float64, device=context.device) if self.data.notes else None
         self.windows: dict[str, Window] = {}  # for the pictures, by what they are
         self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(context.args.save_predictions)
         self.writes_errors = has_errors(self.folder, self.series)
@@ -92,6 +94,8 @@ class TestPass:
         pred, true, x = (v.view(len(index), len(self.columns), -1) for v in (forecast, batch.y, batch.x))
         unit = units(x)  # (B, N, 1)
         self.metrics.add(pred, true, unit, batch.index)
+        if self.by_row is not None:
+            self.by_row[batch.index.to(pred.device)] = (pred - true).double().square().mean(dim=1)
         if self.writes_errors:
             write_errors(self.folder / KEPT, batch, forecast, after=len(self.series.windows("val")))
         if not self.saves_predictions:
@@ -135,6 +139,7 @@ class TestPass:
             "windows": len(self.data),
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(context.args),  # on what data the test was made
+            "notes": context.notes,
             **self.metrics.result(),
             "baselines": measured(
                 self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None),

@@ -180,7 +180,9 @@ def measure(cell: Cell) -> dict[str, Any]:
     epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
     if tensors.is_file():  # large ones may have been removed
         trained = sum(map(math.prod, read_header(tensors)[1].values()))
-    simple = metrics.get("baselines", {}).get("rows", [])
+    simple, notes = metrics.get("baselines", {}).get("rows", []), metrics.get("notes", {})
+    of_notes = {f"{name} notes, {on}": notes[name][figure] for name in ("true", "shuffled", "no") if name in notes
+                for on, figure in (("all rows", "mse"), ("their rows", "mse_concerned"))}  # fmt: skip
     return {
         "state": DONE,
         "mse": metrics["test"]["mse"],
@@ -195,7 +197,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
         "machine": note.get("machine", "unknown"),
         "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
-        "intervals": interval_figures(metrics),
+        "intervals": interval_figures(metrics) | of_notes,
         "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
     }
 

@@ -53,7 +53,7 @@ class Plan:
 
     Attributes:
         series: what is forecast, a SplitSeries; of a run that only forecasts, the history that it goes on from.
-        pretrain: what it trains on, where that is another series.
+        pretrain: what it trains on, or its checkpoint was trained on, where that is another series.
         outline: the model on the meta device.
         checkpoint: what is tested or forecast with; None until a run that trains has one.
         levels: of the prediction intervals, per cent.

@@ -340,7 +340,7 @@ def choose_share(context: Context, share: torch.Tensor) -> Scores:
     sums = torch.zeros(3, dtype=torch.float64, device=context.device)  # squared errors: of map, mean, own
 
     def consume(batch: Batch, forecast: torch.Tensor) -> None:
-        linear = context.model.linear_forecast(batch)  # (M, H)
+        linear = context.model.with_notes(batch, context.model.linear_forecast(batch))  # (M, H)
         errors = torch.stack([linear, forecast, 2 * forecast - linear]).double() - batch.y
         sums.add_((errors if batch.y_mask is None else errors * batch.y_mask).square().sum(dim=(1, 2)))
 

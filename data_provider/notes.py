@@ -1,0 +1,156 @@
+"""Notes: texts with dates beside a series, and what a forecast may know of them.
+
+A note holds from its date to `until`, of which a day is held to its end; without one, until the next such note begins, as a
+status line does. It exists for a
+forecast from its date on, or from `known` on, which may be earlier: what a window's last row does not know of is not there.
+"""
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_provider.splits import csv_places
+from data_provider.table import FIRST_ROW_LINE, read_cells
+from data_provider.timestamps import read_timestamps
+from layers.errors import input_error, listed
+
+LONGEST = 10_000  # characters of a note
+ALWAYS = np.iinfo(np.int64).min  # known before any row
+NEVER = np.iinfo(np.int64).max  # an end that the next note sets
+DAY = pd.Timedelta(days=1).value - 1  # to the last moment of a day
+
+
+@dataclass(frozen=True)
+class Notes:
+    """n notes in the order of their beginnings; times are those of a wall clock, in nanoseconds."""
+
+    texts: list[str]  # [V], each once
+    text: np.ndarray  # [n] which of them
+    start: np.ndarray  # [n]
+    until: np.ndarray  # [n]
+    known: np.ndarray  # [n]
+
+    def about(self, now: int, ahead: np.ndarray) -> np.ndarray:
+        """The notes known at `now`, a window's last row, that speak of the H forecast rows `ahead`.
+
+        Returns:
+            `[k, 4]` int64: the text's number; the first and the last of the rows, from 0 on; and the row with which the note
+            begins, negative where that is in the window or before it.
+        """
+        seen = np.flatnonzero(self.known <= now)
+        start, until = self.start[seen], self.until[seen].copy()
+        status = np.flatnonzero(until == NEVER)
+        until[status[:-1]] = start[status[1:]] - 1
+        first, last = np.searchsorted(ahead, start), np.searchsorted(ahead, until, side="right") - 1
+        step = np.diff([now, *ahead])[-1]
+        began = np.rint((start - ahead[0]) / step).astype(np.int64)
+        return np.stack([self.text[seen], first, last, began], axis=1)[first <= last]
+
+    def shuffled(self, seed: int) -> "Notes":
+        """The same texts among the same dates in another order."""
+        return replace(self, text=np.random.default_rng(seed).permutation(self.text))
+
+    def known_by(self, end: pd.Timestamp) -> list[int]:
+        """The numbers of the texts that are known at `end`."""
+        return np.unique(self.text[self.known <= wall_clock([end])[0]]).tolist()
+
+    def digest(self) -> str:
+        """SHA-256 of all that they say."""
+        held = [self.texts, *(values.tolist() for values in (self.text, self.start, self.until, self.known))]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def wall_clock(dates: pd.DatetimeIndex | list[pd.Timestamp]) -> np.ndarray:
+    """Timestamps as nanoseconds, without their time zone."""
+    return pd.DatetimeIndex(dates).tz_localize(None).as_unit("ns").asi8
+
+
+def notes_from_args(args: Namespace, path: Path, dates: pd.DatetimeIndex, frame: pd.DataFrame | None = None) -> Notes | None:
+    """The notes of `--text_path`, of `--text_column` and of `--holidays`; None without.
+
+    Args:
+        path: the data's file.
+        dates: its timestamps, for the years whose holidays are wanted.
+        frame: notes of a program, which stand for those of `--text_path`.
+
+    Raises:
+        InputError: a file that cannot be read as notes, or a country of which the package holidays knows nothing.
+    """
+    held = []
+    if frame is not None:
+        held.append(_read("notes", frame, args.dayfirst, 0))
+    elif args.text_path:
+        places = [Path(args.text_path), *csv_places(args.root_path, args.text_path)]
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise input_error("--text_path", f"no file {args.text_path}", f"one of {', '.join(map(str, places))}")
+        held.append(_read(str(file), read_cells(file, args.encoding), args.dayfirst, FIRST_ROW_LINE))
+    if args.text_column and frame is None:
+        cells = read_cells(path, args.encoding)
+        names = [*map(str, cells.columns)]
+        date = args.date_column or next((name for name in names if name.lower() == "date"), "date")
+        if args.text_column not in names:
+            raise input_error("--text_column", repr(args.text_column), f"one of the columns of {path}: {listed(names)}")
+        cells = cells[[date, args.text_column]].set_axis(["date", "text"], axis=1).dropna()
+        held.append(_read(str(path), cells, args.dayfirst, FIRST_ROW_LINE))
+    if args.holidays:
+        held.append(_holidays(args.holidays, range(dates[0].year, dates[-1].year + 3)))
+    if not held:
+        return None
+    every = pd.concat(held, ignore_index=True).sort_values("start", kind="stable")
+    number, texts = pd.factorize(every["text"])
+    return Notes(list(texts), number, *(every[name].to_numpy(np.int64) for name in ("start", "until", "known")))
+
+
+# Cells of notes -> text, start, until, known.
+def _read(source: str, cells: pd.DataFrame, dayfirst: bool | None, first_row: int) -> pd.DataFrame:
+    for name in ("date", "text"):
+        if name not in cells.columns:
+            raise input_error(
+                source, f"the columns {[*map(str, cells.columns)]}"[:500], "date, text, and if need be until, known"
+            )
+    cells = cells.reset_index(drop=True)
+    text = cells["text"].fillna("").astype(str).str.strip()
+    for wrong, found in ((text == "", "an empty text"), (text.str.len() > LONGEST, "a text of more")):
+        if wrong.any():
+            raise input_error(
+                f"{source}: row {int(wrong.to_numpy().argmax()) + first_row}, column 'text'",
+                found,
+                f"1 to {LONGEST:,} characters",
+            )
+    times = {}
+    for name in ("date", "until", "known"):
+        column = cells[name] if name in cells.columns else cells["date"]
+        times[name] = wall_clock(read_timestamps(column.fillna(cells["date"]), f"{source} ({name})", first_row, dayfirst)[0])
+        if name == "until" and (early := times["until"] < times["date"]).any():
+            row = int(early.argmax())
+            found = f"{cells['until'][row]}, before the note's date {cells['date'][row]}"
+            raise input_error(f"{source}: row {row + first_row}, column 'until'", found, "a later one, or an empty cell")
+    open_ended = cells["until"].isna().to_numpy() if "until" in cells.columns else np.full(len(cells), True)
+    all_day = ~cells["until"].astype(str).str.contains(":").to_numpy() if "until" in cells.columns else 0
+    until = np.where(open_ended, NEVER, times["until"] + all_day * DAY)
+    return pd.DataFrame({"text": text, "start": times["date"], "until": until, "known": times["known"]})
+
+
+def _holidays(code: str, years: Iterable[int]) -> pd.DataFrame:
+    try:
+        import holidays  # type: ignore[import-not-found]  # optional: requirements.txt does not ask for it
+    except ImportError:
+        raise input_error(
+            "--holidays", "no package holidays", "an installed one", "install it with: pip install holidays"
+        ) from None
+    country, _, part = code.partition("-")
+    try:
+        found = holidays.country_holidays(country, subdiv=part or None, years=years)
+    except NotImplementedError as error:
+        raise input_error(
+            "--holidays", repr(code), "a country such as DE, or a part of one such as DE-BY", str(error)
+        ) from None
+    start = wall_clock(pd.DatetimeIndex([*found]))
+    return pd.DataFrame({"text": [*found.values()], "start": start, "until": start + DAY, "known": ALWAYS})
