@@ -5,6 +5,7 @@ A prompt is a fixed *prefix* (description and task, the same for all series of a
 it once a run. Everything here happens on the CPU, in the data loader's workers.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterable
@@ -79,11 +80,11 @@ def _autocorrelation(z: np.ndarray) -> np.ndarray:
     return correlation[:, np.minimum(lag, T - lag)]
 
 
-def top_peaks(z: np.ndarray, count: int = TOP_LAGS) -> list[list[int]]:
+def top_peaks(z: np.ndarray) -> list[list[int]]:
     """The lags from 2 to T/2 - 1 at which the circular autocorrelation has its largest local maxima, largest first.
 
     The paper's top lags are 0 and its neighbours for nearly every series; a day and a week show as peaks. A series
-    may have fewer than `count`, or none.
+    may have fewer than TOP_LAGS, or none.
 
     Args:
         z: `[N, T]` series.
@@ -94,7 +95,7 @@ def top_peaks(z: np.ndarray, count: int = TOP_LAGS) -> list[list[int]]:
     correlation = correlation[:, 1 : z.shape[-1] // 2 + 1]  # lags 1 to T/2
     inner = correlation[:, 1:-1]
     peaks = (inner > correlation[:, :-2]) & (inner >= correlation[:, 2:]) & (inner > 0)
-    ranked = np.argsort(np.where(peaks, -inner, np.inf), axis=-1, kind="stable")[:, :count] + 2
+    ranked = np.argsort(np.where(peaks, -inner, np.inf), axis=-1, kind="stable")[:, :TOP_LAGS] + 2
     return [lags[:found].tolist() for lags, found in zip(ranked, peaks.sum(axis=-1), strict=True)]
 
 
@@ -200,8 +201,6 @@ class PromptEncoder:
                 f"at least {tokens([])}, which its statistics alone take",
                 "choose a shorter --seq_len, a larger --stride or a language model with more positions",
             )
-        keep, over = 0, len(words)  # tokens(words[:keep]) fits, tokens(words[:over]) does not
-        while over - keep > 1:
-            middle = (keep + over) // 2
-            keep, over = (middle, over) if tokens(words[:middle]) <= limit else (keep, middle)
+        # The first so many words that are too many, less one.
+        keep = bisect.bisect(range(len(words)), limit, key=lambda count: tokens(words[:count])) - 1
         return replace(template, description=" ".join(words[:keep]))

@@ -33,16 +33,14 @@ import torch  # noqa: E402
 from data_provider.batches import Batch  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
-from utils.results.log import peak_memory_gib  # noqa: E402
 from utils.saving.files import duration, write_json  # noqa: E402
 from utils.saving.interrupt import Interrupts  # noqa: E402
 from utils.setup import setup  # noqa: E402
 from utils.study.cells import nvidia_smi, processor  # noqa: E402
 from utils.training.context import Context  # noqa: E402
-from utils.training.dry_run import now  # noqa: E402
 from utils.training.evaluate import score  # noqa: E402
-from utils.training.memory import advice, memory_limit  # noqa: E402
-from utils.training.train import Clock, save, train_step  # noqa: E402
+from utils.training.memory import advice, memory_limit, peak_memory_gib  # noqa: E402
+from utils.training.train import Clock, now, save, train_step  # noqa: E402
 
 WARM_UP, STEPS, EVALUATED = 2, 6, 3  # batches
 GIB = 2**30

@@ -342,7 +342,7 @@ def parse_flags(argv: Sequence[str], prog: str = "run_main.py") -> argparse.Name
         prog: the script that the user has started, with which that line begins.
     """
     try:
-        return _read(argv, prog)
+        return read_flags(argv, prog)
     except InputError as error:
         build_parser(prog).error(str(error))
 
@@ -357,18 +357,22 @@ def flags_for(checkpoint: str | Path, **given: object) -> argparse.Namespace:
         InputError: at the first that is unknown, wrong or missing.
     """
     given.update(checkpoint=checkpoint, is_training=0, do_predict=True)
-    return _read(
+    return read_flags(
         [
             word
             for name, value in given.items()
             if value is not None
             for word in ([f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"])
-        ],
-        "run_main.py",
+        ]
     )
 
 
-def _read(argv: Sequence[str], prog: str) -> argparse.Namespace:
+def read_flags(argv: Sequence[str], prog: str = "run_main.py") -> argparse.Namespace:
+    """As `parse_flags`, for a program.
+
+    Raises:
+        InputError: at the first that is unknown, wrong or missing.
+    """
     parser = build_parser(prog)
     try:
         found, unknown = parser.parse_known_args(argv)

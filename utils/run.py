@@ -13,7 +13,7 @@ from data_provider.splits import M4
 from layers.errors import RunError, listed
 from utils.flags import run_name
 from utils.forecaster import Forecaster
-from utils.results.bands import KEPT, Intervals, all_intervals, has_errors, name_of
+from utils.results.bands import KEPT, Intervals, has_errors, name_of
 from utils.results.forecast import leave_forecast, mean_forecast
 from utils.results.metrics import lines_of
 from utils.results.notes import control, verdict
@@ -24,7 +24,7 @@ from utils.saving.interrupt import Interrupted, Interrupts
 from utils.saving.state import resume_command
 from utils.setup import load_checkpoint, setup
 from utils.training.context import Context
-from utils.training.evaluate import Scores, score, score_and_calibrate
+from utils.training.evaluate import Scores, all_intervals, score, score_and_calibrate
 from utils.training.memory import free_memory
 from utils.training.train import TestFound, train
 

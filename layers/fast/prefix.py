@@ -7,6 +7,7 @@ kv key-value heads of width e, g query heads for each.
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,8 +88,7 @@ class FastPath:
         small = sum(layer.weight.nbytes for layer in layers) <= PACKED_BYTES
         for layer in layers:
             layer.prepacked = small and not backbone.recompute  # who recomputes is short of memory
-        self._token_embeddings, self._groups = backbone.token_embeddings, backbone.groups
-        self._dtype, self._stream_dtype = backbone.dtype, backbone.stream_dtype
+        self._backbone = backbone
         self._cache = PrefixCache(self.model.config.num_hidden_layers)
         self._prompt_prefix: list[int] | None = []  # whose keys and values the cache holds
 
@@ -119,19 +119,19 @@ class FastPath:
             step = torch.arange(L, device=device)[None, :, None]
             prompt = slot < P0 + length[:, None, None]
             earlier = (slot >= P0 + n) & (slot <= P0 + n + step)
-            mask = additive_mask(prompt | earlier, self._groups, self._dtype)  # (M, 1, g*L, slots)
+            mask = additive_mask(prompt | earlier, self._backbone.groups, self._backbone.dtype)  # (M, 1, g*L, slots)
         self._cache.place(P0 + n, slots)
         positions = P0 + length[:, None] + torch.arange(L, device=device)  # (M, L)
-        return self._run(patches.to(self._stream_dtype), mask, positions).to(patches.dtype)
+        return self._run(patches.to(self._backbone.stream_dtype), mask, positions).to(patches.dtype)
 
     # Run prompt tokens `[M, n]` from slot `start` on as far as their last keys and values, which the cache keeps.
     def _store(self, ids: torch.Tensor, start: int, device: torch.device) -> None:
         places = start + torch.arange(ids.shape[1], device=device)  # (n)
         # Padding comes last, so causality alone hides it from the real tokens.
         visible = torch.arange(start + ids.shape[1], device=device) <= places[:, None]  # (n, start + n)
-        mask = additive_mask(visible[None], self._groups, self._dtype)
+        mask = additive_mask(visible[None], self._backbone.groups, self._backbone.dtype)
         with contextlib.suppress(PrefixStored):
-            self._run(self._token_embeddings(ids), mask, places[None])
+            self._run(self._backbone.token_embeddings(ids), mask, places[None])
 
     # Inputs `[M, n, D]` -> last hidden states `[M, n, D]`; their keys and values go into the cache.
     def _run(self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -188,10 +188,10 @@ class PrefixCache(DynamicCache):
 
 
 # One layer's buffers: keys and values `[M, kv, slots, e]`, and the prompt prefix's `[1, kv, P0, e]`.
+@dataclass
 class _Layer:
-    def __init__(self):
-        self.prompt_prefix: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    prompt_prefix: tuple[torch.Tensor, torch.Tensor] | None = None
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reserve(self, like: torch.Tensor, sequences: int, slots: int) -> None:
         """Make the buffers hold `sequences` x `slots`, the prompt prefix in front."""

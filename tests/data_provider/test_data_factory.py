@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data_provider.data_factory import batch_loader, data_provider, series_from_args
-from data_provider.sampler import EpochBatches
+from data_provider.data_factory import EpochBatches, batch_loader, data_provider, series_from_args
 from data_provider.synthetic import write_synthetic
 from layers.errors import InputError
 from layers.prompt import PromptEncoder, PromptTemplate

@@ -15,9 +15,8 @@ Shapes: W validation windows, N channels, H steps ahead, Q probabilities.
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +25,6 @@ from data_provider.batches import Batch
 from data_provider.data_loader import Series, SplitSeries
 from layers.norm import instance_norm
 from utils.saving.files import writing
-
-if TYPE_CHECKING:  # it holds such intervals itself
-    from utils.training.context import Context
 
 LEVELS = (80.0, 95.0)  # per cent, unless --intervals says otherwise
 DECILES = tuple(tenth / 10 for tenth in range(1, 10))  # what quantile losses of public leaderboards are taken at
@@ -258,13 +254,3 @@ def has_errors(folder: Path, series: Series) -> bool:
         return file.is_file()
     windows = len(series.windows("val")) + len(series.windows("test"))
     return np.load(file, mmap_mode="r").shape == (windows, len(series.forecast_columns), series.pred_len)
-
-
-def all_intervals(context: "Context", folders: Sequence[Path], levels: tuple[float, ...]) -> Intervals | None:
-    """Those of the mean of the forecasts that runs have left in these folders, whose errors are the mean of theirs, with the
-    newest; None where one has not left them."""
-    if context.intervals is None or not levels or not all(has_errors(folder, context.series) for folder in folders):
-        return None
-    files = [folder / KEPT for folder in folders]
-    val, newest = (intervals_of(files, levels, some) for some in (slice(context.intervals.windows), slice(-POOL, None)))
-    return replace(val, newest=newest)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from utils.saving.files import write_text, writing
 
 if TYPE_CHECKING:
-    import torch
     from torch.utils.tensorboard import SummaryWriter
 
 HISTORY, STEPS = "history.csv", "steps.csv"
@@ -169,29 +168,3 @@ class Progress(tqdm):
         if msg is None and time.monotonic() - self.told >= self.every:
             self.told = time.monotonic()
             self.log(str(self))
-
-
-def memory_line(device: "torch.device") -> str:
-    """Peak memory so far: of the GPU beside its size, or of this process."""
-    if device.type == "cuda":
-        import torch  # only now, as below: a study writes its lines without it
-
-        held = torch.cuda.max_memory_reserved(device) / 2**30
-        return f"GPU Memory: {held:.1f}GB / {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}GB"
-    return f"Memory: {peak_memory_gib(device):.1f}GB (RAM, largest so far)"
-
-
-def peak_memory_gib(device: "torch.device") -> float:
-    """Largest memory held so far, in GiB: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 2**30  # type: ignore[attr-defined]  # Windows has it
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -90,8 +90,7 @@ def draw_test(results: Any, metrics: dict) -> None:
     path, marker = results.folder / PLOTS / "error_by_step.png", "." if H < 30 else None
     with _lines(path, H, f"{title}: error by row ahead", label, "error, standardised scale") as axes:
         for figure, width in (("mse", 1.6), ("mae", 0.9)):
-            mean = scale["all"][figure]
-            lines = [(f"{figure.upper()}, over all rows {mean:.3f}", FORECAST, scale["steps"][figure])]
+            lines = [(f"{figure.upper()}, over all rows {scale['all'][figure]:.3f}", FORECAST, scale["steps"][figure])]
             lines += [
                 (f"{figure.upper()} of {row['title']}", SIMPLE[row["name"]], row["steps"][figure])
                 for row in metrics["baselines"]["rows"]

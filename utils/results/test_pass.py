@@ -19,15 +19,15 @@ from data_provider.batches import Batch
 from data_provider.data_factory import batch_loader, series_flags
 from data_provider.m4 import M4Series
 from layers.norm import instance_norm
-from utils.results.bands import KEPT, all_intervals, has_errors, make_array, name_of, units, write_errors
+from utils.results.bands import KEPT, has_errors, make_array, name_of, units, write_errors
 from utils.results.baselines import LAST, RIDGE, fit_ridge, measured
-from utils.results.log import peak_memory_gib
 from utils.results.m4 import MODEL, NAIVE2, TITLES, Errors, errors_of, naive2, owa, scores_of, table, warnings_of
 from utils.results.metrics import METRICS, Metrics
 from utils.saving.files import RECORD, TENSORS, size_text, write_atomic, write_json
 from utils.saving.folder import move_aside
 from utils.training.context import Context
-from utils.training.evaluate import Scores, evaluate
+from utils.training.evaluate import Scores, all_intervals, evaluate
+from utils.training.memory import peak_memory_gib
 
 PREDICTIONS = "predictions.npz"
 
@@ -66,8 +66,13 @@ class TestPass:
         self.windows: dict[str, Window] = {}  # for the pictures, by what they are
         self.parts, self.saves_predictions = self.folder / ".predictions.parts", bool(context.args.save_predictions)
         self.writes_errors = has_errors(self.folder, self.series)
-        self.levels = levels = context.intervals.levels if context.intervals else ()
-        size = 4 * math.prod(shape) * (3 + 2 * len(levels))  # one of the arrays lies there twice while it is packed
+        self.levels = intervals.levels if intervals else ()
+        self.bands = {} if intervals is None else {
+            f"{side}{name_of(level)}": offsets
+            for level in self.levels
+            for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True)
+        }  # fmt: skip
+        size = 4 * math.prod(shape) * (3 + len(self.bands))  # one of the arrays lies there twice while it is packed
         free = shutil.disk_usage(self.folder).free  # 0: that cannot be told
         # Of several processes, one alone must not leave it out.
         short = context.accelerator.reduce(torch.tensor(float(0 < free < size), device=context.device)) > 0
@@ -79,7 +84,7 @@ class TestPass:
             )
         if self.saves_predictions and context.accelerator.is_main_process:
             shutil.rmtree(self.parts, ignore_errors=True)
-            for name in ("pred", "true", *(side + name_of(level) for level in levels for side in ("lo", "hi"))):
+            for name in ("pred", "true", *self.bands):
                 make_array(self.parts / f"{name}.npy", shape, self.folder / PREDICTIONS)
         context.accelerator.wait_for_everyone()
 
@@ -96,10 +101,7 @@ class TestPass:
         if not self.saves_predictions:
             return
         values = {"pred": pred, "true": true}
-        for level in self.levels:
-            assert self.context.intervals is not None  # they have these levels
-            for side, offsets in zip(("lo", "hi"), self.context.intervals.band(level), strict=True):
-                values[side + name_of(level)] = pred + unit * torch.from_numpy(offsets).to(pred.device)
+        values |= {end: pred + unit * torch.from_numpy(offsets).to(pred.device) for end, offsets in self.bands.items()}
         own = {name: self.series.to_own_units(rows.transpose(1, 2).double().cpu().numpy()) for name, rows in values.items()}
         own |= {name: self.series.within_bounds(rows) for name, rows in own.items() if name != "true"}
         for name, rows in own.items():  # a batch's windows are neighbours

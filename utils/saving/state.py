@@ -2,8 +2,8 @@
 
 `state.7.pt` is what `torch.save` writes of one dict: what the run is (`identity`), how far it is (`progress`), the trained
 tensors, their average (`--ema`), the optimizer's, and the random generators of every process. The newest two are kept;
-before a third is written the older one goes. The order of the batches needs no state (see data_provider/sampler.py), nor
-does the learning rate (utils/training/optimizer.py).
+before a third is written the older one goes. The order of the batches needs no state (see `EpochBatches`), nor does the
+learning rate (utils/training/optimizer.py).
 """
 
 import copy

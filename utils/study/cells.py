@@ -2,10 +2,8 @@
 and what it has measured."""
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -24,8 +22,8 @@ from typing import Any
 import pandas as pd
 
 from data_provider.splits import M4
-from layers.errors import input_error
-from utils.flags import FLAGS, clean_name, parse_flags, run_name
+from layers.errors import InputError, input_error
+from utils.flags import FLAGS, clean_name, read_flags, run_name
 from utils.saving.files import read_header, write_json
 
 PROGRAM = Path(__file__).resolve().parents[2] / "run_main.py"
@@ -152,14 +150,10 @@ def _cell(
         raise input_error(where, f"--{min(OWN & (given.keys() | own))}", "it left out: the study sets it")
     every = {name: value for name, value in (USUAL | given).items() if name not in own}
     line = [word for name, value in every.items() for word in (f"--{name}", str(value))] + list(words)
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            args = parse_flags(line)
-    except SystemExit:
-        flag, got, expected = re.split(
-            ": got |, expected ", said.getvalue().strip().removeprefix("run_main.py: error: "), maxsplit=2
-        )
+        args = read_flags(line)
+    except InputError as error:
+        flag, got, expected = re.split(": got |, expected ", str(error), maxsplit=2)
         raise input_error(f"{where}: {flag}", got, expected) from None
     if args.is_training != 1 or args.itr != 1:
         raise input_error(where, f"--is_training {args.is_training} --itr {args.itr}", "1 of both; repeats are an axis seed")

@@ -1,9 +1,10 @@
 """One evaluation for validation, test and inference."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from data_provider.batches import Batch
 from models.base import ForecastModel
-from utils.results.bands import KEPT, LARGEST, intervals_of, make_array, write_errors
+from utils.results.bands import KEPT, LARGEST, POOL, Intervals, has_errors, intervals_of, make_array, write_errors
 from utils.results.log import Progress
 from utils.saving.files import PARTIAL, writing
 from utils.training.context import Context
@@ -159,3 +160,13 @@ def score_and_calibrate(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
     return scores
+
+
+def all_intervals(context: Context, folders: Sequence[Path], levels: tuple[float, ...]) -> Intervals | None:
+    """Those of the mean of the forecasts that runs have left in these folders, whose errors are the mean of theirs, with the
+    newest; None where one has not left them."""
+    if context.intervals is None or not levels or not all(has_errors(folder, context.series) for folder in folders):
+        return None
+    files = [folder / KEPT for folder in folders]
+    val, newest = (intervals_of(files, levels, some) for some in (slice(context.intervals.windows), slice(-POOL, None)))
+    return replace(val, newest=newest)

@@ -20,11 +20,15 @@ Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 def loss_of(args: Namespace) -> Loss:
     """The function that `--loss` names; its seasons, for MASE, are those of `--seasonal_patterns`."""
-    if args.loss == "MASE":
-        return partial(mase, season=PATTERNS[args.seasonal_patterns].season)
-    if args.loss == "MAE+FFT":
-        return partial(absolute_and_spectral, share=args.fft_weight)
-    return {"MSE": mean_squared, "MAE": mean_absolute, "SMAPE": smape, "MAPE": mape}[args.loss]
+    losses: dict[str, Loss] = {
+        "MSE": mean_squared,
+        "MAE": mean_absolute,
+        "MAE+FFT": partial(absolute_and_spectral, share=args.fft_weight),
+        "SMAPE": smape,
+        "MASE": partial(mase, season=PATTERNS[args.seasonal_patterns].season),
+        "MAPE": mape,
+    }
+    return losses[args.loss]
 
 
 # Mean of (f - y)^2.

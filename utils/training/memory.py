@@ -1,6 +1,7 @@
 """Memory: how many sequences fit at once, and what is done and said when the GPU has too little."""
 
 import gc
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -177,6 +178,26 @@ def main_memory() -> tuple[int, int]:
                         held = (ROOT / place / group / "memory.stat").read_text(encoding="utf-8").split()
                         total, free = min(total, limit), min(free, limit - int(held[held.index(taken) + 1]))
     return total, max(free, 0)
+
+
+def memory_line(device: torch.device) -> str:
+    """Peak memory so far: of the GPU beside its size, or of this process."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_reserved(device) / 2**30
+        return f"GPU Memory: {held:.1f}GB / {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}GB"
+    return f"Memory: {peak_memory_gib(device):.1f}GB (RAM, largest so far)"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far, in GiB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30  # type: ignore[attr-defined]  # Windows has it
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def fitting_sequences(model: ForecastModel, args: Namespace) -> int:

@@ -55,8 +55,7 @@ def choose_precision(args: Namespace, device: torch.device, uses_llm: bool = Tru
         name = "fp16" if lacks_bf16 else usual
     if name == "fp16" or name == args.amp_dtype == "fp32":
         held = DTYPES[name]
-    note = "" if name == usual else f"Numbers: {name}"
-    if name == "fp16":
-        reason = " (this GPU has no bf16)" if args.amp_dtype == "auto" else ""
-        note = f"Numbers: fp16 with loss scaling{reason}"
-    return Precision(device.type, None if name == "fp32" else DTYPES[name], held, name == "fp16", note)
+    reason = " (this GPU has no bf16)" if args.amp_dtype == "auto" else ""
+    notes = {usual: "", "fp16": f"Numbers: fp16 with loss scaling{reason}"}
+    dtype, note = None if name == "fp32" else DTYPES[name], notes.get(name, f"Numbers: {name}")
+    return Precision(device.type, dtype, held, name == "fp16", note)

@@ -13,20 +13,29 @@ from accelerate.utils import gather_object
 from data_provider.batches import Batch
 from layers.errors import LoaderError, RunError, listed
 from models.base import ForecastModel
-from utils.results.log import Progress, memory_line, peak_memory_gib
+from utils.results.log import Progress
 from utils.results.test_pass import M4Pass, TestPass, open_pass
+from utils.saving.files import duration
 from utils.saving.interrupt import Interrupted
-from utils.saving.state import resume_command
+from utils.saving.state import random_state, resume_command, set_random_state
 from utils.training.context import Context
-from utils.training.dry_run import dry_run
 from utils.training.evaluate import Scores, forecast_in_parts, score, score_and_calibrate
 from utils.training.losses import Loss, loss_of, mean_squared
-from utils.training.memory import advice, explain_out_of_memory, halve_on_out_of_memory
+from utils.training.memory import (
+    OPTIMIZER_BYTES,
+    advice,
+    explain_out_of_memory,
+    halve_on_out_of_memory,
+    memory_limit,
+    memory_line,
+    peak_memory_gib,
+)
 from utils.training.precision import GOOD_STEPS, LARGEST_SCALE, Precision
 
 TestFound = tuple[TestPass | M4Pass, Scores]
 EVENNESS = 0.3  # how strongly the shares of a model and the linear map beside it are drawn towards one half
 EVALUATION_SHARE = 0.7  # a sequence's evaluation over its training step, until one has been timed
+FEWEST_STEPS = 20  # a shorter run is over before its dry run would be worth it
 MAX_SKIPS = 10  # skipped steps in a row that a run survives
 
 
@@ -46,7 +55,7 @@ def train(context: Context) -> TestFound | None:
     if journal:
         journal.start(progress.epoch, progress.iteration)
     if context.model.is_trained:
-        dry_run(context, lambda batch: leave_gradients(context, batch), clock.left)
+        dry_run(context, clock)
     try:
         while not progress.finished(args.train_epochs, args.patience):
             began = time.perf_counter()
@@ -92,6 +101,51 @@ def train(context: Context) -> TestFound | None:
     if progress.best_vali_loss == float("inf"):
         raise RunError("no epoch reached a finite validation loss, so there is no checkpoint; try a lower --learning_rate")
     return best_test
+
+
+def dry_run(context: Context, clock: "Clock") -> None:
+    """Tell what the run will take before it takes it: run the first batch forward and backward, twice; no step is made.
+
+    A run that resumes has none, and neither has a very short one. Random generators, buffers and the loader are afterwards
+    as they were. Where the GPU's memory is short, this finds how many sequences fit, as the first step would have.
+
+    Raises:
+        RunError: not even one sequence fits.
+    """
+    progress, epochs, model = context.training.progress, context.args.train_epochs, context.model
+    if (progress.epoch, progress.iteration) != (1, 0) or epochs * context.steps_per_epoch < FEWEST_STEPS:
+        return
+    before = random_state(context.device)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # a batch normalisation's
+    model.train()
+    # The batch is made beside the loader: no worker starts, and the loader draws nothing.
+    loader = context.loaders["train"]
+    loader.batch_sampler.set_epoch(1)  # type: ignore[union-attr]
+    first = next(iter(loader.batch_sampler))  # type: ignore[arg-type]
+    batch = loader.collate_fn([loader.dataset[index] for index in first]).to(context.device)
+    for _ in range(2):  # the first one also makes caches and loads kernels
+        began = now(context.device)
+        leave_gradients(context, batch)
+        model.zero_grad(set_to_none=True)
+        seconds = now(context.device) - began
+    for buffer, held in buffers:
+        buffer.copy_(held)
+    set_random_state(before, context.device)
+    # The first step makes the moments.
+    moments = sum(p.numel() for p in model.parameters()) * OPTIMIZER_BYTES[context.args.optimizer]
+    kind = "GPU memory" if context.device.type == "cuda" else "memory"
+    context.log(
+        f"Dry run: {seconds:.4f}s/iter; about {duration(clock.left(seconds) / epochs)} an epoch with its evaluations, "
+        f"{duration(clock.left(seconds))} in all; {kind} {peak_memory_gib(context.device) + moments / 2**30:.1f}GB at the "
+        f"peak, of {memory_limit(context.device) / 2**30:.1f}GB"
+    )
+
+
+def now(device: torch.device) -> float:
+    """The clock's seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def train_epoch(context: Context, clock: "Clock") -> float:
@@ -247,17 +301,17 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
         with context.precision.autocast():
             prototype_kv = model.prototype_kv()
         forecast = forecast_in_parts(model, context.precision, batch, prototype_kv, context.step_limit.sequences)
-    bad = ~torch.isfinite((forecast - batch.y).square().mean(1)).view(len(batch.index), -1).cpu()  # (B, N)
-    is_here, bad = bool(bad.any()), bad if bad.any() else torch.ones_like(bad)
-    windows = [str(data.window_dates(int(i))[0]) for i in batch.index[bad.any(1)]]  # type: ignore[attr-defined]
-    wrong = [columns[number] for number in batch.channel.cpu()[bad.flatten()].unique().tolist()]
-    told = gather_object([(is_here, windows, wrong)])  # of all processes; some may have sound windows alone
+    bad = ~torch.isfinite((forecast - batch.y).square().mean(1))  # (M,)
+    index = batch.index.repeat_interleave(len(batch) // len(batch.index)).tolist()
+    starts = [str(data.window_dates(window)[0]) for window in index]  # type: ignore[attr-defined]
+    # Of the sequences of all processes those that go wrong, if any does.
+    told = gather_object([*zip(bad.tolist(), starts, [columns[number] for number in batch.channel.tolist()], strict=True)])
     told = [found for found in told if found[0]] or told
-    windows = [window for found in told for window in found[1]]
-    wrong = [name for name in columns if any(name in found[2] for found in told)]
+    windows, wrong = list(dict.fromkeys(found[1] for found in told)), {found[2] for found in told}
+    named = listed([name for name in columns if name in wrong])
     raise RunError(
         f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start "
-        f"at {listed(windows)}, columns {listed(wrong)}; try a lower --learning_rate; {context.training.saver.kept()}"
+        f"at {listed(windows)}, columns {named}; try a lower --learning_rate; {context.training.saver.kept()}"
     )
 
 

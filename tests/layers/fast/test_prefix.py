@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-import layers.fast.linear as linear
+import layers.fast.prefix as prefix
 from layers.backbone import Backbone, find_backbone
 from layers.fast import FastPath
 from layers.fast.attention import ATTENTION
@@ -68,7 +68,7 @@ def test_nothing_outlives_its_last_reference(backbones, family: str, options: di
 @pytest.mark.skipif(REORDER is None, reason="this PyTorch has no oneDNN layouts")
 @pytest.mark.parametrize(("recompute", "limit", "count"), [(False, 2**27, 2 * 2 * 7), (True, 2**27, 0), (False, 1, 0)])
 def test_small_models_keep_layouts_unless_they_recompute(backbones, monkeypatch, recompute, limit, count) -> None:
-    monkeypatch.setattr(linear, "PACKED_BYTES", limit)
+    monkeypatch.setattr(prefix, "PACKED_BYTES", limit)
     backbone = backbone_of(backbones, "qwen2", recompute=recompute)
     fast = FastPath(backbone)
     run(fast, backbone)

@@ -48,7 +48,7 @@ def by_hand(name: str, forecast: torch.Tensor, sequences: Batch, season: int = 2
 def test_losses_are_their_formulas(name: str, masked: bool, monkeypatch) -> None:
     monkeypatch.setitem(PATTERNS, "Quarterly", Pattern(3, 2, 1.5, "1 quarter", "Quarterly"))
     forecast, sequences = part(masked)
-    loss = loss_of(Namespace(loss=name, seasonal_patterns="Quarterly"))
+    loss = loss_of(Namespace(loss=name, seasonal_patterns="Quarterly", fft_weight=0.5))
     found = loss(forecast, sequences)
     assert float(found) == pytest.approx(by_hand(name, forecast, sequences), rel=1e-5)
     pieces = [loss(forecast[i : i + 1], piece) for i, piece in enumerate(sequences.split(1))]
@@ -68,7 +68,7 @@ def test_absolute_errors_in_time_and_frequency() -> None:
     waves = np.exp(-2j * np.pi * np.outer(np.arange(7), np.arange(4)) / 7) / 7**0.5  # (H, H // 2 + 1)
     in_time, in_frequency = np.abs(error).mean(), np.abs(error @ waves).mean()
     for name, weight in (("MAE", 0.5), ("MAE+FFT", 0.0), ("MAE+FFT", 0.3), ("MAE+FFT", 1.0)):
-        loss, share = loss_of(Namespace(loss=name, fft_weight=weight)), weight * (name != "MAE")
+        loss, share = loss_of(Namespace(loss=name, seasonal_patterns="Monthly", fft_weight=weight)), weight * (name != "MAE")
         found = loss(leaf := forecast.clone().requires_grad_(), sequences)
         assert float(found.detach()) == pytest.approx((1 - share) * in_time + share * in_frequency, rel=1e-5)
         pieces = [loss(forecast[i : i + 1], piece) for i, piece in enumerate(sequences.split(1))]
@@ -83,5 +83,5 @@ def test_absolute_errors_in_time_and_frequency() -> None:
 def test_smape_does_not_reward_a_forecast_for_its_size() -> None:
     sequences = Batch(torch.ones(1, 4), torch.ones(1, 1))
     forecast = torch.full((1, 1), 3.0, requires_grad=True)
-    loss_of(Namespace(loss="SMAPE"))(forecast, sequences).backward()
+    loss_of(Namespace(loss="SMAPE", seasonal_patterns="Monthly", fft_weight=0.5))(forecast, sequences).backward()
     assert float(forecast.grad) == pytest.approx(200 / (3 + 1))

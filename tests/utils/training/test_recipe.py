@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 import utils.training.train
-from data_provider.sampler import EpochBatches
+from data_provider.data_factory import EpochBatches
 from layers.backbone import Backbone, find_backbone
 from models.TimeLLM import Model
 from tests.small_run import COLUMNS, PRED_LEN, SEQ_LEN, refusal, train

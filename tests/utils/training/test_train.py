@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import utils.setup
 import utils.training.train
-from data_provider.sampler import EpochBatches
+from data_provider.data_factory import EpochBatches
 from layers.backbone import Backbone, find_backbone
 from models.TimeLLM import Model
 from tests.models.test_TimeLLM import TRAINED
