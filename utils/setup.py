@@ -180,6 +180,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
         if isinstance(series, FileSeries):
             pretrain, notes = source_of(checkpoint, series, args)
+            rows, held = len(series.dates), checkpoint.record["data"].get("rows") if same_data else None
+            if held not in (None, rows):
+                notes.append(f"{series.path} has {rows} rows, {held} in the training: the figures are of other test windows")
     intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     notes += intervals.notes if forecasts_only else []
     precision = choose_precision(args, device, uses_llm=info is not None)
@@ -280,7 +283,8 @@ def describe_run(
         backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
         backbone |= {} if random_seed is None else {"random_seed": random_seed}
         backbone |= {"note": info.note} if info.note else {}
-    record: dict[str, Any] = {"flags": recorded(args), "backbone": backbone}
+    output = {name: getattr(args, name) for name in ("intervals", "do_predict", "predict_steps", "refit")}
+    record: dict[str, Any] = {"flags": recorded(args), "output": output, "backbone": backbone}
     if not isinstance(series, SplitSeries):
         return record
     return record | series.as_record() | ({"pretrain": pretrain.as_record()} if pretrain else {})
