@@ -49,17 +49,18 @@ class Batch:
         """Micro-batches of at most `size` sequences (0: one of all); whole windows are not split."""
         if self.windows is not None or not 0 < size < len(self):
             return [self]
-        return [self._map(operator.itemgetter(slice(start, start + size))) for start in range(0, len(self), size)]
+        return [self.mapped(operator.itemgetter(slice(start, start + size))) for start in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> "Batch":
         """Move what the model reads to a device; the window numbers stay."""
-        moved = replace(self, prompts=None)._map(lambda t: t.to(device, non_blocking=True))
+        moved = replace(self, prompts=None).mapped(lambda t: t.to(device, non_blocking=True))
         return replace(moved, prompts=None if self.prompts is None else self.prompts.to(device))
 
     def pin_memory(self) -> "Batch":
-        return self._map(torch.Tensor.pin_memory)
+        return self.mapped(torch.Tensor.pin_memory)
 
-    def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """With `move` of each tensor but the window numbers."""
         w = self.windows
         moved: dict[str, Any] = {name: move(v) for name in SEQUENCES if (v := getattr(self, name)) is not None}
         moved["prompts"] = None if self.prompts is None else Prompts(*map(move, self.prompts))

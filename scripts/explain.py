@@ -237,10 +237,10 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     other = PromptEncoder(ours.tokenizer, replace(ours.template, description=description), ours.longest)
     batch, shared = read_windows(context, windows, ours), model.prototype_kv()
 
-    def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, x: torch.Tensor = batch.x) -> torch.Tensor:
+    def forecast(encoder: PromptEncoder | None, prompts: Prompts | None, batch: Batch = batch) -> torch.Tensor:
         model.prompts = encoder  # its opening is every prompt's
         try:
-            parts = Progress(replace(batch, x=x, prompts=prompts).split(SEQUENCES), desc="parts of a forecast")
+            parts = Progress(replace(batch, prompts=prompts).split(SEQUENCES), desc="parts of a forecast")
             return torch.cat([forecast_within_memory(context, part, shared) for part in parts]).double()
         finally:
             model.prompts = ours
@@ -252,9 +252,10 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
     another = torch.empty_like(order).scatter_(0, order, order.roll(1))
     places = torch.arange(len(batch)).view(B, -1)  # (B, N)
+    backwards = batch.mapped(lambda rows: rows.flip(0))
     forecasts = {
         "as it is": forecast(ours, batch.prompts),
-        "nothing (rounding)": forecast(ours, exchanged(places.flatten().flip(0)), batch.x.flip(0)).flip(0),
+        "nothing (rounding)": forecast(ours, backwards.prompts, backwards).flip(0),
         "prompt left out": forecast(None, None),
         "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
         "another data set's description": forecast(other, read_windows(context, windows, other).prompts),

@@ -100,7 +100,9 @@ def report(folder: Path, page: Path | None = None) -> str:
         said += ["", "*** SYNTHETIC DATA: this series was generated, not measured. ***"]
         said += ["*** The figures say nothing about real data or about the paper's. ***"]
     if page is not None:
-        write_text(page, _page(folder, f"{title}: {series.path.name}", head, table, said, metrics, flags))
+        there = {"is_training": 0, "checkpoint": str(folder.resolve().parent)} | metrics.get("flags", {})
+        repeated = there if elsewhere else flags | record.get("output", {})
+        write_text(page, _page(folder, f"{title}: {series.path.name}", head, table, said, metrics, repeated))
     return "\n".join(["", head, "", table.to_string(na_rep="-", col_space=9, index_names=False), "",
                       *([keys, ""] if "intervals" in metrics else []), *said])  # fmt: skip
 
@@ -171,7 +173,8 @@ def _page(
 ) -> str:
     parts = [f"<p>{html.escape(head)}</p><div class=wide>{table.to_html(na_rep='-', border=0, index_names=False)}</div>"]
     parts.append(f"<pre>{html.escape(chr(10).join(said))}</pre>")
-    for picture in sorted((folder / "plots").glob("*.png"), key=lambda path: (path.stem[:4] not in ("fore", "test"), path)):
+    pictures = [*(folder / "plots").glob("*.png"), *(folder / "refit/plots").glob("forecast.png")]
+    for picture in sorted(pictures, key=lambda path: (path.stem[:4] not in ("fore", "test"), path)):
         name = picture.stem.replace("_", " ").capitalize()
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
@@ -179,7 +182,7 @@ def _page(
     for level, held in metrics.get("intervals", {"levels": {}})["levels"].items():
         columns[f"in {level} %"] = pd.Series({name: figures["coverage"] for name, figures in held["channels"].items()})
     by_column = columns.to_html(border=0, float_format="{:.4f}".format)
-    words = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    words = {name: value or ["none"] if isinstance(value, list) else [value] for name, value in flags.items()}
     given = [
         f"--{name} {shlex.join(map(str, words[name]))}" for name in DEFAULTS if flags.get(name) not in (None, DEFAULTS[name])
     ]

@@ -264,9 +264,9 @@ FLAGS = [
     Flag("append", "output", "", BOOL, False, "with --do_predict: keep the forecast in forecasts.csv, too, the history of "
          "all forecasts by the last date that they knew"),
     Flag("refit", "output", "", BOOL, False, "with --do_predict: before the forecast, train once more on all rows of the "
-         "file, for as many steps as the best epoch had; the test is of the model before"),
+         "file, for as many steps as the best epoch had, in the folder refit of the run's; the test is of the model before"),
     Flag("intervals", "output", "", LEVEL, None, "per cent of the truths that each prediction interval is to hold; none: "
-         "no intervals (default: 80 95; of a forecast, what its checkpoint has)"),
+         "no intervals (default: what the checkpoint has; of a training 80 95)"),
     Flag("save_predictions", "output", "", SWITCH, 1, "1: each test leaves its forecasts in predictions.npz, of which some "
          "windows are drawn"),
     Flag("plots", "output", "", SWITCH, 1, "1: draw the results as PNG files"),

@@ -65,7 +65,7 @@ def settings_of_a_refit(context: Context) -> Namespace:
 def refit(
     args: Namespace, repeat: int, interrupts: Interrupts, intervals: Intervals | None, share: torch.Tensor | None
 ) -> None:
-    """Train on all rows, in the folder refit of the run's, and forecast with that model.
+    """Train on all rows, in the folder refit of the run's, and forecast with that model; its forecasts lie there, too.
 
     Args:
         intervals, share: bands and `head_share` of the model before: no row is left to calibrate or choose on.
@@ -82,7 +82,7 @@ def refit(
         context.intervals = intervals
         if context.accelerator.is_main_process:
             add_intervals(load_checkpoint(context), intervals)
-    predict(replace(context, folder=context.folder.parent))
+    predict(context)
     context.close()
 
 

@@ -144,6 +144,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         if isinstance(series, FileSeries):
             pretrain, lines = source_of(checkpoint, series, args)
             notes += lines
+            rows, held = len(series.dates), checkpoint.record["data"].get("rows") if same_data else None
+            if held not in (None, rows):
+                notes.append(f"{series.path} has {rows} rows, {held} in the training: the figures are of other test windows")
     levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
@@ -243,7 +246,8 @@ def describe_run(plan: Plan, repeat: int) -> dict[str, Any]:
         backbone = info.identity | {"layers": args.llm_layers, "load_in_4bit": args.load_in_4bit}
         backbone |= {} if seed is None else {"random_seed": seed}
         backbone |= {"note": info.note} if info.note else {}
-    record: dict[str, Any] = {"flags": recorded(args), "backbone": backbone}
+    output = {name: getattr(args, name) for name in ("intervals", "do_predict", "predict_steps", "refit")}
+    record: dict[str, Any] = {"flags": recorded(args), "output": output, "backbone": backbone}
     if not isinstance(plan.series, SplitSeries):
         return record
     return record | plan.series.as_record() | ({"pretrain": plan.pretrain.as_record()} if plan.pretrain else {})

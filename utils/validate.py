@@ -267,7 +267,8 @@ def plan_intervals(
         fits = kept.offsets.shape[1:] == (len(names), args.pred_len) and set(wanted) <= set(names)
         kept = kept.of([names.index(name) for name in wanted]) if fits else None
     if isinstance(series, SplitSeries):
-        asked, windows = args.intervals or LEVELS, len(series.windows("val"))
+        trained = checkpoint.intervals.levels if checkpoint is not None and checkpoint.intervals is not None else LEVELS
+        asked, windows = args.intervals or trained, len(series.windows("val"))
         levels = tuple(level for level in asked if windows >= fewest_windows(level))
         few = [level for level in asked if level not in levels]
         least = max(map(fewest_windows, few), default=0)

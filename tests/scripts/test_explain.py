@@ -194,3 +194,9 @@ def test_a_prompt_left_out_is_a_model_without_one(runs, tmp_path, fast_path) -> 
         assert trials.moves["nothing (rounding)"] < 1e-5 and trials.mse_change["as it is"] == 0
         # Each exchange reaches the forecast, of a random backbone that looks at its prompt.
         assert (trials.moves.iloc[3:] > 1e-5).all() and len(trials) == 5
+
+
+def test_another_order_of_the_windows_changes_nothing(runs, tmp_path) -> None:
+    context = opened(runs["vocab"], tmp_path, "--bounds", "OT:none:0")  # so that a forecast depends on its column
+    trials = explain.try_prompts(context, WINDOWS, "Another one.").set_index("changed")
+    assert trials.moves["nothing (rounding)"] < 1e-5 < trials.moves["prompt left out"]

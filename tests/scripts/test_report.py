@@ -79,6 +79,7 @@ def test_one_page_has_all_of_it(backbones, capsys, tmp_path: Path) -> None:
         "Time-LLM on a ridge map (this run): series.csv",
         "By column",
         "--skip ridge",
+        "--do_predict True --intervals 80.0",
         "<td>0.",
         "in 80 %",
         "How far this run",

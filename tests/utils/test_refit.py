@@ -26,26 +26,31 @@ def test_the_forecast_knows_the_last_row_and_the_test_does_not(backbones, tmp_pa
     )
     before = train(words, capsys)
     folder, end = run_folder(words), pd.read_csv(tmp_path / "series.csv")["date"].iloc[-1]
-    held = [(folder / name).read_bytes() for name in ("checkpoint.safetensors", "metrics.json")]
+    held = load_file(folder / "checkpoint.safetensors")
     plain = pd.read_csv(folder / "forecast.csv")
     assert last_lines(before)[-1] == "The model has learned from rows up to 2020-01-10 07:00:00"  # 224 rows of 320
 
     after = train([*words, "--refit"], capsys)
     assert figures(after) == figures(before)
-    assert load_file(folder / "checkpoint.safetensors").keys() == load_file(folder / "refit/checkpoint.safetensors").keys()
+    kept, refitted = (load_file(place / "checkpoint.safetensors") for place in (folder, folder / "refit"))
+    assert kept.keys() == refitted.keys() and all(np.array_equal(kept[name], held[name]) for name in held)
     epoch, steps = json.loads((folder / "checkpoint.json").read_text())["epoch"], len(range(224 - 39)) // 16
     said = last_lines(after)
     assert said[-1] == f"The model has learned from rows up to {end}" and f"train {320 - 39}" in said[1:]
     if "model" not in flags:
         assert f"Refit on all rows for {epoch} x {steps} steps" in said[-2]
         assert len(pd.read_csv(folder / "refit" / "history.csv")) == epoch
-    frame = pd.read_csv(folder / "forecast.csv")
+    frame = pd.read_csv(folder / "refit" / "forecast.csv")  # beside its model; none is left of the model before
+    assert not (folder / "forecast.csv").exists()
     assert (frame["date"] == plain["date"]).all() and not np.allclose(frame["OT"], plain["OT"], rtol=1e-4)
     # its bands are those of the model before, as wide around the new forecast
     np.testing.assert_allclose(frame["OT_hi80"] - frame["OT"], plain["OT_hi80"] - plain["OT"], rtol=1e-3)
+    later = ["--is_training", "0", "--checkpoint", str(folder / "refit"), "--do_predict", "--append", "--device", "cpu"]
+    train(later, capsys)
+    assert (folder / "refit/forecasts.csv").is_file() and pd.read_csv(folder / "refit/forecast.csv").equals(frame)
     again = Forecaster.load(folder / "refit").predict(pd.read_csv(tmp_path / "series.csv"))
     np.testing.assert_allclose(again["OT_hi80"], frame["OT_hi80"], rtol=1e-4)
-    assert held[0] == (folder / "checkpoint.safetensors").read_bytes() and repr(Forecaster.load(folder)).endswith("of 80 %)")
+    assert repr(Forecaster.load(folder)).endswith("of 80 %)")
     there = ["--is_training", "0", "--checkpoint", str(folder / "refit")]
     assert "got a model that has learned from rows up to 2020-01-14" in refusal(
         there, capsys
@@ -66,7 +71,7 @@ def test_a_refit_that_was_stopped_goes_on(backbones, tmp_path: Path, capsys, mon
         torch_checkpoint=0,
     )
     whole = train([*words, "--des", "whole"], capsys)
-    expected = pd.read_csv(run_folder([*words, "--des", "whole"]) / "forecast.csv")
+    expected = pd.read_csv(run_folder([*words, "--des", "whole"]) / "refit" / "forecast.csv")
     interrupts = Interrupts()
 
     def stop_in_the_refit(args, repeat, given):
@@ -80,7 +85,8 @@ def test_a_refit_that_was_stopped_goes_on(backbones, tmp_path: Path, capsys, mon
     with pytest.raises(Interrupted):
         module.main(parse_flags(words), interrupts)
     monkeypatch.undo()
-    assert (run_folder(words) / "refit").is_dir() and not (run_folder(words) / "forecast.csv").is_file()
+    refit = run_folder(words) / "refit"
+    assert refit.is_dir() and not (refit / "forecast.csv").is_file()
     resumed = train([*words, "--resume"], capsys)
     assert figures(resumed) == figures(whole)
-    pd.testing.assert_frame_equal(pd.read_csv(run_folder(words) / "forecast.csv"), expected)
+    pd.testing.assert_frame_equal(pd.read_csv(refit / "forecast.csv"), expected)

@@ -304,3 +304,22 @@ def test_a_bar_in_a_terminal_and_no_line(small, capsys, monkeypatch) -> None:
     while b"parts:  67%|" not in said:  # what is said comes in pieces; where they end, read fails
         said += os.read(reader, 1000)
     os.close(reader)
+
+
+def test_a_later_test_has_the_levels_of_the_training_and_says_that_the_file_has_grown(argv, capsys, tmp_path: Path) -> None:
+    words = argv(model="Ridge", plots=0, intervals="70", save_predictions=0)
+    assert not any("in the training" in line for line in train(words, capsys))
+    later, series = (
+        ["--is_training", "0", "--checkpoint", str(run_folder(words)), "--device", "cpu"],
+        tmp_path / "series.csv",
+    )
+    for rows in (ROWS, ROWS + 40):
+        said = [
+            line for line in train(later, capsys) if line.startswith(f"{series} has {rows} rows, {ROWS} in the training")
+        ]
+        assert len(said) == (rows > ROWS)
+        metrics = json.loads((run_folder(words) / "metrics.json").read_text())
+        assert list(metrics["intervals"]["levels"]) == ["70"] and metrics["notes"] == said
+        frame = pd.read_csv(series)
+        more = pd.date_range("2020-01-01", periods=ROWS + 40, freq="h")[ROWS:].strftime("%Y-%m-%d %H:%M:%S")
+        pd.concat([frame, frame[:40].assign(date=more)]).to_csv(series, index=False)

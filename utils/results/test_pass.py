@@ -100,10 +100,12 @@ class TestPass:
             write_errors(self.folder / KEPT, batch, forecast, after=len(self.series.windows("val")))
         if not self.saves_predictions:
             return
-        values = {"pred": pred, "true": true}
+        values = {"pred": pred}
         values |= {end: pred + unit * torch.from_numpy(offsets).to(pred.device) for end, offsets in self.bands.items()}
         own = {name: self.series.to_own_units(rows.transpose(1, 2).double().cpu().numpy()) for name, rows in values.items()}
-        own |= {name: self.series.within_bounds(rows) for name, rows in own.items() if name != "true"}
+        own = {name: self.series.within_bounds(rows) for name, rows in own.items()}
+        first, kept = self.series.splits.train + self.series.splits.val, self.series.forecast_slice
+        own["true"] = np.stack([self.series.own[first + n :][: self.series.pred_len, kept] for n in index])  # as in the file
         for name, rows in own.items():  # a batch's windows are neighbours
             np.load(self.parts / f"{name}.npy", mmap_mode="r+")[index[0] : index[-1] + 1] = rows
 

@@ -244,8 +244,14 @@ def test_a_column_that_is_mostly_zero_has_a_band_with_its_forecast_in_it(argv, t
     metrics = json.loads((folder / "metrics.json").read_text())
     own = metrics["own_units"]["channels"]["rain"]
     assert own["mse"] == pytest.approx(np.square(held["pred"] - held["true"])[..., 0].mean(), rel=1e-4)
-    width = metrics["intervals"]["levels"]["95"]["channels"]["rain"]["width_own_units"]
-    assert width == pytest.approx((held["hi95"] - held["lo95"])[..., 0].mean(), rel=1e-4)
+    rain = metrics["intervals"]["levels"]["95"]["channels"]["rain"]
+    assert rain["width_own_units"] == pytest.approx((held["hi95"] - held["lo95"])[..., 0].mean(), rel=1e-4)
+    # truths are those of the file: a zero is no rounded one, which would lie below a band that ends at 0
+    truths = np.lib.stride_tricks.sliding_window_view(pd.read_csv(tmp_path / "series.csv")["rain"][-300:], PRED_LEN)
+    assert np.array_equal(held["true"][..., 0], truths.astype(np.float32))
+    assert ((held["lo95"] <= held["true"]) & (held["true"] <= held["hi95"]))[..., 0].mean() == pytest.approx(
+        rain["coverage"]
+    )
     # a program that loads it has them, too
     predicted = Forecaster.load(folder).predict(pd.read_csv(tmp_path / "series.csv"))
     np.testing.assert_allclose(predicted["rain_lo80"], bounded["rain_lo80"], rtol=1e-4, atol=1e-6)
