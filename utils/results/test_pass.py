@@ -276,9 +276,8 @@ def score_mean(context: Context, repeats: list[Path], folder: Path) -> tuple[Tes
         return standardised.transpose(1, 2).flatten(0, 1).float().to(context.device)
 
     scores = evaluate(context.model, loader, accelerator, forecast, results.consume, device=context.device)
-    test = {"mse": scores.mse, "mae": scores.mae}
-    figures = {"test": test, "repeats": len(repeats), "data": context.record["data"], "model": context.args.model}
-    metrics = results.finish(figures)
+    figures = {"repeats": len(repeats), "data": context.record["data"], "model": context.args.model}
+    metrics = results.finish({"test": {"mse": scores.mse, "mae": scores.mae}} | figures)
     context.log(f"Mean of {len(repeats)} repeats: {results.headline(scores)}; saved at: {folder}")
     return results, metrics
 

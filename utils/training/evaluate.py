@@ -43,7 +43,7 @@ def evaluate(
     loss: Loss = mean_squared,
     device: torch.device | None = None,
 ) -> Scores:
-    """Forecast every window; sums over elements divided by their count, whatever the batch size.
+    """Forecast every window, in eval mode; sums over elements divided by their count, whatever the batch size.
 
     Args:
         batches: each process passes its own share of the windows.
@@ -55,7 +55,6 @@ def evaluate(
     device = device or accelerator.device
     if device.type == "cuda":  # tensors of other sizes would lie beside the idle blocks of the training
         torch.cuda.empty_cache()
-    training = model.training
     model.eval()
     prototype_kv = model.prototype_kv()  # once for the whole evaluation
     totals = torch.zeros(5, dtype=torch.float64, device=device)
@@ -73,7 +72,6 @@ def evaluate(
         if consume is not None:
             consume(batch, forecasts)
     squared, absolute, elements, lost, sequences = accelerator.reduce(totals).tolist()
-    model.train(training)
     mse = squared / elements
     return Scores(mse, absolute / elements, lost / sequences if sequences else mse)
 

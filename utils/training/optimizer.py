@@ -95,12 +95,11 @@ class Average:
 
 def build_optimizer(name: str, model: ForecastModel, lr: float) -> torch.optim.Optimizer:
     """Adam, AdamW, or bitsandbytes' AdamW with 8-bit states, over the trained tensors."""
-    parameters = list(model.parameters())
     if name == "adamw8bit":
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, lr=lr)
-    return BlockAdam(parameters, model.mapping_layer, lr, decoupled=name == "adamw")
+        return bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr)
+    return BlockAdam(list(model.parameters()), model.mapping_layer, lr, decoupled=name == "adamw")
 
 
 def build_scheduler(
