@@ -31,8 +31,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, patch_len: int, stride: int, d_model: int, dropout: float):
         super().__init__()
-        self.patch_len = patch_len
-        self.stride = stride
+        self.patch_len, self.stride = patch_len, stride
         self.value_embedding = TokenEmbedding(patch_len, d_model)
         self.dropout = nn.Dropout(dropout)
 

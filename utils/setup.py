@@ -304,8 +304,7 @@ def _load_model(plan: Plan, repeat: int, log: RunLog) -> ForecastModel:
             model = model_class(args.model)(args, backbone, plan.outline.prompts)
             model.to(device)
     free_memory(device)  # what loading took for a while would lie between the parts of a step
-    path = f"; {model.path()}" if model.path() else ""
-    log(f"Trained values: {value_count(shapes_of(plan.outline)):,}{path}")
+    log(f"Trained values: {value_count(shapes_of(plan.outline)):,}" + (f"; {model.path()}" if model.path() else ""))
     if plan.info is not None and plan.info.note:
         log(f"Language model: {plan.info.note}")
     return model

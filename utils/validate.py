@@ -77,16 +77,7 @@ def check_flags(args: Namespace) -> None:
         require_bitsandbytes("optimizer adamw8bit")
     if args.load_in_4bit:
         require_bitsandbytes("load_in_4bit")
-    check_device(args)
-
-
-def check_device(args: Namespace) -> None:
-    """A run that is meant for a GPU never runs silently on the CPU.
-
-    Raises:
-        InputError: a GPU is asked for, there or needed, and PyTorch cannot use one.
-    """
-    if args.device == "cpu" or torch.cuda.is_available():
+    if args.device == "cpu" or torch.cuda.is_available():  # a run that is meant for a GPU never runs silently on the CPU
         return
     if drivers := nvidia_smi("driver_version"):
         raise input_error(
@@ -320,12 +311,12 @@ def overview(args: Namespace, series: Any, pretrain: FileSeries | None) -> list[
             lines.append(f"WARNING: --bounds: the file has values of {names} beyond them, which no forecast can reach")
     custom = args.data == "custom" and isinstance(series, FileSeries)
     if isinstance(series, FileSeries) and custom:
-        dates, splits = series.dates, series.splits
         forecast = "all columns are forecast" if args.features == "M" else f"{series.target} is forecast"
         lines += [
-            f"{series.path}: {len(dates)} rows from {dates[0]} to {dates[-1]}, step: {step_words(series.step, dates)}",
+            f"{series.path}: {len(series.dates)} rows from {series.dates[0]} to {series.dates[-1]}, "
+            f"step: {step_words(series.step, series.dates)}",
             f"{len(series.columns)} channels: {listed(series.columns)}; {forecast} (target: {series.target})",
-            f"rows: train {splits.train}, val {splits.val}, test {splits.test} (70 %, 10 %, 20 %)",
+            f"rows: train {series.splits.train}, val {series.splits.val}, test {series.splits.test} (70 %, 10 %, 20 %)",
         ]
     for each in sets:
         gaps = gaps_in(each.dates, each.step) if each is pretrain or custom else []
