@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from data_provider.data_loader import FileSeries
 from data_provider.splits import M4
 from layers.errors import RunError, listed
 from utils.flags import run_name
@@ -191,22 +190,24 @@ def calibrate(context: Context, checkpoint: Checkpoint) -> None:
     whole = held is not None and held.newest is not None and context.args.itr == 1  # the repeats' mean needs their errors
     if not context.levels or (held is not None and (whole or has_errors(context.folder, context.series))):
         return
-    before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
-    levels = tuple(sorted({*context.levels, *(before.levels if before else ())}))  # what it had is not taken from it
-    score_and_calibrate(context, levels)
+    score_and_calibrate(context, _levels_to_keep(context, checkpoint))
     if context.intervals is not None:
         found, context.intervals = context.intervals, context.intervals.only(context.levels)
         named = " and ".join(f"{name_of(level)} %" for level in context.levels)
         context.log(f"Prediction intervals of {named} calibrated on {found.windows} validation windows")
 
 
+# The run's levels and those that the checkpoint of these data has: what it had is not taken from it.
+def _levels_to_keep(context: Context, checkpoint: Checkpoint) -> tuple[float, ...]:
+    before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
+    return tuple(sorted({*context.levels, *(before.levels if before else ())}))
+
+
 def keep_intervals(context: Context, checkpoint: Checkpoint) -> Checkpoint:
     """After a test, add those that were calibrated on its windows, too, for forecasts of the future; a checkpoint of these
     data keeps both. Returns it as it is then."""
     context.accelerator.wait_for_everyone()  # all have written their errors
-    before = checkpoint.intervals if checkpoint.belongs_to(context.series, context.args) else None
-    levels = tuple(sorted({*context.levels, *(before.levels if before else ())}))
-    found = all_intervals(context, [context.folder], levels) if isinstance(context.series, FileSeries) else None
+    found = all_intervals(context, [context.folder], _levels_to_keep(context, checkpoint))
     if found is None:
         return checkpoint
     context.intervals = found.only(context.levels)

@@ -26,9 +26,11 @@ def find_checkpoint(path: Path) -> Path:
     for file in (path, path / TENSORS, path / LEGACY):
         if file.is_file():
             return file
-    hint = "train first with --is_training 1 and the same flags, or name a folder with --checkpoint"
-    if "_mean-" in path.name:
-        hint = "the mean of repeats has none: name one repeat's folder, or give the training's command with --is_training 0"
+    hint = (
+        "the mean of repeats has none: name one repeat's folder, or give the training's command with --is_training 0"
+        if "_mean-" in path.name
+        else "train first with --is_training 1 and the same flags, or name a folder with --checkpoint"
+    )
     raise input_error(f"--checkpoint {path}", "no checkpoint", f"{TENSORS} (or older {LEGACY}) in it", hint)
 
 
