@@ -80,14 +80,14 @@ def test_without_notes_nothing_changes(backbones, announced: Path, tmp_path: Pat
     lines, folder = train(without, capsys), run_folder(without)
     test = ["--is_training", "0", "--checkpoint", str(folder)]
     later = train([*without, *test, "--text_path", "notes.csv"], capsys)
-    assert figures(later) == figures(lines) and any("was trained without notes: they are not read" in line for line in later)
+    assert figures(later) == figures(lines)
+    assert any("was trained without notes: they are not read" in line for line in later)
     # A model with notes begins as one without, and without them forecasts as if it had none.
     given = words_of(announced, backbones["qwen2"], tmp_path / "with", text_path="notes.csv", **flags)
     train(given, capsys)
     other = json.loads((run_folder(given) / "metrics.json").read_text())
     assert other["control"]["true"]["mse"] != other["control"]["no"]["mse"]
-    table = pd.read_csv(announced / "series.csv")
-    model = Forecaster.load(run_folder(given))
+    table, model = pd.read_csv(announced / "series.csv"), Forecaster.load(run_folder(given))
     before = model.predict(table)
     model.context.model.notes = None
     pd.testing.assert_frame_equal(before, model.predict(table))
@@ -103,8 +103,10 @@ def test_a_run_that_resumes_needs_the_same_notes(backbones, announced: Path, tmp
     assert "notes (SHA-256)" in refusal([*words, "--train_epochs", "2"], capsys)
 
 
-@pytest.mark.parametrize("flags", [{"text_prompt": 1, "llm_ablation": "off", "use_prompt": 1}, {"recipe": "published"},
-                                   {"text_encoder": "words", "skip_mode": "beside"}, {"llm_ablation": "random"}])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    {"text_prompt": 1, "llm_ablation": "off", "use_prompt": 1}, {"recipe": "published"}, {"llm_ablation": "random"},
+    {"text_encoder": "words", "skip_mode": "beside"},
+])  # fmt: skip
 def test_notes_go_with_other_ways_to_train(backbones, announced: Path, tmp_path: Path, capsys, flags) -> None:
     words = words_of(
         announced, backbones["qwen2"], tmp_path, **{"train_epochs": 1, "max_iters": 3, "text_path": "notes.csv"} | flags
@@ -156,6 +158,6 @@ def test_the_made_up_announcements_use_other_words_in_the_test(tmp_path: Path) -
     series = pd.read_csv(write_synthetic("announced", tmp_path))
     seen, unseen = (pd.read_csv(tmp_path / f"announced-notes-{name}.csv") for name in ("seen", "unseen"))
     tested = seen["date"] >= series["date"][int(0.8 * len(series))]
-    assert (seen[~tested] == unseen[~tested]).all(axis=None) and (seen[["date", "until", "known"]] == unseen[["date", "until", "known"]]).all(axis=None)
-    assert not set(unseen["text"][tested]) & set(seen["text"]) and (seen["known"] < seen["date"]).all()
-    assert set(seen["text"][tested]) - set(seen["text"][~tested]) == set() or len(set(seen["text"][tested])) > 20
+    assert (seen[~tested] == unseen[~tested]).all(axis=None) and (seen["known"] < seen["date"]).all()
+    assert (seen.drop(columns="text") == unseen.drop(columns="text")).all(axis=None)
+    assert not set(unseen["text"][tested]) & set(seen["text"])
