@@ -46,7 +46,7 @@ pre, .wide {{ overflow-x: auto }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }}
+td:first-child, th:first-child {{ text-align: left; white-space: normal }}
 img {{ max-width: 100%; background: #fff; border-radius: 4px }}
 </style></head><body><h1>{title}</h1>
 {parts}
