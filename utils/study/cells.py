@@ -218,7 +218,15 @@ def last_line(cell: Cell) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a JSON file of a run or a cell holds; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise input_error(path, f"a damaged file ({error})", "what training and testing a run write") from None
 
 
 def write_note(cell: Cell, **values: object) -> None:
