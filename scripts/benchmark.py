@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         table = pd.DataFrame(found).T.reindex(columns=COLUMNS).astype({"at_once": int})
         print(table.to_string(float_format="{:.3f}".format))
         if "fast" in found:
-            ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
+            ratios = table[COLUMNS[:-1]] / table.loc["fast", COLUMNS[:-1]]
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
         if args.json:
             write_json(args.json, {"command": " ".join(sys.argv)} | found)

@@ -86,9 +86,9 @@ def get(name: str, out: Path, offline: bool) -> Path:
 def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes | None:
     # A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository.
     url = (M4_URL if name == "m4" else ETT_URL).format(file=file, part="Train" if "train" in file else "Test")
-    own = Path(os.environ.get("TIMELLM_DATA") or "nowhere").resolve()
-    places = [place.as_uri() for place in (own / file, own / below / file) if place.is_file()]
-    for source in [*places, *([] if offline else [url])]:
+    root = os.environ.get("TIMELLM_DATA")
+    places = [Path(root).resolve() / part for part in (file, f"{below}/{file}")] if root else []
+    for source in [*(place.as_uri() for place in places if place.is_file()), *([] if offline else [url])]:
         try:
             with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
                 content = response.read()

@@ -34,7 +34,7 @@ MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
 
 
-# A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
+# A model's shape; `vocab` is how many embedding rows it has at least: one per tokenizer id there is always.
 PRESETS = {
     "tiny": SimpleNamespace(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2, dtype=torch.float32, vocab=0),
     "small": SimpleNamespace(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6, dtype=torch.float32, vocab=0),
@@ -150,14 +150,12 @@ def make_backbone(
                 f"files that cannot be read ({error})",
                 "tokenizer.json and tokenizer_config.json of a fast one",
             ) from error
-        if shape.vocab and len(words) > shape.vocab:
-            raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
         rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}
         config = kind.config(
             architectures=[kind.model.__name__], dtype=shape.dtype,
             initializer_range=INIT_STD, tie_word_embeddings=True,
             hidden_size=shape.hidden, num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads,
-            max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(words),
+            max_position_embeddings=kind.positions, vocab_size=max(shape.vocab, len(words)),
             **{kind.inner: shape.intermediate}, **rotary,
             **{f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")},
         )  # fmt: skip

@@ -150,8 +150,7 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
                 better, worse = better + (high < 0), worse + (low > 0)
         name = row["title"].replace("repeat ", "repeating ", 1)
         beaten = beaten or (row["name"] == RIDGE and worse > 0 == better)
-        said = SAID[better > 0, worse > 0] if parts else "too few test windows to tell this run from {}"
-        said = said.format(name)
+        said = (SAID[better > 0, worse > 0] if parts else "too few test windows to tell this run from {}").format(name)
         parts = parts or [f"MSE {ours['mse']:.4f} and {row['mse']:.4f}"]
         lines.append(f"- {said[0].upper()}{said[1:]}: {', '.join(parts)}.")
     if beaten:
@@ -173,15 +172,15 @@ def _page(
     columns = pd.DataFrame(metrics["standardised"]["channels"]).T[["mse", "mae"]]
     for level, held in metrics.get("intervals", {"levels": {}})["levels"].items():
         columns[f"in {level} %"] = pd.Series({name: figures["coverage"] for name, figures in held["channels"].items()})
-    by_column = columns.to_html(border=0, float_format="{:.4f}".format)
     words = {name: value or ["none"] if isinstance(value, list) else [value] for name, value in flags.items()}
     given = [
         f"--{name} {shlex.join(map(str, words[name]))}" for name in DEFAULTS if flags.get(name) not in (None, DEFAULTS[name])
     ]
     command = html.escape("python run_main.py " + " ".join(given))
-    parts.append(
-        f"<h2>By column, standardised</h2><div class=wide>{by_column}</div><h2>To repeat it</h2><pre>{command}</pre>"
-    )
+    parts += [
+        f"<h2>By column, standardised</h2><div class=wide>{columns.to_html(border=0, float_format='{:.4f}'.format)}</div>",
+        f"<h2>To repeat it</h2><pre>{command}</pre>",
+    ]
     return PAGE.format(title=html.escape(title), parts="\n".join(parts))
 
 

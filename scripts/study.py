@@ -216,9 +216,10 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
                 left = duration(sum(seconds.values()) / len(seconds) * rest / jobs)
-                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
-                more = f"left about {left}" if rest else "nothing left"
-                bar.log(f"{count} done in {duration(spent)}{where}: {cell.name} {figures}; {more}")
+                bar.log(
+                    f"cell {len(seconds)} of {len(cells)} done in {duration(spent)}{where}: {cell.name} "
+                    f"mse {found['mse']:.4f} mae {found['mae']:.4f}; {f'left about {left}' if rest else 'nothing left'}"
+                )
     return failed, received
 
 

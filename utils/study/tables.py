@@ -172,8 +172,6 @@ def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -
     for section in sections:
         counts = [f"{' or '.join(map(str, numbers))} (horizon {h})" for h, numbers in section.windows.items()]
         facts.append(f"{section.title}: test windows scored: {', '.join(counts)}; none dropped.")
-        if any(len(numbers) > 1 for numbers in section.windows.values()):
-            facts.append("WARNING: not all rows were scored on the same windows.")
     notes = pd.Series({name: note for section in sections for name, note in section.notes.items()}, dtype=str)
     by_note = notes.groupby(notes, sort=False)
     return facts + [f"Published, not measured here: {', '.join(held.index)}: {note}." for note, held in by_note]
