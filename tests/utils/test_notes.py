@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.batches import Batch
 from data_provider.synthetic import write_synthetic
 from layers.notes import NotesEffect
 from tests.small_run import command_line, figures, refusal, run_folder, train
@@ -136,8 +135,8 @@ def test_the_effect_is_that_of_its_formula() -> None:
     effect.fit([0, 1])
     x, base = torch.randn(4, T), torch.randn(4, H)
     notes = torch.tensor([[[0, 1, 2, 1], [2, 0, 3, -3]], [[-1, -1, -1, -1], [1, 3, 3, 3]]]).repeat_interleave(2, 0)
-    batch = Batch(x, base, notes=notes, channel=torch.tensor([0, 1, 0, 1]))
-    assert (effect(batch, base) == 0).all()  # before training
+    given = base, x, torch.tensor([0, 1, 0, 1]), notes
+    assert (effect(*given) == 0).all()  # before training
     for parameter in effect.parameters():
         torch.nn.init.normal_(parameter)
     expected = torch.zeros(4, H)
@@ -151,7 +150,7 @@ def test_the_effect_is_that_of_its_formula() -> None:
                 gates = effect.gate(torch.cat([known, when]))
                 seen = torch.cat([torch.stack([base[m, row] - zero, mean - zero, torch.ones(())]), course[row]])
                 expected[m, row] += (gates * seen).sum()
-    torch.testing.assert_close(effect(batch, base), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(effect(*given), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_made_up_announcements_use_other_words_in_the_test(tmp_path: Path) -> None:
