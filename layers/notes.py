@@ -79,7 +79,7 @@ class NotesEffect(nn.Module):
             self.scale.copy_(apart.clamp(min=1e-6) / WIDTH**0.5)
 
     def forward(self, base: torch.Tensor, x: torch.Tensor, channel: torch.Tensor, notes: torch.Tensor) -> torch.Tensor:
-        """Forecasts without notes `[M, H]`, windows `[M, T]`, channels `[M]`, notes `[M, k, 4]` -> what they add `[M, H]`."""
+        """Forecasts without notes `[M, H]`, windows `[M, T]`, channels `[M]`, notes `[M, k, 4]` -> what to add, `[M, H]`."""
         every, of = torch.unique(notes, dim=0, return_inverse=True)  # (U, k, 4): channels and many windows are alike
         text, first, last, began = every.to(base.device).unbind(-1)  # (U, k)
         row = torch.arange(self.pred_len, device=base.device)
