@@ -98,10 +98,6 @@ class WindowDataset(Dataset):
             chunk = view[start : start + step].reshape(-1, length).astype(np.float64)
             yield chunk[:, : self.seq_len], chunk[:, self.seq_len :]
 
-    def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
-        """The first input date and the first forecast date of window `index`."""
-        return self.dates[index], self.dates[index + self.seq_len]
-
 
 class ChannelItems(Dataset):
     """Every window of every one of N channels by itself, channel by channel, as the published code's training has them."""
@@ -118,10 +114,6 @@ class ChannelItems(Dataset):
         item: dict[str, Any] = self.windows[window]
         own = {name: item[name][:, channel : channel + 1] for name in ("x", "y", "history") if name in item}
         return item | own | {"index": index, "channel": channel}
-
-    def window_dates(self, index: int) -> tuple[pd.Timestamp, pd.Timestamp]:
-        """The first input date and the first forecast date of item `index`."""
-        return self.windows.window_dates(index % len(self.windows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +205,7 @@ class SplitSeries(Source):
     fingerprint: str  # of what trains, by which a checkpoint knows it again
 
     def windows(self, flag: str) -> Any:
-        """The dataset of "train", "val" or "test", with `window_dates`, and what `fit_ridge` asks for."""
+        """The dataset of "train", "val" or "test", with what `fit_ridge` asks for."""
 
     def windows_for_a_map(self) -> tuple[Any, Any]:
         """The windows to which a linear map is fitted, and those by which its penalty is chosen."""

@@ -37,10 +37,7 @@ def read_wide(path: Path) -> dict[str, np.ndarray]:
     series: dict[str, np.ndarray] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(file, "")
-            cells = next(csv.reader([header]), [])
-            if len(cells) > 1 and pd.notna(pd.to_numeric(cells[1], errors="coerce")):  # a series, which would be lost
-                raise input_error(f"{path}: row 1", f"the values of a series, {header[:30]!r}...", "a header")
+            next(file, "")  # the header
             # Most cells of most lines are the empty ones of the longest series: they go before the line is parsed.
             for number, cells in enumerate(csv.reader(line.rstrip("\r\n,") for line in file), 2):
                 if not cells:
@@ -122,10 +119,6 @@ class M4Windows(Dataset):
             "x_mask": rows[:T, 1:],
             "y_mask": rows[T:, 1:],
         }
-
-    def window_dates(self, index: int) -> tuple[str, str]:
-        """In the place of dates, which such series have not: the id of window `index`, twice."""
-        return (self.ids[index % len(self)],) * 2
 
     # Windows that are whole on both sides.
     @property

@@ -283,6 +283,9 @@ class Backbone:
         model: transformers' model, without a head.
         embeddings: `[V, D]` input embeddings, never quantised.
         window: how many tokens back one sees, in the layer that sees least.
+        dtype, stream_dtype: number types of the embeddings, and of the residual stream from layer to layer.
+        inner_size: width of a feed-forward block.
+        groups: query heads that share a key-value head.
         recompute: whether the layers run again in the backward pass.
         embedding_scale: what the layers see of a token over its embedding; Gemma's embedding layer multiplies.
     """
@@ -327,6 +330,11 @@ class Backbone:
         self.model.pooler = None  # BERT's and others' head over the first token, which many folders lack
         self.model.requires_grad_(False).eval()
         self.recompute = recompute
+        config, self.dtype = self.model.config, self.embeddings.dtype
+        self.stream_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        size = getattr(config, "intermediate_size", None)
+        self.inner_size = size if isinstance(size, int) else 4 * config.hidden_size  # Gemma 3n's is a list
+        self.groups = self.heads // (getattr(config, "num_key_value_heads", None) or self.heads)
         self.embedding_scale = float(getattr(self.model.get_input_embeddings(), "embed_scale", 1.0))
         self._embeddings_on_host = False
         if recompute:
@@ -341,25 +349,6 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return next(p for p in self.model.parameters() if p is not self.embeddings).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.dtype
-
-    @property
-    def stream_dtype(self) -> torch.dtype:
-        """Number type of the residual stream, from layer to layer."""
-        return torch.float32 if self.dtype == torch.float16 else self.dtype
-
-    @property
-    def inner_size(self) -> int:
-        size = getattr(self.model.config, "intermediate_size", None)
-        return size if isinstance(size, int) else 4 * self.model.config.hidden_size  # Gemma 3n's is a list
-
-    @property
-    def groups(self) -> int:
-        """Query heads that share a key-value head."""
-        return self.heads // (getattr(self.model.config, "num_key_value_heads", None) or self.heads)
 
     def token_embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[M, n]`, on any device -> what the layers see of them, `[M, n, D]` on the layers' device."""
@@ -441,8 +430,6 @@ class _Recomputed(nn.Module):
 
 
 def _config(info: BackboneInfo, layers: int) -> Any:
-    if layers > info.layers:
-        raise input_error("--llm_layers", layers, f"at most {info.layers}, all that {info.folder} has")
     config = _first_layers(AutoConfig.from_pretrained(info.folder, trust_remote_code=False), layers)
     if info.dequantised:
         config.quantization_config["dequantize"] = True  # its products have no gradient
@@ -465,24 +452,20 @@ def _load(info: BackboneInfo, layers: int, device: torch.device, four_bit: bool,
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    verbosity = transformers.logging.get_verbosity()
     # It would report the layers left out as unexpected; what is missing is checked below.
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    try:
-        model, found = AutoModel.from_pretrained(
-            info.folder,
-            config=_config(info, layers),
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    model, found = AutoModel.from_pretrained(
+        info.folder,
+        config=_config(info, layers),
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise unusable(info.folder, f"no weights for {missing[0]}", f"those of the first {layers} layers")

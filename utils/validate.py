@@ -77,16 +77,7 @@ def check_flags(args: Namespace) -> None:
         require_bitsandbytes("optimizer adamw8bit")
     if args.load_in_4bit:
         require_bitsandbytes("load_in_4bit")
-    check_device(args)
-
-
-def check_device(args: Namespace) -> None:
-    """A run that is meant for a GPU never runs silently on the CPU.
-
-    Raises:
-        InputError: a GPU is asked for, there or needed, and PyTorch cannot use one.
-    """
-    if args.device == "cpu" or torch.cuda.is_available():
+    if args.device == "cpu" or torch.cuda.is_available():  # a run that is meant for a GPU never runs silently on the CPU
         return
     if drivers := nvidia_smi("driver_version"):
         raise input_error(

@@ -41,15 +41,13 @@ def is_recast(dtype: torch.dtype, device: torch.device) -> bool:
 class FrozenLinear(nn.Module):
     """A linear layer that is not trained, around the weight `[n, k]` and bias of an `nn.Linear`.
 
-    With `prepacked`, it keeps oneDNN's layouts of the weight from its first products on. A weight that has been
-    changed since is laid out anew.
+    With `prepacked`, it keeps oneDNN's layouts of the weight from its first products on.
     """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.weight, self.bias, self.prepacked = layer.weight, layer.bias, False
         self._layouts: dict[bool, torch.Tensor] = {}  # whether transposed -> the layout
-        self._laid_out: int | None = None  # version of the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., k]` -> x·Wᵀ + bias `[..., n]`."""
@@ -64,8 +62,6 @@ class FrozenLinear(nn.Module):
         weight, bias = (self.weight.t(), None) if transposed else (self.weight, self.bias)
         if not (self.prepacked and REORDER and _is_onednn(x, weight)) or self.weight.is_inference():
             return product(x, weight, bias)
-        if self._laid_out != self.weight._version:
-            self._layouts, self._laid_out = {}, self.weight._version
         if transposed not in self._layouts:
             # They outlive an evaluation, so they are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():

@@ -44,7 +44,7 @@ def test_etth1_is_split_by_its_borders_and_scaled_by_its_training_rows(etth1) ->
     series = load_series("ETTh1", etth1.parent, etth1.name, seq_len=512, pred_len=96, percent=5)
     windows = [series.windows(flag) for flag in ("train", "val", "test")]
     assert [len(part) for part in windows] == [(8640 - 512) * 5 // 100 - 96 + 1, 2785, 2785]
-    assert windows[1].window_dates(0)[1] == series.dates[8640] and windows[2].window_dates(0)[1] == series.dates[8640 + 2880]
+    assert windows[1].dates[512] == series.dates[8640] and windows[2].dates[512] == series.dates[8640 + 2880]
     values = pd.read_csv(etth1).iloc[:, 1:].to_numpy()
     scaler = StandardScaler().fit(values[:8640])  # of all training rows, also with --percent
     np.testing.assert_array_equal(series.mean, scaler.mean_)
@@ -79,7 +79,7 @@ def test_windows_by_hand(own, features, columns, forecast) -> None:
                 raw = item[name].numpy().astype(np.float64) * series.std + series.mean
                 np.testing.assert_allclose(raw, rows[:, None] + of, atol=1e-3)
             assert item["index"] == index and item["x_mark"].shape == (8, 4) and item["y_mark"].shape == (7, 4)
-            assert windows.window_dates(index) == (series.dates[start], series.dates[start + 8])
+            assert windows.dates[index] == series.dates[start]
             assert item["x"].data_ptr() == series.values[start:].ctypes.data  # nothing is copied
         for index in (-1, count):
             with pytest.raises(IndexError):

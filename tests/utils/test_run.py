@@ -34,7 +34,6 @@ from utils.flags import parse_flags, recorded
 from utils.forecaster import Forecaster
 from utils.results import log
 from utils.results.log import Journal, RunLog
-from utils.saving.files import write_json
 
 
 def test_each_repeat_has_its_folder_and_its_seed(argv, capsys) -> None:
@@ -82,10 +81,6 @@ def test_a_drive_without_locks_and_syncs_is_one_warning(argv, capsys, monkeypatc
         warned = [line for line in lines if "WARNING" in line]
         assert warned == [f"WARNING: {folder} cannot be locked (Input/output error): start no second run in it"]
         assert folder.with_name(f"{folder.name}.{number}").is_dir() == bool(number) and figures(lines)
-    for number in (0, 1):
-        write_json(folder.parent / "file.json", {})
-        warned = capsys.readouterr().err
-        assert warned.count(f"WARNING: {folder.parent}: the file system syncs no folders (Input/output error)") == 1 - number
 
 
 def test_a_terminal_in_ascii_and_a_backend_that_is_not_here(argv, tmp_path: Path) -> None:

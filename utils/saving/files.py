@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +76,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    try:
+    with suppress(OSError):  # not every file system syncs folders
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:
-        _warn_unsynced(path.parent, error.strerror)
-
-
-@cache
-def _warn_unsynced(folder: Path, why: str) -> None:
-    print(
-        f"WARNING: {folder}: the file system syncs no folders ({why}); a power cut may lose the newest file", file=sys.stderr
-    )
 
 
 @contextmanager

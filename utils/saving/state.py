@@ -32,7 +32,7 @@ from layers.errors import RunError, input_error
 from utils.flags import DEFAULTS, resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
-from utils.saving.files import FULL, TENSORS
+from utils.saving.files import FULL
 
 SECONDS = 600  # between two saves, unless --save_steps says otherwise
 FIRST_SCALE = 2.0**16  # of the loss, see utils/training/precision.py
@@ -182,9 +182,6 @@ class Saver:
         if progress.finished(self.args.train_epochs, self.args.patience):
             log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
             return progress
-        if progress.best_vali_loss < float("inf") and not (self.folder / TENSORS).is_file():
-            log(f"WARNING: found no {TENSORS}; that of the next epoch is kept, whatever its validation loss")
-            progress.best_vali_loss = float("inf")
         log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
         return progress
 
@@ -201,22 +198,17 @@ class Saver:
 
         Raises:
             StorageError: the file system refused; the last state is still there.
-            RunError: a trained value is not finite; the last state is still there.
         """
         step = progress.epoch, progress.iteration
         if step == self.saved_step:
             return
         with self.explained():
-            trained = dict(self.model.state_dict())
-            for name, tensor in trained.items():
-                if not torch.isfinite(tensor.sum()):  # finite only if every value is, and takes no memory of its own
-                    raise RunError(f"{name} has become NaN or infinite, so it is not saved")
             told = {"identity": self.identity, "progress": asdict(progress)}
             packed = {
                 # Also the same bytes each time: pickle writes whether two equal strings are one object.
                 **json.loads(json.dumps(told)),
                 "random": gather_object([random_state(self.device)]),
-                "model": trained,
+                "model": dict(self.model.state_dict()),
                 "average": self.average,
                 "optimizer": self.optimizer.state_dict()["state"],
             }

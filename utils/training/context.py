@@ -44,7 +44,6 @@ class Limit:
     """How many sequences (windows x channels) run at once; 0: no limit. Less, once memory was short."""
 
     sequences: int
-    was_short: bool = False
 
 
 @dataclass(kw_only=True)

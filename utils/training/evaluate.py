@@ -1,7 +1,6 @@
 """One evaluation for validation, test and inference."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ def evaluate(
     loss: Loss = mean_squared,
     device: torch.device | None = None,
 ) -> Scores:
-    """Forecast every window; sums over elements divided by their count, whatever the batch size.
+    """Forecast every window, in eval mode; sums over elements divided by their count, whatever the batch size.
 
     Args:
         batches: each process passes its own share of the windows.
@@ -55,7 +54,6 @@ def evaluate(
     device = device or accelerator.device
     if device.type == "cuda":  # tensors of other sizes would lie beside the idle blocks of the training
         torch.cuda.empty_cache()
-    training = model.training
     model.eval()
     prototype_kv = model.prototype_kv()  # once for the whole evaluation
     totals = torch.zeros(5, dtype=torch.float64, device=device)
@@ -73,7 +71,6 @@ def evaluate(
         if consume is not None:
             consume(batch, forecasts)
     squared, absolute, elements, lost, sequences = accelerator.reduce(totals).tolist()
-    model.train(training)
     mse = squared / elements
     return Scores(mse, absolute / elements, lost / sequences if sequences else mse)
 
@@ -137,28 +134,25 @@ def score_and_calibrate(
     """
     series, path, accelerator = context.windows, context.folder / f".{KEPT}{PARTIAL}", context.accelerator
     windows = len(series.windows("val"))
-    try:
-        if accelerator.is_main_process:
-            shape = windows + len(series.windows("test")), len(series.forecast_columns), series.pred_len
-            make_array(path, shape, context.folder / KEPT)
+    if accelerator.is_main_process:
+        shape = windows + len(series.windows("test")), len(series.forecast_columns), series.pred_len
+        make_array(path, shape, context.folder / KEPT)
+    accelerator.wait_for_everyone()
+    scores = score(context, "val", partial(write_errors, path))
+    if when(scores):
+        accelerator.wait_for_everyone()  # all have written their windows
+        found = intervals_of([path], levels, slice(windows))
+        finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
+        context.intervals = found if finite else None
+        if not finite:
+            context.log("No prediction intervals: errors of the validation windows are no finite numbers")
         accelerator.wait_for_everyone()
-        scores = score(context, "val", partial(write_errors, path))
-        if when(scores):
-            accelerator.wait_for_everyone()  # all have written their windows
-            found = intervals_of([path], levels, slice(windows))
-            finite = bool((np.abs(found.offsets[~np.isnan(found.offsets)]) < LARGEST).all())
-            context.intervals = found if finite else None
-            if not finite:
-                context.log("No prediction intervals: errors of the validation windows are no finite numbers")
-            accelerator.wait_for_everyone()
-            if finite and accelerator.is_main_process:
-                with writing(path):
-                    path.replace(context.folder / KEPT)
-            accelerator.wait_for_everyone()
-    finally:
-        if accelerator.is_main_process:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        if finite and accelerator.is_main_process:
+            with writing(path):
+                path.replace(context.folder / KEPT)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.unlink(missing_ok=True)
     return scores
 
 

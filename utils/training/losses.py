@@ -22,11 +22,11 @@ def loss_of(args: Namespace) -> Loss:
     """The function that `--loss` names; its seasons, for MASE, are those of `--seasonal_patterns`."""
     losses: dict[str, Loss] = {
         "MSE": mean_squared,
-        "MAE": mean_absolute,
+        "MAE": lambda forecast, part: F.l1_loss(forecast, part.y),
         "MAE+FFT": partial(absolute_and_spectral, share=args.fft_weight),
         "SMAPE": smape,
         "MASE": partial(mase, season=PATTERNS[args.seasonal_patterns].season),
-        "MAPE": mape,
+        "MAPE": lambda forecast, part: 100 * _mean(_ratio((forecast - part.y).abs(), part.y.abs()), part),
     }
     return losses[args.loss]
 
@@ -36,11 +36,6 @@ def mean_squared(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     if part.y_mask is None:
         return F.mse_loss(forecast, part.y)
     return _mean((forecast - part.y).square(), part)
-
-
-# Mean of |f - y|.
-def mean_absolute(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
-    return F.l1_loss(forecast, part.y)
 
 
 def absolute_and_spectral(forecast: torch.Tensor, part: Batch, share: float) -> torch.Tensor:
@@ -59,11 +54,6 @@ def smape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
     The denominator is held: else a forecast could come down by growing, and not by being right.
     """
     return 200 * _mean(_ratio((forecast - part.y).abs(), forecast.detach().abs() + part.y.abs()), part)
-
-
-# Mean of 100 |f - y| / |y|, an element with y = 0 as 0.
-def mape(forecast: torch.Tensor, part: Batch) -> torch.Tensor:
-    return 100 * _mean(_ratio((forecast - part.y).abs(), part.y.abs()), part)
 
 
 def mase(forecast: torch.Tensor, part: Batch, season: int) -> torch.Tensor:

@@ -33,10 +33,6 @@ OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "adamw8bit": 2}  # of state for each t
 # On the CPU larger tensors than this are slower: the C library maps memory for each anew and gives it back.
 # Below FEW sequences the backbone's weights would be read too often.
 LARGEST_TENSOR, FEW = 24 * 2**20, 32
-# Of a model without a language model:
-OTHERS_ADVICE = (
-    "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs that use the GPU"
-)
 STATISTICS_TOKENS = 128  # about, with all digits
 # Where Linux tells of a group of processes (cgroup v2, then v1): its controller in /proc/self/cgroup, the folder of groups,
 # the file with the limit, and the row of memory.stat with what is taken for good, as cached files are not.
@@ -49,9 +45,8 @@ ROOT = Path("/")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of CUDA means that memory has run out, under whichever name it comes."""
-    if isinstance(error, RunError) or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_NAMES)
+    told = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_NAMES)
+    return told and isinstance(error, RuntimeError) and not isinstance(error, RunError)
 
 
 @contextmanager
@@ -95,31 +90,25 @@ def halve_on_out_of_memory(context: Context, limit: Limit, sequences: int, work:
     Raises:
         RunError: not even one sequence fits.
     """
-    if context.model.whole_batches:
-        with explain_out_of_memory("a batch, which this model takes whole", lambda: advice(context.args, context.model)):
-            return work(0)
-    before = random_state(context.device)
+    before, whole = random_state(context.device), context.model.whole_batches
     while True:
         try:
-            return work(limit.sequences)
+            return work(0 if whole else limit.sequences)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             tried = min(limit.sequences or sequences, sequences)
-            if tried == 1:
-                raise RunError(
-                    f"CUDA out of memory with one sequence at a time; {advice(context.args, context.model)}"
-                ) from None
+            if tried == 1 or whole:
+                least = "in a batch, which this model takes whole" if whole else "with one sequence at a time"
+                raise RunError(f"CUDA out of memory {least}; {advice(context.args, context.model)}") from None
         limit.sequences = tried // 2
         context.model.zero_grad(set_to_none=True)
         free_memory(context.device)
         set_random_state(before, context.device)
-        if not limit.was_short:
-            context.log(
-                f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
-                f"(--max_sequences {tried // 2} starts that way), or fewer where these do not fit"
-            )
-            limit.was_short = True
+        context.log(
+            f"CUDA out of memory with {tried} sequences at once: going on with at most {tried // 2} "
+            f"(--max_sequences {tried // 2} starts that way)"
+        )
 
 
 def free_memory(device: torch.device) -> None:
@@ -134,7 +123,7 @@ def free_memory(device: torch.device) -> None:
 def advice(args: Namespace, model: ForecastModel | None = None) -> str:
     """What to change, the largest saving first; without figures while there is no model yet."""
     if not model_class(args.model).uses_llm:
-        return OTHERS_ADVICE
+        return "change --batch_size, --eval_batch_size, --d_model or --seq_len to less, or end other programs of the GPU"
     if not isinstance(model, Model):
         return "change --load_in_4bit or --llm_layers to less, or end other programs that use the GPU"
     loaded, eight_bit, savings = layers_of(args), args.optimizer == "adamw8bit", {}

@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from data_provider.batches import Batch
-from layers.errors import LoaderError, RunError, listed
+from layers.errors import LoaderError, RunError
 from models.base import ForecastModel
 from utils.results.log import Progress
 from utils.results.test_pass import M4Pass, TestPass, open_pass
@@ -19,7 +18,7 @@ from utils.saving.files import duration
 from utils.saving.interrupt import Interrupted
 from utils.saving.state import random_state, resume_command, set_random_state
 from utils.training.context import Context
-from utils.training.evaluate import Scores, forecast_in_parts, score, score_and_calibrate
+from utils.training.evaluate import Scores, score, score_and_calibrate
 from utils.training.losses import Loss, loss_of, mean_squared
 from utils.training.memory import (
     OPTIMIZER_BYTES,
@@ -216,7 +215,7 @@ def train_step(context: Context, batch: Batch, due: bool = False) -> tuple[float
         progress.loss_sum += value
         progress.skipped_in_a_row = 0
     else:
-        skip_step(context, batch, value)
+        skip_step(context, value)
     if context.precision.is_scaled:  # halved at each skip, doubled after enough good steps
         progress.good_steps = (progress.good_steps + 1) % GOOD_STEPS if good else 0
         factor = 0.5 if not good else 1.0 if progress.good_steps else 2.0
@@ -275,12 +274,11 @@ def forward_backward(
     return found
 
 
-@torch.no_grad()
-def skip_step(context: Context, batch: Batch, loss: float) -> None:
+def skip_step(context: Context, loss: float) -> None:
     """Count a step without finite numbers, and say so.
 
     Raises:
-        RunError: too many in a row; it names the windows of the last batch, and the columns that go wrong.
+        RunError: too many in a row.
     """
     progress = context.training.progress
     progress.skipped += 1
@@ -294,24 +292,9 @@ def skip_step(context: Context, batch: Batch, loss: float) -> None:
     # While the loss scale comes down, the next step may be a good one.
     if progress.skipped_in_a_row <= MAX_SKIPS or (context.precision.is_scaled and progress.loss_scale > 1):
         return
-    data, columns, model = context.loaders["train"].dataset, context.trained_series.forecast_columns, context.model
-    model.zero_grad(set_to_none=True)
-    model.eval()  # each sequence by itself, without sums over the batch and over processes
-    with explain_out_of_memory("steps without finite numbers", lambda: advice(context.args, model)):
-        with context.precision.autocast():
-            prototype_kv = model.prototype_kv()
-        forecast = forecast_in_parts(model, context.precision, batch, prototype_kv, context.step_limit.sequences)
-    bad = ~torch.isfinite((forecast - batch.y).square().mean(1))  # (M,)
-    index = batch.index.repeat_interleave(len(batch) // len(batch.index)).tolist()
-    starts = [str(data.window_dates(window)[0]) for window in index]  # type: ignore[attr-defined]
-    # Of the sequences of all processes those that go wrong, if any does.
-    told = gather_object([*zip(bad.tolist(), starts, [columns[number] for number in batch.channel.tolist()], strict=True)])
-    told = [found for found in told if found[0]] or told
-    windows, wrong = list(dict.fromkeys(found[1] for found in told)), {found[2] for found in told}
-    named = listed([name for name in columns if name in wrong])
     raise RunError(
-        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; the last is of the windows that start "
-        f"at {listed(windows)}, columns {named}; try a lower --learning_rate; {context.training.saver.kept()}"
+        f"{progress.skipped_in_a_row} steps in a row had no finite loss or gradient; try a lower --learning_rate; "
+        f"{context.training.saver.kept()}"
     )
 
 

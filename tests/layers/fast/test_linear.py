@@ -31,7 +31,3 @@ def test_frozen_layer_from_both_sides(prepacked: bool, bias: bool) -> None:
     x = rows.clone().requires_grad_()
     frozen(x).square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * layer(rows) @ layer.weight)
-    layer.weight.mul_(2)  # a weight that has changed is laid out anew
-    torch.testing.assert_close(frozen(rows), layer(rows))
-    layer.weight.copy_(torch.randn(24, 40))
-    torch.testing.assert_close(frozen.times(rows[:, :24], transposed=True), rows[:, :24] @ layer.weight)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 
-from layers.errors import InputError, RunError, StorageError
+from layers.errors import InputError, StorageError
 from utils.saving.files import write_atomic, write_json, write_text
 from utils.saving.folder import lock_folder, move_aside
 from utils.saving.state import Progress, Saver, compare, find_state, state_files
@@ -118,15 +118,6 @@ def test_another_runs_state_is_one_line(run: Run) -> None:
     with pytest.raises(InputError, match=line) as error:
         compare(state, IDENTITY | {"--seed": 2, "the data's columns": None})
     assert "rows" not in str(error.value)
-
-
-def test_a_value_that_is_not_finite_is_never_saved(run: Run) -> None:
-    with torch.no_grad():
-        run.model[0].weight[1, 1] = float("nan")
-    run.progress.iteration += 1
-    with pytest.raises(RunError, match="0.weight has become NaN or infinite, so it is not saved; the same .* state.2.pt"):
-        run.saver.save(run.progress)
-    assert len(state_files(run.saver.folder)) == 2
 
 
 def test_each_process_has_its_own_generator(run: Run) -> None:

@@ -7,7 +7,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -88,16 +87,11 @@ def test_a_step_with_wrong_numbers_is_skipped_and_counted(begin, value: float) -
     assert "epoch 1, iteration 2: the loss is" in logged(context) and "1 in a row" in logged(context)
 
 
-def test_more_than_ten_in_a_row_end_the_run_and_are_named(begin) -> None:
+def test_more_than_ten_in_a_row_end_the_run(begin) -> None:
     context = begin(batch_size=6, train_epochs=2)  # 16 steps an epoch
     break_targets(context, {3, *range(5, 16)}, float("nan"))  # the first batch is made once more, for the dry run
-    context.loaders["train"].batch_sampler.set_epoch(1)
-    batches = list(context.loaders["train"].batch_sampler)
-    with pytest.raises(RunError, match="11 steps in a row had no finite loss") as error:
+    with pytest.raises(RunError, match="11 steps in a row had no finite loss or gradient; try a lower --learning_rate; "):
         fit(context)
-    date = str(pd.Timestamp("2020-01-01") + pd.Timedelta(hours=batches[13][2]))
-    assert f"the windows that start at {date}, columns flow; " in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
@@ -182,7 +176,7 @@ def test_a_step_without_memory_is_repeated_in_smaller_parts(begin) -> None:
     assert tried[:3] == [24, 12, 6] and set(tried[2:]) == {6} and context.step_limit.sequences == 6
     assert_same(context, given)
     told = "CUDA out of memory with 24 sequences at once: going on with at most 12 (--max_sequences 12 starts that way)"
-    assert logged(context).count("out of memory") == 1 and told in logged(context)
+    assert logged(context).count("out of memory") == 2 and told in logged(context)
     assert score(context, "val").mse == pytest.approx(score(given, "val").mse, rel=1e-6)
 
 
