@@ -77,7 +77,12 @@ def check_flags(args: Namespace) -> None:
         require_bitsandbytes("optimizer adamw8bit")
     if args.load_in_4bit:
         require_bitsandbytes("load_in_4bit")
-    if args.device == "cpu" or torch.cuda.is_available():  # a run that is meant for a GPU never runs silently on the CPU
+    check_device(args)
+
+
+# A run that is meant for a GPU never runs silently on the CPU. (scripts/setup_env.sh asks, too.)
+def check_device(args: Namespace) -> None:
+    if args.device == "cpu" or torch.cuda.is_available():
         return
     if drivers := nvidia_smi("driver_version"):
         raise input_error(
