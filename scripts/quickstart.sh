@@ -35,7 +35,7 @@ if [ -n "$pretrained" ]; then
 else
   backbone=base_models/tiny-random
   comment=quickstart
-  chosen=(--llm_model QWEN --llm_layers 2 --max_iters 300)
+  chosen=(--llm_model QWEN --llm_layers 1 --max_iters 200)
   if [ ! -f "$backbone/config.json" ]; then
     "$python" scripts/make_backbone.py --preset tiny --out "$backbone"
   fi
