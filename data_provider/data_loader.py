@@ -125,6 +125,7 @@ class Source:
     target_index: int | None  # MS: the one of the columns that is forecast
     synthetic: bool  # made by scripts/get_data.py, not measured
     read_as: str = ""  # what was found out about the file's format and dates, for people
+    notes: Notes | None = None
 
     @property
     def forecast_slice(self) -> slice:
@@ -152,7 +153,6 @@ class Series(Source):
     target: str | None  # the column that S and MS forecast, given or chosen
     filled: int = 0  # cells that were empty in the file
     bounds: np.ndarray | None = None  # [2, N] the least and the largest value that there can be, in the columns' own units
-    notes: Notes | None = None
 
     @cached_property
     def step(self) -> pd.offsets.BaseOffset | None:

@@ -116,37 +116,31 @@ def notes_from_args(args: Namespace, path: Path, dates: pd.DatetimeIndex, frame:
 
 # Cells of notes -> text, start, until, known.
 def _read(source: str, cells: pd.DataFrame, dayfirst: bool | None, first_row: int) -> pd.DataFrame:
-    for name in ("date", "text"):
-        if name not in cells.columns:
-            raise input_error(
-                source, f"the columns {[*map(str, cells.columns)]}"[:500], "date, text, and if need be until, known"
-            )
-    cells = cells.reset_index(drop=True)
-    text = cells["text"].fillna("").astype(str).str.strip()
-    for wrong, found in ((text == "", "an empty text"), (text.str.len() > LONGEST, "a text of more")):
+    if not {"date", "text"} <= set(cells.columns):
+        found, expected = [*map(str, cells.columns)], "date, text, and if need be until, known"
+        raise input_error(source, f"the columns {found}"[:500], expected)
+    cells = cells.reset_index(drop=True).reindex(columns=["date", "text", "until", "known"])
+    text, dates = cells["text"].fillna("").astype(str).str.strip(), cells["date"]
+    cells["text"] = text
+    given = (cells[name].where(cells[name].notna(), dates) for name in ("date", "until", "known"))
+    start, until, known = (wall_clock(read_timestamps(column, source, first_row, dayfirst)[0]) for column in given)
+    for wrong, name, expected in (
+        (~text.str.len().between(1, LONGEST).to_numpy(), "text", f"1 to {LONGEST:,} characters"),
+        (until < start, "until", "nothing, or no time before the note's date"),
+    ):
         if wrong.any():
+            row = int(wrong.argmax())
             raise input_error(
-                f"{source}: row {int(wrong.to_numpy().argmax()) + first_row}, column 'text'",
-                found,
-                f"1 to {LONGEST:,} characters",
+                f"{source}: row {row + first_row}, column {name!r}", repr(str(cells[name][row]))[:60], expected
             )
-    times = {}
-    for name in ("date", "until", "known"):
-        column = cells[name] if name in cells.columns else cells["date"]
-        times[name] = wall_clock(read_timestamps(column.fillna(cells["date"]), f"{source} ({name})", first_row, dayfirst)[0])
-        if name == "until" and (early := times["until"] < times["date"]).any():
-            row = int(early.argmax())
-            found = f"{cells['until'][row]}, before the note's date {cells['date'][row]}"
-            raise input_error(f"{source}: row {row + first_row}, column 'until'", found, "a later one, or an empty cell")
-    open_ended = cells["until"].isna().to_numpy() if "until" in cells.columns else np.full(len(cells), True)
-    all_day = ~cells["until"].astype(str).str.contains(":").to_numpy() if "until" in cells.columns else 0
-    until = np.where(open_ended, NEVER, times["until"] + all_day * DAY)
-    return pd.DataFrame({"text": text, "start": times["date"], "until": until, "known": times["known"]})
+    all_day = ~cells["until"].astype(str).str.contains(":").to_numpy()
+    until = np.where(cells["until"].isna(), NEVER, until + all_day * DAY)
+    return pd.DataFrame({"text": text, "start": start, "until": until, "known": known})
 
 
 def _holidays(code: str, years: Iterable[int]) -> pd.DataFrame:
     try:
-        import holidays  # type: ignore[import-not-found]  # optional: requirements.txt does not ask for it
+        import holidays  # optional: requirements.txt does not ask for it
     except ImportError:
         raise input_error(
             "--holidays", "no package holidays", "an installed one", "install it with: pip install holidays"

@@ -8,7 +8,6 @@ import itertools
 import torch
 from torch import nn
 
-from data_provider.batches import Batch
 from layers.backbone import Backbone
 
 WIDTH, HIDDEN, MAPS = 16, 64, 8
@@ -79,9 +78,9 @@ class NotesEffect(nn.Module):
             apart = (self.vectors[numbers] - self.centre).square().sum(dim=1).mean().sqrt()
             self.scale.copy_(apart.clamp(min=1e-6) / WIDTH**0.5)
 
-    def forward(self, batch: Batch, base: torch.Tensor) -> torch.Tensor:
-        """Forecasts without notes `[M, H]` -> what the batch's notes `[M, k, 4]` add, `[M, H]`."""
-        every, of = torch.unique(batch.notes, dim=0, return_inverse=True)  # (U, k, 4): channels and many windows are alike
+    def forward(self, base: torch.Tensor, x: torch.Tensor, channel: torch.Tensor, notes: torch.Tensor) -> torch.Tensor:
+        """Forecasts without notes `[M, H]`, windows `[M, T]`, channels `[M]`, notes `[M, k, 4]` -> what to add, `[M, H]`."""
+        every, of = torch.unique(notes, dim=0, return_inverse=True)  # (U, k, 4): channels and many windows are alike
         text, first, last, began = every.to(base.device).unbind(-1)  # (U, k)
         row = torch.arange(self.pred_len, device=base.device)
         holds = (row >= first[..., None]) & (row <= last[..., None])  # (U, k, H)
@@ -91,7 +90,7 @@ class NotesEffect(nn.Module):
         texts = self.embed((self.vectors[text] - self.centre) / self.scale)  # (U, k, 16)
         asked = torch.cat([texts[:, :, None].expand(*age.shape, -1), torch.stack([age, ahead, seen], dim=-1)], dim=-1)
         gates = (self.gate(asked) * holds[..., None]).sum(dim=1)[of]  # (M, H, 3 + MAPS)
-        zero, mean = self.zero[batch.channel][:, None], batch.x.mean(dim=1, keepdim=True)  # (M, 1)
-        course = self.maps(batch.x - mean).view(len(base), self.pred_len, MAPS)
+        zero, mean = self.zero[channel][:, None], x.mean(dim=1, keepdim=True)  # (M, 1)
+        course = self.maps(x - mean).view(len(base), self.pred_len, MAPS)
         levels = torch.stack([base - zero, (mean - zero).expand_as(base), torch.ones_like(base)], dim=-1)
         return (gates * torch.cat([levels, course], dim=-1)).sum(dim=-1)

@@ -88,7 +88,7 @@ class ForecastModel(nn.Module):
         if self.notes is None or batch.notes is None:
             return forecast
         with torch.autocast(forecast.device.type, enabled=False):
-            return forecast.float() + self.notes(batch, forecast.float())
+            return forecast.float() + self.notes(forecast.float(), batch.x, batch.channel, batch.notes)
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """What a backward pass has left, tensor by tensor; of the mapping layer's weight, whose gradient may be in two

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         table = pd.DataFrame(found).T.reindex(columns=COLUMNS).astype({"at_once": int})
         print(table.to_string(float_format="{:.3f}".format))
         if "fast" in found:
-            ratios = table.drop(columns="at_once").div(table.loc["fast"].drop("at_once"))
+            ratios = table[COLUMNS[:-1]] / table.loc["fast", COLUMNS[:-1]]
             print(f"\nover fast:\n{ratios.to_string(float_format='{:.2f}'.format)}")
         if args.json:
             write_json(args.json, {"command": " ".join(sys.argv)} | found)
@@ -114,10 +114,13 @@ def measure(args: argparse.Namespace, run_flags: list[str], scratch: Path) -> di
         context.model.reprogramming_layer.attend = attend
     model, batch = context.model, next(iter(context.loaders["train"])).to(context.device)
     found = check_gpu.measure(context, [batch] * (WARM_UP + args.rounds), [batch] * EVALUATED)
-    found["peak_gib"], found["reserved_gib"] = found["peaks_gib"]["steps"]
-    found |= {"opening": len(model.prefix_ids), "statistics": batch.prompts.ids.shape[1]}
-    found["vocabulary"] = model.backbone.vocab_size
-    return found
+    return found | {
+        "peak_gib": found["peaks_gib"]["steps"][0],
+        "reserved_gib": found["peaks_gib"]["steps"][1],
+        "opening": len(model.prefix_ids),
+        "statistics": batch.prompts.ids.shape[1],
+        "vocabulary": model.backbone.vocab_size,
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Steps, a save of the state and an evaluation of a few batches run in a temporary
 pasted into an issue. On a machine without a GPU it is about the processor and its memory.
 """
 
-import argparse
 import os
 import platform
 import shlex
@@ -58,11 +57,11 @@ def main(argv: list[str]) -> int:
         if args.model != "TimeLLM":
             raise input_error("--model", args.model, "TimeLLM, whose memory on a GPU is the question")
         with tempfile.TemporaryDirectory(prefix="check_gpu.") as folder:
-            short = dict(
+            vars(args).update(
                 is_training=1, itr=1, checkpoints=folder, checkpoint=None, resume=False, save_steps=0, tensorboard=False,
                 do_predict=False, predict_path=None, predict_steps=None,
             )  # fmt: skip
-            context = setup(argparse.Namespace(**vars(args) | short), 0, Interrupts())
+            context = setup(args, 0, Interrupts())
             batches, evaluated = islice(context.loaders["train"], WARM_UP + STEPS), islice(context.loaders["val"], EVALUATED)
             figures = {"flags": shlex.join(words)} | measure(context, batches, evaluated)
         print("\n".join(["", "```", *report(figures), "```"]))
@@ -160,13 +159,13 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def report(figures: dict[str, Any]) -> list[str]:
     # The lines to paste.
-    run, epochs = figures["s_run"], figures["epochs"]
     lines = figures["machine"] | {
         "flags": figures["flags"],
         "numbers": f"{figures['numbers']}; {figures['path']}",
         "a step": f"{figures['s_per_step']:.4f} s for {figures['sequences']} sequences, {figures['at_once']} at once; "
         f"mean loss {figures['loss']:.4f}, {figures['skipped']} of {WARM_UP + STEPS} steps skipped",
-        "the run": f"about {duration(run / epochs)} an epoch with its evaluations; {epochs} epochs {duration(run)}",
+        "the run": f"about {duration(figures['s_run'] / figures['epochs'])} an epoch with its evaluations; "
+        f"{figures['epochs']} epochs {duration(figures['s_run'])}",
         "a save": f"{figures['s_save']:.1f} s",
         "memory for the run": f"{figures['limit_gib']:.2f} GiB",
     }

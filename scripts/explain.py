@@ -33,7 +33,7 @@ from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from layers.norm import instance_norm  # noqa: E402
 from layers.prompt import PromptEncoder, Prompts  # noqa: E402
-from layers.reprogramming import ReprogrammingLayer  # noqa: E402
+from layers.reprogramming import ReprogrammingLayer, attend  # noqa: E402
 from models.TimeLLM import Model  # noqa: E402
 from utils.flags import parse_flags  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
@@ -122,9 +122,13 @@ def explain(args: Namespace, context: Context, folder: Path) -> None:
         for title, weight in maps.items():
             chosen = weight.mean(0).topk(SHOWN).indices.tolist()
             words = nearest_words(model, chosen)
-            near = [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words]
-            table = pd.DataFrame({"prototype": chosen, "times an equal share": (weight.mean(0)[chosen] * K).tolist()})
-            table["nearest words, cosine"] = near
+            table = pd.DataFrame(
+                {
+                    "prototype": chosen,
+                    "times an equal share": (weight.mean(0)[chosen] * K).tolist(),
+                    "nearest words, cosine": [", ".join(f"{word!r} {cosine:.2f}" for word, cosine in row) for row in words],
+                }
+            )
             print(f"\nUsed most, {title}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
             names = [f"{ascii(row[0][0])} {prototype}" for prototype, row in zip(chosen, words, strict=True)]
             panels.append((title, weight[:, chosen] * K, names))
@@ -189,8 +193,8 @@ def attention(model: Model, x: torch.Tensor) -> torch.Tensor:
     keys, _ = model.prototype_kv()  # (1, h, K, f)
     queries = layer.query_projection(model.patch_embedding(instance_norm(x)[0])[0])  # (L, h*f)
     queries = queries.view(len(queries), layer.n_heads, -1).transpose(0, 1)  # (h, L, f)
-    scores = queries @ keys[0].transpose(-2, -1) / queries.shape[-1] ** 0.5
-    return scores.softmax(-1).float().cpu()
+    # Values of which each is one prototype alone: what is mixed of them are the weights.
+    return attend(queries[None], keys, torch.eye(keys.shape[2]).to(keys), 0.0)[0].float().cpu()
 
 
 @torch.inference_mode()
@@ -245,19 +249,17 @@ def try_prompts(context: Context, windows: list[int], description: str) -> pd.Da
         finally:
             model.prompts = ours
 
-    def exchanged(rows: torch.Tensor) -> Prompts:
-        return Prompts(*(held[rows] for held in cast(Prompts, batch.prompts)))
-
     # A cycle through the windows in random order: none keeps its own statistics.
     order = torch.randperm(B, generator=torch.Generator().manual_seed(0))
     another = torch.empty_like(order).scatter_(0, order, order.roll(1))
-    places = torch.arange(len(batch)).view(B, -1)  # (B, N)
+    rows = torch.arange(len(batch)).view(B, -1)[another].flatten()  # (B*N,)
+    exchanged = Prompts(*(held[rows] for held in cast(Prompts, batch.prompts)))
     backwards = batch.mapped(lambda rows: rows.flip(0))
     forecasts = {
         "as it is": forecast(ours, batch.prompts),
         "nothing (rounding)": forecast(ours, backwards.prompts, backwards).flip(0),
         "prompt left out": forecast(None, None),
-        "statistics of another window each": forecast(ours, exchanged(places[another].flatten())),
+        "statistics of another window each": forecast(ours, exchanged),
         "another data set's description": forecast(other, read_windows(context, windows, other).prompts),
     }
     before = forecasts["as it is"]

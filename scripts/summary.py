@@ -28,9 +28,10 @@ from layers.ablation import SUBSTITUTES  # noqa: E402
 from layers.errors import input_error  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
-from utils.saving.files import write_text  # noqa: E402
+from utils.saving.files import RECORD, write_text  # noqa: E402
+from utils.study.cells import read_json  # noqa: E402
 
-RECORD, METRICS = "checkpoint.json", "metrics.json"  # what a run leaves in its folder
+METRICS = "metrics.json"
 # Of runs on M4 alone, whose series have no scale in common: an MSE says nothing of them.
 M4_ERRORS = ["smape", "mase", "owa"]
 FIGURES = ["epochs", "best_epoch", "vali", "mse", "mae", *M4_ERRORS, "ridge", "in_80", "minutes", "memory_gib"]
@@ -95,9 +96,9 @@ def read_runs(folder: Path) -> Iterator[dict]:
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
     for record in sorted(path for path in folder.rglob(RECORD) if path.parent.name != "refit"):
-        held = _read(record)
+        held = read_json(record)
         for metrics in [record.parent / METRICS, *sorted(record.parent.glob(f"on_*/{METRICS}"))]:
-            found, own = _read(metrics), metrics.parent == record.parent
+            found, own = read_json(metrics), metrics.parent == record.parent
             tested = {} if own else {name: value for name, value in found.get("flags", {}).items() if value is not None}
             flags = held.get("flags", {}) | tested
             # Flags about the language model say nothing of a run without one, some of them nothing of one with a substitute.
@@ -110,30 +111,25 @@ def read_runs(folder: Path) -> Iterator[dict]:
                 and (without or (replaced and flag.name.startswith(("llm_", "load_"))))
             }
             silent |= set() if flags.get("data") == M4 else {"seasonal_patterns"}
-            run = {name: value for name, value in flags.items() if name not in silent}
-            run |= {name: found.get("test", {}).get(name) for name in (M4_ERRORS if "m4" in found else ["mse", "mae"])}
             ridge = [row for row in found.get("baselines", {}).get("rows", ()) if row["name"] == "ridge"]
-            run["ridge"] = ridge[0].get("mse", ridge[0].get("owa")) if ridge else None
-            run["in_80"] = found.get("intervals", {}).get("levels", {}).get("80", {}).get("coverage")
-            run |= {"memory_gib": found.get("peak_memory_gib"), "run": str(metrics.parent.relative_to(folder))}
+            run = {name: value for name, value in flags.items() if name not in silent} | {
+                "ridge": ridge[0].get("mse", ridge[0].get("owa")) if ridge else None,
+                "in_80": found.get("intervals", {}).get("levels", {}).get("80", {}).get("coverage"),
+                "memory_gib": found.get("peak_memory_gib"),
+                "run": str(metrics.parent.relative_to(folder)),
+            }
+            run |= {name: found.get("test", {}).get(name) for name in (M4_ERRORS if "m4" in found else ["mse", "mae"])}
             history = pd.DataFrame(read_rows(metrics.parent / HISTORY)).apply(pd.to_numeric, errors="coerce")
             if own and "vali_loss" in history:
                 best = history[np.isfinite(history["vali_loss"])].nsmallest(1, "vali_loss")  # empty: no finite loss
-                run |= {"epochs": len(history), "best_epoch": best["epoch"].max(), "vali": best["vali_loss"].max()}
-                run["minutes"] = history.filter(["seconds", "evaluation_seconds"]).sum().sum() / 60
-                run["memory_gib"] = history["peak_memory_gib"].max()
+                run |= {
+                    "epochs": len(history),
+                    "best_epoch": best["epoch"].max(),
+                    "vali": best["vali_loss"].max(),
+                    "minutes": history.filter(["seconds", "evaluation_seconds"]).sum().sum() / 60,
+                    "memory_gib": history["peak_memory_gib"].max(),
+                }
             yield run
-
-
-def _read(path: Path) -> dict:
-    # An absent file is empty, and so is a damaged one, with a warning.
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        print(f"summary.py: warning: {path} is damaged ({error})", file=sys.stderr)
-        return {}
 
 
 if __name__ == "__main__":

@@ -111,8 +111,14 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
-def test_a_disk_that_cannot_be_written_is_told_before_training(lab: Lab, small_disk, tmp_path: Path) -> None:
+def test_a_disk_that_cannot_hold_the_run_is_told_before_training(lab: Lab, small_disk, tmp_path: Path) -> None:
     place = small_disk("30m")
+    live = lab.start(place / "runs")
+    assert live.end() == 2
+    line = live.text.splitlines()[-1]
+    assert "expected 38.4 MB for two states and the checkpoints; free 6.9 MB there" in line, line
+    assert not list(place.rglob("*.partial"))
+
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     live = Live(lab.argv(place / "runs"), tmp_path / "output")
     assert live.end() == 2

@@ -152,6 +152,8 @@ class Forecaster:
             histories = self._histories(frame, id_column, notes=notes)
             forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
         if id_column is not None:
+            if id_column in forecasts[0].columns:
+                raise input_error("id_column", repr(id_column), "a name that no column of the forecast has")
             for forecast, name in zip(forecasts, histories, strict=True):
                 forecast.insert(1, id_column, pd.Series([name] * len(forecast), dtype=frame[id_column].dtype))
         return pd.concat(forecasts, ignore_index=True)

@@ -80,12 +80,8 @@ def check_flags(args: Namespace) -> None:
     check_device(args)
 
 
+# A run that is meant for a GPU never runs silently on the CPU. (scripts/setup_env.sh asks, too.)
 def check_device(args: Namespace) -> None:
-    """A run that is meant for a GPU never runs silently on the CPU.
-
-    Raises:
-        InputError: a GPU is asked for, there or needed, and PyTorch cannot use one.
-    """
     if args.device == "cpu" or torch.cuda.is_available():
         return
     if drivers := nvidia_smi("driver_version"):

@@ -14,8 +14,8 @@ from utils.training.train import forward_backward
 
 CAUSAL = {"qwen2": "QWEN", "llama": "LLAMA", "gpt2": "GPT2"}
 NAMES = CAUSAL | {"bert": "BERT"}
-# Relative to the largest value. 4 bit computes in bfloat16, whose step is 0.8 %.
-FLOAT32, BFLOAT16 = 1e-5, 5e-2
+# Relative to the largest value; processors differ in the order of sums. 4 bit computes in bfloat16, whose step is 0.8 %.
+FLOAT32, BFLOAT16 = 3e-5, 5e-2
 
 
 def model_of(load, tmp_path, family: str, four_bit: bool = False, **flags):

@@ -68,7 +68,7 @@ def test_documented_defaults_and_what_follows_from_other_flags() -> None:
     ):  # fmt: skip
         args = vars(parse_flags([*REQUIRED, *words.split()]))
         assert {name: args[name] for name in documented} == documented | changed
-    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate", "set_by_preset", "all_rows"}
+    assert args.keys() == {*(flag.name for flag in FLAGS), "names_rate", "set_by_preset", "all_rows", "reads_notes"}
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.type.expected != TEXT.expected], ids=lambda f: f.name)
@@ -198,19 +198,20 @@ ROLES = {
     "pred_len enc_in d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals batch_size learning_rate optimizer loss lradj pct_start use_amp "
     "max_iters skip use_reprogramming llm_ablation use_prompt prompt_lags moving_avg activation data_pretrain "
-    "seasonal_patterns recipe stack_windows skip_mode head_dropout fft_weight ema bounds",
+    "seasonal_patterns recipe stack_windows skip_mode head_dropout fft_weight ema bounds text_column holidays text_encoder "
+    "text_prompt",
     "never recorded": "resume save_steps log_every checkpoints checkpoint do_predict predict_path predict_steps "
     "save_predictions plots tensorboard torch_checkpoint intervals append refit names_rate set_by_preset "
-    "all_rows",
+    "all_rows reads_notes",
     "fixed": "llm_layers prompt_decimals seq_len patch_len stride n_heads d_ff use_amp skip llm_ablation use_prompt "
-    "prompt_lags stack_windows skip_mode",
+    "prompt_lags stack_windows skip_mode text_encoder text_prompt",
     "baseline": "label_len factor moving_avg activation",
     "inherit": "task_name model_id model_comment model des seed features embed num_workers seq_len label_len pred_len "
     "d_model n_heads d_ff e_layers d_layers factor dropout patch_len stride prompt_domain llm_model llm_model_path llm_dim "
     "llm_layers load_in_4bit prototypes prompt_decimals eval_batch_size use_amp skip use_reprogramming llm_ablation "
-    "use_prompt prompt_lags moving_avg activation seasonal_patterns stack_windows skip_mode",
+    "use_prompt prompt_lags moving_avg activation seasonal_patterns stack_windows skip_mode text_encoder text_prompt",
     "inherit, of the data": "data root_path data_path target freq percent fill_missing prompt_text enc_in data_pretrain "
-    "data_path_pretrain encoding date_column id_column drop_columns dayfirst bounds season",
+    "data_path_pretrain encoding date_column id_column drop_columns dayfirst bounds season text_path text_column holidays",
 }
 
 

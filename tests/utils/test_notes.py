@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from data_provider.batches import Batch
 from data_provider.synthetic import write_synthetic
 from layers.notes import NotesEffect
 from tests.small_run import command_line, figures, refusal, run_folder, train
@@ -80,14 +79,14 @@ def test_without_notes_nothing_changes(backbones, announced: Path, tmp_path: Pat
     lines, folder = train(without, capsys), run_folder(without)
     test = ["--is_training", "0", "--checkpoint", str(folder)]
     later = train([*without, *test, "--text_path", "notes.csv"], capsys)
-    assert figures(later) == figures(lines) and any("was trained without notes: they are not read" in line for line in later)
+    assert figures(later) == figures(lines)
+    assert any("was trained without notes: they are not read" in line for line in later)
     # A model with notes begins as one without, and without them forecasts as if it had none.
     given = words_of(announced, backbones["qwen2"], tmp_path / "with", text_path="notes.csv", **flags)
     train(given, capsys)
     other = json.loads((run_folder(given) / "metrics.json").read_text())
     assert other["control"]["true"]["mse"] != other["control"]["no"]["mse"]
-    table = pd.read_csv(announced / "series.csv")
-    model = Forecaster.load(run_folder(given))
+    table, model = pd.read_csv(announced / "series.csv"), Forecaster.load(run_folder(given))
     before = model.predict(table)
     model.context.model.notes = None
     pd.testing.assert_frame_equal(before, model.predict(table))
@@ -103,8 +102,10 @@ def test_a_run_that_resumes_needs_the_same_notes(backbones, announced: Path, tmp
     assert "notes (SHA-256)" in refusal([*words, "--train_epochs", "2"], capsys)
 
 
-@pytest.mark.parametrize("flags", [{"text_prompt": 1, "llm_ablation": "off", "use_prompt": 1}, {"recipe": "published"},
-                                   {"text_encoder": "words", "skip_mode": "beside"}, {"llm_ablation": "random"}])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    {"text_prompt": 1, "llm_ablation": "off", "use_prompt": 1}, {"recipe": "published"}, {"llm_ablation": "random"},
+    {"text_encoder": "words", "skip_mode": "beside"},
+])  # fmt: skip
 def test_notes_go_with_other_ways_to_train(backbones, announced: Path, tmp_path: Path, capsys, flags) -> None:
     words = words_of(
         announced, backbones["qwen2"], tmp_path, **{"train_epochs": 1, "max_iters": 3, "text_path": "notes.csv"} | flags
@@ -134,8 +135,8 @@ def test_the_effect_is_that_of_its_formula() -> None:
     effect.fit([0, 1])
     x, base = torch.randn(4, T), torch.randn(4, H)
     notes = torch.tensor([[[0, 1, 2, 1], [2, 0, 3, -3]], [[-1, -1, -1, -1], [1, 3, 3, 3]]]).repeat_interleave(2, 0)
-    batch = Batch(x, base, notes=notes, channel=torch.tensor([0, 1, 0, 1]))
-    assert (effect(batch, base) == 0).all()  # before training
+    given = base, x, torch.tensor([0, 1, 0, 1]), notes
+    assert (effect(*given) == 0).all()  # before training
     for parameter in effect.parameters():
         torch.nn.init.normal_(parameter)
     expected = torch.zeros(4, H)
@@ -149,13 +150,13 @@ def test_the_effect_is_that_of_its_formula() -> None:
                 gates = effect.gate(torch.cat([known, when]))
                 seen = torch.cat([torch.stack([base[m, row] - zero, mean - zero, torch.ones(())]), course[row]])
                 expected[m, row] += (gates * seen).sum()
-    torch.testing.assert_close(effect(batch, base), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(effect(*given), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_made_up_announcements_use_other_words_in_the_test(tmp_path: Path) -> None:
     series = pd.read_csv(write_synthetic("announced", tmp_path))
     seen, unseen = (pd.read_csv(tmp_path / f"announced-notes-{name}.csv") for name in ("seen", "unseen"))
     tested = seen["date"] >= series["date"][int(0.8 * len(series))]
-    assert (seen[~tested] == unseen[~tested]).all(axis=None) and (seen[["date", "until", "known"]] == unseen[["date", "until", "known"]]).all(axis=None)
-    assert not set(unseen["text"][tested]) & set(seen["text"]) and (seen["known"] < seen["date"]).all()
-    assert set(seen["text"][tested]) - set(seen["text"][~tested]) == set() or len(set(seen["text"][tested])) > 20
+    assert (seen[~tested] == unseen[~tested]).all(axis=None) and (seen["known"] < seen["date"]).all()
+    assert (seen.drop(columns="text") == unseen.drop(columns="text")).all(axis=None)
+    assert not set(unseen["text"][tested]) & set(seen["text"])

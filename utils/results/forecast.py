@@ -6,7 +6,6 @@ kept with `--append`. Neither loses one silently: what forecast.csv held is move
 """
 
 import io
-import itertools
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from utils.flags import longest_window
 from utils.results.bands import Intervals, continued, name_of, stds
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import write_text, writing
+from utils.saving.folder import move_aside
 from utils.training.context import Context
 
 FORECAST, HISTORY = "forecast.csv", "forecasts.csv"
@@ -49,8 +49,11 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
         InputError: fewer than seq_len rows, columns of the training missing, or an unreadable file.
     """
     if not checkpoint.record and (in_program or args.predict_path):
-        got = "a file of older code, which does not say its columns"
-        raise input_error(f"--checkpoint {checkpoint.file}", got, "one with a record; or forecast the file of --data_path")
+        raise input_error(
+            f"--checkpoint {checkpoint.file}",
+            "a file of older code, which does not say its columns",
+            "one with a record; or forecast the file of --data_path",
+        )
     if in_program:
         names = checkpoint.scaler()[0]
         series = on_the_trainings_scale(
@@ -111,8 +114,6 @@ def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace
     bounds = bounds_of(args.bounds, names)
     target = checkpoint.record.get("target") or args.target
     if args.features == "MS":
-        if target not in names:
-            raise input_error("--target", repr(target), f"one of the training's columns: {listed(names)}")
         place = names.index(target)
         names, mean, std = [target], mean[[place]], std[[place]]
         bounds = None if bounds is None else bounds[:, [place]]
@@ -215,8 +216,10 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
     lowest = np.min([forecast[columns].to_numpy(), *(low for low, _ in bands.values())], axis=(0, 1))
     below = (series.own[:, series.forecast_slice].min(axis=0) >= 0) & (lowest < 0)
     if below.any() and series.bounds is None:
-        names = listed([columns[place] for place in np.flatnonzero(below)])
-        log(f"No value of {names} is below 0, but its forecast or a band is: --bounds 0 none keeps them at 0 or above")
+        log(
+            f"No value of {listed(np.array(columns)[below].tolist())} is below 0, but its forecast or a band is: "
+            "--bounds 0 none keeps them at 0 or above"
+        )
     if rows > horizon:
         times = (rows - 1) // horizon
         log(
@@ -224,8 +227,10 @@ def leave_forecast(context: Context, forecast: pd.DataFrame) -> None:
             f"from itself {times} time{'s' if times > 1 else ''}, so its errors add up"
         )
         if bands:
-            first = f"row {horizon + 1}, {forecast['date'][horizon]}"
-            log(f"Prediction intervals: from {first}, on they are not calibrated, only widened")
+            log(
+                f"Prediction intervals: from row {horizon + 1}, {forecast['date'][horizon]}, on they are not calibrated, "
+                "only widened"
+            )
     if context.accelerator.is_main_process:
         with writing(context.folder / FORECAST):
             context.folder.mkdir(parents=True, exist_ok=True)
@@ -256,21 +261,12 @@ def write_forecast(folder: Path, forecast: pd.DataFrame, origin: pd.Timestamp, a
     text = forecast.to_csv(index=False, float_format="%.8g", lineterminator="\n")
     history, earlier = _text(folder / HISTORY), _text(path)
     if append:
-        longer = _with_forecast(folder / HISTORY, history, text, str(origin))
-        if longer != history:
-            write_text(folder / HISTORY, longer)
-        history = longer
+        history = _with_forecast(folder / HISTORY, history, text, str(origin))
+        write_text(folder / HISTORY, history)
         lines.append(f"History of forecasts: {folder / HISTORY}")
     held = {line.partition(",")[2] for line in history.splitlines()}
     if earlier != text and path.is_file() and (not earlier or not set(earlier.splitlines()) <= held):
-        rows = earlier.splitlines()[1:] or [""]
-        date = pd.to_datetime(rows[0].partition(",")[0], errors="coerce")
-        stem = "forecast.earlier" if pd.isna(date) else f"forecast.{date:%Y-%m-%dT%H-%M-%S}"  # after its first row
-        names = itertools.chain([f"{stem}.csv"], (f"{stem}.{number}.csv" for number in itertools.count(1)))
-        aside = next(folder / name for name in names if not (folder / name).exists() or _text(folder / name) == earlier)
-        with writing(aside):
-            path.replace(aside)
-        lines.append(f"An earlier forecast is now in: {aside}")
+        lines.append(f"An earlier forecast is now in: {move_aside(path)}")
     if earlier != text:
         write_text(path, text)
     return lines
@@ -282,25 +278,27 @@ def _with_forecast(path: Path, history: str, forecast: str, origin: str) -> str:
     header = ORIGIN + header.removeprefix(origin)
     history = history or header
     if not history.startswith(header):
-        had, hint = history.partition("\n")[0], "move it away, or forecast with the columns and --intervals that it has"
-        raise input_error(path, f"the columns {had[:200]}", f"those of this forecast, {header.strip()}"[:300], hint)
-    if not history.endswith("\n"):
-        raise input_error(path, "a last line that is cut short", "whole lines", "remove that line")
+        raise input_error(
+            path,
+            f"the columns {history.partition(chr(10))[0][:200]}",
+            f"those of this forecast, {header.strip()}"[:300],
+            "move it away, or forecast with the columns and --intervals that it has",
+        )
     same = [line for line in history.splitlines(keepends=True) if line.startswith(f"{origin},")]
     if not same:
-        return history + "".join(rows)
+        return history.rstrip("\n") + "\n" + "".join(rows)
     held, new = (pd.read_csv(io.StringIO(header + "".join(lines)), index_col=[0, 1]) for lines in (same, rows))
     # A GPU's sums differ a little from one run to the next.
     if not held.index.equals(new.index) or not np.allclose(held, new, rtol=1e-4, atol=0, equal_nan=True):
-        got = f"another forecast from {origin} than the one to append ({len(same)} and {len(rows)} rows)"
-        hint = "nothing was written; leave --append out to have this one in forecast.csv alone"
-        raise input_error(path, got, "the same one, or none", hint)
+        raise input_error(
+            path,
+            f"another forecast from {origin} than the one to append ({len(same)} and {len(rows)} rows)",
+            "the same one, or none",
+            "nothing was written; leave --append out to have this one in forecast.csv alone",
+        )
     return history
 
 
 # The text of a file; empty where there is none.
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise input_error(path, f"a file that cannot be read ({error})", "a forecast", "move it away") from None
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

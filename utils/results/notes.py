@@ -5,11 +5,12 @@ import hashlib
 import json
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_provider.batches import Batch
 from data_provider.data_factory import batch_loader
@@ -40,24 +41,19 @@ def read_notes(model: ForecastModel, series: Series, args: Namespace, backbone: 
         vectors = hashed_words(texts, model.notes.width)
     else:
         name = hashlib.sha256(json.dumps([backbone, layers_of(args)], sort_keys=True).encode()).hexdigest()[:12]
-        file = series.path.with_name(f".{series.path.name}.notes-{name}.npz")
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-        held = dict(np.load(file)) if file.is_file() else {}
-        if new := [place for place, key in enumerate(keys) if key not in held]:
-            made = encode(model.backbone, [texts[place] for place in new])  # type: ignore[arg-type]  # it has one
-            held |= {keys[place]: vector for place, vector in zip(new, made.numpy(), strict=True)}
+        file = series.path.with_name(f".{series.path.name}.notes-{name}.safetensors")
+        keys = {text: hashlib.sha256(text.encode()).hexdigest() for text in texts}
+        held = load_file(file) if file.is_file() else {}
+        if new := [text for text in texts if keys[text] not in held]:
+            made = encode(model.backbone, new)  # type: ignore[arg-type]  # it has one
+            held |= {keys[text]: vector.clone() for text, vector in zip(new, made, strict=True)}
             if series.path.is_file():  # no frame of a program
                 with contextlib.suppress(StorageError):
-                    write_atomic(file, lambda path: _write(path, held))
-        vectors = torch.from_numpy(np.stack([held[key] for key in keys]))
+                    write_atomic(file, partial(save_file, held))
+        vectors = torch.stack([held[keys[text]] for text in texts])
     model.notes.read(vectors, torch.from_numpy(-series.mean[kept] / series.std[kept]))
     if model.prompts is not None:
         model.prompts.texts = texts
-
-
-def _write(path: Path, vectors: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # given a name, numpy would add to it
-        np.savez(file, **vectors)  # type: ignore[arg-type]
 
 
 def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any]:
@@ -69,13 +65,15 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
 
     Returns:
         As metrics.json has it: for "true", "shuffled" and "no" the mse, and that of the rows that a note speaks of; of the
-        last two what `difference` finds, the true notes' less theirs. "rows": the share of these rows.
+        last two what `difference` finds, the true notes' less theirs. "rows": the share of these rows; 0 stands alone.
     """
     series, data = context.windows, context.windows.windows("test")
     concerned = np.zeros(by_row.shape, bool)
     for window in range(len(data)):
         for _, first, last, _ in data[window]["notes"].tolist():
             concerned[window, first : last + 1] = True
+    if not concerned.any():
+        return {"rows": 0.0}
     errors = {"true": by_row}
     for name, notes in (("shuffled", series.notes.shuffled(SHUFFLED_BY)), ("no", None)):
         errors[name] = torch.zeros_like(by_row)
@@ -91,7 +89,7 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
     ours = context.accelerator.reduce(by_row).cpu().numpy()
     for name, held in errors.items():
         of = context.accelerator.reduce(held).cpu().numpy()
-        found[name] = {"mse": float(of.mean()), "mse_concerned": float(of[concerned].mean()) if concerned.any() else None}
+        found[name] = {"mse": float(of.mean()), "mse_concerned": float(of[concerned].mean())}
         if name != "true":
             found[name]["difference"] = difference(ours.mean(axis=1), of.mean(axis=1), block)
     return found
@@ -99,11 +97,12 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
 
 def verdict(found: dict[str, Any]) -> str:
     """One line on what `control` has found."""
+    if not found["rows"]:
+        return "Notes: none speaks of a row that the test forecasts"
     names = {"true": "true", "shuffled": "shuffled among their dates", "no": "without"}
     said = ", ".join(f"{words} {found[name]['mse']:.4f}" for name, words in names.items())
-    if found["rows"]:
-        said += f"; on the {100 * found['rows']:.0f} % of rows that they speak of "
-        said += ", ".join(f"{found[name]['mse_concerned']:.4f}" for name in names)
+    theirs = ", ".join(f"{found[name]['mse_concerned']:.4f}" for name in names)
+    said += f"; on the {100 * found['rows']:.0f} % of rows that they speak of {theirs}"
     helps = {name: (found[name]["difference"] or [0] * 3)[2] < 0 for name in ("shuffled", "no")}
     if helps["no"]:
         says = "reading them helps" if helps["shuffled"] else "their dates help, what they say does not"

@@ -76,8 +76,11 @@ def draw_test(results: Any, metrics: dict) -> None:
     for window in results.windows.values():
         history = pd.DataFrame(window.history, window.dates[:-H], columns)
         forecast, truth = (pd.DataFrame(values, window.dates[-H:], columns) for values in (window.pred, window.true))
-        levels = {float(name[2:]): name[2:] for name in window.bands if name.startswith("lo")}
-        bands = {level: (window.bands[f"lo{name}"], window.bands[f"hi{name}"]) for level, name in levels.items()}
+        bands = {
+            float(name[2:]): (low, window.bands[f"hi{name[2:]}"])
+            for name, low in window.bands.items()
+            if name.startswith("lo")
+        }
         panels.append(panels_of(history, forecast, bands, H, truth))
     grid = [[of_window[place] for of_window in panels] for place in places] if panels else []
     title = f"{about}: test windows (1 row: {step}; units of the file)"
@@ -89,15 +92,11 @@ def draw_test(results: Any, metrics: dict) -> None:
     label, title = f"rows ahead (1 row: {step})", f"{about}, forecasts from {first} to {last}"
     path, marker = results.folder / PLOTS / "error_by_step.png", "." if H < 30 else None
     with _lines(path, H, f"{title}: error by row ahead", label, "error, standardised scale") as axes:
-        for figure, width in (("mse", 1.6), ("mae", 0.9)):
-            lines = [(f"{figure.upper()}, over all rows {scale['all'][figure]:.3f}", FORECAST, scale["steps"][figure])]
-            lines += [
-                (f"{figure.upper()} of {row['title']}", SIMPLE[row["name"]], row["steps"][figure])
-                for row in metrics["baselines"]["rows"]
-                if row["name"] in SIMPLE
-            ]
-            for name, colour, values in lines:
-                axes.plot(range(1, H + 1), values, color=colour, linewidth=width, marker=marker, label=name)
+        simple = [row for row in metrics["baselines"]["rows"] if row["name"] in SIMPLE]
+        drawn = [("", FORECAST, scale), *((f" of {row['title']}", SIMPLE[row["name"]], row) for row in simple)]
+        for (figure, width), (of, colour, row) in itertools.product((("mse", 1.6), ("mae", 0.9)), drawn):
+            values, label = row["steps"][figure], f"{figure.upper()}{of}"
+            axes.plot(range(1, H + 1), values, color=colour, linewidth=width, marker=marker, label=label)
         axes.set_ylim(bottom=0)
     if "intervals" in metrics:
         path = path.with_name("coverage_by_step.png")
@@ -117,9 +116,9 @@ def draw_losses(folder: Path, history: list[dict], loss: str = "MSE, standardise
     """
     table = pd.DataFrame(history).set_index("epoch").astype(float)
     with _lines(folder / PLOTS / "loss_by_epoch.png", len(table), "Loss by epoch", "epoch", loss) as axes:
-        lines = (("train_loss", "training", HISTORY), ("vali_loss", "validation", FORECAST), ("test_loss", "test", TRUTH))
-        for name, label, colour in lines:
-            axes.plot(table.index, table[name], marker="o", color=colour, label=label)
+        axes.set_prop_cycle(color=[HISTORY, FORECAST, TRUTH])
+        losses = ["train_loss", "vali_loss", "test_loss"]
+        axes.plot(table.index, table[losses], marker="o", label=["training", "validation", "test"])
         finite = table["vali_loss"][np.isfinite(table["vali_loss"])]  # no other epoch is kept
         if len(finite):
             best = finite.idxmin()
@@ -270,8 +269,7 @@ def paint(axes: Axes, panel: Panel) -> None:
         axes.axvline(days[end - 1], color=FORECAST, linewidth=1, linestyle=":", label="bands calibrated up to here")
     for values, colour, label in ((panel.truth, TRUTH, "truth"), (panel.forecast, FORECAST, "forecast")):
         if values is not None:
-            few = len(days) < 4 and label == "forecast"
-            axes.plot(days, np.append(last, values), color=colour, label=label, marker="o" if few else None)
+            axes.plot(days, np.append(last, values), color=colour, label=label, marker="o" if len(days) < 4 else None)
 
 
 def dress(axes: Axes, dated: bool = False, labelled: bool = True) -> None:
@@ -316,8 +314,7 @@ def drawing(path: Path | None, width: float, panels: float) -> Iterator[Figure]:
 
 # The families to draw with: the usual one, and those installed that have Chinese characters.
 def fonts() -> list[str]:
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in CJK if name in installed)]
+    return ["DejaVu Sans", *(name for name in CJK if name in font_manager.get_font_names())]
 
 
 # The characters that the fonts in use can draw.

@@ -73,6 +73,7 @@ class TestPass:
             for side, offsets in zip(("lo", "hi"), intervals.band(level), strict=True)
         }  # fmt: skip
         size = 4 * math.prod(shape) * (3 + len(self.bands))  # one of the arrays lies there twice while it is packed
+        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free  # 0: that cannot be told
         # Of several processes, one alone must not leave it out.
         short = context.accelerator.reduce(torch.tensor(float(0 < free < size), device=context.device)) > 0

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,13 +19,14 @@ from layers.errors import input_error
 from utils.flags import DEFAULTS
 from utils.saving.checkpoint import Checkpoint
 from utils.saving.files import LEGACY, PARTIAL, TENSORS, read_record, size_text, writing
-from utils.saving.state import SECONDS, compare, find_state, read_state
+from utils.saving.state import SECONDS, compare, find_state, read_state, state_files
 
 try:
     import fcntl
 except ImportError:  # Windows without WSL: nothing there keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
+MARGIN = 2**24  # bytes for logs and figures
 SOURCE = "source.txt"  # in a folder of results on another file: that file
 
 
@@ -96,7 +98,7 @@ def open_folder(
         starts anew; lines for the log.
 
     Raises:
-        InputError: the folder cannot be used or is in use, or its state is another run's.
+        InputError: the folder cannot be used, is in use or is too small, or its state is another run's.
     """
     lock: int | None = None
     state: dict[str, Any] | None = None
@@ -108,14 +110,11 @@ def open_folder(
         if state is not None:
             compare(state, identity)
         elif any(folder.glob("state.*")) or (folder / TENSORS).is_file() or (folder / LEGACY).is_file():
+            if lines:
+                lines.append("WARNING: no sound state is left: starting anew")
             lines.append(f"The folder held an earlier run, now in: {move_aside(folder, partial(os.close, lock))}")
             lock, _ = lock_folder(folder)  # the first one stays with what was moved, whoever still waits for it
-        # Each value, two moments of it, and its average.
-        size = trained_values * ((6 if args.optimizer == "adamw8bit" else 12) + 4 * bool(args.ema)) + 2**18
-        when = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}.get(
-            args.save_steps, f"every {args.save_steps} iterations"
-        )
-        lines += [*warnings, f"A state of {size_text(size)} is saved {when}, the last two are kept"]
+        lines += [*warnings, _check_room(args, folder, trained_values)]
     if accelerator.num_processes > 1:
         (name,) = broadcast_object_list([state["path"].name if state else None])
         if name and lock is None:
@@ -127,6 +126,24 @@ def open_folder(
                 )
             state = read_state(folder / name)
     return lock, state, lines
+
+
+# The line that says when states are saved; InputError where two of them and the checkpoints do not fit.
+def _check_room(args: Namespace, folder: Path, trained_values: int) -> str:
+    # Each value, two moments of it, and its average.
+    state = trained_values * ((6 if args.optimizer == "adamw8bit" else 12) + 4 * bool(args.ema)) + 2**18
+    held = [path for path in (*state_files(folder)[:1], folder / TENSORS) if path.is_file()]
+    size = 2 * state + 4 * trained_values * (2 + args.torch_checkpoint) + MARGIN - sum(path.stat().st_size for path in held)
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise input_error(
+            f"--checkpoints {folder.parent}",
+            f"{size_text(free)} free",
+            f"{size_text(size)} for two states and the checkpoints",
+            f"free {size_text(size - free)} there, or name a folder on another disk",
+        )
+    every = {None: f"about every {SECONDS // 60} minutes", 0: "at the end of each epoch"}
+    when = every.get(args.save_steps, f"every {args.save_steps} iterations")
+    return f"A state of {size_text(state)} is saved {when}, the last two are kept"
 
 
 def results_folder(

@@ -176,10 +176,10 @@ def measure(cell: Cell) -> dict[str, Any]:
     note = read_json(cell.folder / NOTE)
     if not metrics.get("test") or not header:
         return {"state": FAILED if note.get("exit_code") else HALF if cell.run.is_dir() else NEW}
-    history, tensors, trained = cell.run / "history.csv", cell.run / "checkpoint.safetensors", None
+    history, tensors = cell.run / "history.csv", cell.run / "checkpoint.safetensors"
     epochs = pd.read_csv(history) if history.is_file() else pd.DataFrame()
-    if tensors.is_file():  # large ones may have been removed
-        trained = sum(map(math.prod, read_header(tensors)[1].values()))
+    # Large ones may have been removed.
+    trained = sum(map(math.prod, read_header(tensors)[1].values())) if tensors.is_file() else None
     simple, notes = metrics.get("baselines", {}).get("rows", []), metrics.get("control", {})
     of_notes = {f"{name} notes, {on}": notes[name][figure] for name in ("true", "shuffled", "no") if name in notes
                 for on, figure in (("all rows", "mse"), ("their rows", "mse_concerned"))}  # fmt: skip
@@ -206,9 +206,8 @@ def interval_figures(found: dict[str, Any]) -> dict[str, float]:
     """The figures of prediction intervals in a metrics.json, or in a row of its simple forecasts, under a table's heads:
     "in 80 %" is the part of the truths inside the 80 % intervals."""
     intervals: dict[str, Any] = found.get("intervals") or {"levels": {}, "wql": None}
-    figures: dict[str, float] = {}
-    for level, held in intervals["levels"].items():
-        figures |= {f"in {level} %": held["coverage"], f"width {level} %": held["width"]}
+    heads = {"in": "coverage", "width": "width"}
+    figures = {f"{head} {level} %": held[heads[head]] for level, held in intervals["levels"].items() for head in heads}
     return figures if intervals["wql"] is None else figures | {"WQL": intervals["wql"]}
 
 
@@ -218,7 +217,15 @@ def last_line(cell: Cell) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a JSON file of a run or a cell holds; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise input_error(path, f"a damaged file ({error})", "what training and testing a run write") from None
 
 
 def write_note(cell: Cell, **values: object) -> None:

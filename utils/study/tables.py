@@ -1,18 +1,17 @@
-"""Tables and pictures of a study: results.csv with a row a cell; means over seeds, prediction intervals and paired
+"""Tables of a study: results.csv with a row a cell; means over seeds, prediction intervals and paired
 differences in results.txt and .md."""
 
 import re
 import shlex
 import tomllib
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
-from utils.saving.files import duration, write_atomic, write_text
+from utils.saving.files import duration, write_text
 from utils.study.cells import DONE, VARIANT, Cell, Study, measure
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "scripts" / "published.toml"
@@ -21,7 +20,7 @@ COLUMNS = [*ERRORS, "windows", "windows_dropped", "trained_values", "epochs", "b
 NOT_IN_LABEL = ("seed", "pred_len", "data", "percent")  # means are over seeds, columns horizons, tables data and share
 PAIRS = 3  # seeds from which on a difference has an interval: of two, Student's t is 12.7 (of three 4.3)
 RUN, SIMPLE, OTHERS = "run", "simple forecast", "published"  # kinds of rows
-NONE, RIDGE = "-", "ridge regression"
+NONE = "-"  # no figure
 Table = tuple[str, pd.DataFrame]  # title and texts, by the names of the rows
 
 
@@ -35,7 +34,7 @@ Section = namedtuple("Section", "title errors notes windows")
 
 
 def write_results(study: Study) -> list[str]:
-    """Write results.csv with a row a cell, and the tables and pictures of what is done; the names of the files."""
+    """Write results.csv with a row a cell, and the tables of what is done; the names of the files."""
     measured = [(cell, measure(cell)) for cell in study.cells]
     rows = [cell.values | found | {"cell": cell.name} for cell, found in measured]
     frame = pd.DataFrame(rows, columns=[*study.axes, *COLUMNS, "state", "cell"], dtype=object)
@@ -47,16 +46,15 @@ def write_results(study: Study) -> list[str]:
     sections = [_read_section(group) for group in groups.values()]
     tables = [table for section in sections for table in _tables_of(study, section)]
     facts = _facts(study, [found for group in groups.values() for _, found in group], sections)
-    pictures = _draw(study, sections)
     plain = [f"{head}\n\n{frame.rename_axis(None).to_string()}\n" for head, frame in tables]
     texts = {
         "results.csv": frame.to_csv(index=False, lineterminator="\n"),
-        "results.md": _as_markdown(study, tables, facts, pictures),
+        "results.md": _as_markdown(study, tables, facts),
         "results.txt": "\n".join([study.title, "=" * len(study.title), "", *plain, *facts, ""]),
     }
     for name, text in texts.items():
         write_text(study.folder / name, text)
-    return [*texts, *pictures]
+    return [*texts]
 
 
 def _label_of(values: dict[str, str], otherwise: str) -> str:
@@ -174,14 +172,12 @@ def _facts(study: Study, found: list[dict[str, Any]], sections: list[Section]) -
     for section in sections:
         counts = [f"{' or '.join(map(str, numbers))} (horizon {h})" for h, numbers in section.windows.items()]
         facts.append(f"{section.title}: test windows scored: {', '.join(counts)}; none dropped.")
-        if any(len(numbers) > 1 for numbers in section.windows.values()):
-            facts.append("WARNING: not all rows were scored on the same windows.")
     notes = pd.Series({name: note for section in sections for name, note in section.notes.items()}, dtype=str)
     by_note = notes.groupby(notes, sort=False)
     return facts + [f"Published, not measured here: {', '.join(held.index)}: {note}." for note, held in by_note]
 
 
-def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: list[str]) -> str:
+def _as_markdown(study: Study, tables: list[Table], facts: list[str]) -> str:
     def escape(text: str) -> str:
         plain = re.sub(r"([|*_<`])", r"\\\1", text.removesuffix("*"))
         return f"**{plain}**" if text.endswith("*") else plain
@@ -190,34 +186,8 @@ def _as_markdown(study: Study, tables: list[Table], facts: list[str], pictures: 
     for title, frame in tables:
         rows = [["", *frame], ["---", *["---:"] * frame.shape[1]], *(map(escape, row) for row in frame.itertuples())]
         lines += [f"## {escape(title)}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += [f"- {escape(fact)}" for fact in facts]
-    lines += [f"\n![{name}]({name})" for name in pictures]
-    lines += ["", "<details><summary>The command of every cell</summary>", ""]
+    lines += [*(f"- {escape(fact)}" for fact in facts), "", "<details><summary>The command of every cell</summary>", ""]
     for cell in study.cells:
         words = [word.removeprefix(f"{Path.cwd()}/") for word in cell.command[2:]]
         lines.append(f"{cell.name}:\n\n```bash\n{shlex.join(['python', 'run_main.py', *words])}\n```\n")
     return "\n".join([*lines, "</details>", ""])
-
-
-def _draw(study: Study, sections: list[Section]) -> list[str]:
-    """Write the picture of the errors by row, with a point a seed; its name."""
-    from matplotlib.figure import Figure  # only now: it takes a second to load
-
-    panels = [(section, horizon) for section in sections for horizon in section.windows]
-    highest = max(len(section.errors.loc[RUN].index.unique("row")) for section in sections)
-    picture = Figure(figsize=(8, len(panels) * (1.5 + 0.3 * highest)), layout="constrained")
-    for number, (section, horizon) in enumerate(panels, 1):
-        axes = picture.add_subplot(
-            len(panels), 1, number, title=f"{section.title}, horizon {horizon}", xlabel="test MSE, standardised scale"
-        )
-        values = section.errors[horizon, "mse"]
-        rows = values[RUN].groupby(level="row", sort=False)
-        means = rows.mean()
-        axes.scatter(values[RUN], values[RUN].index.get_level_values("row"), alpha=0.6, label="a seed")
-        axes.errorbar(means, means.index, xerr=rows.std(), fmt="|", ms=16, label="mean ± deviation")
-        ridge = values[values.index.get_level_values("row").str.startswith(RIDGE)]
-        axes.vlines(ridge, -0.5, len(rows) - 0.5, colors="gray", linestyles=":", label=RIDGE)
-        axes.invert_yaxis()  # the first row on top
-        axes.legend(fontsize="small")
-    write_atomic(study.folder / "error_by_row.png", partial(picture.savefig, format="png", dpi=110))
-    return ["error_by_row.png"]
