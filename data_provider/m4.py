@@ -37,7 +37,10 @@ def read_wide(path: Path) -> dict[str, np.ndarray]:
     series: dict[str, np.ndarray] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            next(file, "")  # the header
+            header = next(file, "")
+            cells = next(csv.reader([header]), [])
+            if len(cells) > 1 and pd.notna(pd.to_numeric(cells[1], errors="coerce")):  # a series, which would be lost
+                raise input_error(f"{path}: row 1", f"the values of a series, {header[:30]!r}...", "a header")
             # Most cells of most lines are the empty ones of the longest series: they go before the line is parsed.
             for number, cells in enumerate(csv.reader(line.rstrip("\r\n,") for line in file), 2):
                 if not cells:

@@ -45,6 +45,7 @@ def test_a_wide_file_is_read_as_pandas_reads_it(tmp_path: Path) -> None:
         ("id,V2\n,1,2\n", "row 2, series '': got no id, expected an id of its own"),
         ("id,V2\nY1,1,inf\n", "row 2, series 'Y1', value 2: got 'inf', expected a number"),
         ("id,V2\nY1,1e30\n", "row 2, series 'Y1', value 1: got '1e30', expected a number of at most 1e+18"),
+        ("Y1,1,2\nY2,3,4\n", "row 1: got the values of a series, 'Y1,1,2\\n'..., expected a header"),
     ],
 )
 def test_what_is_wrong_with_a_wide_file_is_named(tmp_path: Path, lines: str, message: str) -> None:

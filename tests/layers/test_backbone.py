@@ -165,6 +165,8 @@ def test_weights_in_8_bit_floats_become_whole_ones(backbones, copy: Path) -> Non
 
 
 def test_layers_and_tensors_that_are_not_there(copy: Path) -> None:
+    with pytest.raises(InputError, match="--llm_layers: got 3, expected at most 2, all that "):
+        Backbone(find_backbone("QWEN", str(copy)), 3)
     name = "model.layers.0.mlp.up_proj.weight"
     index = json.loads((copy / INDEX).read_text())
     shard = copy / index["weight_map"].pop(name)
