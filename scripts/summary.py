@@ -25,7 +25,7 @@ import pandas as pd  # noqa: E402
 
 from data_provider.splits import M4  # noqa: E402
 from layers.ablation import SUBSTITUTES  # noqa: E402
-from layers.errors import input_error  # noqa: E402
+from layers.errors import InputError, input_error  # noqa: E402
 from utils.flags import FLAGS  # noqa: E402
 from utils.results.log import HISTORY, read_rows  # noqa: E402
 from utils.saving.files import RECORD, write_text  # noqa: E402
@@ -96,9 +96,9 @@ def read_runs(folder: Path) -> Iterator[dict]:
     A test on other data (`on_<file>`) is a run of its own, with the flags of its checkpoint.
     """
     for record in sorted(path for path in folder.rglob(RECORD) if path.parent.name != "refit"):
-        held = read_json(record)
+        held = _read(record)
         for metrics in [record.parent / METRICS, *sorted(record.parent.glob(f"on_*/{METRICS}"))]:
-            found, own = read_json(metrics), metrics.parent == record.parent
+            found, own = _read(metrics), metrics.parent == record.parent
             tested = {} if own else {name: value for name, value in found.get("flags", {}).items() if value is not None}
             flags = held.get("flags", {}) | tested
             # Flags about the language model say nothing of a run without one, some of them nothing of one with a substitute.
@@ -130,6 +130,15 @@ def read_runs(folder: Path) -> Iterator[dict]:
                     "memory_gib": history["peak_memory_gib"].max(),
                 }
             yield run
+
+
+def _read(path: Path) -> dict:
+    # A damaged file is as good as none: the other runs still have their rows.
+    try:
+        return read_json(path)
+    except InputError as error:
+        print(f"summary.py: warning: {error}", file=sys.stderr)
+        return {}
 
 
 if __name__ == "__main__":
