@@ -183,7 +183,6 @@ def read_forecasts(path: Path, known: Sequence[str]) -> tuple[pd.DataFrame, list
     expected = "the history that run_main.py --do_predict --append keeps"
     try:
         frame = pd.read_csv(path, dtype={ORIGIN: str, "date": str})
-        frame[frame.columns[2:]] = frame[frame.columns[2:]].apply(pd.to_numeric)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors, as UnicodeDecodeError is
         raise input_error(path, f"a file that cannot be read ({' '.join(str(error).split())[:200]})", expected) from None
     dates, names = list(frame.columns[:2]), list(frame.columns[2:])
@@ -195,6 +194,10 @@ def read_forecasts(path: Path, known: Sequence[str]) -> tuple[pd.DataFrame, list
         raise input_error(
             path, f"the columns {', '.join(names)[:200]}", f"columns of the data such as {known[0]}, and bands"
         )
+    frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
+    if len(wrong := np.argwhere(~np.isfinite(frame[columns].to_numpy()))):
+        row, column = wrong[0]
+        raise input_error(f"{path}: row {row + FIRST_ROW_LINE}, column {columns[column]!r}", "no number", "a forecast")
     frame[dates] = frame[dates].apply(lambda cells: read_timestamps(cells, str(path), FIRST_ROW_LINE)[0])
     return frame, columns
 

@@ -60,10 +60,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         ("", "forecasts.csv: got a file that cannot be read"),
         ("origin,date,OT\n", "forecasts.csv: got no rows"),
         ("date,OT\n2024-01-01,2\n", "forecasts.csv: got the columns date, OT"),
-        (
-            "origin,date,OT\n2024-01-01,2024-01-02,low\n",
-            "forecasts.csv: got a file that cannot be read .Unable to parse string .low",
-        ),
+        ("origin,date,OT\n2024-01-01,2024-01-02,low\n", "forecasts.csv: row 2, column 'OT': got no number"),
         ("origin,date,OT\nsoon,2024-01-02,1\n", "forecasts.csv: row 2, column 'date': got 'soon'"),
         ("origin,date,wind\n2024-01-01,2024-01-02,1\n", "forecasts.csv: got the columns wind, expected columns of the data"),
     ],
