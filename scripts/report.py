@@ -150,7 +150,11 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
                 better, worse = better + (high < 0), worse + (low > 0)
         name = row["title"].replace("repeat ", "repeating ", 1)
         beaten = beaten or (row["name"] == RIDGE and worse > 0 == better)
-        said = (SAID[better > 0, worse > 0] if parts else "too few test windows to tell this run from {}").format(name)
+        said = (
+            SAID[better > 0, worse > 0]
+            if parts
+            else "no interval of the difference from {}, of too few windows or an older test"
+        ).format(name)
         parts = parts or [f"MSE {ours['mse']:.4f} and {row['mse']:.4f}"]
         lines.append(f"- {said[0].upper()}{said[1:]}: {', '.join(parts)}.")
     if beaten:

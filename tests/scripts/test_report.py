@@ -65,7 +65,7 @@ def test_verdict_covers_win_draw_loss_and_what_cannot_be_told():
         "- This run and repeating the last 24 h are level: MSE -2.0 % (-40.0 to +40.0), MAE +0.0 % (-50.0 to +50.0).",
         "- Neither this run nor repeating the last value is better in all: MSE -20.0 % (-40.0 to -10.0), "
         "MAE +10.0 % (+5.0 to +15.0).",
-        "- Too few test windows to tell this run from linear stack: MSE 0.4000 and 0.5000.",
+        "- No interval of the difference from linear stack (too few windows, or an older test): MSE 0.4000 and 0.5000.",
     ]
     assert "linear map" in lines[5]
 
