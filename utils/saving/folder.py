@@ -66,7 +66,7 @@ def lock_folder(folder: Path) -> tuple[int, list[str]]:
 
 
 def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path:
-    """Give the folder the next free number; nothing of it is lost.
+    """Give the folder, or a file, the next free number; nothing of it is lost.
 
     Args:
         release: lets go of the file that the caller has open in it.
@@ -74,7 +74,8 @@ def move_aside(folder: Path, release: Callable[[], None] = lambda: None) -> Path
     Raises:
         StorageError: the file system refused.
     """
-    numbered = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    name, ending = (folder.stem, folder.suffix) if folder.is_file() else (folder.name, "")  # a file keeps its ending
+    numbered = (folder.with_name(f"{name}.{number}{ending}") for number in itertools.count(1))
     aside = next(path for path in numbered if not os.path.lexists(path))
     try:
         folder.rename(aside)

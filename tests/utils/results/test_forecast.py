@@ -219,7 +219,7 @@ def test_without_a_history_an_earlier_forecast_is_moved_aside(tmp_path: Path) ->
         if text:
             (tmp_path / "forecast.csv").write_text(text)
             kept[-1] = text.encode()
-        aside = tmp_path / f"forecast.csv.{number}"
+        aside = tmp_path / f"forecast.{number}.csv"
         assert write(tmp_path, origin, append=False, seed=seed) == [f"An earlier forecast is now in: {aside}"]
         assert aside.read_bytes() == kept[-1]
         kept.append(files(tmp_path)["forecast.csv"])
