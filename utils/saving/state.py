@@ -32,7 +32,7 @@ from layers.errors import RunError, input_error
 from utils.flags import DEFAULTS, resumed
 from utils.results.bands import Intervals
 from utils.saving.checkpoint import DAMAGED, save_checkpoint, write_torch
-from utils.saving.files import FULL
+from utils.saving.files import FULL, TENSORS
 
 SECONDS = 600  # between two saves, unless --save_steps says otherwise
 FIRST_SCALE = 2.0**16  # of the loss, see utils/training/precision.py
@@ -182,6 +182,8 @@ class Saver:
         if progress.finished(self.args.train_epochs, self.args.patience):
             log(f"This run is finished ({len(progress.history)} epochs); only the test is left")
             return progress
+        if not (self.folder / TENSORS).is_file():  # somebody has removed it: the next epoch's is kept
+            progress.best_vali_loss = float("inf")
         log(f"Resuming from {self.last.name}: epoch {progress.epoch}, iteration {progress.iteration}")
         return progress
 
