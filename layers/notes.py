@@ -11,8 +11,7 @@ from torch import nn
 from layers.backbone import Backbone
 
 WIDTH, HIDDEN, MAPS = 16, 64, 8
-MOST_TOKENS = 512  # of a text
-AT_ONCE = 16  # texts
+MOST_TOKENS, AT_ONCE = 512, 16  # tokens of a text, and texts
 
 
 @torch.inference_mode()

@@ -24,8 +24,6 @@ from utils.saving.files import write_atomic
 from utils.training.context import Context
 from utils.training.evaluate import score
 
-SHUFFLED_BY = 2021  # the seed
-
 
 def read_notes(model: ForecastModel, series: Series, args: Namespace, backbone: dict[str, Any]) -> None:
     """Have the model read the texts of a series' notes, each once.
@@ -75,7 +73,7 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
     if not concerned.any():
         return {"rows": 0.0}
     errors = {"true": by_row}
-    for name, notes in (("shuffled", series.notes.shuffled(SHUFFLED_BY)), ("no", None)):
+    for name, notes in (("shuffled", series.notes.shuffled(seed=2021)), ("no", None)):
         errors[name] = torch.zeros_like(by_row)
 
         def consume(batch: Batch, forecast: torch.Tensor, held: torch.Tensor = errors[name]) -> None:
