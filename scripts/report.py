@@ -95,7 +95,7 @@ def report(folder: Path, page: Path | None = None) -> str:
     said = [*verdict(test, rows), *(missed(metrics["intervals"]) if "intervals" in metrics else ())]
     if "no season" in metrics["baselines"]:
         said.append(f"No last season among them: {metrics['baselines']['no season']}.")
-    said += metrics.get("notes", [])
+    said += metrics.get("remarks", [])
     if "control" in metrics:
         said.append(control_line(metrics["control"]))
     note, drawn = record.get("backbone", {}).get("note", ""), record.get("backbone", {}).get("random_seed") is not None
@@ -153,7 +153,7 @@ def verdict(ours: dict, rows: list[dict]) -> list[str]:
         said = (
             SAID[better > 0, worse > 0]
             if parts
-            else "no interval of the difference from {}, of too few windows or an older test"
+            else "no interval of the difference from {} (too few windows, or an older test)"
         ).format(name)
         parts = parts or [f"MSE {ours['mse']:.4f} and {row['mse']:.4f}"]
         lines.append(f"- {said[0].upper()}{said[1:]}: {', '.join(parts)}.")

@@ -60,7 +60,7 @@ class Forecaster:
 
     def __init__(self, context: Context):
         """`context` has its checkpoint; see `load` for programs."""
-        self.context, self.notes = context, list(context.notes)
+        self.context, self.notes = context, list(context.remarks)
         # The step of the training in words, where its record has it.
         self._step = context.checkpoint.record.get("data", {}).get("step")  # type: ignore[union-attr]
         context.model.eval()
@@ -97,7 +97,7 @@ class Forecaster:
             log.lines.clear()  # what a run says of itself in any case
             load_checkpoint(context)
             set_random_state(before, plan.device)  # the caller's own draws go on as if nothing had been loaded
-            context.notes += log.lines
+            context.remarks += log.lines
             return cls(context)
 
     def __repr__(self) -> str:

@@ -237,7 +237,7 @@ def predict(context: Context) -> pd.DataFrame:
     """
     load_checkpoint(context)
     if not context.loaders:
-        context.log(*context.notes)
+        context.log(*context.remarks)
     (forecast,) = Forecaster(context).forecast([context.series], context.args.predict_steps, context.intervals)
     leave_forecast(context, forecast)
     return forecast

@@ -120,9 +120,9 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     args.stack_windows = args.stack_windows or (checkpoint and checkpoint.flags.get("stack_windows")) or args.stack_windows
     series: Series
     if checkpoint is not None and forecasts_only:
-        series, same_data, notes = read_history(args, checkpoint, in_program)
+        series, same_data, remarks = read_history(args, checkpoint, in_program)
     else:
-        series, notes = series_from_args(args), []
+        series, remarks = series_from_args(args), []
         same_data = checkpoint is not None and bool(checkpoint.record) and checkpoint.trained_on(series, args)
     if args.do_predict and not in_program:
         series.future_dates(1)
@@ -131,7 +131,7 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
     if checkpoint is not None:
         asked, args.reads_notes = args.reads_notes, any(name.startswith("notes.") for name in checkpoint.shapes or ())
         if asked and not args.reads_notes:
-            notes.append(f"{checkpoint.file} was trained without notes: they are not read")
+            remarks.append(f"{checkpoint.file} was trained without notes: they are not read")
     with torch.device("meta"):
         outline = model_class(args.model)(args, info) if info else model_class(args.model)(args)
     if args.reads_notes and not in_program:
@@ -143,17 +143,19 @@ def make_plan(args: Namespace, repeat: int, in_program: bool = False) -> Plan:
         validate.check_checkpoint(args, checkpoint, outline, same_data)
         if isinstance(series, FileSeries):
             pretrain, lines = source_of(checkpoint, series, args)
-            notes += lines
+            remarks += lines
             rows, held = len(series.dates), checkpoint.record["data"].get("rows") if same_data else None
             if held not in (None, rows):
-                notes.append(f"{series.path} has {rows} rows, {held} in the training: the figures are of other test windows")
+                remarks.append(
+                    f"{series.path} has {rows} rows, {held} in the training: the figures are of other test windows"
+                )
     levels, intervals, of_intervals = validate.plan_intervals(args, series, checkpoint, same_data)
     precision = choose_precision(args, device, uses_llm=info is not None)
     if checkpoint is not None:  # last of all, for it may make a folder
         folder = results_folder(args, folder, checkpoint, None if forecasts_only and same_data else series, accelerator)
     plan = Plan(
         args=args, folder=folder, series=series, pretrain=pretrain, info=info, outline=outline, checkpoint=checkpoint,
-        levels=levels, intervals=intervals, notes=notes + of_intervals, accelerator=accelerator, device=device,
+        levels=levels, intervals=intervals, remarks=remarks + of_intervals, accelerator=accelerator, device=device,
         precision=precision,
     )  # fmt: skip
     for split, split_series in plan.splits:
@@ -269,7 +271,7 @@ def _open_log(plan: Plan) -> RunLog:
         step = f"--batch_size {args.batch_size} is what a training step sees in all, {each} in each process; "
         own = f"--eval_batch_size {args.eval_batch_size} and --max_sequences are of each"
         log(f"{world} processes: {step if args.is_training else ''}{own}")
-    log(*validate.overview(args, series, plan.pretrain), *(plan.notes if isinstance(series, SplitSeries) else ()))
+    log(*validate.overview(args, series, plan.pretrain), *(plan.remarks if isinstance(series, SplitSeries) else ()))
     if plan.precision.note:
         log(plan.precision.note)
     return log

@@ -275,8 +275,10 @@ def plan_intervals(
                 f"at least {least} of them, for an error beyond each end",
             )
         named = " and ".join(f"{name_of(level)} %" for level in few)
-        notes = [f"No prediction intervals of {named}: {windows} validation windows, {least} are the fewest"] if few else []
-        return levels, kept.only(levels) if kept and kept.has(levels) else None, notes
+        remarks = (
+            [f"No prediction intervals of {named}: {windows} validation windows, {least} are the fewest"] if few else []
+        )
+        return levels, kept.only(levels) if kept and kept.has(levels) else None, remarks
     assert checkpoint is not None, "a forecast alone has a checkpoint"
     if not same_data:
         return (), None, ["No prediction intervals: they would be those of other data, the checkpoint's"]

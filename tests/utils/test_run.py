@@ -314,7 +314,7 @@ def test_a_later_test_has_the_levels_of_the_training_and_says_that_the_file_has_
         ]
         assert len(said) == (rows > ROWS)
         metrics = json.loads((run_folder(words) / "metrics.json").read_text())
-        assert list(metrics["intervals"]["levels"]) == ["70"] and metrics["notes"] == said
+        assert list(metrics["intervals"]["levels"]) == ["70"] and metrics["remarks"] == said
         frame = pd.read_csv(series)
         more = pd.date_range("2020-01-01", periods=ROWS + 40, freq="h")[ROWS:].strftime("%Y-%m-%d %H:%M:%S")
         pd.concat([frame, frame[:40].assign(date=more)]).to_csv(series, index=False)

@@ -99,7 +99,7 @@ def test_the_record_says_both_and_a_forecast_follows_the_target(transfer, capsys
     # on the source itself its own ridge regression says it all
     (tmp_path / "source.csv").write_bytes(kept)
     train([*test, "--data", "custom", "--root_path", str(tmp_path), "--data_path", "source.csv"], capsys)
-    assert not source_rows(folder / "on_source") and not metrics(folder / "on_source")["notes"]
+    assert not source_rows(folder / "on_source") and not metrics(folder / "on_source")["remarks"]
     train([*again, "--do_predict"], capsys)
     assert pd.read_csv(folder / "forecast.csv").equals(forecast) and metrics(folder)["test"] == before
 

@@ -76,32 +76,34 @@ def read_history(args: Namespace, checkpoint: Checkpoint, in_program: bool = Fal
             f"at least {f'{rows}, the longest of --stack_windows' if rows > args.seq_len else f'--seq_len {rows}'}",
         )
     trained = bool(checkpoint.record) and (bool(args.predict_path) or checkpoint.trained_on(table))
-    notes = []
+    remarks: list[str] = []
     if trained:
         series = on_the_trainings_scale(table, checkpoint, args)
         args.prompt_text = args.prompt_text or checkpoint.flags.get("prompt_text")
         extra = [name for name in table.columns if name not in checkpoint.record["columns"]]
         if extra and checkpoint.flags.get("features") == "M":
-            notes.append(f"not forecast, for the training did not have them: {listed(extra)}")
+            remarks.append(f"not forecast, for the training did not have them: {listed(extra)}")
         step = checkpoint.record["data"].get("step")
         if step not in (None, series.step_words):
-            notes.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {step}")
+            remarks.append(f"WARNING: the rows are {series.step_words} apart, those of the training were {step}")
     else:
         series = own_scale(table, args.features, args.target, args.bounds)
-        notes.append(f"zero-shot: {table.path.name} is not the data of the checkpoint; its own mean and deviation are used")
+        remarks.append(
+            f"zero-shot: {table.path.name} is not the data of the checkpoint; its own mean and deviation are used"
+        )
         if args.data == "custom" and not args.prompt_text and not bank_file(args):
             low, high = series.own.min(axis=0), series.own.max(axis=0)
             args.prompt_text = make_description(series.dates, series.columns, low, high)
-    notes += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
+    remarks += [f"{series.filled} empty cells filled (--fill_missing {args.fill_missing})"] * (series.filled > 0)
     gaps = gaps_in(series.dates, series.step, rows)
     if gaps:
         more = f", and {len(gaps) - 1} more gaps" if len(gaps) > 1 else ""
-        notes.append(
+        remarks.append(
             f"WARNING: rows are missing between {gaps[0][0]} and {gaps[0][1]}{more}, where the forecast goes on from; fill "
             "them first (gaps that recur, as at night, show in two weeks of rows)"
         )
     args.enc_in = len(series.columns)
-    return series, trained, notes
+    return series, trained, remarks
 
 
 def on_the_trainings_scale(table: Table, checkpoint: Checkpoint, args: Namespace) -> Series:

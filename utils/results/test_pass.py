@@ -142,7 +142,7 @@ class TestPass:
             "windows": len(self.data),
             "first_forecast_row": [str(starts[0]), str(starts[-1])],
             "flags": series_flags(context.args),  # on what data the test was made
-            "notes": context.notes,
+            "remarks": context.remarks,
             **self.metrics.result(),
             "baselines": measured(
                 self.series, self.levels, ours.cpu().numpy(), getattr(context.model, "stack", None),

@@ -57,7 +57,7 @@ class Plan:
         checkpoint: what is tested or forecast with; None until a run that trains has one.
         levels: of the prediction intervals, per cent.
         intervals: of the tensors that the model has, once they are calibrated.
-        notes: lines for the user, said at the start, or with the forecast of a run that only forecasts.
+        remarks: lines for the user, said at the start, or with the forecast of a run that only forecasts.
     """
 
     args: Namespace
@@ -69,7 +69,7 @@ class Plan:
     checkpoint: Checkpoint | None
     levels: tuple[float, ...]
     intervals: Intervals | None
-    notes: list[str]
+    remarks: list[str]
     accelerator: Accelerator
     device: torch.device
     precision: Precision

@@ -79,7 +79,7 @@ def test_memory_does_not_grow_with_the_predictions(tmp_path):
     series = load_series("custom", tmp_path, "wide.csv", seq_len=16, label_len=0, pred_len=100)
     context = SimpleNamespace(
         windows=series, folder=tmp_path / "run", intervals=None, levels=(), device=torch.device("cpu"), log=print,
-        accelerator=Accelerator(cpu=True), model=None, pretrain=None, notes=[],
+        accelerator=Accelerator(cpu=True), model=None, pretrain=None, remarks=[],
         args=Namespace(save_predictions=1, num_workers=0, eval_batch_size=8, seed=0, season=None),
     )  # fmt: skip
     results, windows = TestPass(context), len(series.windows("test"))
