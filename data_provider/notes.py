@@ -119,10 +119,9 @@ def _read(source: str, cells: pd.DataFrame, dayfirst: bool | None, first_row: in
     if not {"date", "text"} <= set(cells.columns):
         found, expected = [*map(str, cells.columns)], "date, text, and if need be until, known"
         raise input_error(source, f"the columns {found}"[:500], expected)
-    cells = cells.reset_index(drop=True).reindex(columns=["date", "text", "until", "known"])
-    text, dates = cells["text"].fillna("").astype(str).str.strip(), cells["date"]
-    cells["text"] = text
-    given = (cells[name].where(cells[name].notna(), dates) for name in ("date", "until", "known"))
+    text = cells["text"].fillna("").astype(str).str.strip().reset_index(drop=True)
+    cells = cells.reset_index(drop=True).reindex(columns=["date", "text", "until", "known"]).assign(text=text)
+    given = (cells[name].where(cells[name].notna(), cells["date"]) for name in ("date", "until", "known"))
     start, until, known = (wall_clock(read_timestamps(column, source, first_row, dayfirst)[0]) for column in given)
     for wrong, name, expected in (
         (~text.str.len().between(1, LONGEST).to_numpy(), "text", f"1 to {LONGEST:,} characters"),

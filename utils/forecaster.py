@@ -10,9 +10,9 @@
 
 import threading
 from argparse import Namespace
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ AT_ONCE = 64  # sequences of one channel each that are forecast at a time
 Levels = Sequence[float] | str | None
 # A model's cache of its prompt, the tokenizer, the random state and matplotlib's settings serve one thread at a time.
 ONE_AT_A_TIME = threading.RLock()
+
+
+# A method that no other thread runs meanwhile: what the model has read of notes is that of one call, too.
+def one_at_a_time(method: Callable) -> Callable:
+    @wraps(method)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with ONE_AT_A_TIME:
+            return method(*args, **kwargs)
+
+    return alone
 
 
 class Forecaster:
@@ -115,6 +125,7 @@ class Forecaster:
         with torch.inference_mode():
             return self.context.model.prototype_kv()
 
+    @one_at_a_time
     def predict(
         self,
         frame: pd.DataFrame,
@@ -148,9 +159,8 @@ class Forecaster:
             InputError: rows, columns, dates, steps or levels that cannot be used, in one line that names them.
             RunError: not even one sequence fits into the GPU's memory.
         """
-        with ONE_AT_A_TIME:  # what the model has read is that of one call
-            histories = self._histories(frame, id_column, notes=notes)
-            forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
+        histories = self._histories(frame, id_column, notes=notes)
+        forecasts = self.forecast(list(histories.values()), steps, self._intervals(intervals))
         if id_column is not None:
             if id_column in forecasts[0].columns:
                 raise input_error("id_column", repr(id_column), "a name that no column of the forecast has")
@@ -199,12 +209,12 @@ class Forecaster:
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
                     batch.windows = Windows(x[part], marks[part, start : start + T], later, slice(None))
-                with ONE_AT_A_TIME:
-                    ahead.append(forecast_within_memory(context, batch, self.prototype_kv, most))  # (M, H)
+                ahead.append(forecast_within_memory(context, batch, self.prototype_kv, most))  # (M, H)
             rows = torch.cat([rows, torch.cat(ahead).t().to(rows)])
         values = rows[L : L + steps].unflatten(1, (S, -1)).transpose(0, 1).cpu().numpy()  # (S, steps, N)
         return [forecast_frame(*each, intervals) for each in zip(histories, dates, values, windows[:, -T:], strict=True)]
 
+    @one_at_a_time
     def evaluate(
         self,
         frame: pd.DataFrame,
@@ -253,8 +263,7 @@ class Forecaster:
         collate = WindowCollate(H, None, context.model.prompts, whole=not context.model.channel_independent)
         batches = epoch_batches(args, windows, "test")
         loader = make_loader(windows, batches, num_workers=0, collate=collate)
-        with ONE_AT_A_TIME:
-            scores = score(replace(context, loaders={"test": loader}), "test", consume)
+        scores = score(replace(context, loaders={"test": loader}), "test", consume)
         learned = context.checkpoint.trained_data.get("learned_until")  # type: ignore[union-attr]
         first = pd.DatetimeIndex(np.concatenate([part.dates[T : len(part) + T] for part in parts]))
         return {
@@ -269,6 +278,7 @@ class Forecaster:
             **metrics.result(),
         }
 
+    @one_at_a_time
     def plot(
         self,
         frame: pd.DataFrame | None = None,
@@ -313,8 +323,7 @@ class Forecaster:
             ahead = rows.set_index(pd.DatetimeIndex(rows["date"]))[columns]
             panels += panels_of(history, ahead, bands_of(rows, columns), H, prefix=prefix)
         file = None if path is None else Path(path)
-        with ONE_AT_A_TIME:
-            figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
+        figure = forecast_figure(panels[:PANELS], self._step or "the step of the training", file)
         return file or figure
 
     # The series of a frame by name, on the training's scale, each of at least `rows` rows.
