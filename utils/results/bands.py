@@ -227,13 +227,14 @@ def offsets_of(errors: np.ndarray, probabilities: Sequence[float]) -> np.ndarray
     """The offsets of `Intervals`, `[Q + 2, ...]`, of errors `[W, ...]` in units of their windows.
 
     A column that is mostly constant, such as rain, has errors of 0 nearly always, and a band between their quantiles has no
-    width. Where that from 10 to 90 % is no wider than the mean distance from the median, bands reach to the mean error of
-    each side, and LEAST; else they reach to the forecast.
+    width. On a side where the quantile of 10 or of 90 % is nearer than the mean error of that side, they reach to it, or to
+    LEAST; else they reach to the forecast.
     """
     found = quantiles(errors, probabilities)
-    low, middle, high = (found[probabilities.index(end)] for end in (0.1, 0.5, 0.9))
-    reach = np.stack([errors.clip(max=0).mean(axis=0).clip(max=-LEAST), errors.clip(min=0).mean(axis=0).clip(min=LEAST)])
-    return np.concatenate([found, np.where(high - low <= np.abs(errors - middle).mean(axis=0), reach, 0)]).astype(np.float32)
+    ends = np.stack([found[probabilities.index(end)] for end in (0.1, 0.9)])
+    mean = np.stack([errors.clip(max=0).mean(axis=0), errors.clip(min=0).mean(axis=0)])
+    reach = np.where(np.abs(ends) <= np.abs(mean), [mean[0].clip(max=-LEAST), mean[1].clip(min=LEAST)], 0)
+    return np.concatenate([found, reach]).astype(np.float32)
 
 
 def intervals_of(files: Sequence[Path], levels: tuple[float, ...], windows: slice = slice(None)) -> Intervals:
