@@ -62,8 +62,8 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
         block: see `difference`.
 
     Returns:
-        As metrics.json has it: for "true", "shuffled" and "no" the mse, and that of the rows that a note speaks of; of the
-        last two what `difference` finds, the true notes' less theirs. "rows": the share of these rows; 0 stands alone.
+        As metrics.json has it: for "true", "shuffled" and "no" the mse, that of the rows that a note speaks of, and what
+        `difference` finds, the true notes' less theirs. "rows": the share of these rows; 0 stands alone.
     """
     series, data = context.windows, context.windows.windows("test")
     concerned = np.zeros(by_row.shape, bool)
@@ -83,14 +83,15 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
         rank, world = context.accelerator.process_index, context.accelerator.num_processes
         _, loader = batch_loader(context.args, "test", replace(series, notes=notes), context.model.prompts, rank, world)
         score(replace(context, loaders={"test": loader}), "test", consume)
-    found: dict[str, Any] = {"rows": float(concerned.mean())}
-    ours = context.accelerator.reduce(by_row).cpu().numpy()
-    for name, held in errors.items():
-        of = context.accelerator.reduce(held).cpu().numpy()
-        found[name] = {"mse": float(of.mean()), "mse_concerned": float(of[concerned].mean())}
-        if name != "true":
-            found[name]["difference"] = difference(ours.mean(axis=1), of.mean(axis=1), block)
-    return found
+    squared = {name: context.accelerator.reduce(held).cpu().numpy() for name, held in errors.items()}
+    return {"rows": float(concerned.mean())} | {
+        name: {
+            "mse": float(of.mean()),
+            "mse_concerned": float(of[concerned].mean()),
+            "difference": difference(squared["true"].mean(axis=1), of.mean(axis=1), block),
+        }
+        for name, of in squared.items()
+    }
 
 
 def verdict(found: dict[str, Any]) -> str:

@@ -181,8 +181,6 @@ def measure(cell: Cell) -> dict[str, Any]:
     # Large ones may have been removed.
     trained = sum(map(math.prod, read_header(tensors)[1].values())) if tensors.is_file() else None
     simple, notes = metrics.get("baselines", {}).get("rows", []), metrics.get("control", {})
-    of_notes = {f"{name} notes, {on}": notes[name][figure] for name in ("true", "shuffled", "no") if name in notes
-                for on, figure in (("all rows", "mse"), ("their rows", "mse_concerned"))}  # fmt: skip
     return {
         "state": DONE,
         "mse": metrics["test"]["mse"],
@@ -197,9 +195,11 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": max(note.get("seconds", 0.0), epochs.reindex(columns=["seconds", "evaluation_seconds"]).sum().sum()),
         "machine": note.get("machine", "unknown"),
         "data": metrics["data"]["file"] + (", a synthetic series" if metrics["data"]["synthetic"] else ""),
-        "intervals": interval_figures(metrics) | of_notes,
+        "intervals": interval_figures(metrics)
+        | {f"{name} notes, {on}": notes[name][figure] for name in ("true", "shuffled", "no") if name in notes
+           for on, figure in (("all rows", "mse"), ("their rows", "mse_concerned"))},
         "simple": [{"row": r["title"], "mse": r["mse"], "mae": r["mae"], **interval_figures(r)} for r in simple],
-    }
+    }  # fmt: skip
 
 
 def interval_figures(found: dict[str, Any]) -> dict[str, float]:
