@@ -129,8 +129,8 @@ def _read(source: str, cells: pd.DataFrame, dayfirst: bool | None, first_row: in
     ):
         if wrong.any():
             row = int(wrong.argmax())
-            found = f"{len(text[row]):,} characters" if name == "text" else repr(str(cells[name][row]))
-            raise input_error(f"{source}: row {row + first_row}, column {name!r}", found, expected)
+            got = f"{len(text[row]):,} characters" if name == "text" else repr(str(cells[name][row]))
+            raise input_error(f"{source}: row {row + first_row}, column {name!r}", got, expected)
     all_day = ~cells["until"].astype(str).str.contains(":").to_numpy()
     until = np.where(cells["until"].isna(), NEVER, until + all_day * DAY)
     return pd.DataFrame({"text": text, "start": start, "until": until, "known": known})

@@ -332,3 +332,12 @@ def test_adaptive_bands_hold_what_they_promise_where_the_data_change(kind: str) 
     later = errors.copy()
     later[dates.repeat(2, axis=0).reshape(errors.shape) > origins[1200]] = np.nan
     np.testing.assert_array_equal(follow(later, origins, dates, 80.0)[1][: 1200 - H], inside[: 1200 - H])
+
+
+def test_a_band_at_a_bound_has_a_width() -> None:
+    """Of rain that falls on one day in twenty, a forecast that is never below 0 errs upwards on most days."""
+    random = np.random.default_rng(8)
+    rain = np.where(random.random(2000) < 0.05, random.gamma(2, 3, 2000), 0)
+    errors = (rain - random.normal(0.1, 0.3, 2000).clip(min=0)).reshape(-1, 1, 1)  # of which nine in ten are 0 or below
+    low, high = bands.Intervals((80.0,), bands.offsets_of(errors, probabilities((80.0,))), 2000).band(80.0)
+    assert low.item() < 0 and high.item() == pytest.approx(errors.clip(min=0).mean(), rel=1e-6)
