@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from data_provider.notes import Notes, wall_clock
+from data_provider.notes import Notes, row_step, wall_clock
 from data_provider.splits import Splits, find_csv, split_rows
 from data_provider.synthetic import is_synthetic
 from data_provider.table import FIRST_ROW_LINE, Table, read_table
@@ -53,6 +53,7 @@ class WindowDataset(Dataset):
     ):
         self.values, self.marks, self.dates, self.history = values, marks, dates, history
         self.notes, self.clock = notes, wall_clock(dates)
+        self.step = row_step(self.clock) if notes else 0.0
         self.seq_len, self.label_len, self.pred_len = seq_len, label_len, pred_len
         self.target_index = target_index
 
@@ -72,7 +73,9 @@ class WindowDataset(Dataset):
             else {"history": torch.from_numpy(self.history[index : index + len(self.history) - len(self.values)])}
         )
         if self.notes is not None:
-            earlier["notes"] = torch.from_numpy(self.notes.about(self.clock[now - 1], self.clock[now : now + self.pred_len]))
+            earlier["notes"] = torch.from_numpy(
+                self.notes.about(self.clock[now - 1], self.clock[now : now + self.pred_len], self.step)
+            )
         return earlier | {
             "x": torch.from_numpy(self.values[x]),
             "y": torch.from_numpy(self.values[y]),

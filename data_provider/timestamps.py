@@ -2,6 +2,7 @@
 
 import calendar
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, product
 
@@ -55,7 +56,7 @@ _SPANS = {"s": "59s", "t": "59min", "h": "23h", "d": "1D", "w": "7D", "m": "40D"
 
 
 def read_timestamps(
-    cells: pd.Series, source: str, first_row: int, dayfirst: bool | None = None
+    cells: pd.Series, source: str, first_row: int, dayfirst: bool | None = None, columns: Sequence[str] = ("date",)
 ) -> tuple[pd.DatetimeIndex, str]:
     """Cells `[rows]`, text or timestamps, as timestamps.
 
@@ -63,6 +64,7 @@ def read_timestamps(
         source: name of the file or frame, for the message.
         first_row: number of the first cell's row there.
         dayfirst: whether 01/02/2020 is in February, where both orders can be read; None: the order with even steps.
+        columns: of which the cells are, one after the other, for the message.
 
     Returns:
         The timestamps; which order was taken, in words, empty where only one can be read.
@@ -83,8 +85,9 @@ def read_timestamps(
             best, note = _best_form(text.str.replace(r"\s*(?:UTC|GMT)$", "Z", regex=True), source, dayfirst)
     if (unread := np.flatnonzero(best.isna())).size:
         found = "an empty cell" if pd.isna(cell := cells.iloc[unread[0]]) else repr(cell)
+        column, row = divmod(int(unread[0]), len(cells) // len(columns))
         raise input_error(
-            f"{source}: row {unread[0] + first_row}, column 'date'", found, "a timestamp such as 2016-07-01 00:00:00"
+            f"{source}: row {row + first_row}, column {columns[column]!r}", found, "a timestamp such as 2016-07-01 00:00:00"
         )
     return best, note
 

@@ -37,7 +37,7 @@ class Model(ForecastModel):
         channels = 1 if configs.features == "MS" else configs.enc_in
         self.members = [(rows, DECAY) for rows in windows] + [(T, 0.0)]
         self.title = f"linear stack, windows of {' '.join(str(rows) for rows, _ in self.members)} rows"
-        self.history = max(T, *windows) - T
+        self.history = max([T, *windows]) - T
         self.deviating = [place for place, rows in enumerate(windows) if any(rows in lengths for lengths in DEVIATING)]
         rows = max((windows[place] for place in self.deviating), default=0)
         if channels * rows * H > MOST_DEVIATIONS:

@@ -25,6 +25,9 @@
   shift
   . "$(dirname "${BASH_SOURCE[0]:-$0}")/common.sh"
   set_allocator || exit 1
+  # A preset sets these by itself.
+  recipe=(--d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 --skip ridge)
+  case " $*" in *" --preset"*) recipe=() ;; esac
   four_bit=()
   # On a CPU the weights stay as they are; 4 bits are for the GPU.
   if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -34,7 +37,7 @@
     --task_name long_term_forecast --is_training 1 --model TimeLLM \
     --model_id "${name%.*}" --model_comment custom \
     --data custom --root_path "$folder" --data_path "$file" --features M \
-    --d_model 32 --d_ff 32 --n_heads 8 --batch_size 4 --train_epochs 3 --skip ridge \
+    ${recipe[@]+"${recipe[@]}"} \
     --llm_model QWEN --llm_model_path "$weights" ${four_bit[@]+"${four_bit[@]}"} \
     --do_predict --resume \
     "$@"

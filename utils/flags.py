@@ -439,7 +439,7 @@ def complete_flags(given: dict[str, Any], prog: str = "run_main.py") -> argparse
     # Models without a language model take what it says of the training alone.
     preset = {
         name: value
-        for name, value in PRESETS.get(given.get("preset", "") if given["is_training"] else "", {}).items()
+        for name, value in PRESETS.get("" if held else given.get("preset", ""), {}).items()
         if name not in given
         and (given["model"] == "TimeLLM" or BY_NAME[name].group == "training")
         and (name != "skip_mode" or given.get("skip", "stack") in ("stack", "ridge"))

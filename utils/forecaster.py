@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset
 from data_provider.batches import Batch, WindowCollate, Windows, pad_notes
 from data_provider.data_factory import epoch_batches, make_loader
 from data_provider.data_loader import Series, WindowDataset
-from data_provider.notes import notes_from_args, wall_clock
+from data_provider.notes import notes_from_args, row_step, wall_clock
 from data_provider.table import FRAME, check_rows, tables_of
 from data_provider.timestamps import frequency, time_marks
 from layers.errors import input_error
@@ -202,9 +202,11 @@ class Forecaster:
                     channel=torch.arange(x.shape[2], device=x.device).repeat(len(x[part])),
                 )
                 if (notes := histories[0].notes) is not None:  # all have the same
-                    ends = [wall_clock(series.dates[-1:])[0] for series in histories[part]]
                     days = [wall_clock(each[start : start + H]) for each in dates[part]]
-                    known = [torch.from_numpy(notes.about(*each)) for each in zip(ends, days, strict=True)]
+                    known = [
+                        torch.from_numpy(notes.about((clock := wall_clock(series.dates))[-1], ahead, row_step(clock)))
+                        for series, ahead in zip(histories[part], days, strict=True)
+                    ]
                     batch.notes = pad_notes(known).repeat_interleave(x.shape[2], dim=0).to(x.device)
                 if whole:
                     later = marks[part, start + T - args.label_len : start + T + H]
@@ -346,15 +348,17 @@ class Forecaster:
                 raise input_error("notes", "a frame", "None: the training had no notes")
             return found
         if notes is None and args.text_column in frame.columns:
+            if len(found) > 1:
+                raise input_error("notes", "nothing", "a frame of them: a column of texts would speak to all series")
             dates = frame[args.date_column or "date"] if (args.date_column or "date") in frame.columns else frame.index
-            notes = pd.DataFrame({"date": dates, "text": frame[args.text_column]}).dropna()
-        ends = [min(of.dates[0] for of in found.values()), max(of.dates[-1] for of in found.values())]
-        own = Namespace(
-            **vars(args) | {"text_path": None, "text_column": None}
-        )  # the training's files are not those of a frame
-        read = notes_from_args(own, FRAME, pd.DatetimeIndex(ends), notes)
+            notes = pd.DataFrame({"date": dates, "text": frame[args.text_column]})
+        own = Namespace(**vars(args) | {"text_path": None, "text_column": None})  # the training's are not those of a frame
+        read = notes_from_args(
+            own, FRAME, pd.DatetimeIndex(sorted(d for of in found.values() for d in of.dates[[0, -1]])), notes
+        )
         found = {name: replace(series, notes=read) for name, series in found.items()}
         if read is not None:
+            self.notes += [read.read_as] if read.read_as not in ("", *self.notes) else []
             read_notes(context.model, next(iter(found.values())), args, context.record["backbone"])
         return found
 

@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 
 from data_provider.data_factory import batch_loader, epoch_batches, items, series_flags, series_from_args
 from data_provider.data_loader import FileSeries, Series, SplitSeries, load_series
-from data_provider.notes import notes_from_args
+from data_provider.notes import notes_from_args, wall_clock
 from layers.backbone import Backbone
 from layers.errors import InputError, input_error
 from models import model_class
@@ -76,7 +76,10 @@ def make_context(plan: Plan, repeat: int, record: dict[str, Any], log: RunLog, i
         began, texts = time.perf_counter(), len(plan.series.notes.texts)
         with plan.precision.autocast():
             read_notes(model, plan.series, plan.args, record["backbone"])
-        log(f"{len(plan.series.notes.text)} notes, {texts} different texts, read in {time.perf_counter() - began:.1f} s")
+        log(
+            f"{len(plan.series.notes.text)} notes, {texts} different texts, read in {time.perf_counter() - began:.1f} s",
+            *filter(None, [plan.series.notes.read_as]),
+        )
     at_once = fitting_sequences(model, plan.args) if plan.args.max_sequences is None else plan.args.max_sequences
     loaders: dict[str, Any] = {}
     rank, world = plan.accelerator.process_index, plan.accelerator.num_processes
@@ -354,7 +357,8 @@ def start_or_resume(
                 without = ", --skip none does without it" if model.uses_llm else ""
                 log(f"WARNING: the linear map is a poor one: {against}; {len(train)} training windows made it{without}")
         if model.notes is not None and context.series.notes is not None:
-            model.notes.fit(context.series.notes.known_by(context.windows.trained_until))
+            notes, until = context.series.notes, wall_clock([context.windows.trained_until])[0]
+            model.notes.fit(sorted(set(notes.text[notes.known <= until].tolist())))
         for stack in (part for part in model.modules() if isinstance(part, LinearStack)):
             began = time.perf_counter()
             stack.load_state_dict(fit_stack(context.windows, stack.members, stack.deviating))

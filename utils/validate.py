@@ -64,7 +64,7 @@ def check_flags(args: Namespace) -> None:
         (
             args.stack_windows is not None and args.data_pretrain,
             "data_pretrain",
-            "nothing with a linear stack, which weighs its maps for each channel of --data",
+            "nothing with a linear stack, whose weights are those of --data (--skip ridge or none does without)",
         ),
         (not model.uses_llm and args.load_in_4bit, "load_in_4bit", f"False, {no_llm}"),
         (

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_provider.notes import Notes, notes_from_args, wall_clock
+from data_provider.notes import Notes, notes_from_args, row_step, wall_clock
 from data_provider.table import FRAME
 from layers.errors import InputError
 
+HOUR = 3_600_000_000_000
 HOURS = pd.date_range("2024-03-01", periods=10 * 24, freq="h")
 FLAGS = {"text_path": None, "text_column": None, "holidays": None, "root_path": ".", "encoding": None, "dayfirst": None,
          "date_column": None}  # fmt: skip
@@ -24,8 +25,8 @@ def of_frame(**columns: list) -> Notes:
 
 def about(notes: Notes, now: str, rows: int = 6) -> list[tuple[str, int, int, int]]:
     """The notes that the `rows` hours after `now` may know: text, first row, last row, the row with which each begins."""
-    ahead = pd.date_range(now, periods=rows + 1, freq="h")
-    return [(notes.texts[text], *rest) for text, *rest in notes.about(wall_clock(ahead)[0], wall_clock(ahead)[1:]).tolist()]
+    last, *ahead = wall_clock(pd.date_range(now, periods=rows + 1, freq="h"))
+    return [(notes.texts[text], *rest) for text, *rest in notes.about(last, np.array(ahead), HOUR).tolist()]
 
 
 def test_a_note_is_there_from_when_it_is_known_and_holds_from_date_to_until() -> None:
@@ -56,6 +57,50 @@ def test_without_an_end_a_note_holds_until_the_next_one_that_is_known() -> None:
     assert notes.latest(pd.Timestamp("2024-03-01 23:00"), 5)[0][2] == "third"
 
 
+def test_the_dates_of_a_file_have_one_order(tmp_path: Path) -> None:
+    """The 20th says that days come first, of `known`, too; and a remark of the data is read as its row is."""
+    (tmp_path / "notes.csv").write_text("date,until,known,text\n20/06/2024,25/06/2024 12:00,05/06/2024,a\n")
+    dates = pd.date_range("2024-06-01", periods=48, freq="h")
+    notes = notes_from_args(Namespace(**FLAGS | {"text_path": str(tmp_path / "notes.csv")}), FRAME, dates)
+    times = [[pd.Timestamp("2024-06-20")], [pd.Timestamp("2024-06-25 12:00")], [pd.Timestamp("2024-06-05")]]
+    assert notes is not None and notes.read_as == ""
+    for found, expected in zip((notes.start, notes.until, notes.known), times, strict=True):
+        np.testing.assert_array_equal(found, wall_clock(expected))
+    (tmp_path / "notes.csv").write_text("date,text\n03/02/2024,a\n03/03/2024,b\n")
+    notes = notes_from_args(Namespace(**FLAGS | {"text_path": str(tmp_path / "notes.csv")}), FRAME, dates)
+    assert notes is not None and "both orders of the dates fit" in notes.read_as
+    days = pd.date_range("2020-04-01", periods=200, freq="D")
+    words = pd.Series("", days)
+    words["2020-05-02"], words["2020-09-03"] = "on", "off"
+    pd.DataFrame({"": days.strftime("%d/%m/%Y"), "load": 1, "words": words.to_numpy()}).to_csv(
+        tmp_path / "d.csv", index=False
+    )
+    notes = notes_from_args(Namespace(**FLAGS | {"text_column": "words"}), tmp_path / "d.csv", days)
+    assert notes is not None and notes.texts == ["on", "off"]
+    np.testing.assert_array_equal(notes.known, wall_clock(pd.DatetimeIndex(["2020-05-02", "2020-09-03"])))
+
+
+def test_notes_stand_on_the_clock_of_the_data() -> None:
+    data = pd.date_range("2024-01-10 16:00", periods=4, freq="h", tz="UTC")
+    notes = notes_from_args(
+        Namespace(**FLAGS), FRAME, data, pd.DataFrame({"date": ["2024-01-10T12:00:00-05:00"], "text": ["a"]})
+    )
+    assert notes is not None and notes.known[0] == wall_clock([pd.Timestamp("2024-01-10 17:00")])[0]
+
+
+def test_a_note_without_neighbours_that_make_sense() -> None:
+    notes = of_frame(
+        date=["2024-03-02 06:00", "2024-03-03 00:00"], until=["2024-03-02", "9999-12-31"], text=["today", "for ever"]
+    )
+    assert about(notes, "2024-03-02 21:00", 4) == [("today", 0, 1, -16)]  # a day counts whole
+    assert about(notes, "2024-03-09 21:00", 2) == [("for ever", 0, 1, -166)]
+    assert about(of_frame(date=[], text=[]), "2024-03-02 21:00") == []
+    assert about(of_frame(date=["2024-03-02"], text=[None]), "2024-03-02 21:00") == []
+    # rows that come twice, a weekend, and a last part of one row: a step is what rows usually are apart
+    clock = wall_clock(pd.DatetimeIndex([*pd.bdate_range("2024-03-01", periods=9), "2024-03-13"]))
+    assert row_step(clock) == 24 * HOUR
+
+
 def test_shuffled_notes_are_the_same_texts_at_the_same_dates() -> None:
     notes = of_frame(date=[f"2024-03-0{day}" for day in range(1, 9)], text=[*"abcdabcd"])
     other = notes.shuffled(1)
@@ -76,7 +121,7 @@ def test_a_file_a_column_and_holidays_make_notes(tmp_path: Path) -> None:
     feasts = notes_from_args(Namespace(**FLAGS | {"holidays": "DE-BY"}), data, dates)
     assert feasts is not None
     eve = wall_clock([pd.Timestamp("2024-12-24")])[0]
-    (found,) = [feasts.texts[n[0]] for n in feasts.about(eve, wall_clock(pd.DatetimeIndex(["2024-12-25"])))]
+    (found,) = [feasts.texts[n[0]] for n in feasts.about(eve, wall_clock(pd.DatetimeIndex(["2024-12-25"])), 24 * HOUR)]
     assert "Weihnacht" in found or "Christmas" in found
     with pytest.raises(InputError, match="--holidays: got 'XX', expected a country"):
         notes_from_args(Namespace(**FLAGS | {"holidays": "XX"}), data, dates)

@@ -115,6 +115,8 @@ def test_own_csv_is_resumed_unless_told_otherwise(copy: Copy) -> None:
     assert args.resume and args.do_predict and args.data_path == "my.csv"
     assert args.root_path.rstrip("/") == str(copy.elsewhere)
     assert not parse_flags(copy.run("TimeLLM_custom.sh", "my.csv", "--resume", "False")).resume
+    preset = parse_flags(copy.run("TimeLLM_custom.sh", "my.csv", "--preset", "best"))
+    assert (preset.skip, preset.batch_size, preset.n_heads) == ("stack", 16, 4)  # all that it sets
     (copy.elsewhere / "my.v2.csv.gz").write_text("")
     words = copy.run("TimeLLM_custom.sh", "my.v2.csv.gz", "--date_column", "Zeit", "--drop_columns", "'wind dir'", "note")
     args = parse_flags(words)

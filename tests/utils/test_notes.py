@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_provider.synthetic import write_synthetic
+from layers.errors import InputError
 from layers.notes import NotesEffect
 from tests.small_run import command_line, figures, refusal, run_folder, train
 from utils.forecaster import Forecaster
@@ -71,6 +72,12 @@ def test_what_is_announced_is_forecast_and_the_control_says_so(backbones, announ
     frame = pd.read_csv(announced / "column.csv")
     again = Forecaster.load(folder).predict(frame)
     np.testing.assert_allclose(again["load"], pd.read_csv(folder / "forecast.csv")["load"], rtol=1e-5)
+    silent = Forecaster.load(folder).predict(frame.assign(words=None))["load"]  # rows that nobody has remarked on
+    assert (silent == Forecaster.load(folder).predict(frame.drop(columns="words"))["load"]).all()
+    assert (silent != again["load"]).any()
+    both = pd.concat([frame.assign(shop="a"), frame.assign(shop="b")])
+    with pytest.raises(InputError, match="notes: got nothing, expected a frame of them"):
+        Forecaster.load(folder).predict(both, id_column="shop")
 
 
 def test_without_notes_nothing_changes(backbones, announced: Path, tmp_path: Path, capsys) -> None:

@@ -48,7 +48,7 @@ def read_notes(model: ForecastModel, series: Series, args: Namespace, backbone: 
             if series.path.is_file():  # no frame of a program
                 with contextlib.suppress(StorageError):
                     write_atomic(file, partial(save_file, held))
-        vectors = torch.stack([held[keys[text]] for text in texts])
+        vectors = torch.stack([held[keys[text]] for text in texts]) if texts else torch.zeros(1, model.notes.width)
     model.notes.read(vectors, torch.from_numpy(-series.mean[kept] / series.std[kept]))
     if model.prompts is not None:
         model.prompts.texts = texts
@@ -80,8 +80,10 @@ def control(context: Context, by_row: torch.Tensor, block: int) -> dict[str, Any
             squares = (forecast - batch.y).double().square().unflatten(0, (len(batch.index), -1)).mean(dim=1)
             held[batch.index.to(held.device)] = squares.to(held.device)
 
-        rank, world = context.accelerator.process_index, context.accelerator.num_processes
-        _, loader = batch_loader(context.args, "test", replace(series, notes=notes), context.model.prompts, rank, world)
+        _, loader = batch_loader(
+            context.args, "test", replace(series, notes=notes), context.model.prompts,
+            context.accelerator.process_index, context.accelerator.num_processes,
+        )  # fmt: skip
         score(replace(context, loaders={"test": loader}), "test", consume)
     squared = {name: context.accelerator.reduce(held).cpu().numpy() for name, held in errors.items()}
     return {"rows": float(concerned.mean())} | {
@@ -101,12 +103,12 @@ def verdict(found: dict[str, Any]) -> str:
     names = {"true": "true", "shuffled": "shuffled among their dates", "no": "without"}
     said = ", ".join(f"{words} {found[name]['mse']:.4f}" for name, words in names.items())
     theirs = ", ".join(f"{found[name]['mse_concerned']:.4f}" for name in names)
-    said += f"; on the {100 * found['rows']:.0f} % of rows that they speak of {theirs}"
     helps = {name: (found[name]["difference"] or [0] * 3)[2] < 0 for name in ("shuffled", "no")}
-    if helps["no"]:
-        says = "reading them helps" if helps["shuffled"] else "their dates help, what they say does not"
-    else:
-        says = "reading them does not help"
     apart = {name: found[name]["difference"] or [float("nan")] * 3 for name in ("shuffled", "no")}
-    less = "true less shuffled {:+.4f} (95 %: {:+.4f} to {:+.4f}), ".format(*apart["shuffled"])
-    return f"Notes: test MSE {said}; {less}" + "less without {:+.4f} ({:+.4f} to {:+.4f}): ".format(*apart["no"]) + says
+    return (
+        f"Notes: test MSE {said}; on the {100 * found['rows']:.0f} % of rows that they speak of {theirs}; "
+        + "true less shuffled {:+.4f} (95 %: {:+.4f} to {:+.4f}), ".format(*apart["shuffled"])
+        + "less without {:+.4f} ({:+.4f} to {:+.4f}): ".format(*apart["no"])
+        + f"reading them {'helps' if helps['no'] and helps['shuffled'] else 'does not help'}"
+        + ", their dates do" * (helps["no"] and not helps["shuffled"])
+    )

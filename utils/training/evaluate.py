@@ -101,8 +101,10 @@ def forecast_within_memory(
     return forecast.clamp(low, high)
 
 
-def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None) -> Scores:
-    """Score "train", "val" or "test".
+def score(
+    context: Context, split: str, consume: Callable[[Batch, torch.Tensor], None] | None = None, bounded: bool = True
+) -> Scores:
+    """Score "train", "val" or "test"; `bounded`: within the series' bounds, but for "train", which may be another series.
 
     Raises:
         Interrupted: a signal has come between two batches (of a group of processes the next training step tells all).
@@ -113,7 +115,7 @@ def score(context: Context, split: str, consume: Callable[[Batch, torch.Tensor],
     def forecast(batch: Batch, prototype_kv: PrototypeKV) -> torch.Tensor:
         if context.accelerator.num_processes == 1:
             context.interrupts.check()
-        return forecast_within_memory(context, batch, prototype_kv, bounded=split != "train")  # which may be another series
+        return forecast_within_memory(context, batch, prototype_kv, bounded=bounded and split != "train")
 
     bar = Progress(loader, desc=f"{split} batches", log=context.log)
     with bar, explain_out_of_memory("an evaluation", lambda: advice(context.args, context.model)):

@@ -130,7 +130,7 @@ def dry_run(context: Context, clock: "Clock") -> None:
         buffer.copy_(held)
     set_random_state(before, context.device)
     # The first step makes the moments.
-    moments = sum(p.numel() for p in model.parameters()) * OPTIMIZER_BYTES[context.args.optimizer]
+    moments = sum(p.numel() for p in model.parameters() if p.requires_grad) * OPTIMIZER_BYTES[context.args.optimizer]
     kind = "GPU memory" if context.device.type == "cuda" else "memory"
     context.log(
         f"Dry run: {seconds:.4f}s/iter; about {duration(clock.left(seconds) / epochs)} an epoch with its evaluations, "
@@ -326,7 +326,7 @@ def choose_share(context: Context, share: torch.Tensor) -> Scores:
         errors = torch.stack([linear, forecast, 2 * forecast - linear]).double() - batch.y
         sums.add_((errors if batch.y_mask is None else errors * batch.y_mask).square().sum(dim=(1, 2)))
 
-    found = score(context, "val", consume)
+    found = score(context, "val", consume, bounded=False)  # at a bound a forecast is no mean of the two
     if found.loss < context.training.progress.best_vali_loss:
         linear, mean, own = context.accelerator.reduce(sums)
         # The error is a parabola of the share: these three are its values at 0, 1/2 and 1.
