@@ -391,7 +391,7 @@ def check_rows(table: Table, length: int, step: str | None) -> None:
         InputError: too few rows, another step, or a row missing among them.
     """
     if len(table.dates) < length:
-        raise input_error(table.path, f"{len(table.dates)} rows", f"at least {length}, the seq_len of the training")
+        raise input_error(table.path, f"{len(table.dates)} rows", f"at least {length}, which the trained model reads")
     own = infer_step(table.dates)
     if step not in (None, step_words(own)):
         raise input_error(

@@ -138,7 +138,8 @@ class Forecaster:
 
         Args:
             frame: a column `date` or a DatetimeIndex, and the columns of the training in their own units; its last
-                seq_len rows are read, others are left alone. Their step is that of the training.
+                seq_len rows (with a linear stack those of its longest window) are read, others are left alone. Their step is
+                that of the training.
             steps: rows to forecast; more than pred_len go on from the forecast itself. None: pred_len.
             intervals: levels in per cent, such as (80, 95), which the checkpoint must have; "auto": all that it has;
                 None or (): no bands.

@@ -267,7 +267,7 @@ BAD_FRAMES = {
     "infinite": (lambda f: worth(f, np.inf), "frame: row 2020-01-01 05:00:00, column 'flow': got 'inf' .*, expected"),
     "too large": (lambda f: worth(f, 1e100), "frame: row .*, column 'flow': got .* in deviations of the training"),
     "text": (lambda f: worth(f, "low"), "frame: row 2020-01-01 05:00:00, column 'flow': got 'low' .*, expected a number"),
-    "short": (lambda f: f.iloc[-31:], "frame: got 31 rows, expected at least 32, the seq_len of the training"),
+    "short": (lambda f: f.iloc[-31:], "frame: got 31 rows, expected at least 32, which the trained model reads"),
     "step": (lambda f: f.iloc[::2], "frame: got rows that are 2 hours apart, expected 1 hour, the step of the training"),
     "two series": (lambda f: pd.concat([f.assign(id="a"), f.assign(id="b")]), "frame: row .*, column 'date': got '2020-01"
                    ".* where a column names the series of each row, give it as id_column"),
