@@ -30,8 +30,8 @@ if [ -n "$pretrained" ]; then
   backbone=$(last_value backbone "$work/backbone.log")
   comment=pretrained
   # What two cores can do in ten minutes.
-  chosen=(--llm_model LLAMA --llm_layers 2 --max_iters 100)
-  echo "quickstart: cut to fit two cores: 2 of the language model's 30 layers, 100 iterations; every validation and test window counts"
+  chosen=(--llm_model LLAMA --llm_layers 1 --max_iters 80)
+  echo "quickstart: cut to fit two cores: 1 of the language model's 30 layers, 80 iterations; every validation and test window counts"
 else
   backbone=base_models/tiny-random
   comment=quickstart
